@@ -1,0 +1,538 @@
+//! The vocabulary: what applications emit, what the relay claims, and what became of it.
+//!
+//! Nothing here knows a database, a destination or a clock.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// The longest event type, in characters: EventBridge's limit for `DetailType`, and a CHECK of the schema.
+pub const MAX_EVENT_TYPE_CHARS: usize = 128;
+
+/// Header names that would hide an attribute consumers rely on; the schema refuses them too.
+pub const RESERVED_HEADERS: [&str; 15] = [
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "datacontenttype",
+    "dataschema",
+    "sequence",
+    "partitionkey",
+    "correlationid",
+    "causationid",
+    "schemaversion",
+    "data",
+    "data_base64",
+];
+
+/// An event an application is about to emit; hand it to [`crate::emit`] inside the transaction it belongs to.
+///
+/// ```
+/// # fn main() -> Result<(), outbox_relay::NewEventError> {
+/// use outbox_relay::NewEvent;
+///
+/// let event = NewEvent::new("order.created", &serde_json::json!({ "total": "12.50" }))?
+///     .key("order", "42")
+///     .correlation_id("req-7f3a")
+///     .header("tenant", "acme");
+/// assert_eq!(event.event_type(), "order.created");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct NewEvent {
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) source: String,
+    pub(crate) aggregate_type: Option<String>,
+    pub(crate) aggregate_id: Option<String>,
+    pub(crate) payload: String,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) correlation_id: Option<String>,
+    pub(crate) causation_id: Option<String>,
+    pub(crate) schema_version: i32,
+    pub(crate) priority: i16,
+    pub(crate) delay: Duration,
+}
+
+impl NewEvent {
+    /// An event with `payload` as its JSON.
+    ///
+    /// # Errors
+    /// [`NewEventError::Payload`] where `payload` cannot be written as JSON.
+    pub fn new(event_type: impl Into<String>, payload: &impl Serialize) -> Result<Self, NewEventError> {
+        let payload = serde_json::to_string(payload).map_err(NewEventError::Payload)?;
+        Ok(Self::from_json(event_type, payload))
+    }
+
+    /// An event whose payload is JSON text already. PostgreSQL checks it when it is inserted.
+    pub fn from_json(event_type: impl Into<String>, payload: impl Into<String>) -> Self {
+        Self {
+            event_id: Uuid::new_v4(),
+            event_type: event_type.into(),
+            source: String::new(),
+            aggregate_type: None,
+            aggregate_id: None,
+            payload: payload.into(),
+            headers: BTreeMap::new(),
+            correlation_id: None,
+            causation_id: None,
+            schema_version: 1,
+            priority: 0,
+            delay: Duration::ZERO,
+        }
+    }
+
+    /// Orders this event among all those of the same key.
+    #[must_use]
+    pub fn key(mut self, aggregate_type: impl Into<String>, aggregate_id: impl Into<String>) -> Self {
+        self.aggregate_type = Some(aggregate_type.into());
+        self.aggregate_id = Some(aggregate_id.into());
+        self
+    }
+
+    /// The module or service that emits it; without one, consumers see the relay's default.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<String>) -> Self {
+        self.source = source.into();
+        self
+    }
+
+    /// Adds a header, which consumers see as an attribute of this name.
+    #[must_use]
+    pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.headers.insert(name.into(), value.into());
+        self
+    }
+
+    /// The identifier shared by all events of one business operation.
+    #[must_use]
+    pub fn correlation_id(mut self, id: impl Into<String>) -> Self {
+        self.correlation_id = Some(id.into());
+        self
+    }
+
+    /// The event or command that caused this one.
+    #[must_use]
+    pub fn causation_id(mut self, id: impl Into<String>) -> Self {
+        self.causation_id = Some(id.into());
+        self
+    }
+
+    /// The version of the payload's schema, from 1.
+    #[must_use]
+    pub fn schema_version(mut self, version: i32) -> Self {
+        self.schema_version = version;
+        self
+    }
+
+    /// 0 (the default) to 9, 9 first. Order within a key holds among equal priorities.
+    #[must_use]
+    pub fn priority(mut self, priority: u8) -> Self {
+        self.priority = priority.into();
+        self
+    }
+
+    /// Holds the event back for this long after its transaction began; it holds up nobody.
+    #[must_use]
+    pub fn delay(mut self, delay: Duration) -> Self {
+        self.delay = delay;
+        self
+    }
+
+    /// Replaces the random identity, for callers whose events have one already.
+    #[must_use]
+    pub fn event_id(mut self, event_id: Uuid) -> Self {
+        self.event_id = event_id;
+        self
+    }
+
+    /// What happened, as in `order.created`.
+    pub fn event_type(&self) -> &str {
+        &self.event_type
+    }
+
+    /// Whether the schema will take it: checked before the insert, because a refused insert would end the
+    /// caller's transaction.
+    pub(crate) fn validate(&self) -> Result<(), NewEventError> {
+        let characters = self.event_type.chars().count();
+        if !(1..=MAX_EVENT_TYPE_CHARS).contains(&characters) {
+            return Err(NewEventError::EventType { characters });
+        }
+        if !(0..=9).contains(&self.priority) {
+            return Err(NewEventError::Priority { priority: self.priority });
+        }
+        if self.schema_version < 1 {
+            return Err(NewEventError::SchemaVersion { version: self.schema_version });
+        }
+        if let Some(name) = self.headers.keys().find(|name| RESERVED_HEADERS.contains(&name.as_str())) {
+            return Err(NewEventError::ReservedHeader { name: name.clone() });
+        }
+        let texts = [
+            ("event_type", Some(&self.event_type)),
+            ("source", Some(&self.source)),
+            ("aggregate_type", self.aggregate_type.as_ref()),
+            ("aggregate_id", self.aggregate_id.as_ref()),
+            ("correlation_id", self.correlation_id.as_ref()),
+            ("causation_id", self.causation_id.as_ref()),
+        ];
+        if let Some((field, _)) = texts.iter().find(|(_, text)| text.is_some_and(|text| text.contains('\0'))) {
+            return Err(NewEventError::Nul { field });
+        }
+        if self.headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
+            return Err(NewEventError::Nul { field: "headers" });
+        }
+        if has_nul_escape(&self.payload) {
+            return Err(NewEventError::Nul { field: "payload" });
+        }
+        Ok(())
+    }
+}
+
+/// Whether JSON text holds the escape `\u0000`, which `jsonb` cannot store.
+fn has_nul_escape(json: &str) -> bool {
+    let mut rest = json;
+    while let Some(at) = rest.find('\\') {
+        if rest[at..].starts_with("\\u0000") {
+            return true;
+        }
+        // Past the escaped character, so that `\\u0000`, an escaped backslash and six plain characters, is no NUL.
+        let escaped = rest[at + 1..].chars().next().map_or(0, char::len_utf8);
+        rest = &rest[at + 1 + escaped..];
+    }
+    false
+}
+
+/// Why an event cannot be emitted. Nothing was sent to the database.
+#[derive(Debug, thiserror::Error)]
+pub enum NewEventError {
+    /// The payload's `Serialize` failed.
+    #[error("the payload cannot be written as JSON")]
+    Payload(#[source] serde_json::Error),
+    /// Not 1 to [`MAX_EVENT_TYPE_CHARS`] characters.
+    #[error("an event type has 1 to {MAX_EVENT_TYPE_CHARS} characters, this one has {characters}")]
+    EventType {
+        /// How many it has.
+        characters: usize,
+    },
+    /// Not 0 to 9.
+    #[error("a priority is 0 to 9, not {priority}")]
+    Priority {
+        /// What was given.
+        priority: i16,
+    },
+    /// Below 1.
+    #[error("a schema version starts at 1, not {version}")]
+    SchemaVersion {
+        /// What was given.
+        version: i32,
+    },
+    /// One of [`RESERVED_HEADERS`].
+    #[error("the header name {name:?} is taken by an attribute of the event itself; choose another")]
+    ReservedHeader {
+        /// The name.
+        name: String,
+    },
+    /// PostgreSQL stores no NUL character.
+    #[error("{field} holds a NUL character, which PostgreSQL cannot store; remove it")]
+    Nul {
+        /// Where.
+        field: &'static str,
+    },
+}
+
+/// Which row of the outbox: its primary key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RowKey {
+    /// The unit of claiming; lower is more urgent.
+    pub partition: i16,
+    /// Insertion order.
+    pub id: i64,
+    /// Empty: to be routed. Set: the one destination still owed.
+    pub destination: String,
+}
+
+/// The ordering key: `aggregate_type` (empty where null) and `aggregate_id`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key<'a> {
+    /// As in `order`.
+    pub aggregate_type: &'a str,
+    /// As in `42`.
+    pub aggregate_id: &'a str,
+}
+
+impl fmt::Display for Key<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.aggregate_type.is_empty() {
+            f.write_str(self.aggregate_id)
+        } else {
+            write!(f, "{}:{}", self.aggregate_type, self.aggregate_id)
+        }
+    }
+}
+
+/// A claimed event, as it goes to the destinations.
+#[derive(Clone)]
+pub struct Event {
+    /// Its row in the outbox.
+    pub row: RowKey,
+    /// Its identity for consumers.
+    pub event_id: Uuid,
+    /// What happened, as in `order.created`.
+    pub event_type: String,
+    /// Who emitted it; empty: the destination's default.
+    pub source: String,
+    /// First half of the key.
+    pub aggregate_type: Option<String>,
+    /// Second half of the key; `None`: no order wanted.
+    pub aggregate_id: Option<String>,
+    /// The payload's JSON as the database prints it, passed through and never parsed.
+    pub payload: Vec<u8>,
+    /// Flat headers, in the database's order.
+    pub headers: Vec<(String, String)>,
+    /// Shared by all events of one business operation.
+    pub correlation_id: Option<String>,
+    /// What caused it.
+    pub causation_id: Option<String>,
+    /// Version of the payload's schema.
+    pub schema_version: i32,
+    /// When the emitting transaction began, by the database's clock.
+    pub created_at: OffsetDateTime,
+    /// Attempts charged so far.
+    pub attempts: i32,
+}
+
+impl Event {
+    /// The ordering key, where the event has one.
+    pub fn key(&self) -> Option<Key<'_>> {
+        self.aggregate_id.as_deref().map(|aggregate_id| Key {
+            aggregate_type: self.aggregate_type.as_deref().unwrap_or_default(),
+            aggregate_id,
+        })
+    }
+}
+
+impl fmt::Debug for Event {
+    /// Identities only: payloads and headers never reach a log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Event")
+            .field("row", &self.row)
+            .field("event_id", &self.event_id)
+            .field("event_type", &self.event_type)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whose fault a failed publish is; decides what becomes of the event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The destination judged this event bad: charge it, try again with backoff, then dead-letter.
+    Event,
+    /// No attempt can ever succeed, as with an entry over the destination's size limit: dead-letter at once.
+    Unfit,
+    /// The destination is unwell: pause it, charge nobody. Also every error nobody has classified.
+    Destination,
+    /// The destination is set up wrongly, and a human must act: pause it, alarm, charge nobody.
+    Misconfigured,
+    /// Nobody knows whether it arrived, as after a timeout: leave the event pending, charge nobody.
+    Unknown,
+}
+
+impl Fault {
+    /// The bounded label of this kind in logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Event => "event",
+            Self::Unfit => "unfit",
+            Self::Destination => "destination",
+            Self::Misconfigured => "misconfigured",
+            Self::Unknown => "unknown_outcome",
+        }
+    }
+
+    /// Whether the event pays for it.
+    pub fn charges_event(self) -> bool {
+        matches!(self, Self::Event | Self::Unfit)
+    }
+}
+
+/// A failed publish of one event. It is data: stored, counted and judged, so it does not travel by `?`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishError {
+    /// Whose fault it is.
+    pub fault: Fault,
+    /// The destination's own code, or one of ours in lower case.
+    pub code: String,
+    /// What a person reads; never holds the payload.
+    pub message: String,
+}
+
+impl PublishError {
+    /// The longest message that is stored, in characters.
+    const MAX_MESSAGE_CHARS: usize = 500;
+
+    /// An error with its message cut to what is worth storing.
+    pub fn new(fault: Fault, code: impl Into<String>, message: impl AsRef<str>) -> Self {
+        // PostgreSQL stores no NUL, and a destination's text is not ours to trust.
+        let message = message.as_ref().chars().filter(|c| *c != '\0').take(Self::MAX_MESSAGE_CHARS).collect();
+        Self { fault, code: code.into(), message }
+    }
+}
+
+impl fmt::Display for PublishError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+/// What a destination did with one event: a sink's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// This event's own reply was a success.
+    Delivered {
+        /// What the destination calls it, where it says.
+        message_id: Option<String>,
+    },
+    /// This event's own reply was a failure, or its fate is unknown.
+    Failed(PublishError),
+    /// Not sent: an earlier event of its key failed, or the call ended before its turn.
+    Held,
+}
+
+/// What follows from an outcome: the record that is settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Delivered.
+    Published {
+        /// What the destination calls it.
+        message_id: Option<String>,
+    },
+    /// Charged; next attempt after the delay.
+    Retry {
+        /// How long to wait, counted by the database's clock.
+        delay: Duration,
+        /// Why.
+        error: PublishError,
+    },
+    /// Given up.
+    DeadLetter {
+        /// Why.
+        error: PublishError,
+    },
+    /// No route took it, and the configuration says to drop such events.
+    Drop,
+    /// Uncharged and still owed. `None` leaves the row as it is; `Some` schedules it for after the delay, out of the
+    /// way of the events behind it.
+    Wait {
+        /// How long, counted by the database's clock; never before the event's own `available_at`.
+        park: Option<Duration>,
+    },
+}
+
+/// How many deliveries ended how, over a pass or a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Delivered and recorded.
+    pub published: u64,
+    /// Charged, to be tried again.
+    pub retried: u64,
+    /// Given up.
+    pub dead_lettered: u64,
+    /// Dropped by setting.
+    pub dropped: u64,
+    /// Still owed, uncharged.
+    pub waiting: u64,
+}
+
+impl Tally {
+    /// Counts one verdict.
+    pub fn count(&mut self, verdict: &Verdict) {
+        match verdict {
+            Verdict::Published { .. } => self.published += 1,
+            Verdict::Retry { .. } => self.retried += 1,
+            Verdict::DeadLetter { .. } => self.dead_lettered += 1,
+            Verdict::Drop => self.dropped += 1,
+            Verdict::Wait { .. } => self.waiting += 1,
+        }
+    }
+
+    /// Adds another tally to this one.
+    pub fn add(&mut self, other: Self) {
+        self.published += other.published;
+        self.retried += other.retried;
+        self.dead_lettered += other.dead_lettered;
+        self.dropped += other.dropped;
+        self.waiting += other.waiting;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nul_escape_is_found_and_an_escaped_backslash_is_not_one() {
+        assert!(has_nul_escape(r#"{"a":"x\u0000"}"#));
+        assert!(has_nul_escape(r#"{"a":"\\\u0000"}"#));
+        assert!(!has_nul_escape(r#"{"a":"\\u0000"}"#));
+        assert!(!has_nul_escape(r#"{"a":"\u0001\n"}"#));
+        assert!(!has_nul_escape("\\"));
+    }
+
+    #[test]
+    fn what_the_schema_would_refuse_is_refused_before_the_insert() {
+        let event = |event_type: &str| NewEvent::from_json(event_type, "{}");
+        assert!(event("order.created").validate().is_ok());
+        assert!(matches!(event("").validate(), Err(NewEventError::EventType { characters: 0 })));
+        assert!(matches!(event(&"é".repeat(129)).validate(), Err(NewEventError::EventType { characters: 129 })));
+        assert!(event(&"é".repeat(128)).validate().is_ok());
+        assert!(matches!(event("a").priority(10).validate(), Err(NewEventError::Priority { priority: 10 })));
+        assert!(matches!(event("a").schema_version(0).validate(), Err(NewEventError::SchemaVersion { .. })));
+        assert!(matches!(event("a").header("id", "x").validate(), Err(NewEventError::ReservedHeader { .. })));
+        assert!(matches!(event("a").key("k", "4\0").validate(), Err(NewEventError::Nul { field: "aggregate_id" })));
+        let nul = NewEvent::new("a", &"x\0y").expect("a string is JSON");
+        assert!(matches!(nul.validate(), Err(NewEventError::Nul { field: "payload" })));
+    }
+
+    #[test]
+    fn a_message_is_cut_and_cleaned_before_it_is_stored() {
+        let error = PublishError::new(Fault::Event, "X", "é\0".repeat(600));
+        assert_eq!(error.message, "é".repeat(500));
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// A small keyless event, for the unit tests of the pure parts.
+    pub(crate) fn event(id: i64) -> Event {
+        Event {
+            row: RowKey { partition: 576, id, destination: String::new() },
+            event_id: Uuid::from_u128(id.unsigned_abs().into()),
+            event_type: "order.created".into(),
+            source: String::new(),
+            aggregate_type: None,
+            aggregate_id: None,
+            payload: b"{}".to_vec(),
+            headers: vec![],
+            correlation_id: None,
+            causation_id: None,
+            schema_version: 1,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+            attempts: 0,
+        }
+    }
+
+    /// The same with the key `order:<key>`.
+    pub(crate) fn keyed(id: i64, key: &str) -> Event {
+        Event { aggregate_type: Some("order".into()), aggregate_id: Some(key.into()), ..event(id) }
+    }
+}

@@ -1,0 +1,43 @@
+//! The contract of a sink, the code for one kind of destination.
+//!
+//! - [`cloudevent`]: what consumers receive, in JSON and as fields.
+//! - [`rounds`]: splitting a batch into requests without letting a key overtake itself.
+//! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
+
+pub mod cloudevent;
+pub mod eventbridge;
+pub mod redis;
+pub mod redis_pubsub;
+pub mod redis_stream;
+pub mod rounds;
+pub mod stdout;
+pub mod template;
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+
+use crate::event::{Event, Outcome, PublishError};
+
+/// One configured place to publish to.
+///
+/// Implementations are called by several lanes at once, with different keys. They classify failures and decide nothing:
+/// retries, breaker and dead letters are the engine's. They reconnect by themselves at the next call.
+#[async_trait]
+pub trait Sink: Send + Sync {
+    /// Publishes `events`, which are in order per key, and answers for each, in the same order.
+    ///
+    /// - Delivered means that this very event's reply was a success.
+    /// - A key stops at its first failure in the call: its later events are [`Outcome::Held`]. (Within one `PutEvents`
+    ///   request later entries of a key may succeed; that is reported as it happened.)
+    /// - Splitting to the destination's limits is the sink's own business.
+    /// - No request is begun after `deadline`, none lasts past it; what was not sent by then is [`Outcome::Held`], what was sent
+    ///   and not answered is [`Fault::Unknown`](crate::event::Fault::Unknown).
+    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome>;
+
+    /// Tries the destination without publishing; on success says in a few words what is there.
+    ///
+    /// # Errors
+    /// What stands in the way, with what to do about it.
+    async fn check(&self) -> Result<String, PublishError>;
+}

@@ -1,0 +1,102 @@
+//! CloudEvents 1.0 attributes of an event, as JSON (structured mode) or as fields.
+//!
+//! The payload is copied as the database printed it, never parsed.
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::event::Event;
+
+/// Calls `attribute` with every CloudEvents attribute that `event` has, then with its headers; the payload is not among
+/// them. `default_source` stands in for an empty source, which the specification does not allow.
+pub fn attributes<'a>(event: &'a Event, default_source: &'a str, mut attribute: impl FnMut(&'a str, &str)) {
+    attribute("specversion", "1.0");
+    attribute("id", event.event_id.hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()));
+    attribute("source", source(event, default_source));
+    attribute("type", &event.event_type);
+    if let Some(subject) = &event.aggregate_id {
+        attribute("subject", subject);
+    }
+    attribute("time", &rfc3339(event.created_at));
+    attribute("datacontenttype", "application/json");
+    attribute("sequence", &event.row.id.to_string());
+    if let Some(key) = event.key() {
+        attribute("partitionkey", &key.to_string());
+    }
+    if let Some(id) = &event.correlation_id {
+        attribute("correlationid", id);
+    }
+    if let Some(id) = &event.causation_id {
+        attribute("causationid", id);
+    }
+    attribute("schemaversion", &event.schema_version.to_string());
+    for (name, value) in &event.headers {
+        attribute(name, value);
+    }
+}
+
+/// The event's source, or the destination's default.
+pub fn source<'a>(event: &'a Event, default_source: &'a str) -> &'a str {
+    if event.source.is_empty() { default_source } else { &event.source }
+}
+
+/// The event as one line of structured-mode JSON; `data` is the payload, byte for byte.
+pub fn json(event: &Event, default_source: &str) -> Vec<u8> {
+    let mut json = Vec::with_capacity(event.payload.len() + 384);
+    json.push(b'{');
+    attributes(event, default_source, |name, value| {
+        push_string(&mut json, name);
+        json.push(b':');
+        if name == "schemaversion" {
+            json.extend_from_slice(value.as_bytes()); // the one attribute that is a number
+        } else {
+            push_string(&mut json, value);
+        }
+        json.push(b',');
+    });
+    json.extend_from_slice(b"\"data\":");
+    json.extend_from_slice(&event.payload);
+    json.push(b'}');
+    json
+}
+
+fn push_string(json: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(json, text).expect("a string is JSON, and a Vec takes every byte");
+}
+
+/// The time as RFC 3339 in UTC, as `CloudEvents` wants it.
+fn rfc3339(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).unwrap_or_default() // fails only for years that RFC 3339 cannot write
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::testing::{event, keyed};
+
+    #[test]
+    fn json_has_the_attributes_and_the_payload_byte_for_byte() {
+        let mut event = keyed(7, "4\"2");
+        event.payload = br#"{"a": 1e400,  "b":"\ud83d\ude00"}"#.to_vec();
+        event.correlation_id = Some("req-1".into());
+        event.headers = vec![("traceparent".into(), "00-ab-cd-01".into())];
+        let json = String::from_utf8(json(&event, "outbox")).expect("UTF-8");
+        assert_eq!(
+            json,
+            concat!(
+                r#"{"specversion":"1.0","id":"00000000-0000-0000-0000-000000000007","source":"outbox","type":"order.created","#,
+                r#""subject":"4\"2","time":"1970-01-01T00:00:00Z","datacontenttype":"application/json","sequence":"7","#,
+                r#""partitionkey":"order:4\"2","correlationid":"req-1","schemaversion":1,"traceparent":"00-ab-cd-01","#,
+                r#""data":{"a": 1e400,  "b":"\ud83d\ude00"}}"#
+            )
+        );
+    }
+
+    #[test]
+    fn an_event_without_a_key_has_neither_subject_nor_partition_key() {
+        let json: serde_json::Value = serde_json::from_slice(&json(&event(1), "outbox")).expect("JSON");
+        assert_eq!(json.get("subject"), None);
+        assert_eq!(json.get("partitionkey"), None);
+        assert_eq!(json["data"], serde_json::json!({}));
+    }
+}

@@ -1,0 +1,166 @@
+//! Splits a batch into requests that may be in flight together, without letting a key overtake itself.
+//!
+//! All events of a key that are in flight together ride in one request, in order. What does not fit waits for the next
+//! round, which starts when every request of this one is answered; a key that failed takes no part in it.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::event::{Event, Key, Outcome};
+
+/// What one request, and one round of them, may hold.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Events in one request.
+    pub request_events: usize,
+    /// Bytes in one request. An event larger than this rides alone.
+    pub request_bytes: usize,
+    /// Requests in flight together.
+    pub requests: usize,
+}
+
+/// The state of one publish call: which events have their answer.
+pub struct Rounds<'a> {
+    events: &'a [&'a Event],
+    outcomes: Vec<Option<Outcome>>,
+    stopped: HashSet<Key<'a>>,
+    ended: bool,
+}
+
+impl<'a> Rounds<'a> {
+    /// All of `events` unanswered.
+    pub fn new(events: &'a [&'a Event]) -> Self {
+        Self { events, outcomes: vec![None; events.len()], stopped: HashSet::new(), ended: false }
+    }
+
+    /// The next requests to send together, as indexes into the events, ascending within a request. Empty: nothing is
+    /// left to send. `bytes` is an event's size on the wire.
+    pub fn next(&self, limits: Limits, bytes: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+        if self.ended {
+            return Vec::new();
+        }
+        let mut requests: Vec<(Vec<usize>, usize)> = Vec::new();
+        // Where a key's events ride this round; `None`: its request is full and the rest of the key waits.
+        let mut seats: HashMap<Key<'a>, Option<usize>> = HashMap::new();
+        let mut open: Option<usize> = None;
+        for (index, event) in self.events.iter().enumerate() {
+            let key = event.key();
+            if self.outcomes[index].is_some() || key.is_some_and(|key| self.stopped.contains(&key)) {
+                continue;
+            }
+            let size = bytes(index);
+            let fits = |at: usize| {
+                let (members, total): &(Vec<usize>, usize) = &requests[at];
+                members.len() < limits.request_events && total + size <= limits.request_bytes
+            };
+            let seat = match key.and_then(|key| seats.get(&key).copied()) {
+                Some(Some(at)) if fits(at) => Some(at),
+                Some(_) => None,
+                None => match open.filter(|&at| fits(at)) {
+                    Some(at) => Some(at),
+                    None if requests.len() < limits.requests => {
+                        requests.push((Vec::new(), 0));
+                        open = Some(requests.len() - 1);
+                        open
+                    }
+                    None => None,
+                },
+            };
+            if let Some(at) = seat {
+                requests[at].0.push(index);
+                requests[at].1 += size;
+            }
+            if let Some(key) = key {
+                seats.insert(key, seat);
+            }
+        }
+        requests.into_iter().map(|(members, _)| members).collect()
+    }
+
+    /// Records an answer; a failure stops the event's key.
+    pub fn answer(&mut self, index: usize, outcome: Outcome) {
+        if matches!(outcome, Outcome::Failed(_))
+            && let Some(key) = self.events[index].key()
+        {
+            self.stopped.insert(key);
+        }
+        self.outcomes[index] = Some(outcome);
+    }
+
+    /// Sends nothing more in this call: the destination is unwell, or the deadline has come.
+    pub fn end(&mut self) {
+        self.ended = true;
+    }
+
+    /// Every event's outcome; what was never answered is [`Outcome::Held`].
+    pub fn into_outcomes(self) -> Vec<Outcome> {
+        self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Outcome::Held)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::testing::{event, keyed};
+    use crate::event::{Fault, PublishError};
+
+    const LIMITS: Limits = Limits { request_events: 3, request_bytes: 100, requests: 2 };
+
+    fn delivered() -> Outcome {
+        Outcome::Delivered { message_id: None }
+    }
+
+    #[test]
+    fn a_key_rides_in_one_request_and_its_rest_waits_for_the_next_round() {
+        let events: Vec<Event> = (1..=5).map(|id| keyed(id, "a")).chain([keyed(6, "b"), event(7)]).collect();
+        let refs: Vec<&Event> = events.iter().collect();
+        let mut rounds = Rounds::new(&refs);
+        assert_eq!(rounds.next(LIMITS, |_| 10), [vec![0, 1, 2], vec![5, 6]]);
+        for index in [0, 1, 2, 5, 6] {
+            rounds.answer(index, delivered());
+        }
+        assert_eq!(rounds.next(LIMITS, |_| 10), [vec![3, 4]]);
+    }
+
+    #[test]
+    fn a_failed_key_takes_no_further_part() {
+        let events: Vec<Event> = (1..=5).map(|id| keyed(id, "a")).collect();
+        let refs: Vec<&Event> = events.iter().collect();
+        let mut rounds = Rounds::new(&refs);
+        rounds.answer(0, delivered());
+        rounds.answer(1, Outcome::Failed(PublishError::new(Fault::Event, "X", "")));
+        rounds.answer(2, Outcome::Held);
+        assert!(rounds.next(LIMITS, |_| 10).is_empty());
+        let outcomes = rounds.into_outcomes();
+        assert_eq!(outcomes.iter().filter(|outcome| **outcome == Outcome::Held).count(), 3);
+    }
+
+    #[test]
+    fn bytes_count_and_an_oversize_event_rides_alone() {
+        let events: Vec<Event> = (1..=4).map(event).collect();
+        let refs: Vec<&Event> = events.iter().collect();
+        let rounds = Rounds::new(&refs);
+        let sizes = [60, 60, 500, 10];
+        let limits = Limits { requests: 9, ..LIMITS };
+        assert_eq!(rounds.next(limits, |index| sizes[index]), [vec![0], vec![1], vec![2], vec![3]]);
+    }
+
+    #[test]
+    fn a_small_event_never_overtakes_a_large_one_of_its_key() {
+        // The second of key `a` does not fit beside the first; the third would, and must wait all the same.
+        let events = [keyed(1, "a"), keyed(2, "a"), keyed(3, "a")];
+        let refs: Vec<&Event> = events.iter().collect();
+        let rounds = Rounds::new(&refs);
+        let sizes = [60, 60, 10];
+        assert_eq!(rounds.next(LIMITS, |index| sizes[index]), [vec![0]]);
+    }
+
+    #[test]
+    fn after_its_end_nothing_is_sent() {
+        let events = [event(1)];
+        let refs: Vec<&Event> = events.iter().collect();
+        let mut rounds = Rounds::new(&refs);
+        rounds.end();
+        assert!(rounds.next(LIMITS, |_| 1).is_empty());
+        assert_eq!(rounds.into_outcomes(), [Outcome::Held]);
+    }
+}

@@ -1,0 +1,120 @@
+//! Names made from an event: `{event_type}`, `{aggregate_type}`, `{source}` in a stream's or channel's name.
+
+use std::borrow::Cow;
+
+use crate::event::Event;
+use crate::sink::cloudevent;
+
+/// A name with placeholders, checked when it is configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Template(Vec<Part>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    EventType,
+    AggregateType,
+    Source,
+}
+
+/// Why a template cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    /// A name of no characters.
+    #[error("the name is empty")]
+    Empty,
+    /// A brace without its partner.
+    #[error("a {{ or }} without its partner in {0:?}")]
+    Brace(String),
+    /// No such placeholder.
+    #[error("unknown placeholder {{{0}}}; there are {{event_type}}, {{aggregate_type}} and {{source}}")]
+    Placeholder(String),
+}
+
+impl std::str::FromStr for Template {
+    type Err = TemplateError;
+
+    fn from_str(text: &str) -> Result<Self, TemplateError> {
+        if text.is_empty() {
+            return Err(TemplateError::Empty);
+        }
+        let brace = || TemplateError::Brace(text.to_owned());
+        let mut parts = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let open = rest.find(['{', '}']).unwrap_or(rest.len());
+            if open > 0 {
+                parts.push(Part::Text(rest[..open].to_owned()));
+            }
+            rest = &rest[open..];
+            if rest.is_empty() {
+                break;
+            }
+            let close = rest.find('}').filter(|_| rest.starts_with('{')).ok_or_else(brace)?;
+            parts.push(match &rest[1..close] {
+                "event_type" => Part::EventType,
+                "aggregate_type" => Part::AggregateType,
+                "source" => Part::Source,
+                other => return Err(TemplateError::Placeholder(other.to_owned())),
+            });
+            rest = &rest[close + 1..];
+        }
+        Ok(Self(parts))
+    }
+}
+
+impl Template {
+    /// The one name it always gives, where it has no placeholder.
+    pub fn fixed(&self) -> Option<&str> {
+        match self.0.as_slice() {
+            [Part::Text(text)] => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The name for `event`; a part that the event lacks is empty.
+    pub fn render(&self, event: &Event, default_source: &str) -> Cow<'_, str> {
+        if let Some(text) = self.fixed() {
+            return Cow::Borrowed(text);
+        }
+        let mut name = String::new();
+        for part in &self.0 {
+            name.push_str(match part {
+                Part::Text(text) => text,
+                Part::EventType => &event.event_type,
+                Part::AggregateType => event.aggregate_type.as_deref().unwrap_or_default(),
+                Part::Source => cloudevent::source(event, default_source),
+            });
+        }
+        Cow::Owned(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::testing::keyed;
+
+    fn template(text: &str) -> Template {
+        text.parse().expect(text)
+    }
+
+    #[test]
+    fn placeholders_are_filled_from_the_event() {
+        let event = keyed(1, "42");
+        assert_eq!(template("events").render(&event, "s"), "events");
+        assert_eq!(template("{event_type}").render(&event, "s"), "order.created");
+        assert_eq!(template("a:{aggregate_type}/{source}!").render(&event, "s"), "a:order/s!");
+        assert_eq!(template("events").fixed(), Some("events"));
+        assert_eq!(template("{source}").fixed(), None);
+    }
+
+    #[test]
+    fn a_bad_template_says_what_is_wrong() {
+        let error = |text: &str| text.parse::<Template>().expect_err(text).to_string();
+        assert_eq!(error(""), "the name is empty");
+        assert_eq!(error("a{b"), r#"a { or } without its partner in "a{b""#);
+        assert_eq!(error("a}b{"), r#"a { or } without its partner in "a}b{""#);
+        assert_eq!(error("a{key}"), "unknown placeholder {key}; there are {event_type}, {aggregate_type} and {source}");
+    }
+}
