@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// blips, and long enough that a refused connection is not a busy loop.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
+/// How many strained calls in a row lengthen the pause: to 800 ms, which is time for any token bucket to refill.
+const MAX_STRAIN: u32 = 5;
+
 /// When a breaker opens, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BreakerPolicy {
@@ -106,11 +109,16 @@ impl Breaker {
             State::HalfOpen { .. } => self.open(now),
             State::Closed { .. } if self.failures.len() >= self.policy.threshold as usize => self.open(now),
             State::Closed { .. } => {
-                let doubled = FIRST_PAUSE.saturating_mul(1 << (self.consecutive - 1).min(16));
-                self.state = State::Closed { not_before: Some(now + doubled.min(self.policy.recovery)) };
+                self.state = State::Closed { not_before: Some(now + self.pause()) };
                 false
             }
         }
+    }
+
+    /// A call was answered in part, as when a destination throttles: pauses, but never opens, because the destination works.
+    pub fn strained(&mut self, now: Instant) {
+        self.consecutive = self.consecutive.saturating_add(1).min(MAX_STRAIN);
+        self.state = State::Closed { not_before: Some(now + self.pause()) };
     }
 
     /// The destination is set up wrongly: opens at once, whatever the threshold. Returns whether it was closed.
@@ -125,6 +133,12 @@ impl Breaker {
         if matches!(self.state, State::HalfOpen { .. }) {
             self.state = State::Open { until: now };
         }
+    }
+
+    /// The pause that the failures in a row call for.
+    fn pause(&self) -> Duration {
+        let doubled = FIRST_PAUSE.saturating_mul(1 << self.consecutive.saturating_sub(1).min(16));
+        doubled.min(self.policy.recovery)
     }
 
     fn open(&mut self, now: Instant) -> bool {
@@ -197,6 +211,16 @@ mod tests {
         breaker.failed(now);
         assert!(!breaker.failed(now + 61 * SECOND));
         assert!(!breaker.is_open());
+    }
+
+    #[test]
+    fn strain_pauses_a_little_longer_each_time_and_never_opens() {
+        let (mut breaker, now) = breaker();
+        (0..100).for_each(|_| breaker.strained(now));
+        assert_eq!(breaker.admit(now), Admission::No(now + 16 * FIRST_PAUSE));
+        assert!(!breaker.is_open());
+        assert!(!breaker.succeeded());
+        assert_eq!(breaker.admit(now), Admission::Yes);
     }
 
     #[test]

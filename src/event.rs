@@ -295,7 +295,7 @@ pub struct Event {
     pub aggregate_id: Option<String>,
     /// The payload's JSON as the database prints it, passed through and never parsed.
     pub payload: Vec<u8>,
-    /// Flat headers, in the database's order.
+    /// Flat headers, by name.
     pub headers: Vec<(String, String)>,
     /// Shared by all events of one business operation.
     pub correlation_id: Option<String>,
@@ -426,8 +426,11 @@ pub enum Verdict {
         /// Why.
         error: PublishError,
     },
-    /// No route took it, and the configuration says to drop such events.
-    Drop,
+    /// Not wanted anywhere, by configuration.
+    Drop {
+        /// Which part of the configuration says so.
+        reason: &'static str,
+    },
     /// Uncharged and still owed. `None` leaves the row as it is; `Some` schedules it for after the delay, out of the
     /// way of the events behind it.
     Wait {
@@ -458,7 +461,7 @@ impl Tally {
             Verdict::Published { .. } => self.published += 1,
             Verdict::Retry { .. } => self.retried += 1,
             Verdict::DeadLetter { .. } => self.dead_lettered += 1,
-            Verdict::Drop => self.dropped += 1,
+            Verdict::Drop { .. } => self.dropped += 1,
             Verdict::Wait { .. } => self.waiting += 1,
         }
     }

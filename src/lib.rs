@@ -1,7 +1,42 @@
-//! x
+//! A transactional-outbox relay: committed rows of `event_outbox` reach Redis and Amazon EventBridge, in order, recorded,
+//! nothing lost.
+//!
+//! Applications need [`emit`] and [`NewEvent`] only. The rest is the program `relay`:
+//!
+//! ```text
+//!             claim                    publish                       settle
+//!   outbox ───────────▶ relay: lanes ───────────▶ sinks ─▶ outcomes ────────▶ outbox, processing log, dead letters
+//!   (PostgreSQL)        route, breaker            (Redis, EventBridge, stdout)  one transaction
+//!                                     retry: outcome ─▶ verdict
+//! ```
+//!
+//! - **Nothing is lost.** A row leaves the outbox in the transaction that records what became of it.
+//! - **Order per key.** A key lives in one partition, a partition has one owner at a time, and a key stops at its first
+//!   failure.
+//! - **Repeats only after a fault**, because a crash between publish and settle leaves the row pending.
+//! - **Not promised**: order on EventBridge, that anyone heard a Pub/Sub message, durability beyond the destination's own.
+//!
+//! The modules, in the order of the flow. Arrows between them point one way: only [`relay`] knows stores, sinks and rules
+//! at once.
+//!
+//! - [`event`]: the vocabulary.
+//! - [`outbox`]: the contract of a store; [`outbox::postgres`] has all SQL.
+//! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
+//! - [`sink`]: the contract of a destination, and its kinds.
+//! - [`relay`](mod@relay): the engine.
+//! - [`config`], [`secret`], [`shutdown`], [`cli`]: the program around it.
+
 pub mod breaker;
+pub mod cli;
+pub mod config;
 pub mod event;
+pub mod outbox;
+pub mod relay;
 pub mod retry;
 pub mod route;
+pub mod secret;
+pub mod shutdown;
 pub mod sink;
+
 pub use event::{NewEvent, NewEventError};
+pub use outbox::postgres::emit::{EmitError, emit};

@@ -19,6 +19,17 @@ use async_trait::async_trait;
 
 use crate::event::{Event, Outcome, PublishError};
 
+/// What a document-shaped destination is given for an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+pub enum Format {
+    /// Structured `CloudEvents` JSON, with the payload as `data`.
+    CloudEvents,
+    /// The payload alone.
+    Payload,
+}
+
 /// One configured place to publish to.
 ///
 /// Implementations are called by several lanes at once, with different keys. They classify failures and decide nothing:

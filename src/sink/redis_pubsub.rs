@@ -1,1 +1,72 @@
-//! x
+//! Redis Pub/Sub: one message per event. That nobody listens is success; that somebody heard is never known.
+
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use crate::event::{Event, Outcome, PublishError};
+use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
+use crate::sink::template::Template;
+use crate::sink::{Format, Sink, cloudevent};
+
+/// See the module.
+pub struct RedisPubSub {
+    redis: Redis,
+    messages: Messages,
+}
+
+struct Messages {
+    channel: Template,
+    format: Format,
+    source: String,
+}
+
+impl RedisPubSub {
+    /// A sink for the channels that `channel` names. `source` stands in for an event's empty source. `timeout` bounds the
+    /// wait for one answer.
+    pub fn new(address: RedisAddress, channel: Template, format: Format, source: String, timeout: Duration) -> Self {
+        Self { redis: Redis::new(address, timeout), messages: Messages { channel, format, source } }
+    }
+}
+
+impl Commands for Messages {
+    fn write(&self, event: &Event, command: &mut Command) {
+        command.word("PUBLISH");
+        command.word(self.channel.render(event, &self.source).as_bytes());
+        match self.format {
+            Format::CloudEvents => command.word(cloudevent::json(event, &self.source)),
+            Format::Payload => command.word(&event.payload),
+        }
+    }
+
+    fn key<'a>(&'a self, _: &'a Event) -> Option<Cow<'a, str>> {
+        None // a channel is not a key
+    }
+
+    fn one_key(&self) -> bool {
+        self.channel.fixed().is_some()
+    }
+}
+
+#[async_trait]
+impl Sink for RedisPubSub {
+    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
+        // The number of receivers is no identity of the message.
+        let mut outcomes = self.redis.publish(events, deadline, &self.messages).await;
+        for outcome in &mut outcomes {
+            if let Outcome::Delivered { message_id } = outcome {
+                *message_id = None;
+            }
+        }
+        outcomes
+    }
+
+    async fn check(&self) -> Result<String, PublishError> {
+        let server = self.redis.check().await?;
+        Ok(match self.messages.channel.fixed() {
+            Some(channel) => format!("{server}, channel {channel:?}"),
+            None => format!("{server}, channels by template"),
+        })
+    }
+}

@@ -1,1 +1,86 @@
-//! x
+//! Redis Streams: one entry per event, one field per attribute, the payload's exact JSON in `data`.
+
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use crate::event::{Event, Fault, Outcome, PublishError};
+use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
+use crate::sink::template::Template;
+use crate::sink::{Sink, cloudevent};
+
+/// See the module.
+pub struct RedisStream {
+    redis: Redis,
+    entries: Entries,
+}
+
+struct Entries {
+    stream: Template,
+    /// Approximate; `None`: streams grow until somebody trims them.
+    max_length: Option<u64>,
+    source: String,
+}
+
+impl RedisStream {
+    /// A sink for the streams that `stream` names. `max_length` trims each of them, approximately, to its newest entries,
+    /// read or not. `source` stands in for an event's empty source. `timeout` bounds the wait for one answer.
+    pub fn new(
+        address: RedisAddress,
+        stream: Template,
+        max_length: Option<u64>,
+        source: String,
+        timeout: Duration,
+    ) -> Self {
+        Self { redis: Redis::new(address, timeout), entries: Entries { stream, max_length, source } }
+    }
+}
+
+impl Commands for Entries {
+    fn write(&self, event: &Event, command: &mut Command) {
+        command.word("XADD");
+        command.word(self.stream.render(event, &self.source).as_bytes());
+        if let Some(length) = self.max_length {
+            command.word("MAXLEN");
+            command.word("~");
+            command.word(length.to_string());
+        }
+        command.word("*");
+        cloudevent::attributes(event, &self.source, |name, value| {
+            command.word(name);
+            command.word(value);
+        });
+        command.word("data");
+        command.word(&event.payload);
+    }
+
+    fn key<'a>(&'a self, event: &'a Event) -> Option<Cow<'a, str>> {
+        Some(self.stream.render(event, &self.source))
+    }
+
+    fn one_key(&self) -> bool {
+        self.stream.fixed().is_some()
+    }
+}
+
+#[async_trait]
+impl Sink for RedisStream {
+    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
+        self.redis.publish(events, deadline, &self.entries).await
+    }
+
+    async fn check(&self) -> Result<String, PublishError> {
+        let server = self.redis.check().await?;
+        let Some(stream) = self.entries.stream.fixed() else { return Ok(format!("{server}, streams by template")) };
+        match self.redis.key_type(stream).await?.as_str() {
+            "stream" | "none" => Ok(format!("{server}, stream {stream:?}")),
+            other => {
+                let message = format!(
+                    "the key {stream:?} holds a {other}, not a stream; choose another name by RELAY_REDIS_STREAM"
+                );
+                Err(PublishError::new(Fault::Misconfigured, "WRONGTYPE", message))
+            }
+        }
+    }
+}

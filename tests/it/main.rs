@@ -1,1 +1,6 @@
-fn main() {}
+//! The integration tests: one binary, so that it links once.
+#![allow(clippy::unwrap_used)]
+
+mod eventbridge;
+mod stub;
+mod support;

@@ -1,0 +1,137 @@
+//! The command line: parsing, logging, exit codes, and one file per command.
+
+mod check;
+mod emit;
+mod migrate;
+mod run;
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
+
+use crate::config::settings::{LogFormat, Settings};
+use crate::config::{self, ConfigError, secret};
+use crate::secret::Secret;
+
+/// The exit code of a wrong usage or configuration.
+const WRONG_CONFIGURATION: u8 = 2;
+
+/// The exit code of `--once` where something due is still undelivered.
+const UNDELIVERED: u8 = 3;
+
+/// Publishes the committed rows of event_outbox to Redis and Amazon EventBridge: in order per key, each result recorded, nothing lost.
+#[derive(Parser)]
+#[command(
+    name = "relay",
+    version,
+    max_term_width = 120,
+    after_help = "\
+Every option can be set by its variable, or in the file of --config by its name with _ for -. Options win over variables,
+variables over the file.
+
+Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration; 3 --once ended with something due still
+undelivered (waiting for a retry, dead-lettered in this run, or its destination down)."
+)]
+struct Cli {
+    /// Publish what is due, then exit. Safe beside other relays, and twice at a time.
+    #[arg(long)]
+    once: bool,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Publish until SIGTERM or SIGINT; also what `relay` alone does.
+    Run {
+        /// Publish what is due, then exit.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Bring the database to the schema this relay needs. Safe twice, twice at once, and beside running relays.
+    Migrate,
+    /// Show the configuration in force, and try the database and every destination.
+    Check {
+        /// Print one JSON document instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Insert one event, in a transaction of its own, and print its event_id.
+    Emit(emit::EmitArgs),
+}
+
+/// Parses the arguments, does what they say, and returns the exit code.
+pub fn main() -> ExitCode {
+    match dispatch(std::env::args_os().collect()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("relay: {error:#}");
+            if error.is::<ConfigError>() { WRONG_CONFIGURATION.into() } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let (mut command, file) = config::prepare(Cli::command(), &args)?;
+    let matches = match command.try_get_matches_from_mut(&args) {
+        Ok(matches) => matches,
+        Err(error) => error.exit(),
+    };
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    start_logging(&cli.settings)?;
+    let settings = &cli.settings;
+    match cli.command {
+        None => run::run(settings, &file, cli.once),
+        Some(Command::Run { once }) => run::run(settings, &file, cli.once || once),
+        Some(Command::Migrate) => migrate::migrate(settings),
+        Some(Command::Check { json }) => {
+            check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
+        }
+        Some(Command::Emit(args)) => emit::emit(settings, args),
+    }
+}
+
+/// The URL of the database; there must be one.
+fn database_url(settings: &Settings) -> Result<Secret, ConfigError> {
+    secret("DATABASE_URL", settings.database_url.as_ref(), settings.database_url_file.as_ref())?.ok_or_else(|| {
+        ConfigError::Contradiction(
+            "DATABASE_URL is not set: postgres://user:password@host/database, or its file in DATABASE_URL_FILE"
+                .to_owned(),
+        )
+    })
+}
+
+/// Logs go to standard error; standard output is for data.
+fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
+    let filter: Targets = settings
+        .log
+        .parse()
+        .map_err(|error| ConfigError::Invalid { setting: "RELAY_LOG".to_owned(), reason: format!("{error}") })?;
+    // At their lower levels the drivers log statements and requests, which hold payloads.
+    let filter =
+        filter.with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)));
+    let terminal = std::io::stderr().is_terminal();
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal).with_target(false);
+    let layer = match settings.log_format {
+        LogFormat::Text => layer.boxed(),
+        LogFormat::Auto if terminal => layer.boxed(),
+        LogFormat::Auto | LogFormat::Json => layer.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+    Ok(())
+}
+
+/// The runtime of a command; `threads` beyond one only where lanes can use them.
+fn runtime(threads: usize) -> anyhow::Result<tokio::runtime::Runtime> {
+    // The one TLS provider of the process; without it the first encrypted connection panics.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        tracing::debug!("a TLS provider was installed already");
+    }
+    Ok(tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?)
+}

@@ -1,0 +1,67 @@
+//! `relay check`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::cli::{database_url, runtime};
+use crate::config::destinations::destinations;
+use crate::config::file::ConfigFile;
+use crate::config::settings::Settings;
+use crate::outbox::postgres::schema::{self, Check};
+
+/// How long a destination may take to answer: a person waits.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(15);
+
+pub(super) fn check(
+    settings: &Settings,
+    file: &ConfigFile,
+    in_force: &[(String, String, &'static str)],
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let url = database_url(settings)?;
+    let (destinations, _) = destinations(settings, file)?;
+    let checks = runtime(1)?.block_on(async {
+        let mut checks = schema::check(&url, settings.database_pooled).await;
+        for destination in destinations {
+            let (name, sink) = destination.open(settings).await;
+            let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {
+                Ok(result) => result.map_err(|error| error.to_string()),
+                Err(_) => {
+                    Err(format!("no answer within {} s; is it up, and is its address right?", CHECK_TIMEOUT.as_secs()))
+                }
+            };
+            checks.push(Check { subject: format!("destination {name}"), result });
+        }
+        checks
+    });
+    if json {
+        let settings: serde_json::Map<_, _> = in_force
+            .iter()
+            .map(|(name, value, from)| (name.clone(), json!({ "value": value, "from": from })))
+            .collect();
+        let checks: Vec<_> = checks
+            .iter()
+            .map(|check| match &check.result {
+                Ok(found) => json!({ "subject": check.subject, "ok": true, "found": found }),
+                Err(problem) => json!({ "subject": check.subject, "ok": false, "problem": problem }),
+            })
+            .collect();
+        println!("{}", json!({ "settings": settings, "checks": checks }));
+    } else {
+        let width = in_force.iter().map(|(name, ..)| name.len()).max().unwrap_or_default();
+        for (name, value, from) in in_force {
+            println!("{name:width$}  {value}  ({from})");
+        }
+        println!();
+        for check in &checks {
+            match &check.result {
+                Ok(found) => println!("ok    {}: {found}", check.subject),
+                Err(problem) => println!("FAIL  {}: {problem}", check.subject),
+            }
+        }
+    }
+    let failed = checks.iter().any(|check| check.result.is_err());
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}

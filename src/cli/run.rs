@@ -1,0 +1,98 @@
+//! `relay run` and `relay --once`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use sd_notify::NotifyState;
+
+use crate::cli::{UNDELIVERED, database_url, runtime};
+use crate::config::destinations::destinations;
+use crate::config::file::ConfigFile;
+use crate::config::settings::Settings;
+use crate::outbox::OutboxError;
+use crate::outbox::postgres::{PgConfig, PgOutbox};
+use crate::relay::{Readiness, Relay};
+use crate::shutdown;
+
+pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
+    if !settings.enabled {
+        tracing::info!("EVENT_SYSTEM_ENABLED is false: nothing is published");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (destinations, router) = destinations(settings, file)?;
+    let outbox = PgOutbox::new(PgConfig {
+        url: database_url(settings)?,
+        pooled: settings.database_pooled,
+        publish_timeout: std::time::Duration::from_millis(settings.publish_timeout),
+        log_retention: settings.log_retention,
+        history_retention: settings.history_retention,
+        history: settings.history,
+        worker: worker(),
+    });
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);
+    runtime(threads)?.block_on(async {
+        let stop = shutdown::on_signal().context("cannot listen for signals")?;
+        let mut sinks = Vec::new();
+        for destination in destinations {
+            let (name, sink) = destination.open(settings).await;
+            match sink.check().await {
+                Ok(found) => tracing::info!(destination = name, "{found}"),
+                // It may be up by the time there is an event for it.
+                Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+            }
+            sinks.push((name, sink));
+        }
+        if settings.database_pooled {
+            tracing::warn!(
+                "RELAY_DATABASE_POOLED is true: producers cannot wake this relay, it polls every {} ms",
+                settings.polling_interval
+            );
+        }
+        let relay = Relay::new(outbox, sinks, router, settings.relay());
+        if once {
+            let drained = relay.drain(stop).await.map_err(explained)?;
+            tracing::info!(
+                published = drained.tally.published,
+                retried = drained.tally.retried,
+                dead_lettered = drained.tally.dead_lettered,
+                undelivered = drained.undelivered,
+                "done"
+            );
+            return Ok(if drained.undelivered { UNDELIVERED.into() } else { ExitCode::SUCCESS });
+        }
+        let watcher = tokio::spawn(tell_systemd(Arc::clone(&relay)));
+        let tally = relay.run(stop).await.map_err(explained)?;
+        watcher.abort();
+        tracing::info!(published = tally.published, dead_lettered = tally.dead_lettered, "stopped");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// An error of the store as its one line for people.
+pub(super) fn explained(error: OutboxError) -> anyhow::Error {
+    anyhow::anyhow!(error.explain())
+}
+
+/// Follows the relay's readiness; without systemd nobody listens, which is fine.
+async fn tell_systemd<O: crate::outbox::Outbox>(relay: Arc<Relay<O>>) {
+    let mut readiness = relay.readiness();
+    loop {
+        let now = readiness.borrow_and_update().clone();
+        let told = match now {
+            Readiness::Ready => sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("ready")]),
+            Readiness::NotReady(reason) => sd_notify::notify(&[NotifyState::Status(&format!("not ready: {reason}"))]),
+        };
+        if let Err(error) = told {
+            tracing::debug!(%error, "systemd was not told");
+        }
+        if readiness.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Who writes the processing log: host name and process id.
+fn worker() -> String {
+    format!("{}:{}", gethostname::gethostname().to_string_lossy(), std::process::id())
+}

@@ -1,0 +1,182 @@
+//! The contract of a store: claiming events, settling what became of them, and sleeping until there are more.
+//!
+//! [`postgres`] is the one implementation; all SQL is in there. [`error`] says what to do about what goes wrong.
+
+pub mod error;
+pub mod postgres;
+
+use std::future::Future;
+use std::time::Duration;
+
+use crate::event::{Event, PublishError, Verdict};
+pub use error::OutboxError;
+
+/// What a lane asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct ClaimRequest<'a> {
+    /// At most this many events.
+    pub max_events: usize,
+    /// About this many bytes of payload; one event is always given, however large.
+    pub max_bytes: usize,
+    /// Payloads over this many bytes are not read; their events come with a defect.
+    pub max_payload: usize,
+    /// The names of all configured destinations.
+    pub destinations: &'a [String],
+}
+
+/// The answer to a claim.
+#[derive(Debug)]
+pub enum Claim {
+    /// These are the lane's until it settles.
+    Batch {
+        /// In `id` order per key; never empty.
+        claimed: Vec<Claimed>,
+        /// There is more where they came from.
+        full: bool,
+    },
+    /// There are pending events, and all of them are another lane's or another relay's.
+    Busy,
+    /// Nothing is pending.
+    Empty,
+}
+
+/// One claimed event with what the store knows of it.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The event.
+    pub event: Event,
+    /// `available_at` has come.
+    pub due: bool,
+    /// Why it can go nowhere, such as a payload over the limit.
+    pub defect: Option<PublishError>,
+    /// The destinations at which an earlier event of its key still waits.
+    pub behind: Vec<Behind>,
+}
+
+/// An earlier event of the same key waits at this destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Behind {
+    /// Where.
+    pub destination: String,
+    /// How long until that event is due.
+    pub remaining: Duration,
+}
+
+/// What became of one event at one destination.
+#[derive(Debug)]
+pub struct Delivery<'a> {
+    /// The event, of the batch that is being settled.
+    pub event: &'a Event,
+    /// The destination's name; empty for an event that never got as far as one.
+    pub destination: &'a str,
+    /// What is to be recorded.
+    pub verdict: Verdict,
+    /// How long the publish call took that carried it.
+    pub duration: Duration,
+}
+
+/// What a promotion found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Promoted {
+    /// Scheduled events that became pending.
+    pub count: usize,
+    /// How long until the next one is due, where there is one.
+    pub next_due: Option<Duration>,
+}
+
+/// A store of events.
+pub trait Outbox: Send + Sync + 'static {
+    /// One connection's worth of claiming and settling.
+    type Lane: Lane;
+    /// What ends a sleep early.
+    type Wakeup: Wakeup;
+
+    /// A lane; it connects when it is first used, and again after every error.
+    fn lane(&self) -> Self::Lane;
+
+    /// A way to be woken; `None` where the store or the configuration has none, and polling alone must do.
+    fn wakeup(&self) -> Option<Self::Wakeup>;
+
+    /// Readies the store for a run: it fits this binary, can be written to, and has room for the days ahead.
+    ///
+    /// # Errors
+    /// What stands in the way. [`OutboxError::is_final`] tells whether waiting can help.
+    fn prepare(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Makes the days ahead and drops those past their retention.
+    ///
+    /// # Errors
+    /// What stands in the way; it is enough to try again within a few days.
+    fn maintain(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+}
+
+/// One loop's access to the store.
+///
+/// Its futures are never cancelled: a dropped one would leave a connection in an unknown state. After an error the
+/// connection is gone, and with it every claim it held.
+pub trait Lane: Send {
+    /// Takes some events. An earlier claim must have been settled.
+    ///
+    /// After a settle that failed it first proves that the store can be written to: a database that cannot record must
+    /// not become a machine that repeats.
+    ///
+    /// # Errors
+    /// Nothing was claimed.
+    fn claim(&mut self, request: ClaimRequest<'_>) -> impl Future<Output = Result<Claim, OutboxError>> + Send;
+
+    /// Records what became of the claimed events, in one transaction, and gives up the claim. `deliveries` are grouped
+    /// by event. An event none of whose verdicts changes anything stays as it is; so does one that is not mentioned.
+    ///
+    /// # Errors
+    /// Whether it was recorded is unknown: the next claim tells.
+    fn settle(&mut self, deliveries: &[Delivery<'_>]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Makes due events pending that were scheduled: delayed ones, and those owed to one of `destinations`.
+    ///
+    /// # Errors
+    /// Nothing was changed.
+    fn promote(
+        &mut self,
+        destinations: &[&str],
+        max_events: usize,
+    ) -> impl Future<Output = Result<Promoted, OutboxError>> + Send;
+
+    /// Whether some event still waits for a retry or for its destination.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn has_owed(&mut self) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+}
+
+/// Whether producers will wake a sleeper.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Armed {
+    /// From now on they will. Look once more, then sleep.
+    Yes,
+    /// Another relay sleeps armed, and its wake-up reaches this one too. Look once more, sleep a while, ask again: when
+    /// that one dies, nobody is woken.
+    Standby,
+    /// A producer is in flight that will not wake anybody: keep looking.
+    No,
+}
+
+/// How a relay sleeps without a poll storm and without costing producers anything while it is awake.
+pub trait Wakeup: Send {
+    /// Asks to be woken.
+    ///
+    /// # Errors
+    /// It cannot be done now; polling goes on.
+    fn arm(&mut self) -> impl Future<Output = Result<Armed, OutboxError>> + Send;
+
+    /// Sleeps until woken, at most this long; returns whether it was. May be cancelled.
+    ///
+    /// # Errors
+    /// The connection was lost: look at once.
+    fn wait(&mut self, at_most: Duration) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+
+    /// No longer needs to be woken.
+    ///
+    /// # Errors
+    /// The connection was lost, which disarms too.
+    fn disarm(&mut self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+}

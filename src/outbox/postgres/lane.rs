@@ -1,0 +1,362 @@
+//! Claim and settle: the protocol of a lane.
+//!
+//! A claim is an open transaction that holds one advisory lock per partition it took, and nothing else: no row lock, no
+//! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
+//! lane that dies frees its partitions at once, with no lease to wait for.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
+
+use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::outbox::postgres::records::Records;
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered};
+use crate::outbox::{Behind, Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Promoted};
+
+/// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
+const PARTITIONS: i32 = 640;
+
+/// Lists the non-empty partitions by a loose scan of the primary key, which touches one index entry each, and takes the
+/// first `$1` that nobody holds: the most urgent first, within a priority from a random one on (`$2`), so that a busy
+/// partition starves no other.
+const TAKE_PARTITIONS: &str = "
+with recursive pending(partition) as (
+    (select partition::int from event_outbox where partition < 640 order by partition limit 1)
+    union all
+    select (select o.partition::int from event_outbox o where o.partition > p.partition and o.partition < 640
+            order by o.partition limit 1)
+    from pending p where p.partition is not null
+)
+select
+    (select count(partition)::int from pending),
+    array(
+        select partition from (
+            select partition from pending where partition is not null
+            order by partition / 64, (partition % 64 + $2) % 64 offset 0
+        ) ordered
+        where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, partition)
+        limit $1
+    )";
+
+/// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
+/// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
+///
+/// `$1` partitions, `$2` events, `$3` bytes, `$4` payload limit, `$5` destinations. The sizes are computed outside of the
+/// innermost LIMIT, so only for rows that may be returned; a payload's text is measured only where it may be large.
+/// Whether anything waits behind a failed event of its key is asked once per statement, and per row only then.
+const READ_BATCH: &str = "
+select o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
+       case when o.size <= $4 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
+       o.schema_version, o.created_at, o.attempts, o.available_at <= statement_timestamp(), o.size,
+       behind.destinations, behind.remaining_ms
+from (
+    select b.*, sum(b.size) over (order by b.ordinal, b.id, b.destination) - b.size as bytes_before
+    from (
+        select c.*, case when pg_column_size(c.payload) <= 2000 then pg_column_size(c.payload)
+                         else octet_length(c.payload::text) end::bigint as size
+        from (
+            select t.ordinal, e.*
+            from unnest($1::int[]) with ordinality t(partition, ordinal)
+            cross join lateral (
+                select * from event_outbox where partition = t.partition::smallint order by id, destination limit $2
+            ) e
+            order by t.ordinal, e.id, e.destination
+            limit $2
+        ) c
+    ) b
+) o
+cross join (select exists (
+    select from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
+) as any) waiting
+left join lateral (
+    select array_agg(d.destination) as destinations, array_agg(head.remaining_ms) as remaining_ms
+    from unnest(case o.destination when '' then $5::text[] else array[o.destination] end) d(destination)
+    cross join lateral (
+        select (extract(epoch from w.available_at - statement_timestamp()) * 1000)::bigint as remaining_ms
+        from event_outbox w
+        where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
+          and w.aggregate_id is not null
+          and hashtextextended(w.aggregate_id, hashtextextended(coalesce(w.aggregate_type, ''), 0))
+            = hashtextextended(o.aggregate_id, hashtextextended(coalesce(o.aggregate_type, ''), 0))
+          and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+          and w.partition = o.partition + 640
+          and w.id < o.id
+        order by w.id
+        limit 1
+    ) head
+    where waiting.any and o.aggregate_id is not null
+) behind on true
+where o.bytes_before < $3
+order by o.ordinal, o.id, o.destination";
+
+/// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
+/// such a row either waiting, and its key behind it, or pending, and in its place.
+const PROMOTE: &str = "
+with due as materialized (
+    select e.partition, e.id, e.destination
+    from unnest($1::text[]) d(destination)
+    cross join lateral (
+        select partition, id, destination from event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at <= statement_timestamp()
+        order by available_at, id limit $2 for update skip locked
+    ) e
+), promoted as (
+    update event_outbox o set status = 'pending' from due
+    where o.partition = due.partition and o.id = due.id and o.destination = due.destination
+    returning 1
+)
+select (select count(*) from promoted), (
+    select (extract(epoch from min(e.available_at) - statement_timestamp()) * 1000)::bigint
+    from unnest($1::text[]) d(destination)
+    cross join lateral (
+        select available_at from event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at > statement_timestamp()
+        order by available_at limit 1
+    ) e
+)";
+
+const HAS_OWED: &str = "select exists (select from event_outbox where status = 'scheduled' and destination <> '')";
+
+/// Writes as a settle does and takes it back: room for a row, the right to insert, today's partition, and a commit
+/// that reaches the disk because the transaction has an id.
+const PROVE_WRITABLE: &str = "
+begin;
+savepoint before_proof;
+insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
+values (gen_random_uuid(), 0, 'proof', '', 'published', 1, 0, '');
+rollback to savepoint before_proof;
+commit";
+
+/// See the module.
+pub struct PgLane {
+    outbox: PgOutbox,
+    connection: Option<PgConnection>,
+    begin: String,
+    /// How many partitions to take at once. A full batch halves it, a short one doubles it: a quiet system is one
+    /// transaction for everything, a deep backlog as many in parallel as there are lanes.
+    partitions: i32,
+    /// How many rows to look at. A batch cut by its bytes lowers it, so that large payloads are not measured in vain.
+    rows: usize,
+    /// A settle failed, and nothing was written since.
+    unproven: bool,
+}
+
+impl PgLane {
+    pub(super) fn new(outbox: PgOutbox) -> Self {
+        let config = &outbox.config;
+        // Everything is local to the transaction, so that it holds behind a transaction-pooling proxy too.
+        // - Each statement after the first must see what was committed before it: no higher isolation.
+        // - The timeout ends the claim of a relay that stalled; it must outlast every publish.
+        // - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
+        let begin = format!(
+            "begin isolation level read committed;
+             set local idle_in_transaction_session_timeout = {};
+             set local plan_cache_mode = force_generic_plan;
+             set local enable_seqscan = off; set local enable_bitmapscan = off;
+             set local enable_hashjoin = off; set local enable_mergejoin = off; set local jit = off",
+            (config.publish_timeout + Duration::from_secs(15)).as_millis(),
+        );
+        Self { outbox, connection: None, begin, partitions: PARTITIONS, rows: usize::MAX, unproven: false }
+    }
+
+    /// A connection that can be written to.
+    async fn ready(&mut self) -> Result<PgConnection, OutboxError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.outbox.connect().await?,
+        };
+        if self.unproven {
+            answered(
+                "prove that the database takes writes again",
+                STATEMENT_TIMEOUT,
+                connection.execute(PROVE_WRITABLE),
+            )
+            .await?;
+            self.unproven = false;
+        }
+        Ok(connection)
+    }
+
+    async fn try_claim(
+        &mut self,
+        connection: &mut PgConnection,
+        request: ClaimRequest<'_>,
+    ) -> Result<Claim, sqlx::Error> {
+        let persistent = !self.outbox.config.pooled;
+        connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+        let (pending, taken): (i32, Vec<i32>) = sqlx::query_as(TAKE_PARTITIONS)
+            .persistent(persistent)
+            .bind(self.partitions)
+            .bind(fastrand::i32(0..64))
+            .fetch_one(&mut *connection)
+            .await?;
+        if taken.is_empty() {
+            connection.execute("commit").await?;
+            return Ok(if pending == 0 { Claim::Empty } else { Claim::Busy });
+        }
+        let limit = self.rows.min(request.max_events);
+        let rows = sqlx::query(READ_BATCH)
+            .persistent(persistent)
+            .bind(&taken)
+            .bind(to_i64(limit))
+            .bind(to_i64(request.max_bytes))
+            .bind(to_i64(request.max_payload))
+            .bind(request.destinations)
+            .fetch_all(&mut *connection)
+            .await?;
+        let claimed = rows.iter().map(|row| read_claimed(row, request.max_payload)).collect::<Result<Vec<_>, _>>()?;
+        let bytes: usize = claimed.iter().map(|claimed| claimed.event.payload.len()).sum();
+        let full = rows.len() == limit || bytes >= request.max_bytes;
+        let taken = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
+        self.partitions = if full { taken / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
+        self.rows = if rows.len() < limit && full { rows.len() } else { limit }.saturating_mul(2);
+        if rows.is_empty() {
+            connection.execute("commit").await?;
+            return Ok(Claim::Busy); // the last owner settled between our two statements
+        }
+        Ok(Claim::Batch { claimed, full })
+    }
+
+    async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
+        let config = &self.outbox.config;
+        let records = Records::new(deliveries, config.history);
+        let persistent = !config.pooled;
+        records.dead_letters.insert(connection, persistent).await?;
+        records.history.insert(connection, persistent).await?;
+        records.owed.insert(connection, persistent).await?;
+        let expected = records.rows.ids.len();
+        if expected > 0 {
+            let gone = records.delete_and_log(connection, persistent, &config.worker).await?;
+            if gone != expected {
+                tracing::warn!(
+                    expected,
+                    gone,
+                    "someone else deleted rows of event_outbox while they were being published"
+                );
+            }
+        }
+        connection.execute("commit").await?;
+        Ok(())
+    }
+}
+
+impl Lane for PgLane {
+    async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
+        let mut connection = self.ready().await?;
+        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await?;
+        self.connection = Some(connection);
+        Ok(claim)
+    }
+
+    async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
+        self.unproven = true;
+        let lost = || OutboxError::Query { operation: "settle", source: sqlx::Error::WorkerCrashed };
+        let mut connection = self.connection.take().ok_or_else(lost)?;
+        answered("settle", 2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await?;
+        self.unproven = false;
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
+        let mut connection = self.ready().await?;
+        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let (count, next_due_ms): (i64, Option<i64>) = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+            sqlx::query_as(PROMOTE)
+                .persistent(!self.outbox.config.pooled)
+                .bind(destinations)
+                .bind(to_i64(max_events))
+                .fetch_one(&mut connection)
+                .await
+        })
+        .await?;
+        self.connection = Some(connection);
+        Ok(Promoted {
+            count: usize::try_from(count).unwrap_or_default(),
+            next_due: next_due_ms.map(|ms| Duration::from_millis(u64::try_from(ms).unwrap_or_default())),
+        })
+    }
+
+    async fn has_owed(&mut self) -> Result<bool, OutboxError> {
+        let mut connection = self.ready().await?;
+        let owed = answered("look for events still owed", STATEMENT_TIMEOUT, async {
+            sqlx::query_scalar(HAS_OWED).persistent(!self.outbox.config.pooled).fetch_one(&mut connection).await
+        })
+        .await?;
+        self.connection = Some(connection);
+        Ok(owed)
+    }
+}
+
+/// Decodes a row of [`READ_BATCH`]. Only a driver that disagrees with our own statement makes it fail.
+fn read_claimed(row: &PgRow, max_payload: usize) -> Result<Claimed, sqlx::Error> {
+    let size: i64 = row.try_get(16)?;
+    let payload = jsonb_text(row, 8)?;
+    let mut defect = None;
+    if payload.is_none() {
+        defect = Some(PublishError::new(
+            Fault::Unfit,
+            "payload_too_large",
+            format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
+        ));
+    }
+    let headers = match jsonb_text(row, 9)?.map(serde_json::from_slice::<BTreeMap<String, String>>) {
+        None => Vec::new(),
+        Some(Ok(headers)) => headers.into_iter().collect(),
+        Some(Err(error)) => {
+            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
+            defect = Some(PublishError::new(Fault::Unfit, "headers_invalid", message));
+            Vec::new()
+        }
+    };
+    let destinations: Option<Vec<String>> = row.try_get(17)?;
+    let remaining: Option<Vec<i64>> = row.try_get(18)?;
+    let behind = destinations
+        .unwrap_or_default()
+        .into_iter()
+        .zip(remaining.unwrap_or_default())
+        .map(|(destination, ms)| Behind {
+            destination,
+            remaining: Duration::from_millis(u64::try_from(ms).unwrap_or_default()),
+        })
+        .collect();
+    Ok(Claimed {
+        event: Event {
+            row: RowKey { partition: row.try_get(0)?, id: row.try_get(1)?, destination: row.try_get(2)? },
+            event_id: row.try_get(3)?,
+            event_type: row.try_get(4)?,
+            source: row.try_get(5)?,
+            aggregate_type: row.try_get(6)?,
+            aggregate_id: row.try_get(7)?,
+            payload: payload.unwrap_or_default().to_vec(),
+            headers,
+            correlation_id: row.try_get(10)?,
+            causation_id: row.try_get(11)?,
+            schema_version: row.try_get(12)?,
+            created_at: row.try_get(13)?,
+            attempts: row.try_get(14)?,
+        },
+        due: row.try_get(15)?,
+        defect,
+        behind,
+    })
+}
+
+/// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
+fn jsonb_text(row: &PgRow, index: usize) -> Result<Option<&[u8]>, sqlx::Error> {
+    let value = row.try_get_raw(index)?;
+    if value.is_null() {
+        return Ok(None);
+    }
+    let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
+    match bytes.split_first() {
+        Some((1, text)) => Ok(Some(text)),
+        _ => Err(sqlx::Error::Decode("jsonb of an unknown version".into())),
+    }
+}
+
+fn to_i64(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

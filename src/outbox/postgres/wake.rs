@@ -1,0 +1,107 @@
+//! Sleeping until a producer commits, by the advisory lock and trigger of `migrations/0005_wake_up.sql`.
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgListener, PgPoolOptions};
+
+use crate::outbox::postgres::{CONNECT_TIMEOUT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options};
+use crate::outbox::{Armed, OutboxError, Wakeup};
+
+/// A connection of its own that listens, and holds the sleepers' lock.
+pub struct PgWakeup {
+    outbox: PgOutbox,
+    listener: Option<PgListener>,
+    /// This session holds the sleepers' lock.
+    armed: bool,
+}
+
+impl PgWakeup {
+    pub(super) fn new(outbox: PgOutbox) -> Self {
+        Self { outbox, listener: None, armed: false }
+    }
+
+    async fn listen(&self) -> Result<PgListener, OutboxError> {
+        let options = connect_options(&self.outbox.config.url, false)?;
+        // A pool of one is the only way sqlx offers to a listener with options of its own.
+        let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_TIMEOUT).connect_lazy_with(options);
+        answered("listen for new events", CONNECT_TIMEOUT + STATEMENT_TIMEOUT, async {
+            let mut listener = PgListener::connect_with(&pool).await?;
+            listener.eager_reconnect(false);
+            listener.listen("event_outbox").await?;
+            Ok(listener)
+        })
+        .await
+    }
+
+    async fn try_arm(&self, listener: &mut PgListener) -> Result<Armed, OutboxError> {
+        let (locked, held): (bool, bool) = answered("ask to be woken", STATEMENT_TIMEOUT, async {
+            // The second column is read only where the first is false: an exclusive holder is another sleeper.
+            sqlx::query_as(
+                "with attempt as materialized (select pg_try_advisory_lock('event_outbox'::regclass::oid::int, -1) as locked)
+                 select locked, case when locked then false else exists (
+                     select from pg_locks
+                     where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
+                       and database = (select oid from pg_database where datname = current_database())
+                       and classid = 'event_outbox'::regclass and objid = ((1::bigint << 32) - 1)::oid and objsubid = 2
+                 ) end
+                 from attempt",
+            )
+            .fetch_one(listener)
+            .await
+        })
+        .await?;
+        Ok(match (locked, held) {
+            (true, _) => Armed::Yes,
+            (false, true) => Armed::Standby,
+            (false, false) => Armed::No,
+        })
+    }
+}
+
+impl Wakeup for PgWakeup {
+    async fn arm(&mut self) -> Result<Armed, OutboxError> {
+        let mut listener = match self.listener.take() {
+            Some(listener) => listener,
+            None => {
+                self.armed = false;
+                self.listen().await?
+            }
+        };
+        // What was notified before this is covered by the look that follows.
+        while listener.next_buffered().is_some() {}
+        // The lock counts: taken twice it would survive being given back once.
+        let armed = if self.armed { Armed::Yes } else { self.try_arm(&mut listener).await? };
+        self.listener = Some(listener);
+        self.armed = armed == Armed::Yes;
+        Ok(armed)
+    }
+
+    async fn wait(&mut self, at_most: Duration) -> Result<bool, OutboxError> {
+        let Some(listener) = &mut self.listener else { return Ok(true) };
+        match tokio::time::timeout(at_most, listener.try_recv()).await {
+            Err(_) => Ok(false),
+            Ok(Ok(Some(_))) => Ok(true),
+            Ok(lost) => {
+                self.listener = None;
+                self.armed = false;
+                let source =
+                    lost.err().unwrap_or_else(|| std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+                Err(OutboxError::Query { operation: "wait for new events", source })
+            }
+        }
+    }
+
+    async fn disarm(&mut self) -> Result<(), OutboxError> {
+        let Some(mut listener) = self.listener.take() else { return Ok(()) };
+        if std::mem::take(&mut self.armed) {
+            answered("stop waiting for new events", STATEMENT_TIMEOUT, async {
+                sqlx::query("select pg_advisory_unlock('event_outbox'::regclass::oid::int, -1)")
+                    .execute(&mut listener)
+                    .await
+            })
+            .await?;
+        }
+        self.listener = Some(listener);
+        Ok(())
+    }
+}

@@ -1,0 +1,233 @@
+//! The engine: lanes that claim, publish and settle, until stopped or until nothing is due.
+//!
+//! Data flows one way. Only this module knows stores, sinks, routes, retries and breakers at once; they do not know
+//! each other.
+//!
+//! - `lane`: one loop on one connection.
+//! - `watch`: looking for work, and sleeping while there is none.
+//! - `pass`: from a claimed batch to what is settled.
+
+mod destination;
+mod lane;
+mod pass;
+mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch as channel;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::breaker::BreakerPolicy;
+use crate::event::Tally;
+use crate::outbox::{Outbox, OutboxError};
+use crate::retry::RetryPolicy;
+use crate::route::{Router, Unrouted};
+use crate::sink::Sink;
+use destination::Destination;
+use lane::{Ending, Lane, Shared};
+
+/// How often the days of the processing log are looked after.
+const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// How the engine works; see the README for the defaults.
+#[derive(Debug, Clone)]
+pub struct RelayConfig {
+    /// Loops, each on a connection of its own.
+    pub lanes: usize,
+    /// Events in one claim.
+    pub batch_events: usize,
+    /// Bytes of payload in one claim, about.
+    pub batch_bytes: usize,
+    /// Bytes of one payload; larger ones are dead-lettered at once.
+    pub max_payload: usize,
+    /// The longest sleep when idle.
+    pub polling_interval: Duration,
+    /// How long one publish call may take.
+    pub publish_timeout: Duration,
+    /// When charged events are tried again.
+    pub retry: RetryPolicy,
+    /// When a destination is paused.
+    pub breaker: BreakerPolicy,
+    /// What becomes of events that no route takes.
+    pub unrouted: Unrouted,
+}
+
+/// Whether the relay can do its work right now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// It can.
+    Ready,
+    /// It cannot, and goes on trying; the reason is for people.
+    NotReady(String),
+}
+
+/// How a drain ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drained {
+    /// What was done.
+    pub tally: Tally,
+    /// Something due is still undelivered: dead-lettered in this run, waiting for a retry, or its destination is down.
+    pub undelivered: bool,
+}
+
+/// A store, its destinations, and the rules between them.
+pub struct Relay<O: Outbox> {
+    outbox: O,
+    config: RelayConfig,
+    router: Router,
+    destinations: Vec<Destination>,
+    names: Vec<String>,
+    readiness: channel::Sender<Readiness>,
+}
+
+impl<O: Outbox> Relay<O> {
+    /// A relay that does nothing yet. Routes name destinations by their index here.
+    pub fn new(
+        outbox: O,
+        destinations: Vec<(String, Arc<dyn Sink>)>,
+        router: Router,
+        config: RelayConfig,
+    ) -> Arc<Self> {
+        let names = destinations.iter().map(|(name, _)| name.clone()).collect();
+        let destinations =
+            destinations.into_iter().map(|(name, sink)| Destination::new(name, sink, config.breaker.clone())).collect();
+        let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
+        Arc::new(Self { outbox, config, router, destinations, names, readiness })
+    }
+
+    /// Follows whether the relay can do its work.
+    pub fn readiness(&self) -> channel::Receiver<Readiness> {
+        self.readiness.subscribe()
+    }
+
+    /// Works until `stop`, then settles what is in flight. Outages of the store or a destination are waited out.
+    ///
+    /// # Errors
+    /// Only where waiting cannot help: [`OutboxError::is_final`].
+    pub async fn run(self: &Arc<Self>, stop: CancellationToken) -> Result<Tally, OutboxError> {
+        if !self.prepare(&stop).await? {
+            return Ok(Tally::default()); // stopped before there was anything to do
+        }
+        let maintenance = tokio::spawn(Arc::clone(self).maintain(stop.clone()));
+        let (tally, _) = self.work(Ending::Stop, stop).await?;
+        // Between two statements of its own it can be dropped: it owns no claim.
+        maintenance.abort();
+        Ok(tally)
+    }
+
+    /// Publishes what is due and returns. Short trouble of a destination is waited out; one whose breaker opens is not.
+    ///
+    /// # Errors
+    /// The store cannot be used.
+    pub async fn drain(self: &Arc<Self>, stop: CancellationToken) -> Result<Drained, OutboxError> {
+        self.outbox.prepare().await?;
+        self.look_after_days().await;
+        self.readiness.send_replace(Readiness::Ready);
+        let (tally, undelivered) = self.work(Ending::Drained, stop.clone()).await?;
+        Ok(Drained { tally, undelivered: undelivered || tally.dead_lettered > 0 || stop.is_cancelled() })
+    }
+
+    /// Waits until the store can be used. Returns false where `stop` came first.
+    async fn prepare(&self, stop: &CancellationToken) -> Result<bool, OutboxError> {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.outbox.prepare().await {
+                Ok(()) => {
+                    self.ready();
+                    return Ok(true);
+                }
+                Err(error) if error.is_final() => return Err(error),
+                Err(error) => self.not_ready(error.explain()),
+            }
+            if !sleep(backoff.next(), stop).await {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Runs all lanes to their end. A lane that panics is replaced: one bad batch must not end the relay.
+    async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<(Tally, bool), OutboxError> {
+        let shared = Arc::new(Shared::new(self.outbox.wakeup(), ending));
+        let spawn = |lanes: &mut JoinSet<_>| {
+            lanes.spawn(Lane::new(Arc::clone(self), Arc::clone(&shared), stop.clone()).run());
+        };
+        let mut lanes = JoinSet::new();
+        (0..self.config.lanes).for_each(|_| spawn(&mut lanes));
+        let mut result = Ok(());
+        while let Some(ended) = lanes.join_next().await {
+            match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => result = Err(error),
+                Err(panic) => {
+                    tracing::error!(error = %panic, "a lane panicked; its events are pending again, another lane takes its place");
+                    if sleep(Duration::from_secs(1), &stop).await {
+                        spawn(&mut lanes);
+                    }
+                }
+            }
+        }
+        result.map(|()| shared.result())
+    }
+
+    async fn maintain(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            self.look_after_days().await;
+            if !sleep(MAINTENANCE_INTERVAL, &stop).await {
+                break;
+            }
+        }
+    }
+
+    async fn look_after_days(&self) {
+        if let Err(error) = self.outbox.maintain().await {
+            // Days are made a week ahead, so there is time to mend it.
+            tracing::warn!(error = error.explain(), "the days of the processing log were not looked after");
+        }
+    }
+
+    fn ready(&self) {
+        let changed = self
+            .readiness
+            .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Ready) != Readiness::Ready);
+        if changed {
+            tracing::info!("ready");
+        }
+    }
+
+    /// Logs the first of the failures in a row; the others would only repeat it.
+    fn not_ready(&self, reason: String) {
+        self.readiness.send_if_modified(|readiness| match readiness {
+            Readiness::NotReady(known) if *known == reason => false,
+            _ => {
+                tracing::error!(error = reason, "not ready; trying again");
+                *readiness = Readiness::NotReady(reason);
+                true
+            }
+        });
+    }
+}
+
+/// Sleeps; returns false at once where `stop` comes first.
+async fn sleep(duration: Duration, stop: &CancellationToken) -> bool {
+    tokio::select! {
+        () = tokio::time::sleep(duration) => true,
+        () = stop.cancelled() => false,
+    }
+}
+
+/// The waits between attempts to reach the store: 50 ms to 2 s, so that work goes on soon after it is back, and spread,
+/// so that lanes and relays do not come back all at once.
+#[derive(Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let wait = Duration::from_millis(50) * (1 << self.failures.min(5));
+        self.failures = self.failures.saturating_add(1);
+        wait.mul_f64(0.75 + fastrand::f64() / 2.0)
+    }
+}

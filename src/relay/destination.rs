@@ -1,0 +1,96 @@
+//! One destination as the engine sees it: a sink behind its breaker.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::breaker::{Admission, Breaker, BreakerPolicy};
+use crate::event::{Event, Fault, Outcome, PublishError};
+use crate::sink::Sink;
+
+pub(super) struct Destination {
+    pub(super) name: String,
+    sink: Arc<dyn Sink>,
+    breaker: Mutex<Breaker>,
+}
+
+/// The answers of one publish call.
+pub(super) struct Answers {
+    /// One per event, in order.
+    pub(super) outcomes: Vec<Outcome>,
+    pub(super) duration: Duration,
+}
+
+impl Destination {
+    pub(super) fn new(name: String, sink: Arc<dyn Sink>, policy: BreakerPolicy) -> Self {
+        Self { name, sink, breaker: Mutex::new(Breaker::new(policy)) }
+    }
+
+    /// Whether it would take events now; takes no probe.
+    pub(super) fn admission(&self, now: Instant) -> Admission {
+        self.breaker().peek(now)
+    }
+
+    /// Whether it is down, not just pausing.
+    pub(super) fn is_down(&self) -> bool {
+        self.breaker().is_open()
+    }
+
+    /// Publishes `events` and tells the breaker. While it is paused, all of them are held.
+    pub(super) async fn publish(&self, events: &[&Event], timeout: Duration) -> Answers {
+        let begun = Instant::now();
+        let admission = self.breaker().admit(begun);
+        if let Admission::No(_) = admission {
+            return Answers { outcomes: vec![Outcome::Held; events.len()], duration: Duration::ZERO };
+        }
+        let mut outcomes = self.sink.publish(events, begun + timeout).await;
+        if outcomes.len() != events.len() {
+            // A sink that loses count must not settle anything by accident.
+            let message = format!("the sink gave {} answers for {} events", outcomes.len(), events.len());
+            let error = PublishError::new(Fault::Unknown, "answers_do_not_match", message);
+            outcomes = vec![Outcome::Failed(error); events.len()];
+        }
+        self.judge_health(&outcomes);
+        Answers { outcomes, duration: begun.elapsed() }
+    }
+
+    fn judge_health(&self, outcomes: &[Outcome]) {
+        let worst = |wanted: &[Fault]| {
+            outcomes.iter().find_map(|outcome| match outcome {
+                Outcome::Failed(error) if wanted.contains(&error.fault) => Some(error),
+                _ => None,
+            })
+        };
+        let answered = outcomes.iter().any(|outcome| match outcome {
+            Outcome::Delivered { .. } => true,
+            Outcome::Failed(error) => error.fault == Fault::Event,
+            Outcome::Held => false,
+        });
+        let now = Instant::now();
+        let (name, mut breaker) = (self.name.as_str(), self.breaker());
+        if let Some(error) = worst(&[Fault::Misconfigured]) {
+            if breaker.misconfigured(now) {
+                tracing::error!(destination = name, %error, "destination misconfigured, a human must act; its events wait, none is charged");
+            }
+        } else if let Some(error) = worst(&[Fault::Destination, Fault::Unknown]) {
+            if answered {
+                breaker.strained(now);
+                tracing::debug!(destination = name, %error, "destination took a part only; pausing");
+            } else if breaker.failed(now) {
+                tracing::error!(destination = name, %error, "destination down, breaker open; its events wait, none is charged");
+            } else {
+                tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
+            }
+        } else if answered {
+            if breaker.succeeded() {
+                tracing::info!(destination = name, "destination back, breaker closed");
+            }
+        } else {
+            breaker.unused(now);
+        }
+    }
+
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        // A breaker is never left half-changed, so a panic elsewhere does not spoil it.
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

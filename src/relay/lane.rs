@@ -1,0 +1,183 @@
+//! A lane: one loop on one connection.
+//!
+//! A lane whose last batch was full claims again at once. All others queue for the relay's one [`Watch`]: its holder
+//! looks for work, and sleeps while there is none; as soon as it has claimed some, the next lane takes over. So an idle
+//! relay asks its database one question at a time, however many lanes it has.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio_util::sync::CancellationToken;
+
+use crate::event::Tally;
+use crate::outbox::{Claimed, Lane as _, Outbox, OutboxError};
+use crate::relay::watch::{Look, Watch};
+use crate::relay::{Backoff, Relay, sleep};
+
+/// When a relay's lanes are done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// When told to stop.
+    Stop,
+    /// When nothing is due that this relay could claim.
+    Drained,
+}
+
+/// What the lanes of a relay share.
+pub(super) struct Shared<W> {
+    pub(super) ending: Ending,
+    pub(super) watch: AsyncMutex<Watch<W>>,
+    /// Lanes that hold, or may come to hold, a claim.
+    pub(super) busy: AtomicUsize,
+    /// A lane has settled: what it held may be claimed by another.
+    pub(super) settled: Notify,
+    /// Something was scheduled since the last promotion.
+    pub(super) scheduled: AtomicBool,
+    pub(super) drained: AtomicBool,
+    result: Mutex<(Tally, bool)>,
+}
+
+impl<W> Shared<W> {
+    pub(super) fn new(wakeup: Option<W>, ending: Ending) -> Self {
+        Self {
+            ending,
+            watch: AsyncMutex::new(Watch::new(wakeup)),
+            busy: AtomicUsize::new(0),
+            settled: Notify::new(),
+            scheduled: AtomicBool::new(false),
+            drained: AtomicBool::new(false),
+            result: Mutex::default(),
+        }
+    }
+
+    /// What all lanes did together, and whether a drain left something undelivered.
+    pub(super) fn result(&self) -> (Tally, bool) {
+        *self.result.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn record(&self, tally: Tally, undelivered: bool) {
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        result.0.add(tally);
+        result.1 |= undelivered;
+    }
+}
+
+/// Counts a lane as busy from before its claim until after its settle, whatever happens between.
+pub(super) struct Busy<W> {
+    shared: Arc<Shared<W>>,
+    /// It holds a claim, whose end concerns the others.
+    pub(super) claimed: bool,
+}
+
+impl<W> Busy<W> {
+    pub(super) fn new(shared: Arc<Shared<W>>) -> Self {
+        shared.busy.fetch_add(1, Ordering::SeqCst);
+        Self { shared, claimed: false }
+    }
+}
+
+impl<W> Drop for Busy<W> {
+    fn drop(&mut self) {
+        self.shared.busy.fetch_sub(1, Ordering::SeqCst);
+        if self.claimed {
+            self.shared.settled.notify_one();
+        }
+    }
+}
+
+/// A claimed batch on its way to being settled.
+pub(super) struct Work<W> {
+    pub(super) batch: Vec<Claimed>,
+    pub(super) busy: Busy<W>,
+}
+
+/// One loop; see the module.
+pub(super) struct Lane<O: Outbox> {
+    pub(super) relay: Arc<Relay<O>>,
+    pub(super) shared: Arc<Shared<O::Wakeup>>,
+    pub(super) lane: O::Lane,
+    pub(super) stop: CancellationToken,
+    /// The last batch was full: there is more.
+    pub(super) eager: bool,
+}
+
+impl<O: Outbox> Lane<O> {
+    pub(super) fn new(relay: Arc<Relay<O>>, shared: Arc<Shared<O::Wakeup>>, stop: CancellationToken) -> Self {
+        let lane = relay.outbox.lane();
+        Self { relay, shared, lane, stop, eager: false }
+    }
+
+    /// Works until the end. In a drain, trouble with the store ends it; otherwise it is waited out.
+    pub(super) async fn run(mut self) -> Result<(), OutboxError> {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.pass().await {
+                Ok(true) => {
+                    backoff = Backoff::default();
+                    self.relay.ready();
+                }
+                Ok(false) => return Ok(()),
+                Err(error) if self.shared.ending == Ending::Drained || error.is_final() => {
+                    self.stop.cancel(); // the other lanes settle and end too
+                    return Err(error);
+                }
+                Err(error) => {
+                    self.eager = false;
+                    self.relay.not_ready(error.explain());
+                    if !sleep(backoff.next(), &self.stop).await {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Claim, publish, settle. Returns false at the end.
+    async fn pass(&mut self) -> Result<bool, OutboxError> {
+        let Some(Work { batch, busy }) = self.find().await? else { return Ok(false) };
+        let begun = Instant::now();
+        let relay = Arc::clone(&self.relay);
+        let deliveries = relay.publish(&batch).await;
+        let published = begun.elapsed();
+        self.lane.settle(&deliveries).await?;
+        let mut tally = Tally::default();
+        deliveries.iter().for_each(|delivery| tally.count(&delivery.verdict));
+        tracing::debug!(
+            event_count = batch.len(),
+            published = tally.published,
+            retried = tally.retried,
+            dead_lettered = tally.dead_lettered,
+            waiting = tally.waiting,
+            publish_ms = published.as_secs_f64() * 1000.0,
+            settle_ms = (begun.elapsed() - published).as_secs_f64() * 1000.0,
+            "batch settled"
+        );
+        if tally.retried + tally.waiting > 0 {
+            self.shared.scheduled.store(true, Ordering::SeqCst);
+        }
+        self.shared.record(tally, false);
+        drop(busy);
+        Ok(true)
+    }
+
+    /// The next batch; `None` at the end.
+    async fn find(&mut self) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        if self.stop.is_cancelled() {
+            return Ok(None);
+        }
+        if self.eager
+            && self.relay.paused_until(Instant::now()).is_none()
+            && let Look::Found(work) = self.look().await?
+        {
+            return Ok(Some(work));
+        }
+        let shared = Arc::clone(&self.shared);
+        let mut watch = tokio::select! {
+            watch = shared.watch.lock() => watch,
+            () = self.stop.cancelled() => return Ok(None),
+        };
+        self.keep_watch(&mut watch).await
+    }
+}

@@ -1,0 +1,145 @@
+//! From a claimed batch to what is settled: route, publish everywhere at once, judge each delivery.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+
+use crate::event::{Event, Fault, Key, PublishError, Verdict};
+use crate::outbox::{Claimed, Delivery, Outbox};
+use crate::relay::Relay;
+use crate::relay::destination::Answers;
+use crate::route::{Destinations, Unrouted};
+
+/// A batch split by destination.
+struct Plan<'a> {
+    /// What needs no publishing: dead on arrival, dropped, or not its turn.
+    decided: Vec<(usize, Delivery<'a>)>,
+    /// Indexes into the batch, for each destination.
+    publish: Vec<Vec<usize>>,
+}
+
+impl<O: Outbox> Relay<O> {
+    /// Publishes a batch and returns what became of it, grouped by event.
+    pub(super) async fn publish<'a>(&'a self, batch: &'a [Claimed]) -> Vec<Delivery<'a>> {
+        let plan = self.plan(batch);
+        let answers = join_all(self.destinations.iter().zip(&plan.publish).map(async |(destination, indexes)| {
+            if indexes.is_empty() {
+                return Answers { outcomes: Vec::new(), duration: Duration::ZERO };
+            }
+            let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
+            destination.publish(&events, self.config.publish_timeout).await
+        }))
+        .await;
+        let mut deliveries = plan.decided;
+        for ((destination, indexes), answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
+            self.judge(batch, &destination.name, indexes, answers, &mut deliveries);
+        }
+        deliveries.sort_by_key(|(index, _)| *index);
+        deliveries.into_iter().map(|(_, delivery)| delivery).collect()
+    }
+
+    fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {
+        let mut plan = Plan { decided: Vec::new(), publish: vec![Vec::new(); self.destinations.len()] };
+        for (index, claimed) in batch.iter().enumerate() {
+            let event = &claimed.event;
+            let mut decide = |destination: &'a str, verdict| {
+                plan.decided.push((index, Delivery { event, destination, verdict, duration: Duration::ZERO }));
+            };
+            if !claimed.due {
+                decide(&event.row.destination, Verdict::Wait { park: Some(Duration::ZERO) });
+                continue;
+            }
+            if let Some(defect) = &claimed.defect {
+                decide(&event.row.destination, Verdict::DeadLetter { error: defect.clone() });
+                continue;
+            }
+            let targets = match self.targets(event) {
+                Ok(targets) => targets,
+                Err(verdict) => {
+                    decide(&event.row.destination, verdict);
+                    continue;
+                }
+            };
+            for target in targets {
+                let name = self.names[target].as_str();
+                match claimed.behind.iter().find(|behind| behind.destination == name) {
+                    Some(behind) => decide(name, Verdict::Wait { park: Some(behind.remaining) }),
+                    None => plan.publish[target].push(index),
+                }
+            }
+        }
+        plan
+    }
+
+    /// Where an event goes, or what becomes of one that goes nowhere.
+    fn targets(&self, event: &Event) -> Result<Vec<usize>, Verdict> {
+        let owed = event.row.destination.as_str();
+        if !owed.is_empty() {
+            return self.names.iter().position(|name| name == owed).map(|target| vec![target]).ok_or_else(|| {
+                // Another relay may know it, or the next version of the configuration: nothing is given up.
+                tracing::warn!(
+                    destination = owed,
+                    outbox_id = event.row.id,
+                    "event owed to a destination that is not configured here; it waits"
+                );
+                Verdict::Wait { park: Some(Duration::ZERO) }
+            });
+        }
+        match (self.router.route(event), self.config.unrouted) {
+            (Destinations::To(targets), _) => Ok(targets),
+            (Destinations::Nowhere, _) => Err(Verdict::Drop { reason: "dropped: its route names no destination" }),
+            (Destinations::Unrouted, Unrouted::Drop) => {
+                tracing::info!(
+                    event_type = event.event_type,
+                    outbox_id = event.row.id,
+                    "unrouted event dropped, by setting"
+                );
+                Err(Verdict::Drop { reason: "unrouted: dropped, by setting" })
+            }
+            (Destinations::Unrouted, Unrouted::DeadLetter) => {
+                tracing::warn!(
+                    event_type = event.event_type,
+                    outbox_id = event.row.id,
+                    "no route takes this event; dead-lettered"
+                );
+                Err(Verdict::DeadLetter {
+                    error: PublishError::new(Fault::Unfit, "unrouted", "no route takes this event"),
+                })
+            }
+        }
+    }
+
+    fn judge<'a>(
+        &'a self,
+        batch: &'a [Claimed],
+        destination: &'a str,
+        indexes: &[usize],
+        answers: Answers,
+        deliveries: &mut Vec<(usize, Delivery<'a>)>,
+    ) {
+        // The keys that failed here and are tried again: what was held behind them waits as long as they do.
+        let mut retried: HashMap<Key<'a>, Duration> = HashMap::new();
+        for (&index, outcome) in indexes.iter().zip(answers.outcomes) {
+            let event = &batch[index].event;
+            let mut verdict = self.config.retry.judge(outcome, event.attempts, fastrand::f64());
+            match (&mut verdict, event.key()) {
+                (Verdict::Retry { delay, error }, key) => {
+                    tracing::warn!(destination, outbox_id = event.row.id, event_id = %event.event_id, attempt = event.attempts + 1, %error, "event failed; it will be tried again");
+                    key.map(|key| retried.insert(key, *delay));
+                }
+                (Verdict::DeadLetter { error }, _) => {
+                    tracing::error!(destination, outbox_id = event.row.id, event_id = %event.event_id, attempt = event.attempts + 1, %error, "event dead-lettered");
+                }
+                (Verdict::Wait { park }, key) => {
+                    let behind = key.and_then(|key| retried.get(&key).copied());
+                    // A row owed to this destination alone would be claimed again and again for the sake of the others.
+                    let alone = !event.row.destination.is_empty() && self.destinations.len() > 1;
+                    *park = behind.or(alone.then_some(Duration::ZERO));
+                }
+                (Verdict::Published { .. } | Verdict::Drop { .. }, _) => {}
+            }
+            deliveries.push((index, Delivery { event, destination, verdict, duration: answers.duration }));
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Looking for work, and sleeping while there is none.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::breaker::Admission;
+use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Wakeup};
+use crate::relay::lane::{Busy, Ending, Lane, Work};
+use crate::relay::{Relay, sleep};
+
+/// The shortest time between two looks of one relay: while producers are busy it makes bigger batches, and after the
+/// last event it is where the poll interval of a relay that is still awake starts.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+
+/// The longest time between two looks of a relay that is awake.
+const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
+
+/// The longest time between two looks while all that is pending is another relay's; it bounds how long the events of a
+/// relay that was killed wait for this one.
+const BUSY_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long a relay stays awake after its last work, at least and at most.
+const LINGER: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// A sleep shorter than this doubles the time to stay awake: under load a relay must not doze off and make producers
+/// notify it, over and over.
+const SHORT_SLEEP: Duration = Duration::from_millis(50);
+
+/// How long a relay sleeps before it asks whether the one that is armed still is: when that one dies, nobody is notified.
+const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often a relay that is awake promotes scheduled events, where it knows of none that is due earlier.
+const PROMOTION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Events in a batch that probes a destination: the fewer, the less can be repeated if it is still unwell.
+const PROBE_EVENTS: usize = 10;
+
+/// What a relay knows about when to look next; owned by the lane that looks.
+pub(super) struct Watch<W> {
+    wakeup: Option<W>,
+    last_look: Instant,
+    last_work: Instant,
+    linger: Duration,
+    /// Looks in a row that found nothing.
+    misses: u32,
+    next_promotion: Instant,
+    /// The warning that wake-ups do not work was given.
+    warned: bool,
+}
+
+impl<W> Watch<W> {
+    pub(super) fn new(wakeup: Option<W>) -> Self {
+        let now = Instant::now();
+        Self { wakeup, last_look: now, last_work: now, linger: LINGER.0, misses: 0, next_promotion: now, warned: false }
+    }
+}
+
+/// What a look found.
+pub(super) enum Look<W> {
+    /// A batch, claimed.
+    Found(Work<W>),
+    /// Only what others hold.
+    Busy,
+    /// Nothing.
+    Empty,
+}
+
+impl<O: Outbox> Relay<O> {
+    /// Until when every destination is paused; `None` where one would take events.
+    pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
+        let admissions = self.destinations.iter().map(|destination| destination.admission(now));
+        admissions.fold(Some(now + PROMOTION_INTERVAL), |paused, admission| match (paused, admission) {
+            (Some(until), Admission::No(at)) => Some(until.min(at)),
+            _ => None,
+        })
+    }
+
+    fn ready_destinations(&self, now: Instant) -> Vec<&str> {
+        self.destinations
+            .iter()
+            .filter(|destination| !matches!(destination.admission(now), Admission::No(_)))
+            .map(|destination| destination.name.as_str())
+            .collect()
+    }
+}
+
+impl<O: Outbox> Lane<O> {
+    /// Tries to claim a batch.
+    pub(super) async fn look(&mut self) -> Result<Look<O::Wakeup>, OutboxError> {
+        let relay = Arc::clone(&self.relay);
+        let now = Instant::now();
+        let probing = relay.destinations.iter().any(|destination| destination.admission(now) == Admission::Probe);
+        let request = ClaimRequest {
+            max_events: if probing { PROBE_EVENTS.min(relay.config.batch_events) } else { relay.config.batch_events },
+            max_bytes: relay.config.batch_bytes,
+            max_payload: relay.config.max_payload,
+            destinations: &relay.names,
+        };
+        let mut busy = Busy::new(Arc::clone(&self.shared));
+        let claim = self.lane.claim(request).await?;
+        self.eager = matches!(claim, Claim::Batch { full: true, .. });
+        Ok(match claim {
+            Claim::Batch { claimed: batch, .. } => {
+                busy.claimed = true;
+                Look::Found(Work { batch, busy })
+            }
+            Claim::Busy => Look::Busy,
+            Claim::Empty => Look::Empty,
+        })
+    }
+
+    /// Looks until there is work; `None` at the end.
+    pub(super) async fn keep_watch(
+        &mut self,
+        watch: &mut Watch<O::Wakeup>,
+    ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        loop {
+            if self.shared.drained.load(Ordering::SeqCst)
+                || !sleep((watch.last_look + LOOK_INTERVAL).saturating_duration_since(Instant::now()), &self.stop).await
+            {
+                return Ok(None);
+            }
+            let now = Instant::now();
+            if let Some(until) = self.relay.paused_until(now) {
+                if self.shared.ending == Ending::Drained && self.drain_is_over(watch).await? {
+                    return Ok(None);
+                }
+                sleep(until - now, &self.stop).await;
+                continue;
+            }
+            watch.last_look = now;
+            if self.shared.scheduled.swap(false, Ordering::SeqCst) || watch.next_promotion <= now {
+                self.promote(watch).await?;
+            }
+            let look = self.look().await?;
+            if let Look::Found(work) = look {
+                watch.last_work = Instant::now();
+                watch.misses = 0;
+                return Ok(Some(work));
+            }
+            watch.misses = watch.misses.saturating_add(1);
+            if self.shared.ending == Ending::Drained {
+                if self.drain_is_over(watch).await? {
+                    return Ok(None);
+                }
+                self.rest(LOOK_INTERVAL).await;
+            } else if matches!(look, Look::Busy) {
+                self.rest(interval(watch.misses, BUSY_INTERVAL)).await;
+            } else if now.duration_since(watch.last_work) < watch.linger {
+                self.rest(interval(watch.misses, AWAKE_INTERVAL)).await;
+            } else if let Some(work) = self.doze(watch).await? {
+                watch.last_work = Instant::now();
+                watch.misses = 0;
+                return Ok(Some(work));
+            }
+        }
+    }
+
+    /// Makes due events pending. Returns how long until the next one is due, at most a polling interval.
+    async fn promote(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Duration, OutboxError> {
+        let relay = Arc::clone(&self.relay);
+        let limit = relay.config.batch_events;
+        let promoted = self.lane.promote(&relay.ready_destinations(Instant::now()), limit).await?;
+        let next = match promoted.next_due {
+            _ if promoted.count >= limit => Duration::ZERO,
+            Some(due) => due.min(relay.config.polling_interval),
+            None => relay.config.polling_interval,
+        };
+        watch.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
+        Ok(if promoted.count > 0 { Duration::ZERO } else { next })
+    }
+
+    /// Sleeps until there may be work: at most a polling interval, less where something is due or a destination may be
+    /// back before, and less where a producer wakes us. Returns what the last look before falling asleep found.
+    async fn doze(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        let Some(mut wakeup) = watch.wakeup.take() else {
+            let at_most = self.promote(watch).await?;
+            self.rest(at_most).await;
+            return Ok(None);
+        };
+        let found = match wakeup.arm().await {
+            Ok(Armed::No) => {
+                self.rest(interval(watch.misses, AWAKE_INTERVAL)).await;
+                Ok(None)
+            }
+            Ok(armed) => self.doze_armed(watch, &mut wakeup, armed).await,
+            Err(error) => {
+                if !watch.warned {
+                    watch.warned = true;
+                    tracing::warn!(
+                        error = error.explain(),
+                        "cannot be woken by producers; polling every {} ms until that works",
+                        self.relay.config.polling_interval.as_millis()
+                    );
+                }
+                let at_most = self.promote(watch).await?;
+                self.rest(at_most).await;
+                Ok(None)
+            }
+        };
+        watch.wakeup = Some(wakeup);
+        found
+    }
+
+    async fn doze_armed(
+        &mut self,
+        watch: &mut Watch<O::Wakeup>,
+        wakeup: &mut O::Wakeup,
+        armed: Armed,
+    ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        watch.warned = false;
+        // Once more, now that whoever commits after this will wake us.
+        let look = self.look().await?;
+        let mut at_most = Duration::ZERO;
+        if matches!(look, Look::Empty) {
+            at_most = self.promote(watch).await?;
+        }
+        let begun = Instant::now();
+        let mut armed = armed;
+        let mut woken = false;
+        while !woken && begun.elapsed() < at_most && !self.stop.is_cancelled() {
+            let rest = at_most.saturating_sub(begun.elapsed());
+            let slice = if armed == Armed::Standby { rest.min(STANDBY_INTERVAL) } else { rest };
+            let waited = tokio::select! {
+                waited = wakeup.wait(slice) => waited,
+                () = self.shared.settled.notified() => Ok(true),
+                () = self.stop.cancelled() => Ok(true),
+            };
+            woken = match waited {
+                Ok(woken) => woken,
+                Err(error) => {
+                    // Whoever committed meanwhile may not have reached us.
+                    tracing::warn!(
+                        error = error.explain(),
+                        "the connection that wakes this relay was lost; looking at once"
+                    );
+                    true
+                }
+            };
+            if !woken && armed == Armed::Standby {
+                armed = wakeup.arm().await.unwrap_or(Armed::No);
+                woken = armed != Armed::Standby;
+            }
+        }
+        if woken {
+            let now = Instant::now();
+            let short = now.duration_since(begun) < SHORT_SLEEP;
+            watch.linger = if short { (watch.linger * 2).min(LINGER.1) } else { LINGER.0 };
+            watch.last_work = now;
+            watch.misses = 0;
+            watch.next_promotion = now;
+        }
+        if let Err(error) = wakeup.disarm().await {
+            tracing::debug!(error = error.explain(), "the connection that wakes this relay was lost");
+        }
+        Ok(match look {
+            Look::Found(work) => Some(work),
+            Look::Busy | Look::Empty => None,
+        })
+    }
+
+    /// Whether a drain has nothing left to do; records what it leaves behind.
+    async fn drain_is_over(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<bool, OutboxError> {
+        if self.shared.busy.load(Ordering::SeqCst) > 0 || self.promote(watch).await?.is_zero() {
+            return Ok(false);
+        }
+        let now = Instant::now();
+        let relay = Arc::clone(&self.relay);
+        let paused = |destination: &&crate::relay::Destination| matches!(destination.admission(now), Admission::No(_));
+        if relay.destinations.iter().filter(paused).any(|destination| !destination.is_down()) {
+            return Ok(false);
+        }
+        let mut undelivered = self.lane.has_owed().await?;
+        if relay.paused_until(now).is_some() {
+            // Nothing was claimed while all destinations are down: see whether something would have been.
+            if let Look::Found(work) = self.look().await? {
+                undelivered = true;
+                self.lane.settle(&[]).await?;
+                drop(work);
+            }
+        }
+        self.shared.record(crate::event::Tally::default(), undelivered);
+        self.shared.drained.store(true, Ordering::SeqCst);
+        Ok(true)
+    }
+
+    /// Rests until something may have changed: at most this long.
+    async fn rest(&mut self, at_most: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(at_most) => {}
+            () = self.shared.settled.notified() => {}
+            () = self.stop.cancelled() => {}
+        }
+    }
+}
+
+/// The wait after so many looks in a row that found nothing.
+fn interval(misses: u32, at_most: Duration) -> Duration {
+    (LOOK_INTERVAL * (1 << misses.saturating_sub(1).min(8))).min(at_most)
+}

@@ -1,0 +1,227 @@
+//! Whose fault a failed `PutEvents` is: two total functions, over the codes of entries and of whole requests.
+
+use std::borrow::Cow;
+use std::error::Error;
+
+use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_eventbridge::config::http::HttpResponse;
+use aws_sdk_eventbridge::error::{ConnectorError, ProvideErrorMetadata, SdkError};
+use aws_sdk_eventbridge::types::PutEventsResultEntry;
+
+use crate::event::{Fault, Outcome, PublishError};
+
+/// What became of one entry.
+pub(super) fn of_entry(entry: PutEventsResultEntry) -> Outcome {
+    match (entry.error_code, entry.event_id) {
+        (Some(code), _) => {
+            let message = entry.error_message.unwrap_or_default();
+            Outcome::Failed(PublishError::new(classify_entry(&code), code, without_values(&message)))
+        }
+        (None, Some(event_id)) => Outcome::Delivered { message_id: Some(event_id) },
+        (None, None) => {
+            let message = "the entry's answer has neither an EventId nor an ErrorCode";
+            Outcome::Failed(PublishError::new(Fault::Unknown, "empty_answer", message))
+        }
+    }
+}
+
+/// Whose fault an entry's `ErrorCode` is.
+fn classify_entry(code: &str) -> Fault {
+    match code {
+        "InvalidArgument" | "MalformedDetail" | "RedactionFailure" => Fault::Event,
+        "AccessDeniedException"
+        | "NotAuthorizedForSourceException"
+        | "NotAuthorizedForDetailTypeException"
+        | "InvalidAccountIdException"
+        | "ResourceNotFoundException" => Fault::Misconfigured,
+        // Throttling*, Internal*, ServiceUnavailable, and all that nobody has classified.
+        _ => Fault::Destination,
+    }
+}
+
+/// Whose fault it is that the service refused a request as a whole. [`Fault::Event`] means its content.
+fn classify_refusal(status: u16, code: &str, message: &str) -> Fault {
+    const MISCONFIGURED: [&str; 13] = [
+        "AccessDenied",
+        "ExpiredToken",
+        "IncompleteSignature",
+        "InvalidClientTokenId",
+        "InvalidSignature",
+        "MissingAuthenticationToken",
+        "NotAuthorized",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "ResourceNotFound",
+        "SignatureDoesNotMatch",
+        "UnknownOperation", // the endpoint is not EventBridge
+        "UnrecognizedClient",
+    ];
+    match status {
+        200..=299 => Fault::Unknown, // a success that the SDK could not read
+        500.. | 429 => Fault::Destination,
+        _ if MISCONFIGURED.iter().any(|prefix| code.starts_with(prefix)) => Fault::Misconfigured,
+        _ if code == "ValidationException" && message.contains("eventBusName") => Fault::Misconfigured,
+        413 => Fault::Event,
+        _ if matches!(code, "ValidationException" | "SerializationException") => Fault::Event,
+        _ => Fault::Destination,
+    }
+}
+
+/// The error of a request that has no answers for its entries.
+pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkError<E, HttpResponse>) -> PublishError {
+    match &error {
+        SdkError::ServiceError(refusal) => {
+            let status = refusal.raw().status().as_u16();
+            let message = without_values(refusal.err().message().unwrap_or_default());
+            let code = refusal.err().code().unwrap_or_default();
+            let fault = classify_refusal(status, code, &message);
+            match (fault, code) {
+                // What the SDK says about it quotes the body.
+                (Fault::Unknown, _) => unreadable_answer(),
+                (_, "") => PublishError::new(fault, format!("http_{status}"), message),
+                _ => PublishError::new(fault, code, message),
+            }
+        }
+        SdkError::ResponseError(_) => unreadable_answer(),
+        SdkError::TimeoutError(_) => PublishError::new(Fault::Unknown, "timeout", "no answer in time"),
+        SdkError::ConstructionFailure(_) => not_sent(),
+        SdkError::DispatchFailure(failure) => of_dispatch(failure.as_connector_error()),
+        _ => PublishError::new(Fault::Unknown, "unknown", "an error that this version of the relay does not know"),
+    }
+}
+
+/// A request without an answer. The SDK does not say whether it was sent; what its error holds does: the error of the
+/// HTTP client, or that of something before it.
+fn of_dispatch(error: Option<&ConnectorError>) -> PublishError {
+    let cause = error.and_then(Error::source);
+    let client = cause.and_then(|cause| cause.downcast_ref::<hyper_util::client::legacy::Error>());
+    let credentials = cause.and_then(|cause| cause.downcast_ref::<CredentialsError>());
+    match (error, client, credentials) {
+        // Without a connection nothing was sent: a refusal, DNS, TLS, or the connect timeout.
+        (_, Some(client), _) if client.is_connect() => {
+            PublishError::new(Fault::Destination, "connection_failed", chain(client))
+        }
+        (_, _, Some(credentials)) => PublishError::new(Fault::Misconfigured, "no_credentials", chain(credentials)),
+        (Some(error), None, None) if error.is_user() || error.is_other() => not_sent(),
+        _ => PublishError::new(Fault::Unknown, "connection_lost", cause.map(chain).unwrap_or_default()),
+    }
+}
+
+/// The SDK gave up before it asked the HTTP client. Its text is not for us: on a bad endpoint, it quotes the request.
+fn not_sent() -> PublishError {
+    let message = "the request could not be made: no credentials, no region, or an endpoint that is no URL";
+    PublishError::new(Fault::Misconfigured, "not_sent", message)
+}
+
+fn unreadable_answer() -> PublishError {
+    PublishError::new(Fault::Unknown, "unreadable_answer", "the answer to the request cannot be read")
+}
+
+/// An error with its causes.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// AWS's message without the values it quotes, which can be whole entries: `Value '...' at 'entries' failed to satisfy`.
+fn without_values(message: &str) -> Cow<'_, str> {
+    let Some(start) = message.find("Value '") else {
+        return Cow::Borrowed(message);
+    };
+    let rest = message.rfind("' at '").map_or("", |end| &message[end + 1..]);
+    Cow::Owned(format!("{}Value{rest}", &message[..start]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_entry_code_has_its_fault() {
+        let table: [(Fault, &[&str]); 3] = [
+            (Fault::Event, &["InvalidArgument", "MalformedDetail", "RedactionFailure"]),
+            (
+                Fault::Misconfigured,
+                &[
+                    "AccessDeniedException",
+                    "InvalidAccountIdException",
+                    "NotAuthorizedForDetailTypeException",
+                    "NotAuthorizedForSourceException",
+                    "ResourceNotFoundException",
+                ],
+            ),
+            (
+                Fault::Destination,
+                &[
+                    "",
+                    "InternalException",
+                    "InternalFailure",
+                    "InternalServiceError",
+                    "ServiceUnavailable",
+                    "SomethingNew",
+                    "Throttling",
+                    "ThrottlingException",
+                ],
+            ),
+        ];
+        for (fault, codes) in table {
+            for code in codes {
+                assert_eq!(classify_entry(code), fault, "{code}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_refusal_of_a_request_has_its_fault() {
+        let table: [(Fault, u16, &[&str]); 8] = [
+            (Fault::Unknown, 200, &["", "InternalException"]),
+            (Fault::Destination, 400, &["", "SomethingNew", "Throttling", "ThrottlingException"]),
+            (Fault::Destination, 403, &[""]),
+            (Fault::Destination, 429, &["", "AccessDeniedException"]),
+            (Fault::Destination, 500, &["", "InternalException", "InternalFailure"]),
+            (Fault::Destination, 503, &["", "ServiceUnavailable", "ValidationException"]),
+            (
+                Fault::Misconfigured,
+                400,
+                &[
+                    "AccessDeniedException",
+                    "ExpiredTokenException",
+                    "IncompleteSignature",
+                    "InvalidClientTokenId",
+                    "InvalidSignatureException",
+                    "MissingAuthenticationToken",
+                    "MissingAuthenticationTokenException",
+                    "NotAuthorized",
+                    "RequestExpired",
+                    "RequestTimeTooSkewed",
+                    "ResourceNotFoundException",
+                    "SignatureDoesNotMatch",
+                    "UnknownOperationException",
+                    "UnrecognizedClientException",
+                ],
+            ),
+            (Fault::Event, 413, &["", "RequestEntityTooLargeException"]),
+        ];
+        for (fault, status, codes) in table {
+            for code in codes {
+                assert_eq!(classify_refusal(status, code, ""), fault, "{status} {code}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_invalid_for_its_content_is_the_events_fault_and_for_its_bus_the_configurations() {
+        let judge = |message| classify_refusal(400, "ValidationException", message);
+        assert_eq!(judge("Total size of the entries in the request is over the limit."), Fault::Event);
+        assert_eq!(judge("Value at 'entries.1.member.eventBusName' failed to satisfy ..."), Fault::Misconfigured);
+        assert_eq!(classify_refusal(400, "SerializationException", ""), Fault::Event);
+    }
+
+    #[test]
+    fn the_values_that_aws_quotes_are_cut_from_its_message() {
+        let message = "1 validation error detected: Value '[Entry(detail={\"a\":\"' at '4711\"})]' at 'entries' failed";
+        assert_eq!(without_values(message), "1 validation error detected: Value at 'entries' failed");
+        assert_eq!(without_values("Value '4711"), "Value");
+        assert_eq!(without_values("Rate exceeded"), "Rate exceeded");
+    }
+}
