@@ -63,7 +63,7 @@ enum Command {
         json: bool,
     },
     /// Insert one event, in a transaction of its own, and print its event_id.
-    Emit(emit::EmitArgs),
+    Emit(Box<emit::EmitArgs>),
 }
 
 /// Parses the arguments, does what they say, and returns the exit code.
@@ -93,7 +93,7 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::Check { json }) => {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
         }
-        Some(Command::Emit(args)) => emit::emit(settings, args),
+        Some(Command::Emit(args)) => emit::emit(settings, *args),
     }
 }
 

@@ -69,10 +69,10 @@ pub(super) enum Look<W> {
 impl<O: Outbox> Relay<O> {
     /// Until when every destination is paused; `None` where one would take events.
     pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
-        let admissions = self.destinations.iter().map(|destination| destination.admission(now));
-        admissions.fold(Some(now + PROMOTION_INTERVAL), |paused, admission| match (paused, admission) {
-            (Some(until), Admission::No(at)) => Some(until.min(at)),
-            _ => None,
+        let mut admissions = self.destinations.iter().map(|destination| destination.admission(now));
+        admissions.try_fold(now + PROMOTION_INTERVAL, |paused, admission| match admission {
+            Admission::No(until) => Some(paused.min(until)),
+            Admission::Yes | Admission::Probe => None,
         })
     }
 

@@ -1,0 +1,336 @@
+//! Throwaway servers: tests/servers.py runs each one, and ends it when this process closes its pipe or is gone.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use outbox_relay::secret::Secret;
+use serde::Deserialize;
+use sqlx::postgres::PgQueryResult;
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::{OnceCell, oneshot};
+
+/// A PostgreSQL, Redis or moto server on a port of its own. Its calls block until the server has done as told; one that
+/// fails panics with the server's log. Dropping it ends the server and removes its folder.
+#[derive(Debug)]
+pub(crate) struct Server {
+    child: Child,
+    /// `None` only while it is dropped: closing it is what tells the supervisor to end.
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+    info: Info,
+}
+
+#[derive(Debug, Deserialize)]
+struct Info {
+    kind: String,
+    pid: u32,
+    port: u16,
+    url: String,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    ok: bool,
+    pid: Option<u32>,
+    error: Option<String>,
+}
+
+impl Server {
+    /// Starts a `postgres`, `redis` or `moto`; `options` are those of tests/servers.py (`--set name=value`, `--fast`).
+    pub(crate) fn start(kind: &str, options: &[&str]) -> Self {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers.py");
+        let mut child = Command::new("python3")
+            .arg(script)
+            .arg(kind)
+            .args(options)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("python3 cannot be run ({error}): install it, then run `make test`"));
+        let stdin = child.stdin.take();
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        let Ok(info) = serde_json::from_str(&line) else {
+            let mut complaint = String::new();
+            child.stderr.take().expect("stderr is piped").read_to_string(&mut complaint).unwrap();
+            child.wait().unwrap();
+            panic!("no {kind} for the tests: run `make test`, or `tests/setup` once\n{complaint}");
+        };
+        Self { child, stdin, stdout, info }
+    }
+
+    /// Where clients connect, with user and password.
+    pub(crate) fn url(&self) -> &str {
+        &self.info.url
+    }
+
+    /// Its port on 127.0.0.1; the same after every restart.
+    pub(crate) fn port(&self) -> u16 {
+        self.info.port
+    }
+
+    /// The server's own process, not the supervisor's.
+    pub(crate) fn pid(&self) -> u32 {
+        self.info.pid
+    }
+
+    /// Ends it in good order: connections are closed, data kept.
+    pub(crate) fn stop(&mut self) {
+        self.tell("stop");
+    }
+
+    /// SIGKILL for all its processes.
+    pub(crate) fn kill(&mut self) {
+        self.tell("kill");
+    }
+
+    /// Starts it after [`Self::stop`] or [`Self::kill`], on the same port and data.
+    pub(crate) fn start_again(&mut self) {
+        self.tell("start");
+    }
+
+    /// [`Self::stop`], [`Self::start_again`].
+    pub(crate) fn restart(&mut self) {
+        self.tell("restart");
+    }
+
+    /// Freezes all its processes: connections stay open, nothing answers.
+    pub(crate) fn pause(&mut self) {
+        self.tell("pause");
+    }
+
+    /// Ends a [`Self::pause`].
+    pub(crate) fn resume(&mut self) {
+        self.tell("resume");
+    }
+
+    fn tell(&mut self, command: &str) {
+        let stdin = self.stdin.as_mut().expect("open until dropped");
+        writeln!(stdin, "{command}").unwrap();
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        let answer: Answer = serde_json::from_str(&line).unwrap_or_else(|_| {
+            panic!("the supervisor of {} is gone: it answered {command:?} with {line:?}", self.info.kind)
+        });
+        assert!(answer.ok, "{command} {}: {}", self.info.kind, answer.error.unwrap_or_default());
+        self.info.pid = answer.pid.unwrap_or(self.info.pid);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stdin = None;
+        self.child.wait().ok();
+    }
+}
+
+/// The server that tests share. Being shared, it cannot be stopped: a test that wants to starts one of its own.
+pub(crate) fn postgres() -> &'static Server {
+    static POSTGRES: OnceLock<Server> = OnceLock::new();
+    POSTGRES.get_or_init(|| Server::start("postgres", &["--fast"]))
+}
+
+/// As [`postgres`].
+pub(crate) fn redis() -> &'static Server {
+    static REDIS: OnceLock<Server> = OnceLock::new();
+    REDIS.get_or_init(|| Server::start("redis", &[]))
+}
+
+/// As [`postgres`].
+pub(crate) fn moto() -> &'static Server {
+    static MOTO: OnceLock<Server> = OnceLock::new();
+    MOTO.get_or_init(|| Server::start("moto", &[]))
+}
+
+/// A database of its own, with every migration applied. One on the shared server is dropped with the value, whoever is
+/// still connected.
+#[derive(Debug)]
+pub(crate) struct Database {
+    name: String,
+    url: String,
+    shared: bool,
+}
+
+/// A fresh [`Database`] on the shared server.
+pub(crate) async fn database() -> Database {
+    static TEMPLATE: OnceCell<()> = OnceCell::const_new();
+    TEMPLATE
+        .get_or_init(|| async {
+            administer("create database template_migrated").await;
+            migrate(&url_of(postgres(), "template_migrated")).await;
+            // A connection to it would keep others from copying it.
+            administer("alter database template_migrated with allow_connections false").await;
+        })
+        .await;
+    let name = new_name();
+    administer(&format!("create database {name} template template_migrated")).await;
+    Database { url: url_of(postgres(), &name), name, shared: true }
+}
+
+/// A fresh [`Database`] on a server of the test's own.
+pub(crate) async fn database_on(server: &Server) -> Database {
+    let name = new_name();
+    execute(server.url(), &format!("create database {name}")).await;
+    let url = url_of(server, &name);
+    migrate(&url).await;
+    Database { name, url, shared: false }
+}
+
+impl Database {
+    /// For whoever connects by itself: the relay, psql.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A new connection, as superuser.
+    pub(crate) async fn connect(&self) -> PgConnection {
+        PgConnection::connect(&self.url).await.unwrap()
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        if self.shared {
+            let (done, _) = oneshot::channel();
+            administrator().send((format!("drop database {} with (force)", self.name), done)).ok();
+        }
+    }
+}
+
+type Job = (String, oneshot::Sender<Result<PgQueryResult, sqlx::Error>>);
+
+/// The one connection that creates and drops databases on the shared server, in order. In a thread with a runtime of its
+/// own: a connection cannot outlive the runtime of the test that opened it, and opening one takes longer than the
+/// statement.
+fn administrator() -> &'static UnboundedSender<Job> {
+    static ADMINISTRATOR: OnceLock<UnboundedSender<Job>> = OnceLock::new();
+    ADMINISTRATOR.get_or_init(|| {
+        let url = postgres().url();
+        let (sender, mut jobs) = unbounded_channel::<Job>();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut connection = PgConnection::connect(url).await.unwrap();
+                while let Some((statement, done)) = jobs.recv().await {
+                    // Whoever dropped a database does not wait to hear of it.
+                    done.send(sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await).ok();
+                }
+            });
+        });
+        sender
+    })
+}
+
+async fn administer(statement: &str) {
+    let (done, result) = oneshot::channel();
+    administrator().send((statement.to_owned(), done)).unwrap();
+    result.await.unwrap().unwrap();
+}
+
+fn new_name() -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    format!("test_{}", LAST.fetch_add(1, Ordering::Relaxed) + 1)
+}
+
+fn url_of(server: &Server, database: &str) -> String {
+    let (base, _) = server.url().rsplit_once('/').expect("a database in the URL");
+    format!("{base}/{database}")
+}
+
+async fn execute(url: &str, statement: &str) {
+    let mut connection = PgConnection::connect(url).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+}
+
+async fn migrate(url: &str) {
+    outbox_relay::outbox::postgres::schema::migrate(&Secret::inline(url)).await.unwrap();
+}
+
+mod tests {
+    use std::net::TcpStream;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn every_database_is_migrated_and_nobody_elses() {
+        let (one, other) = tokio::join!(database(), database());
+        let mut connection = one.connect().await;
+        sqlx::raw_sql("insert into event_outbox (event_type) values ('only.here')")
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        let seen: i64 = sqlx::query_scalar("select count(*) from event_outbox")
+            .fetch_one(&mut other.connect().await)
+            .await
+            .unwrap();
+        assert_eq!(seen, 0);
+
+        let name = one.name.clone();
+        drop(one);
+        let later = database().await;
+        let left: i64 = sqlx::query_scalar("select count(*) from pg_database where datname = $1")
+            .bind(name)
+            .fetch_one(&mut later.connect().await)
+            .await
+            .unwrap();
+        assert_eq!(left, 0, "dropped although `connection` was open");
+    }
+
+    #[tokio::test]
+    async fn a_killed_postgres_comes_back_on_its_port_with_its_data() {
+        let mut server = Server::start("postgres", &["--set", "max_connections=20"]);
+        let database = database_on(&server).await;
+        let pid = server.pid();
+        execute(database.url(), "insert into event_outbox (event_type) values ('kept')").await;
+        server.kill();
+        PgConnection::connect(database.url()).await.unwrap_err();
+        server.start_again();
+        let kept: i64 = sqlx::query_scalar("select count(*) from event_outbox")
+            .fetch_one(&mut database.connect().await)
+            .await
+            .unwrap();
+        assert_eq!(kept, 1);
+        assert_ne!(server.pid(), pid);
+    }
+
+    #[test]
+    fn a_paused_redis_accepts_connections_and_does_not_answer() {
+        let mut server = Server::start("redis", &[]);
+        server.restart();
+        server.pause();
+        let mut connection = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+        connection.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        connection.write_all(b"PING\r\n").unwrap();
+        let mut answer = [0; 7];
+        connection.read_exact(&mut answer).unwrap_err();
+        server.resume();
+        connection.set_read_timeout(None).unwrap();
+        connection.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"+PONG\r\n");
+
+        server.stop();
+        TcpStream::connect(("127.0.0.1", server.port())).unwrap_err();
+    }
+
+    #[test]
+    fn the_shared_servers_are_up() {
+        for server in [postgres(), redis(), moto()] {
+            TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_server_that_cannot_start_says_what_to_run() {
+        let refused = std::panic::catch_unwind(|| Server::start("redis", &["--bin", "/nowhere"])).unwrap_err();
+        let text = refused.downcast::<String>().unwrap();
+        assert!(text.contains("run `make test`, or `tests/setup` once"), "{text}");
+        assert!(text.contains("--bin /nowhere"), "{text}");
+    }
+}
