@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::breaker::Admission;
+use crate::event::Tally;
 use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Wakeup};
+use crate::relay::destination::Destination;
 use crate::relay::lane::{Busy, Ending, Lane, Work};
 use crate::relay::{Relay, sleep};
 
@@ -123,7 +125,9 @@ impl<O: Outbox> Lane<O> {
             }
             let now = Instant::now();
             if let Some(until) = self.relay.paused_until(now) {
-                if self.shared.ending == Ending::Drained && self.drain_is_over(watch).await? {
+                let all_down = self.relay.destinations.iter().all(Destination::is_down);
+                if self.shared.ending == Ending::Drained && self.alone() && all_down {
+                    self.give_up_drain().await?;
                     return Ok(None);
                 }
                 sleep(until - now, &self.stop).await;
@@ -133,6 +137,8 @@ impl<O: Outbox> Lane<O> {
             if self.shared.scheduled.swap(false, Ordering::SeqCst) || watch.next_promotion <= now {
                 self.promote(watch).await?;
             }
+            // Asked before the look: what a lane held then may be pending again now.
+            let alone = self.alone();
             let look = self.look().await?;
             if let Look::Found(work) = look {
                 watch.last_work = Instant::now();
@@ -141,7 +147,7 @@ impl<O: Outbox> Lane<O> {
             }
             watch.misses = watch.misses.saturating_add(1);
             if self.shared.ending == Ending::Drained {
-                if self.drain_is_over(watch).await? {
+                if alone && self.drain_is_over(watch).await? {
                     return Ok(None);
                 }
                 self.rest(LOOK_INTERVAL).await;
@@ -260,29 +266,45 @@ impl<O: Outbox> Lane<O> {
         })
     }
 
-    /// Whether a drain has nothing left to do; records what it leaves behind.
+    /// No other lane of this relay holds anything.
+    fn alone(&self) -> bool {
+        self.shared.busy.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether a drain that found nothing, alone, has nothing left to do; records what it leaves behind.
     async fn drain_is_over(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<bool, OutboxError> {
-        if self.shared.busy.load(Ordering::SeqCst) > 0 || self.promote(watch).await?.is_zero() {
-            return Ok(false);
-        }
         let now = Instant::now();
-        let relay = Arc::clone(&self.relay);
-        let paused = |destination: &&crate::relay::Destination| matches!(destination.admission(now), Admission::No(_));
-        if relay.destinations.iter().filter(paused).any(|destination| !destination.is_down()) {
+        // Settled before the promotion, which leaves out what is owed to a destination that pauses.
+        let pausing = self
+            .relay
+            .destinations
+            .iter()
+            .any(|destination| matches!(destination.admission(now), Admission::No(_)) && !destination.is_down());
+        if pausing || self.promote(watch).await?.is_zero() {
             return Ok(false);
         }
-        let mut undelivered = self.lane.has_owed().await?;
-        if relay.paused_until(now).is_some() {
-            // Nothing was claimed while all destinations are down: see whether something would have been.
-            if let Look::Found(work) = self.look().await? {
-                undelivered = true;
+        self.end_drain(false).await?;
+        Ok(true)
+    }
+
+    /// Ends a drain whose destinations are all down: nothing more is claimed for them.
+    async fn give_up_drain(&mut self) -> Result<(), OutboxError> {
+        let pending = match self.look().await? {
+            Look::Found(work) => {
                 self.lane.settle(&[]).await?;
                 drop(work);
+                true
             }
-        }
-        self.shared.record(crate::event::Tally::default(), undelivered);
+            Look::Busy | Look::Empty => false,
+        };
+        self.end_drain(pending).await
+    }
+
+    async fn end_drain(&mut self, pending: bool) -> Result<(), OutboxError> {
+        let owed = self.lane.has_owed().await?;
+        self.shared.record(Tally::default(), pending || owed);
         self.shared.drained.store(true, Ordering::SeqCst);
-        Ok(true)
+        Ok(())
     }
 
     /// Rests until something may have changed: at most this long.

@@ -1,0 +1,134 @@
+//! A relay in this process, on a database of its own, with sinks that the test gives it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outbox_relay::breaker::BreakerPolicy;
+use outbox_relay::event::Tally;
+use outbox_relay::outbox::OutboxError;
+use outbox_relay::outbox::postgres::{PgConfig, PgOutbox};
+use outbox_relay::relay::{Drained, Relay, RelayConfig};
+use outbox_relay::retry::RetryPolicy;
+use outbox_relay::route::{Router, Unrouted};
+use outbox_relay::secret::Secret;
+use outbox_relay::sink::Sink;
+use sqlx::{AssertSqlSafe, PgConnection};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::servers::Database;
+
+/// What a test changes before it starts a relay. Waits are milliseconds, so that tests need not be patient.
+pub(crate) struct Setup {
+    pub(crate) relay: RelayConfig,
+    pub(crate) outbox: PgConfig,
+    pub(crate) router: Router,
+    sinks: Vec<(String, Arc<dyn Sink>)>,
+}
+
+impl Setup {
+    pub(crate) fn new(database: &Database, sinks: Vec<(&str, Arc<dyn Sink>)>) -> Self {
+        let sinks: Vec<_> = sinks.into_iter().map(|(name, sink)| (name.to_owned(), sink)).collect();
+        Self {
+            relay: RelayConfig {
+                lanes: 3,
+                batch_events: 1000,
+                batch_bytes: 4 << 20,
+                max_payload: 1 << 20,
+                polling_interval: Duration::from_millis(50),
+                publish_timeout: Duration::from_secs(10),
+                retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
+                breaker: BreakerPolicy {
+                    threshold: 5,
+                    window: Duration::from_secs(60),
+                    recovery: Duration::from_millis(200),
+                },
+                unrouted: Unrouted::DeadLetter,
+            },
+            outbox: PgConfig {
+                url: Secret::inline(database.url()),
+                pooled: false,
+                publish_timeout: Duration::from_secs(10),
+                log_retention: Duration::from_secs(7 * 86400),
+                history_retention: Duration::from_secs(30 * 86400),
+                history: false,
+                worker: "test:1".to_owned(),
+            },
+            router: Router::new(vec![], sinks.len()),
+            sinks,
+        }
+    }
+
+    pub(crate) fn relay(self) -> Arc<Relay<PgOutbox>> {
+        Relay::new(PgOutbox::new(self.outbox), self.sinks, self.router, self.relay)
+    }
+
+    pub(crate) async fn drain(self) -> Drained {
+        self.relay().drain(CancellationToken::new()).await.unwrap()
+    }
+
+    pub(crate) fn run(self) -> Running {
+        let stop = CancellationToken::new();
+        let relay = self.relay();
+        let task = tokio::spawn({
+            let stop = stop.clone();
+            async move { relay.run(stop).await }
+        });
+        Running { stop, task }
+    }
+}
+
+/// A relay at work.
+pub(crate) struct Running {
+    stop: CancellationToken,
+    task: JoinHandle<Result<Tally, OutboxError>>,
+}
+
+impl Running {
+    /// Stops it as SIGTERM does.
+    pub(crate) async fn stop(self) -> Tally {
+        self.stop.cancel();
+        self.task.await.unwrap().unwrap()
+    }
+
+    /// Begins to stop it.
+    pub(crate) fn ask_to_stop(&self) {
+        self.stop.cancel();
+    }
+}
+
+/// Runs statements that return nothing.
+pub(crate) async fn sql(connection: &mut PgConnection, statement: impl Into<String>) {
+    sqlx::raw_sql(AssertSqlSafe(statement.into())).execute(connection).await.unwrap();
+}
+
+/// One number.
+pub(crate) async fn count(connection: &mut PgConnection, from: &str) -> i64 {
+    sqlx::query_scalar(AssertSqlSafe(format!("select count(*) from {from}"))).fetch_one(connection).await.unwrap()
+}
+
+/// The first column of every row, as text.
+pub(crate) async fn column(connection: &mut PgConnection, query: &str) -> Vec<String> {
+    sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_all(connection).await.unwrap()
+}
+
+/// Emits an event named `name`; `key` empty: no key.
+pub(crate) async fn emit(connection: &mut PgConnection, name: &str, key: &str) {
+    sqlx::query(
+        "insert into event_outbox (event_type, aggregate_type, aggregate_id) values ($1, 'test', nullif($2, ''))",
+    )
+    .bind(name)
+    .bind(key)
+    .execute(connection)
+    .await
+    .unwrap();
+}
+
+/// Waits until `condition` holds; the deadline is for tests that fail.
+pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

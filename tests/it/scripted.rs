@@ -1,0 +1,142 @@
+//! A sink that does as told, event by event, so that crash windows are exact.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use async_trait::async_trait;
+use outbox_relay::event::{Event, Fault, Outcome, PublishError};
+use outbox_relay::sink::Sink;
+use tokio::sync::Semaphore;
+
+/// What to do with one event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Act {
+    /// Take it.
+    Accept,
+    /// Judge it bad.
+    Refuse,
+    /// Fail as a destination that is down.
+    Unreachable,
+    /// Fail as a destination that is set up wrongly.
+    Misconfigured,
+    /// Take it, and lose the answer.
+    AcceptThenFail,
+}
+
+/// Holds publish calls until a test lets them go.
+pub(crate) struct Gate {
+    entered: Semaphore,
+    open: Semaphore,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { entered: Semaphore::new(0), open: Semaphore::new(0) })
+    }
+
+    /// Waits until a call is held.
+    pub(crate) async fn entered(&self) {
+        self.entered.acquire().await.unwrap().forget();
+    }
+
+    /// Lets this many calls go.
+    pub(crate) fn open(&self, calls: usize) {
+        self.open.add_permits(calls);
+    }
+
+    async fn pass(&self) {
+        self.entered.add_permits(1);
+        self.open.acquire().await.unwrap().forget();
+    }
+}
+
+type Script = Box<dyn Fn(&Event) -> Act + Send + Sync>;
+
+/// See the module.
+pub(crate) struct ScriptedSink {
+    script: Mutex<Script>,
+    gate: Mutex<Option<Arc<Gate>>>,
+    accepted: Mutex<Vec<Event>>,
+    calls: Mutex<usize>,
+}
+
+impl ScriptedSink {
+    pub(crate) fn new(script: impl Fn(&Event) -> Act + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self {
+            script: Mutex::new(Box::new(script)),
+            gate: Mutex::new(None),
+            accepted: Mutex::new(Vec::new()),
+            calls: Mutex::new(0),
+        })
+    }
+
+    pub(crate) fn accepting() -> Arc<Self> {
+        Self::new(|_| Act::Accept)
+    }
+
+    /// Holds every call from now on at `gate`.
+    pub(crate) fn hold_at(&self, gate: &Arc<Gate>) {
+        *self.gate.lock().unwrap() = Some(Arc::clone(gate));
+    }
+
+    pub(crate) fn then(&self, script: impl Fn(&Event) -> Act + Send + Sync + 'static) {
+        *self.script.lock().unwrap() = Box::new(script);
+    }
+
+    /// The events it took, in order, repeats included.
+    pub(crate) fn accepted(&self) -> Vec<Event> {
+        self.accepted.lock().unwrap().clone()
+    }
+
+    /// Their types, which the tests use as names.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.accepted().into_iter().map(|event| event.event_type).collect()
+    }
+
+    pub(crate) fn calls(&self) -> usize {
+        *self.calls.lock().unwrap()
+    }
+}
+
+#[async_trait]
+impl Sink for ScriptedSink {
+    async fn publish(&self, events: &[&Event], _: Instant) -> Vec<Outcome> {
+        *self.calls.lock().unwrap() += 1;
+        let gate = self.gate.lock().unwrap().clone();
+        if let Some(gate) = gate {
+            gate.pass().await;
+        }
+        let script = self.script.lock().unwrap();
+        let mut stopped = HashSet::new();
+        let mut outcomes = Vec::new();
+        for event in events {
+            let key = event.key();
+            if key.is_some_and(|key| stopped.contains(&key)) {
+                outcomes.push(Outcome::Held);
+                continue;
+            }
+            let act = script(event);
+            if matches!(act, Act::Accept | Act::AcceptThenFail) {
+                self.accepted.lock().unwrap().push((*event).clone());
+            }
+            let fault = match act {
+                Act::Accept => {
+                    outcomes.push(Outcome::Delivered { message_id: Some(format!("m{}", event.row.id)) });
+                    continue;
+                }
+                Act::Refuse => Fault::Event,
+                Act::Unreachable => Fault::Destination,
+                Act::Misconfigured => Fault::Misconfigured,
+                Act::AcceptThenFail => Fault::Unknown,
+            };
+            key.map(|key| stopped.insert(key));
+            outcomes.push(Outcome::Failed(PublishError::new(fault, "SCRIPTED", format!("{act:?}"))));
+        }
+        outcomes
+    }
+
+    async fn check(&self) -> Result<String, PublishError> {
+        Ok("scripted".to_owned())
+    }
+}
