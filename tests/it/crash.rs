@@ -47,6 +47,7 @@ async fn another_relay_takes_over_at_once_and_the_zombie_settles_nothing() {
     zombie.hold_at(&gate);
     let mut setup = Setup::new(&database, vec![("a", zombie.clone())]);
     setup.outbox.worker = "zombie".to_owned();
+    setup.relay.lanes = 1;
     let running = setup.run();
     gate.entered().await;
 

@@ -23,7 +23,7 @@ const PARTITIONS: i32 = 640;
 /// partition starves no other.
 const TAKE_PARTITIONS: &str = "
 with recursive pending(partition) as (
-    (select partition::int from event_outbox where partition < 640 order by partition limit 1)
+    (select o.partition::int from event_outbox o where o.partition < 640 order by o.partition limit 1)
     union all
     select (select o.partition::int from event_outbox o where o.partition > p.partition and o.partition < 640
             order by o.partition limit 1)
@@ -55,7 +55,7 @@ from (
     select b.*, sum(b.size) over (order by b.ordinal, b.id, b.destination) - b.size as bytes_before
     from (
         select c.*, case when pg_column_size(c.payload) <= 2000 then pg_column_size(c.payload)
-                         else octet_length(c.payload::text) end::bigint as size
+                         else octet_length(c.payload::text) end as size
         from (
             select t.ordinal, e.*
             from unnest($1::int[]) with ordinality t(partition, ordinal)
@@ -292,7 +292,7 @@ impl Lane for PgLane {
 
 /// Decodes a row of [`READ_BATCH`]. Only a driver that disagrees with our own statement makes it fail.
 fn read_claimed(row: &PgRow, max_payload: usize) -> Result<Claimed, sqlx::Error> {
-    let size: i64 = row.try_get(16)?;
+    let size: i32 = row.try_get(16)?;
     let payload = jsonb_text(row, 8)?;
     let mut defect = None;
     if payload.is_none() {

@@ -1,0 +1,40 @@
+PYTHON := target/venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help build setup test lint fmt-check clippy doc demo-servers bench check-deploy clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## the relay, optimised: target/release/relay
+	cargo build --release --locked
+
+setup: ## installs what tests and demo need and this machine lacks
+	@tests/setup
+
+test: setup ## every test, against throwaway servers
+	cargo test --locked
+
+lint: fmt-check clippy doc ## formatting, clippy and documentation, without warnings
+
+fmt-check:
+	cargo fmt --check
+
+clippy:
+	cargo clippy --locked --all-targets -- -D warnings
+
+doc:
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
+
+demo-servers: setup build ## a demo on throwaway servers
+	python3 tests/demo.py
+
+bench: setup build ## how fast a backlog drains here
+	python3 tests/bench/drain.py
+
+check-deploy: ## whether the files of deploy/ are sound
+	@tests/setup deploy
+	$(PYTHON) tests/check_deploy.py
+
+clean: ## removes target/, the virtual environment included
+	cargo clean

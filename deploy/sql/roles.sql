@@ -1,0 +1,61 @@
+-- Three roles with the least that each needs: relay_app for applications, relay_worker for the relay, relay_operator for
+-- people. After `relay migrate`, again after each later one, as the owner of the tables, with the search_path that the
+-- relay uses:
+--
+--     psql -v ON_ERROR_STOP=1 -f deploy/sql/roles.sql "$DATABASE_URL"
+--
+-- The roles cannot log in. Give them to those that do:
+--
+--     create role shop login password '...';
+--     grant relay_app to shop;
+--
+-- Creating roles takes CREATEROLE. An owner without it lets an administrator run the three `create role` first.
+-- Before PostgreSQL 15 everybody may create objects in the schema public; `revoke create on schema public from public`
+-- is what makes "no DDL" true there.
+
+begin;
+
+do $$
+declare
+    role text;
+    schema regnamespace := (select relnamespace from pg_class where oid = to_regclass('event_outbox'));
+begin
+    if schema is null then
+        raise exception 'roles.sql: there is no table event_outbox on the search_path (%)', current_setting('search_path')
+            using hint = 'Run `relay migrate` first, or set the search_path that the relay uses.';
+    end if;
+    foreach role in array array['relay_app', 'relay_worker', 'relay_operator'] loop
+        if to_regrole(role) is null then
+            execute format('create role %I nologin', role);
+        end if;
+        -- Where everybody has it, as in an old `public`, only the schema's owner could grant it once more.
+        if not has_schema_privilege(role, schema, 'usage') then
+            execute format('grant usage on schema %s to %I', schema, role);
+        end if;
+    end loop;
+end
+$$;
+
+-- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
+revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary
+    from relay_app, relay_worker, relay_operator;
+revoke all on function relay_add_days, relay_drop_days, redrive_dead_letter from relay_app, relay_worker, relay_operator;
+
+-- Applications add events and see none, their own included: use emit_event where the event_id is wanted, for RETURNING
+-- would take SELECT. The columns are what emit_event fills; those of delivery are the relay's.
+grant insert (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, correlation_id, causation_id,
+              schema_version, priority, available_at, status)
+    on event_outbox to relay_app;
+grant execute on function emit_event to relay_app, relay_operator;
+
+-- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
+grant select, insert, update, delete on event_outbox to relay_worker;
+grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
+grant execute on function relay_add_days, relay_drop_days, relay_schema_version to relay_worker;
+
+-- People look at everything, and put dead letters back.
+grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary
+    to relay_operator;
+grant execute on function redrive_dead_letter, relay_schema_version to relay_operator;
+
+commit;
