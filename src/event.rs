@@ -248,9 +248,11 @@ pub enum NewEventError {
     },
 }
 
-/// Which row of the outbox: its primary key.
+/// Which row of the outbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowKey {
+    /// Where the store finds it again when it settles; means nothing to anyone else.
+    pub locator: i64,
     /// The unit of claiming; lower is more urgent.
     pub partition: i16,
     /// Insertion order.
@@ -518,7 +520,7 @@ pub(crate) mod testing {
     /// A small keyless event, for the unit tests of the pure parts.
     pub(crate) fn event(id: i64) -> Event {
         Event {
-            row: RowKey { partition: 576, id, destination: String::new() },
+            row: RowKey { locator: 0, partition: 576, id, destination: String::new() },
             event_id: Uuid::from_u128(id.unsigned_abs().into()),
             event_type: "order.created".into(),
             source: String::new(),

@@ -9,6 +9,7 @@ pub mod emit;
 pub mod lane;
 mod records;
 pub mod schema;
+mod tid;
 pub mod wake;
 
 use std::future::Future;

@@ -33,10 +33,10 @@ impl RedisPubSub {
 impl Commands for Messages {
     fn write(&self, event: &Event, command: &mut Command) {
         command.word("PUBLISH");
-        command.word(self.channel.render(event, &self.source).as_bytes());
+        command.value(self.channel.render(event, &self.source).as_bytes());
         match self.format {
-            Format::CloudEvents => command.word(cloudevent::json(event, &self.source)),
-            Format::Payload => command.word(&event.payload),
+            Format::CloudEvents => command.value(cloudevent::json(event, &self.source)),
+            Format::Payload => command.value(&event.payload),
         }
     }
 

@@ -40,7 +40,10 @@ impl RedisStream {
 impl Commands for Entries {
     fn write(&self, event: &Event, command: &mut Command) {
         command.word("XADD");
-        command.word(self.stream.render(event, &self.source).as_bytes());
+        match self.stream.fixed() {
+            Some(stream) => command.word(stream),
+            None => command.value(self.stream.render(event, &self.source).as_bytes()),
+        }
         if let Some(length) = self.max_length {
             command.word("MAXLEN");
             command.word("~");
@@ -48,11 +51,23 @@ impl Commands for Entries {
         }
         command.word("*");
         cloudevent::attributes(event, &self.source, |name, value| {
-            command.word(name);
-            command.word(value);
+            match name {
+                "specversion" | "datacontenttype" => {
+                    command.word(name);
+                    command.word(value); // the same for every event
+                }
+                _ if name.is_empty() => {
+                    command.value(name); // a header without a name, which a word cannot be
+                    command.value(value);
+                }
+                _ => {
+                    command.word(name);
+                    command.value(value);
+                }
+            }
         });
         command.word("data");
-        command.word(&event.payload);
+        command.value(&event.payload);
     }
 
     fn key<'a>(&'a self, event: &'a Event) -> Option<Cow<'a, str>> {

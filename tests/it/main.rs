@@ -7,5 +7,6 @@ mod eventbridge;
 mod harness;
 mod scripted;
 mod servers;
+mod shop;
 mod stub;
 mod support;

@@ -5,7 +5,7 @@ use outbox_relay::event::{Event, RowKey};
 /// A small event without a key.
 pub(crate) fn event(id: i64) -> Event {
     Event {
-        row: RowKey { partition: 576, id, destination: String::new() },
+        row: RowKey { locator: 0, partition: 576, id, destination: String::new() },
         event_id: uuid::Uuid::from_u128(id.unsigned_abs().into()),
         event_type: "order.created".into(),
         source: "shop".into(),

@@ -4,7 +4,7 @@
 //! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgRow};
@@ -12,8 +12,11 @@ use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
 
 use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::postgres::records::Records;
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered};
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, tid};
 use crate::outbox::{Behind, Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Promoted};
+
+/// The largest batch that can be configured.
+const MAX_ROWS: usize = 10_000;
 
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
 const PARTITIONS: i32 = 640;
@@ -43,68 +46,59 @@ select
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
-/// `$1` partitions, `$2` events, `$3` bytes, `$4` payload limit, `$5` destinations. The sizes are computed outside of the
-/// innermost LIMIT, so only for rows that may be returned; a payload's text is measured only where it may be large.
-/// Whether anything waits behind a failed event of its key is asked once per statement, and per row only then.
+/// `$1` partitions; of each of them at most `$2` events and about `$3` bytes, so that nothing need be sorted; `$4` payload
+/// limit; `$5` destinations. A payload's text is measured only where it may be large. What waits behind a failed event of
+/// its key is asked per row only where anything waits at all.
 const READ_BATCH: &str = "
-select o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
+select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
        case when o.size <= $4 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
        o.schema_version, o.created_at, o.attempts, o.available_at <= statement_timestamp(), o.size,
-       behind.destinations, behind.remaining_ms
-from (
-    select b.*, sum(b.size) over (order by b.ordinal, b.id, b.destination) - b.size as bytes_before
+       case when waiting.any and o.aggregate_id is not null then (
+           select jsonb_object_agg(d.destination, head.remaining_ms)
+           from unnest(case o.destination when '' then $5::text[] else array[o.destination] end) d(destination)
+           cross join lateral (
+               select greatest(0, extract(epoch from w.available_at - statement_timestamp()) * 1000)::bigint as remaining_ms
+               from event_outbox w
+               where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
+                 and w.aggregate_id is not null
+                 and hashtextextended(w.aggregate_id, hashtextextended(coalesce(w.aggregate_type, ''), 0))
+                   = hashtextextended(o.aggregate_id, hashtextextended(coalesce(o.aggregate_type, ''), 0))
+                 and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+                 and w.partition = o.partition + 640
+                 and w.id < o.id
+               order by w.id
+               limit 1
+           ) head
+       ) end
+from unnest($1::int[]) t(partition)
+cross join lateral (
+    select s.*, sum(s.size) over (order by s.id, s.destination rows unbounded preceding) - s.size as bytes_before
     from (
-        select c.*, case when pg_column_size(c.payload) <= 2000 then pg_column_size(c.payload)
-                         else octet_length(c.payload::text) end as size
+        select e.*, case when pg_column_size(e.payload) <= 2000 then pg_column_size(e.payload)
+                         else octet_length(e.payload::text) end as size
         from (
-            select t.ordinal, e.*
-            from unnest($1::int[]) with ordinality t(partition, ordinal)
-            cross join lateral (
-                select * from event_outbox where partition = t.partition::smallint order by id, destination limit $2
-            ) e
-            order by t.ordinal, e.id, e.destination
-            limit $2
-        ) c
-    ) b
+            select ctid, * from event_outbox where partition = t.partition::smallint order by id, destination limit $2
+        ) e
+    ) s
 ) o
 cross join (select exists (
     select from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
 ) as any) waiting
-left join lateral (
-    select array_agg(d.destination) as destinations, array_agg(head.remaining_ms) as remaining_ms
-    from unnest(case o.destination when '' then $5::text[] else array[o.destination] end) d(destination)
-    cross join lateral (
-        select (extract(epoch from w.available_at - statement_timestamp()) * 1000)::bigint as remaining_ms
-        from event_outbox w
-        where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
-          and w.aggregate_id is not null
-          and hashtextextended(w.aggregate_id, hashtextextended(coalesce(w.aggregate_type, ''), 0))
-            = hashtextextended(o.aggregate_id, hashtextextended(coalesce(o.aggregate_type, ''), 0))
-          and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
-          and w.partition = o.partition + 640
-          and w.id < o.id
-        order by w.id
-        limit 1
-    ) head
-    where waiting.any and o.aggregate_id is not null
-) behind on true
-where o.bytes_before < $3
-order by o.ordinal, o.id, o.destination";
+where o.bytes_before < $3";
 
 /// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
 /// such a row either waiting, and its key behind it, or pending, and in its place.
 const PROMOTE: &str = "
 with due as materialized (
-    select e.partition, e.id, e.destination
+    select e.row
     from unnest($1::text[]) d(destination)
     cross join lateral (
-        select partition, id, destination from event_outbox
+        select ctid as row from event_outbox
         where status = 'scheduled' and destination = d.destination and available_at <= statement_timestamp()
         order by available_at, id limit $2 for update skip locked
     ) e
 ), promoted as (
-    update event_outbox o set status = 'pending' from due
-    where o.partition = due.partition and o.id = due.id and o.destination = due.destination
+    update event_outbox o set status = 'pending' from due where o.ctid = due.row
     returning 1
 )
 select (select count(*) from promoted), (
@@ -158,7 +152,7 @@ impl PgLane {
              set local enable_hashjoin = off; set local enable_mergejoin = off; set local jit = off",
             (config.publish_timeout + Duration::from_secs(15)).as_millis(),
         );
-        Self { outbox, connection: None, begin, partitions: PARTITIONS, rows: usize::MAX, unproven: false }
+        Self { outbox, connection: None, begin, partitions: PARTITIONS, rows: MAX_ROWS, unproven: false }
     }
 
     /// A connection that can be written to.
@@ -196,22 +190,36 @@ impl PgLane {
             connection.execute("commit").await?;
             return Ok(if pending == 0 { Claim::Empty } else { Claim::Busy });
         }
-        let limit = self.rows.min(request.max_events);
+        // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
+        let share = self.rows.min(request.max_events).div_ceil(taken.len());
+        let bytes_share = request.max_bytes.div_ceil(taken.len());
         let rows = sqlx::query(READ_BATCH)
             .persistent(persistent)
             .bind(&taken)
-            .bind(to_i64(limit))
-            .bind(to_i64(request.max_bytes))
+            .bind(to_i64(share))
+            .bind(to_i64(bytes_share))
             .bind(to_i64(request.max_payload))
             .bind(request.destinations)
             .fetch_all(&mut *connection)
             .await?;
-        let claimed = rows.iter().map(|row| read_claimed(row, request.max_payload)).collect::<Result<Vec<_>, _>>()?;
-        let bytes: usize = claimed.iter().map(|claimed| claimed.event.payload.len()).sum();
-        let full = rows.len() == limit || bytes >= request.max_bytes;
+        let mut claimed = Vec::with_capacity(rows.len());
+        let mut given: HashMap<i16, (usize, usize)> = HashMap::with_capacity(taken.len());
+        for row in &rows {
+            let (event, size) = read_claimed(row, request.max_payload)?;
+            let (count, bytes) = given.entry(event.event.row.partition).or_default();
+            *count += 1;
+            *bytes += size;
+            claimed.push(event);
+        }
+        claimed.sort_by(|a, b| {
+            let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
+            place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
+        });
+        let out_of_bytes = given.values().any(|(_, bytes)| *bytes >= bytes_share);
+        let full = out_of_bytes || given.values().any(|(count, _)| *count == share);
         let taken = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
         self.partitions = if full { taken / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
-        self.rows = if rows.len() < limit && full { rows.len() } else { limit }.saturating_mul(2);
+        self.rows = if out_of_bytes { rows.len() } else { self.rows }.saturating_mul(2).min(MAX_ROWS);
         if rows.is_empty() {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
@@ -226,6 +234,7 @@ impl PgLane {
         records.dead_letters.insert(connection, persistent).await?;
         records.history.insert(connection, persistent).await?;
         records.owed.insert(connection, persistent).await?;
+        records.more_log.insert(connection, persistent, &config.worker).await?;
         let expected = records.rows.ids.len();
         if expected > 0 {
             let gone = records.delete_and_log(connection, persistent, &config.worker).await?;
@@ -290,10 +299,11 @@ impl Lane for PgLane {
     }
 }
 
-/// Decodes a row of [`READ_BATCH`]. Only a driver that disagrees with our own statement makes it fail.
-fn read_claimed(row: &PgRow, max_payload: usize) -> Result<Claimed, sqlx::Error> {
-    let size: i32 = row.try_get(16)?;
-    let payload = jsonb_text(row, 8)?;
+/// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes
+/// it fail.
+fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
+    let size: i32 = row.try_get(17)?;
+    let payload = jsonb_text(row, 9)?;
     let mut defect = None;
     if payload.is_none() {
         defect = Some(PublishError::new(
@@ -302,7 +312,7 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<Claimed, sqlx::Error>
             format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
         ));
     }
-    let headers = match jsonb_text(row, 9)?.map(serde_json::from_slice::<BTreeMap<String, String>>) {
+    let headers = match jsonb_text(row, 10)?.map(serde_json::from_slice::<BTreeMap<String, String>>) {
         None => Vec::new(),
         Some(Ok(headers)) => headers.into_iter().collect(),
         Some(Err(error)) => {
@@ -311,37 +321,37 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<Claimed, sqlx::Error>
             Vec::new()
         }
     };
-    let destinations: Option<Vec<String>> = row.try_get(17)?;
-    let remaining: Option<Vec<i64>> = row.try_get(18)?;
-    let behind = destinations
-        .unwrap_or_default()
-        .into_iter()
-        .zip(remaining.unwrap_or_default())
-        .map(|(destination, ms)| Behind {
-            destination,
-            remaining: Duration::from_millis(u64::try_from(ms).unwrap_or_default()),
-        })
-        .collect();
-    Ok(Claimed {
+    let behind: BTreeMap<String, u64> = match jsonb_text(row, 18)? {
+        None => BTreeMap::new(),
+        Some(json) => serde_json::from_slice(json).map_err(|error| sqlx::Error::Decode(error.into()))?,
+    };
+    let remaining = |(destination, ms)| Behind { destination, remaining: Duration::from_millis(ms) };
+    let claimed = Claimed {
         event: Event {
-            row: RowKey { partition: row.try_get(0)?, id: row.try_get(1)?, destination: row.try_get(2)? },
-            event_id: row.try_get(3)?,
-            event_type: row.try_get(4)?,
-            source: row.try_get(5)?,
-            aggregate_type: row.try_get(6)?,
-            aggregate_id: row.try_get(7)?,
+            row: RowKey {
+                locator: tid::to_locator(row.try_get(0)?).ok_or_else(|| sqlx::Error::Decode("not a ctid".into()))?,
+                partition: row.try_get(1)?,
+                id: row.try_get(2)?,
+                destination: row.try_get(3)?,
+            },
+            event_id: row.try_get(4)?,
+            event_type: row.try_get(5)?,
+            source: row.try_get(6)?,
+            aggregate_type: row.try_get(7)?,
+            aggregate_id: row.try_get(8)?,
             payload: payload.unwrap_or_default().to_vec(),
             headers,
-            correlation_id: row.try_get(10)?,
-            causation_id: row.try_get(11)?,
-            schema_version: row.try_get(12)?,
-            created_at: row.try_get(13)?,
-            attempts: row.try_get(14)?,
+            correlation_id: row.try_get(11)?,
+            causation_id: row.try_get(12)?,
+            schema_version: row.try_get(13)?,
+            created_at: row.try_get(14)?,
+            attempts: row.try_get(15)?,
         },
-        due: row.try_get(15)?,
+        due: row.try_get(16)?,
         defect,
-        behind,
-    })
+        behind: behind.into_iter().map(remaining).collect(),
+    };
+    Ok((claimed, usize::try_from(size).unwrap_or_default()))
 }
 
 /// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.

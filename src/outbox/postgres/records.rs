@@ -1,45 +1,60 @@
 //! What a settle writes: verdicts turned into the column arrays that its statements take.
 
 use sqlx::postgres::PgConnection;
-use uuid::Uuid;
 
 use crate::event::{PublishError, RowKey, Verdict};
 use crate::outbox::Delivery;
+use crate::outbox::postgres::tid;
 
 /// Everything one settle writes.
 #[derive(Default)]
 pub(super) struct Records<'a> {
     /// The rows that go, because all or part of what they owed is decided.
-    pub(super) rows: Rows<'a>,
-    pub(super) log: Log<'a>,
+    pub(super) rows: Rows,
+    /// One entry per row, written as the row is deleted: the first delivery of its event that was decided.
+    log: Log<'a>,
+    /// The other decided deliveries of events with several destinations.
+    pub(super) more_log: MoreLog<'a>,
     pub(super) dead_letters: DeadLetters<'a>,
     pub(super) history: History<'a>,
     pub(super) owed: Owed<'a>,
 }
 
+/// Rows by their place and, because a place can be given away, their id.
 #[derive(Default)]
-pub(super) struct Rows<'a> {
-    pub(super) partitions: Vec<i16>,
+pub(super) struct Rows {
+    tids: Vec<String>,
     pub(super) ids: Vec<i64>,
-    pub(super) destinations: Vec<&'a str>,
+}
+
+/// What was decided of a delivery.
+struct Entry<'a> {
+    destination: &'a str,
+    status: &'static str,
+    message_id: Option<&'a str>,
+    error: Option<String>,
+    duration_ms: i32,
+}
+
+/// Entries of the log; a row that only moves on has none.
+#[derive(Default)]
+struct Log<'a> {
+    destinations: Vec<&'a str>,
+    statuses: Vec<Option<&'static str>>,
+    message_ids: Vec<Option<&'a str>>,
+    errors: Vec<Option<String>>,
+    durations: Vec<i32>,
 }
 
 #[derive(Default)]
-pub(super) struct Log<'a> {
-    pub(super) event_ids: Vec<Uuid>,
-    pub(super) outbox_ids: Vec<i64>,
-    pub(super) event_types: Vec<&'a str>,
-    pub(super) destinations: Vec<&'a str>,
-    pub(super) statuses: Vec<&'static str>,
-    pub(super) attempts: Vec<i32>,
-    pub(super) message_ids: Vec<Option<&'a str>>,
-    pub(super) errors: Vec<Option<String>>,
-    pub(super) durations: Vec<i32>,
+pub(super) struct MoreLog<'a> {
+    rows: Rows,
+    log: Log<'a>,
 }
 
 #[derive(Default)]
 pub(super) struct DeadLetters<'a> {
-    rows: Rows<'a>,
+    rows: Rows,
     destinations: Vec<&'a str>,
     attempts: Vec<i32>,
     codes: Vec<&'a str>,
@@ -48,13 +63,13 @@ pub(super) struct DeadLetters<'a> {
 
 #[derive(Default)]
 pub(super) struct History<'a> {
-    rows: Rows<'a>,
+    rows: Rows,
     destinations: Vec<&'a str>,
 }
 
 #[derive(Default)]
 pub(super) struct Owed<'a> {
-    rows: Rows<'a>,
+    rows: Rows,
     destinations: Vec<&'a str>,
     attempts: Vec<i32>,
     delays: Vec<f64>,
@@ -69,46 +84,53 @@ impl<'a> Records<'a> {
             if group.iter().all(|delivery| delivery.verdict == Verdict::Wait { park: None }) {
                 continue;
             }
-            records.rows.push(&group[0].event.row);
-            for delivery in group {
-                records.record(delivery, history);
+            let row = &group[0].event.row;
+            let mut entries = group.iter().filter_map(|delivery| records.record(delivery, history)).collect::<Vec<_>>();
+            for entry in entries.drain(entries.len().min(1)..) {
+                records.more_log.rows.push(row);
+                records.more_log.log.push(Some(entry));
             }
+            records.rows.push(row);
+            records.log.push(entries.pop());
         }
         records
     }
 
-    fn record(&mut self, delivery: &'a Delivery<'a>, history: bool) {
+    /// Notes what a delivery leaves behind, but for its entry in the log, which is returned.
+    fn record(&mut self, delivery: &'a Delivery<'a>, history: bool) -> Option<Entry<'a>> {
         let row = &delivery.event.row;
         let attempt = delivery.event.attempts.saturating_add(1);
-        match &delivery.verdict {
+        let (status, message_id, error) = match &delivery.verdict {
             Verdict::Published { message_id } => {
-                self.log.push(delivery, "published", message_id.as_deref(), None);
                 if history {
                     self.history.rows.push(row);
                     self.history.destinations.push(delivery.destination);
                 }
+                ("published", message_id.as_deref(), None)
             }
             Verdict::Retry { delay, error } => {
-                self.log.push(delivery, "failed", None, Some(error.to_string()));
                 self.owed.push(delivery, attempt, delay.as_secs_f64(), Some(error));
+                ("failed", None, Some(error.to_string()))
             }
             Verdict::DeadLetter { error } => {
-                self.log.push(delivery, "dead_lettered", None, Some(error.to_string()));
                 self.dead_letters.rows.push(row);
                 self.dead_letters.destinations.push(delivery.destination);
                 self.dead_letters.attempts.push(attempt);
                 self.dead_letters.codes.push(&error.code);
                 self.dead_letters.errors.push(&error.message);
+                ("dead_lettered", None, Some(error.to_string()))
             }
-            Verdict::Drop { reason } => self.log.push(delivery, "dropped", None, Some((*reason).to_owned())),
+            Verdict::Drop { reason } => ("dropped", None, Some((*reason).to_owned())),
             Verdict::Wait { park } => {
-                let delay = park.unwrap_or_default().as_secs_f64();
-                self.owed.push(delivery, delivery.event.attempts, delay, None);
+                self.owed.push(delivery, delivery.event.attempts, park.unwrap_or_default().as_secs_f64(), None);
+                return None;
             }
-        }
+        };
+        let duration_ms = i32::try_from(delivery.duration.as_millis()).unwrap_or(i32::MAX);
+        Some(Entry { destination: delivery.destination, status, message_id, error, duration_ms })
     }
 
-    /// Deletes the rows and writes the log in one statement. Returns how many rows were there to delete.
+    /// Deletes the rows and writes their log in one statement. Returns how many rows were there to delete.
     pub(super) async fn delete_and_log(
         &self,
         connection: &mut PgConnection,
@@ -118,32 +140,26 @@ impl<'a> Records<'a> {
         let query = "
             with gone as (
                 delete from event_outbox o
-                using unnest($1::smallint[], $2::bigint[], $3::text[]) as r(partition, id, destination)
-                where o.partition = r.partition and o.id = r.id and o.destination = r.destination
-                returning 1
+                using unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[])
+                    as r(tid, id, destination, status, message_id, error, duration_ms)
+                where o.ctid = r.tid and o.id = r.id
+                returning o.event_id, o.id, o.event_type, r.destination, r.status, o.attempts + 1, r.message_id, r.error,
+                    r.duration_ms
             ), logged as (
                 insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id,
                     error, duration_ms, worker, processed_at)
-                select l.*, $13, statement_timestamp()
-                from unnest($4::uuid[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::int[], $10::text[],
-                    $11::text[], $12::int[]) as l
+                select gone.*, $8, statement_timestamp() from gone where gone.status is not null
             )
             select count(*) from gone";
-        let log = &self.log;
         let gone: i64 = sqlx::query_scalar(query)
             .persistent(persistent)
-            .bind(&self.rows.partitions)
+            .bind(&self.rows.tids)
             .bind(&self.rows.ids)
-            .bind(&self.rows.destinations)
-            .bind(&log.event_ids)
-            .bind(&log.outbox_ids)
-            .bind(&log.event_types)
-            .bind(&log.destinations)
-            .bind(&log.statuses)
-            .bind(&log.attempts)
-            .bind(&log.message_ids)
-            .bind(&log.errors)
-            .bind(&log.durations)
+            .bind(&self.log.destinations)
+            .bind(&self.log.statuses)
+            .bind(&self.log.message_ids)
+            .bind(&self.log.errors)
+            .bind(&self.log.durations)
             .bind(worker)
             .fetch_one(connection)
             .await?;
@@ -151,32 +167,54 @@ impl<'a> Records<'a> {
     }
 }
 
-impl<'a> Rows<'a> {
-    fn push(&mut self, row: &'a RowKey) {
-        self.partitions.push(row.partition);
+impl Rows {
+    fn push(&mut self, row: &RowKey) {
+        self.tids.push(tid::from_locator(row.locator));
         self.ids.push(row.id);
-        self.destinations.push(&row.destination);
     }
 }
 
 impl<'a> Log<'a> {
-    fn push(
-        &mut self,
-        delivery: &'a Delivery<'a>,
-        status: &'static str,
-        message_id: Option<&'a str>,
-        error: Option<String>,
-    ) {
-        let event = delivery.event;
-        self.event_ids.push(event.event_id);
-        self.outbox_ids.push(event.row.id);
-        self.event_types.push(&event.event_type);
-        self.destinations.push(delivery.destination);
-        self.statuses.push(status);
-        self.attempts.push(event.attempts.saturating_add(1));
-        self.message_ids.push(message_id);
-        self.errors.push(error);
-        self.durations.push(i32::try_from(delivery.duration.as_millis()).unwrap_or(i32::MAX));
+    fn push(&mut self, entry: Option<Entry<'a>>) {
+        self.destinations.push(entry.as_ref().map_or("", |entry| entry.destination));
+        self.statuses.push(entry.as_ref().map(|entry| entry.status));
+        self.message_ids.push(entry.as_ref().and_then(|entry| entry.message_id));
+        self.durations.push(entry.as_ref().map_or(0, |entry| entry.duration_ms));
+        self.errors.push(entry.and_then(|entry| entry.error));
+    }
+}
+
+impl MoreLog<'_> {
+    pub(super) async fn insert(
+        &self,
+        connection: &mut PgConnection,
+        persistent: bool,
+        worker: &str,
+    ) -> Result<(), sqlx::Error> {
+        if self.rows.ids.is_empty() {
+            return Ok(());
+        }
+        let query = "
+            insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id,
+                error, duration_ms, worker, processed_at)
+            select o.event_id, o.id, o.event_type, l.destination, l.status, o.attempts + 1, l.message_id, l.error,
+                l.duration_ms, $8, statement_timestamp()
+            from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[])
+                as l(tid, id, destination, status, message_id, error, duration_ms)
+            join event_outbox o on o.ctid = l.tid and o.id = l.id";
+        sqlx::query(query)
+            .persistent(persistent)
+            .bind(&self.rows.tids)
+            .bind(&self.rows.ids)
+            .bind(&self.log.destinations)
+            .bind(&self.log.statuses)
+            .bind(&self.log.message_ids)
+            .bind(&self.log.errors)
+            .bind(&self.log.durations)
+            .bind(worker)
+            .execute(connection)
+            .await
+            .map(drop)
     }
 }
 
@@ -192,14 +230,13 @@ impl DeadLetters<'_> {
             select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload,
                 o.headers, o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, d.destination,
                 d.attempts, d.code, d.error, least(o.first_failed_at, statement_timestamp()), statement_timestamp()
-            from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[], $5::int[], $6::text[], $7::text[])
-                as d(partition, id, row_destination, destination, attempts, code, error)
-            join event_outbox o on o.partition = d.partition and o.id = d.id and o.destination = d.row_destination";
+            from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
+                as d(tid, id, destination, attempts, code, error)
+            join event_outbox o on o.ctid = d.tid and o.id = d.id";
         sqlx::query(query)
             .persistent(persistent)
-            .bind(&self.rows.partitions)
+            .bind(&self.rows.tids)
             .bind(&self.rows.ids)
-            .bind(&self.rows.destinations)
             .bind(&self.destinations)
             .bind(&self.attempts)
             .bind(&self.codes)
@@ -221,13 +258,12 @@ impl History<'_> {
             select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
                 o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, h.destination,
                 statement_timestamp()
-            from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[]) as h(partition, id, row_destination, destination)
-            join event_outbox o on o.partition = h.partition and o.id = h.id and o.destination = h.row_destination";
+            from unnest($1::text[]::tid[], $2::bigint[], $3::text[]) as h(tid, id, destination)
+            join event_outbox o on o.ctid = h.tid and o.id = h.id";
         sqlx::query(query)
             .persistent(persistent)
-            .bind(&self.rows.partitions)
+            .bind(&self.rows.tids)
             .bind(&self.rows.ids)
-            .bind(&self.rows.destinations)
             .bind(&self.destinations)
             .execute(connection)
             .await
@@ -261,14 +297,13 @@ impl<'a> Owed<'a> {
                 greatest(o.available_at, statement_timestamp() + make_interval(secs => w.delay_seconds)),
                 case when w.error is null then o.first_failed_at
                      else coalesce(o.first_failed_at, statement_timestamp()) end
-            from unnest($1::smallint[], $2::bigint[], $3::text[], $4::text[], $5::int[], $6::float8[], $7::text[])
-                as w(partition, id, row_destination, destination, attempts, delay_seconds, error)
-            join event_outbox o on o.partition = w.partition and o.id = w.id and o.destination = w.row_destination";
+            from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::float8[], $6::text[])
+                as w(tid, id, destination, attempts, delay_seconds, error)
+            join event_outbox o on o.ctid = w.tid and o.id = w.id";
         sqlx::query(query)
             .persistent(persistent)
-            .bind(&self.rows.partitions)
+            .bind(&self.rows.tids)
             .bind(&self.rows.ids)
-            .bind(&self.rows.destinations)
             .bind(&self.destinations)
             .bind(&self.attempts)
             .bind(&self.delays)

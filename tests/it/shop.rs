@@ -1,0 +1,28 @@
+//! The example of the README, run as a user would.
+
+use std::process::Command;
+
+use crate::harness::{column, count};
+use crate::servers::database;
+
+#[tokio::test]
+async fn the_shop_emits_what_it_commits_and_nothing_else() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let output = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--locked", "--example", "shop"])
+        .env("DATABASE_URL", database.url())
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(count(&mut connection, "shop_order").await, 3);
+    assert_eq!(
+        column(
+            &mut connection,
+            "select concat_ws(' ', event_type, aggregate_id, payload ->> 'customer') from event_outbox order by id"
+        )
+        .await,
+        ["order.created 1 ada", "order.created 2 grace", "order.created 3 ada", "order.paid 1"]
+    );
+}
