@@ -21,27 +21,32 @@ const MAX_ROWS: usize = 10_000;
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
 const PARTITIONS: i32 = 640;
 
-/// Lists the non-empty partitions by a loose scan of the primary key, which touches one index entry each, and takes the
-/// first `$1` that nobody holds: the most urgent first, within a priority from a random one on (`$2`), so that a busy
-/// partition starves no other.
+/// Takes the first `$1` non-empty partitions that nobody holds, most urgent first. `$2` is the partition taken last: its
+/// priority's others come before it, so that a busy one starves none.
+///
+/// A loose scan of the primary key touches one index entry for each partition, and stops as soon as enough are taken:
+/// the ranges are walked in turn, each row of a recursive query is made only when it is asked for.
 const TAKE_PARTITIONS: &str = "
-with recursive pending(partition) as (
-    (select o.partition::int from event_outbox o where o.partition < 640 order by o.partition limit 1)
-    union all
-    select (select o.partition::int from event_outbox o where o.partition > p.partition and o.partition < 640
-            order by o.partition limit 1)
-    from pending p where p.partition is not null
-)
-select
-    (select count(partition)::int from pending),
-    array(
-        select partition from (
-            select partition from pending where partition is not null
-            order by partition / 64, (partition % 64 + $2) % 64 offset 0
-        ) ordered
-        where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, partition)
-        limit $1
-    )";
+select array(
+    select pending.partition
+    from (values (0, $2 / 64 * 64), ($2 + 1, $2 / 64 * 64 + 64), ($2 / 64 * 64, $2 + 1), ($2 / 64 * 64 + 64, 640))
+        as range(low, high)
+    cross join lateral (
+        with recursive scan(partition) as (
+            (select o.partition::int from event_outbox o
+             where o.partition >= range.low::smallint and o.partition < range.high::smallint
+             order by o.partition limit 1)
+            union all
+            select (select o.partition::int from event_outbox o
+                    where o.partition > scan.partition::smallint and o.partition < range.high::smallint
+                    order by o.partition limit 1)
+            from scan where scan.partition is not null
+        )
+        select scan.partition from scan where scan.partition is not null
+    ) pending
+    where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
+    limit $1
+), exists (select from event_outbox where partition < 640)";
 
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
@@ -131,6 +136,8 @@ pub struct PgLane {
     /// How many partitions to take at once. A full batch halves it, a short one doubles it: a quiet system is one
     /// transaction for everything, a deep backlog as many in parallel as there are lanes.
     partitions: i32,
+    /// Where to go on taking partitions.
+    last_taken: i32,
     /// How many rows to look at. A batch cut by its bytes lowers it, so that large payloads are not measured in vain.
     rows: usize,
     /// A settle failed, and nothing was written since.
@@ -152,7 +159,15 @@ impl PgLane {
              set local enable_hashjoin = off; set local enable_mergejoin = off; set local jit = off",
             (config.publish_timeout + Duration::from_secs(15)).as_millis(),
         );
-        Self { outbox, connection: None, begin, partitions: PARTITIONS, rows: MAX_ROWS, unproven: false }
+        Self {
+            outbox,
+            connection: None,
+            begin,
+            partitions: PARTITIONS,
+            last_taken: fastrand::i32(0..PARTITIONS),
+            rows: MAX_ROWS,
+            unproven: false,
+        }
     }
 
     /// A connection that can be written to.
@@ -180,16 +195,17 @@ impl PgLane {
     ) -> Result<Claim, sqlx::Error> {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
-        let (pending, taken): (i32, Vec<i32>) = sqlx::query_as(TAKE_PARTITIONS)
+        let (taken, pending): (Vec<i32>, bool) = sqlx::query_as(TAKE_PARTITIONS)
             .persistent(persistent)
             .bind(self.partitions)
-            .bind(fastrand::i32(0..64))
+            .bind(self.last_taken)
             .fetch_one(&mut *connection)
             .await?;
-        if taken.is_empty() {
+        let Some(last) = taken.last() else {
             connection.execute("commit").await?;
-            return Ok(if pending == 0 { Claim::Empty } else { Claim::Busy });
-        }
+            return Ok(if pending { Claim::Busy } else { Claim::Empty });
+        };
+        self.last_taken = *last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
         let share = self.rows.min(request.max_events).div_ceil(taken.len());
         let bytes_share = request.max_bytes.div_ceil(taken.len());
@@ -217,8 +233,8 @@ impl PgLane {
         });
         let out_of_bytes = given.values().any(|(_, bytes)| *bytes >= bytes_share);
         let full = out_of_bytes || given.values().any(|(count, _)| *count == share);
-        let taken = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
-        self.partitions = if full { taken / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
+        let count = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
+        self.partitions = if full { count / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
         self.rows = if out_of_bytes { rows.len() } else { self.rows }.saturating_mul(2).min(MAX_ROWS);
         if rows.is_empty() {
             connection.execute("commit").await?;
