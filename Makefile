@@ -6,8 +6,8 @@ PYTHON := target/venv/bin/python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## the relay, optimised: target/release/relay
-	cargo build --release --locked
+build: ## the relay and the example shop, optimised: target/release
+	cargo build --release --locked --bins --examples
 
 setup: ## installs what tests and demo need and this machine lacks
 	@tests/setup
@@ -26,7 +26,7 @@ clippy:
 doc:
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
 
-demo-servers: setup build ## a demo on throwaway servers
+demo-servers: setup build ## the main job, shown on throwaway PostgreSQL, Redis and EventBridge
 	python3 tests/demo.py
 
 bench: setup build ## how fast a backlog drains here

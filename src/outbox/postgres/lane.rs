@@ -52,7 +52,7 @@ select array(
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
 /// `$1` partitions; of each of them at most `$2` events and about `$3` bytes, so that nothing need be sorted; `$4` payload
-/// limit; `$5` destinations. A payload's text is measured only where it may be large. What waits behind a failed event of
+/// limit; `$5` destinations. A payload's text is measured only where it may be large, so that giants are not read. What waits behind a failed event of
 /// its key is asked per row only where anything waits at all.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
@@ -318,10 +318,14 @@ impl Lane for PgLane {
 /// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes
 /// it fail.
 fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
-    let size: i32 = row.try_get(17)?;
     let payload = jsonb_text(row, 9)?;
+    // What the statement measured is the stored size where that is small, which compression may have made so.
+    let size = match payload {
+        Some(payload) => payload.len(),
+        None => usize::try_from(row.try_get::<i32, _>(17)?).unwrap_or_default(),
+    };
     let mut defect = None;
-    if payload.is_none() {
+    if size > max_payload {
         defect = Some(PublishError::new(
             Fault::Unfit,
             "payload_too_large",
@@ -367,7 +371,7 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
         defect,
         behind: behind.into_iter().map(remaining).collect(),
     };
-    Ok((claimed, usize::try_from(size).unwrap_or_default()))
+    Ok((claimed, size))
 }
 
 /// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
