@@ -33,7 +33,9 @@ create table event_outbox (
     constraint event_type_has_1_to_128_characters check (char_length(event_type) between 1 and 128),
     constraint headers_are_a_flat_string_map check (
         headers = '{}'
-        or (jsonb_typeof(headers) = 'object' and not jsonb_path_exists(headers, '$.* ? (@.type() != "string")'))
+        -- Strict: the lax mode looks into arrays, and takes one of strings for a string.
+        or (jsonb_typeof(headers) = 'object'
+            and not jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")', silent => true))
     ),
     constraint headers_take_no_reserved_name check (
         headers = '{}'
