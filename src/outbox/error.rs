@@ -28,6 +28,15 @@ pub enum OutboxError {
         /// The newest migration this binary has.
         needed: i32,
     },
+    /// The tables are there, where this role does not find them.
+    #[error(
+        "the tables lie in schema {schemas}, which is not on the search path, or this role has no usage on schema {schemas}: \
+         set ?options=-csearch_path%3D... in DATABASE_URL, or grant usage as deploy/sql/roles.sql does"
+    )]
+    SchemaElsewhere {
+        /// Where they lie.
+        schemas: String,
+    },
     /// A newer relay migrated it.
     #[error("the database has schema version {found}, this relay knows up to {known}: install a newer relay")]
     SchemaTooNew {

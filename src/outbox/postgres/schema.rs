@@ -60,6 +60,10 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
 /// Fails unless the database has exactly the schema this binary needs.
 pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<(), OutboxError> {
     match version(connection).await? {
+        0 => match schemas(connection).await? {
+            schemas if schemas.is_empty() => Err(OutboxError::SchemaTooOld { found: 0, needed: SCHEMA_VERSION }),
+            schemas => Err(OutboxError::SchemaElsewhere { schemas: schemas.join(", ") }),
+        },
         found if found < SCHEMA_VERSION => Err(OutboxError::SchemaTooOld { found, needed: SCHEMA_VERSION }),
         found if found > SCHEMA_VERSION => Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION }),
         _ => Ok(()),
@@ -73,8 +77,10 @@ async fn run(connection: &mut PgConnection, sql: &'static str) -> Result<(), Out
 
 /// The schema's version, 0 where there is none.
 async fn version(connection: &mut PgConnection) -> Result<i32, OutboxError> {
+    // A query that names a table, even a catalogue, takes note of what others have just committed; one that names only
+    // functions may be answered from what this session has cached, and so from before it waited for its lock.
     let exists: bool = answered("read the schema version", STATEMENT_TIMEOUT, async {
-        sqlx::query_scalar("select to_regprocedure('relay_schema_version()') is not null")
+        sqlx::query_scalar("select exists (select from pg_proc where oid = to_regprocedure('relay_schema_version()'))")
             .persistent(false)
             .fetch_one(&mut *connection)
             .await
@@ -85,6 +91,19 @@ async fn version(connection: &mut PgConnection) -> Result<i32, OutboxError> {
     }
     answered("read the schema version", STATEMENT_TIMEOUT, async {
         sqlx::query_scalar("select relay_schema_version()").persistent(false).fetch_one(&mut *connection).await
+    })
+    .await
+}
+
+/// The schemas that have our tables, on the search path and open to this role or not.
+async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
+    answered("look for the schema", STATEMENT_TIMEOUT, async {
+        sqlx::query_scalar(
+            "select pronamespace::regnamespace::text from pg_proc where proname = 'relay_schema_version' order by 1",
+        )
+        .persistent(false)
+        .fetch_all(connection)
+        .await
     })
     .await
 }
