@@ -289,12 +289,16 @@ impl Lane for PgLane {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         let (count, next_due_ms): (i64, Option<i64>) = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
-            sqlx::query_as(PROMOTE)
+            // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
+            connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+            let promoted = sqlx::query_as(PROMOTE)
                 .persistent(!self.outbox.config.pooled)
                 .bind(destinations)
                 .bind(to_i64(max_events))
                 .fetch_one(&mut connection)
-                .await
+                .await?;
+            connection.execute("commit").await?;
+            Ok(promoted)
         })
         .await?;
         self.connection = Some(connection);
