@@ -51,6 +51,7 @@ impl<O: Outbox> Relay<O> {
                 continue;
             }
             if let Some(defect) = &claimed.defect {
+                tracing::error!(outbox_id = event.row.id, event_id = %event.event_id, error = %defect, "event dead-lettered");
                 decide(&event.row.destination, Verdict::DeadLetter { error: defect.clone() });
                 continue;
             }
