@@ -172,6 +172,13 @@ pub(crate) async fn database() -> Database {
     Database { url: url_of(postgres(), &name), name, shared: true }
 }
 
+/// A fresh [`Database`] on the shared server, without a single table.
+pub(crate) async fn empty_database() -> Database {
+    let name = new_name();
+    administer(&format!("create database {name}")).await;
+    Database { url: url_of(postgres(), &name), name, shared: true }
+}
+
 /// A fresh [`Database`] on a server of the test's own.
 pub(crate) async fn database_on(server: &Server) -> Database {
     let name = new_name();

@@ -1,0 +1,138 @@
+//! The built binary, run with nothing in its environment but what the test puts there.
+
+use std::fs::File;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::NamedTempFile;
+
+/// How long anything may take that must happen; far more than it does, for machines that are busy with other things.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How often a condition is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// `relay` with these arguments and, besides `PATH`, these variables only.
+pub(crate) fn relay(args: &[&str], variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    command.args(args).envs(variables.iter().copied()).stdin(Stdio::null());
+    command
+}
+
+/// Runs `relay` to its end; see [`relay`].
+pub(crate) fn finished(args: &[&str], variables: &[(&str, &str)]) -> Finished {
+    Running::start(relay(args, variables)).finish()
+}
+
+/// What a process left behind.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// `None`: a signal ended it.
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Finished {
+    /// Fails the test, with everything the process said, unless it ended with this code.
+    #[track_caller]
+    pub(crate) fn exited(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// Fails the test unless standard error has each of these parts.
+    #[track_caller]
+    pub(crate) fn says(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.stderr.contains(part), "{part:?} is missing in:\n{}", self.stderr);
+        }
+        self
+    }
+
+    /// Standard error, which must be one line that begins with `relay: `.
+    #[track_caller]
+    pub(crate) fn complaint(&self) -> &str {
+        let line = self.stderr.strip_prefix("relay: ").unwrap_or_else(|| panic!("not our own words:\n{}", self.stderr));
+        assert_eq!(line.trim_end_matches('\n').lines().count(), 1, "not one line:\n{}", self.stderr);
+        line.trim_end()
+    }
+}
+
+/// A process that is killed with this value, if it has not ended before.
+#[derive(Debug)]
+pub(crate) struct Running {
+    child: Child,
+    stdout: NamedTempFile,
+    stderr: NamedTempFile,
+}
+
+impl Running {
+    pub(crate) fn start(mut command: Command) -> Self {
+        let (stdout, stderr) = (NamedTempFile::new().unwrap(), NamedTempFile::new().unwrap());
+        // Files opened anew, so that reading them does not move the place where the process writes.
+        command.stdout(File::create(stdout.path()).unwrap()).stderr(File::create(stderr.path()).unwrap());
+        Self { child: command.spawn().unwrap(), stdout, stderr }
+    }
+
+    /// What it has written to standard error so far.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8(std::fs::read(self.stderr.path()).unwrap()).unwrap()
+    }
+
+    /// Waits until its log has this part; fails the test if it ends before.
+    #[track_caller]
+    pub(crate) fn until_log(&mut self, part: &str) {
+        until(part, || {
+            let ended = !self.is_running();
+            let log = self.log();
+            let found = log.contains(part);
+            assert!(found || !ended, "it ended without {part:?}:\n{log}");
+            found
+        });
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Sends it a signal, such as `TERM`.
+    pub(crate) fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success(), "kill -{name}");
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub(crate) fn finish(mut self) -> Finished {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if Instant::now() < deadline => std::thread::sleep(LOOK_INTERVAL),
+                None => panic!("it did not end within {PATIENCE:?}:\n{}", self.log()),
+            }
+        };
+        let stdout = String::from_utf8(std::fs::read(self.stdout.path()).unwrap()).unwrap();
+        Finished { code: status.code(), stdout, stderr: self.log() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Refused only where it has ended already.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Looks until the condition holds.
+#[track_caller]
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+}

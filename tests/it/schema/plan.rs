@@ -1,0 +1,72 @@
+//! The plans of the relay's own statements, as the server itself logged them while a relay drained.
+
+use super::value;
+use crate::binary::finished;
+use crate::harness::sql;
+use crate::servers::{Server, database_on};
+
+const EVENTS: usize = 100_000;
+
+/// The plans that auto_explain logged, each with its statement, one text per plan.
+async fn logged_plans(connection: &mut sqlx::PgConnection) -> Vec<String> {
+    let log: String = value(connection, "select pg_read_file(pg_current_logfile())").await;
+    log.split("Query Text: ").skip(1).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
+    let options = ["--fast"].into_iter().chain(
+        [
+            "session_preload_libraries=auto_explain",
+            "auto_explain.log_min_duration=0",
+            "auto_explain.log_analyze=on",
+            "logging_collector=on",
+            "autovacuum=off",
+        ]
+        .into_iter()
+        .flat_map(|setting| ["--set", setting]),
+    );
+    let server = Server::start("postgres", &options.collect::<Vec<_>>());
+    let database = database_on(&server).await;
+    let mut connection = database.connect().await;
+    sql(&mut connection, "set auto_explain.log_min_duration = -1").await;
+    for analyzed in [false, true] {
+        sql(
+            &mut connection,
+            &format!(
+                "insert into event_outbox (event_type, aggregate_type, aggregate_id)
+                 select 'order.created', 'order', (n % 1000)::text from generate_series(1, {EVENTS}) n;
+                 -- Some to look for behind which a key may wait, and which promotion passes by.
+                 insert into event_outbox (event_type, aggregate_id, status, available_at, destination)
+                 select 'waits', 'w' || n, 'scheduled', now() + interval '1 day', 'stdout' from generate_series(1, 1000) n"
+            ),
+        )
+        .await;
+        if analyzed {
+            sql(&mut connection, "vacuum analyze event_outbox").await;
+        }
+        let variables =
+            [("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true"), ("EVENT_OUTBOX_BATCH_SIZE", "10000")];
+        let drained = finished(&["--once"], &variables).exited(3); // 3: those that wait
+        assert_eq!(drained.stdout.lines().count(), EVENTS);
+
+        let plans = logged_plans(&mut connection).await;
+        for (statement, index) in [
+            ("bytes_before", "Index Scan using event_outbox_pkey on event_outbox"),
+            ("pg_try_advisory_xact_lock('event_outbox'", "using event_outbox_pkey on event_outbox"),
+            ("with gone as", "Index Scan using event_outbox_pkey on event_outbox"),
+            ("for update skip locked", "Index Scan using event_outbox_scheduled_idx on event_outbox"),
+            ("select exists (select from event_outbox", "event_outbox_scheduled_idx on event_outbox"),
+        ] {
+            let found: Vec<&String> = plans.iter().filter(|plan| plan.contains(statement)).collect();
+            assert!(!found.is_empty(), "no plan of {statement:?} was logged");
+            for plan in found {
+                assert!(
+                    plan.contains(index) && !plan.contains("Seq Scan on event_outbox"),
+                    "analyzed {analyzed}:\n{plan}"
+                );
+            }
+        }
+        sql(&mut connection, "truncate event_outbox").await;
+    }
+}

@@ -1,0 +1,250 @@
+//! deploy/sql/roles.sql: each role has what it needs, and no more.
+
+use sqlx::Connection;
+use sqlx::postgres::PgConnection;
+use tokio::sync::Mutex;
+
+use super::{DEAD_LETTER, try_execute, value, values};
+use crate::binary::finished;
+use crate::harness::sql;
+use crate::servers::{Database, database, redis};
+
+const ROLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/sql/roles.sql");
+
+/// The roles are the server's, not the database's: two tests must not create them at the same time.
+static APPLYING: Mutex<()> = Mutex::const_new(());
+
+/// Applies the file; the superuser's connection.
+async fn with_roles(database: &Database) -> PgConnection {
+    let mut owner = database.connect().await;
+    let script = std::fs::read_to_string(ROLES).unwrap();
+    let _alone = APPLYING.lock().await;
+    sql(&mut owner, script).await;
+    owner
+}
+
+/// The URL of a login of its own that has been given `role`.
+async fn login(database: &Database, owner: &mut PgConnection, role: &str) -> String {
+    let (_, place) = database.url().rsplit_once('@').unwrap();
+    let (_, name) = place.rsplit_once('/').unwrap();
+    let user = format!("{name}_{role}");
+    let _alone = APPLYING.lock().await;
+    sql(owner, &format!("create role {user} login password 'known' in role {role}")).await;
+    format!("postgres://{user}:known@{place}")
+}
+
+async fn denied(connection: &mut PgConnection, statements: &[&str]) {
+    for statement in statements {
+        let refused = try_execute(connection, statement).await.expect_err(statement);
+        assert!(refused.starts_with("42501"), "{statement}: {refused}");
+    }
+}
+
+#[tokio::test]
+async fn the_script_may_be_applied_again() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    sql(&mut owner, "grant select on event_outbox to relay_app").await;
+    let mut owner = with_roles(&database).await;
+    assert!(!value::<bool>(&mut owner, "select has_table_privilege('relay_app', 'event_outbox', 'select')").await);
+}
+
+#[tokio::test]
+async fn the_relay_needs_no_more_than_relay_worker() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let url = login(&database, &mut owner, "relay_worker").await;
+    let stream = "roles:{event_type}";
+    let wrong_type = "roles:poison";
+    let mut redis_connection = redis::Client::open(redis().url()).unwrap().get_connection().unwrap();
+    redis::cmd("SET").arg(wrong_type).arg("x").exec(&mut redis_connection).unwrap();
+    sql(
+        &mut owner,
+        "select emit_event('fine', aggregate_id => n::text) from generate_series(1, 10) n;
+         select emit_event('poison', aggregate_id => 'p'), emit_event('later', delay => '1 ms')",
+    )
+    .await;
+    // Every table is written to: published, tried again, dead-lettered, kept in the history; days are added and dropped.
+    let variables = [
+        ("DATABASE_URL", url.as_str()),
+        ("REDIS_URL", redis().url()),
+        ("RELAY_REDIS_STREAM", stream),
+        ("EVENT_HISTORY_ENABLED", "true"),
+        ("EVENT_DEFAULT_MAX_RETRIES", "1"),
+        ("EVENT_DEFAULT_BACKOFF_MS", "1"),
+        ("RELAY_LOG", "warn"),
+    ];
+    let check = finished(&["check"], &variables).exited(0);
+    assert!(check.stdout.contains("ok    privileges: all granted"), "{}", check.stdout);
+    let mut said = String::new();
+    while value::<bool>(&mut owner, "select exists (select from event_outbox)").await {
+        said += &finished(&["--once"], &variables).stderr;
+    }
+    assert!(!said.contains("denied"), "{said}");
+    let log: Vec<String> = values(
+        &mut owner,
+        "select concat_ws(' ', count(*), status) from event_processing_log group by status order by status",
+    )
+    .await;
+    assert_eq!(log, ["1 dead_lettered", "1 failed", "11 published"]);
+    assert_eq!(value::<i64>(&mut owner, "select count(*) from event_history").await, 11);
+    assert_eq!(value::<i64>(&mut owner, "select count(*) from event_dead_letter").await, 1);
+}
+
+#[tokio::test]
+async fn relay_worker_has_no_more_than_the_relay_needs() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    sql(&mut owner, "create table orders (id bigint); create function secret() returns int language sql as 'select 1'")
+        .await;
+    let url = login(&database, &mut owner, "relay_worker").await;
+    let mut worker = PgConnection::connect(&url).await.unwrap();
+    let denials = [
+        "create table mine ()",
+        "create schema mine",
+        "create index on event_outbox (event_type)",
+        "truncate event_outbox",
+        "select from orders",
+        "select from event_processing_log",
+        "select from event_dead_letter",
+        "select from event_history",
+        "select from event_outbox_lag",
+        "delete from event_processing_log",
+        "delete from event_dead_letter",
+        "update event_dead_letter set redriven_at = now()",
+        "select redrive_dead_letter(1)",
+    ];
+    denied(&mut worker, &denials).await;
+    for statement in
+        ["drop table event_outbox", "alter table event_outbox add x int", "drop function relay_schema_version"]
+    {
+        let refused = try_execute(&mut worker, statement).await.expect_err(statement);
+        assert!(refused.contains("must be owner"), "{refused}");
+    }
+    // Its functions run with their owner's rights, and must not be led to other tables by the caller's search path.
+    sql(
+        &mut worker,
+        "create temporary table event_processing_log (x int) on commit drop;
+         set search_path = pg_temp, public; select relay_drop_days('event_processing_log', '0')",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn relay_app_adds_events_and_sees_none() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let url = login(&database, &mut owner, "relay_app").await;
+    let mut app = PgConnection::connect(&url).await.unwrap();
+    sql(&mut app, "insert into event_outbox (event_type, payload) values ('order.created', '{}')").await;
+    sql(
+        &mut app,
+        r#"insert into event_outbox (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
+               correlation_id, causation_id, schema_version, priority, available_at)
+           values (gen_random_uuid(), 'a', 's', 't', 'i', '{}', '{"h": "v"}', 'r', 'c', 2, 9, now())"#,
+    )
+    .await;
+    sql(&mut app, "select emit_event('order.created', delay => '1 hour', priority => 3)").await;
+    let variables = [("DATABASE_URL", url.as_str())];
+    finished(&["emit", "order.created", "--delay", "1h", "--header", "tenant=acme"], &variables).exited(0);
+    assert_eq!(value::<i64>(&mut owner, "select count(*) from event_outbox").await, 4);
+    let denials = [
+        "select from event_outbox",
+        "select event_type from event_outbox",
+        "insert into event_outbox (event_type) values ('a') returning event_id",
+        "update event_outbox set event_type = 'b'",
+        "delete from event_outbox",
+        "truncate event_outbox",
+        "insert into event_outbox (id, event_type) overriding system value values (1, 'a')",
+        "insert into event_outbox (event_type, destination) values ('a', 'redis')",
+        "insert into event_outbox (event_type, attempts) values ('a', 3)",
+        "insert into event_outbox (event_type, created_at) values ('a', now())",
+        "select from event_processing_log",
+        "select from event_dead_letter",
+        "select from event_history",
+        "select from event_outbox_lag",
+        "select from event_dead_letter_summary",
+        "select redrive_dead_letter(1)",
+        "select relay_add_days('event_history', 1)",
+        "select relay_drop_days('event_history', '0')",
+    ];
+    denied(&mut app, &denials).await;
+}
+
+#[tokio::test]
+async fn a_sleeping_relay_is_woken_by_relay_app() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let url = login(&database, &mut owner, "relay_app").await;
+    let mut app = PgConnection::connect(&url).await.unwrap();
+    let mut listener = sqlx::postgres::PgListener::connect(database.url()).await.unwrap();
+    listener.listen("event_outbox").await.unwrap();
+    sql(&mut owner, "select pg_advisory_lock('event_outbox'::regclass::oid::int, -1)").await;
+    sql(&mut app, "insert into event_outbox (event_type) values ('a')").await;
+    listener.recv().await.unwrap();
+}
+
+#[tokio::test]
+async fn relay_operator_reads_everything_and_redrives() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    sql(&mut owner, DEAD_LETTER).await;
+    let url = login(&database, &mut owner, "relay_operator").await;
+    let mut operator = PgConnection::connect(&url).await.unwrap();
+    for relation in [
+        "event_outbox",
+        "event_processing_log",
+        "event_dead_letter",
+        "event_history",
+        "event_outbox_lag",
+        "event_dead_letter_summary",
+    ] {
+        sql(&mut operator, &format!("select * from {relation}")).await;
+    }
+    sql(&mut operator, "select redrive_dead_letter(1)").await;
+    assert_eq!(value::<i64>(&mut operator, "select count(*) from event_outbox").await, 1);
+    let denials = [
+        "insert into event_outbox (event_type) values ('a')",
+        "update event_outbox set attempts = 0",
+        "delete from event_outbox",
+        "delete from event_dead_letter",
+        "update event_dead_letter set redriven_at = null",
+        "delete from event_processing_log",
+        "select relay_drop_days('event_history', '0')",
+        "create table mine ()",
+    ];
+    denied(&mut operator, &denials).await;
+}
+
+#[tokio::test]
+async fn a_check_names_each_grant_that_is_missing() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let url = login(&database, &mut owner, "relay_worker").await;
+    let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true")];
+    // Everybody may execute a function unless told otherwise.
+    sql(&mut owner, "revoke execute on function relay_schema_version from public").await;
+    finished(&["check"], &variables).exited(0);
+    for (privilege, object, named) in [
+        ("select", "event_outbox", "select"),
+        ("insert", "event_outbox", "insert"),
+        ("update", "event_outbox", "update"),
+        ("delete", "event_outbox", "delete"),
+        ("insert", "event_processing_log", "insert on event_processing_log"),
+        ("insert", "event_dead_letter", "insert on event_dead_letter"),
+        ("insert", "event_history", "insert on event_history"),
+        ("execute", "function relay_add_days", "execute on relay_add_days"),
+        ("execute", "function relay_drop_days", "execute on relay_drop_days"),
+        ("execute", "function relay_schema_version", "relay_schema_version"),
+    ] {
+        sql(&mut owner, &format!("revoke {privilege} on {object} from relay_worker")).await;
+        let check = finished(&["check"], &variables).exited(1);
+        let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+        assert_eq!(failed.len(), 1, "{failed:?}");
+        assert!(failed[0].contains(named) && failed[0].contains("deploy/sql/roles.sql"), "{privilege}: {}", failed[0]);
+        sql(&mut owner, &format!("grant {privilege} on {object} to relay_worker")).await;
+    }
+    sql(&mut owner, "revoke usage on schema public from public, relay_worker").await;
+    let check = finished(&["check"], &variables).exited(1);
+    assert!(check.stdout.contains("usage on schema"), "{}", check.stdout);
+}

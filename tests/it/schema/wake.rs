@@ -1,0 +1,60 @@
+//! The trigger that wakes sleeping relays.
+
+use sqlx::postgres::PgListener;
+
+use super::value;
+use crate::harness::sql;
+use crate::servers::database;
+
+const SLEEPERS_LOCK: &str = "'event_outbox'::regclass::oid::int, -1";
+
+/// What is heard until the producer's own marker, which is sent by the second connection after all else.
+async fn heard(listener: &mut PgListener, producer: &mut sqlx::PgConnection) -> usize {
+    sql(producer, "notify event_outbox, 'marker'").await;
+    let mut wake_ups = 0;
+    while listener.recv().await.unwrap().payload() != "marker" {
+        wake_ups += 1;
+    }
+    wake_ups
+}
+
+#[tokio::test]
+async fn producers_notify_only_while_a_relay_holds_the_sleepers_lock() {
+    let database = database().await;
+    let (mut relay, mut producer) = (database.connect().await, database.connect().await);
+    let mut listener = PgListener::connect(database.url()).await.unwrap();
+    listener.listen("event_outbox").await.unwrap();
+    let insert = "insert into event_outbox (event_type) select 'a' from generate_series(1, 3)";
+
+    sql(&mut producer, insert).await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "nobody sleeps");
+
+    sql(&mut relay, &format!("select pg_advisory_lock({SLEEPERS_LOCK})")).await;
+    sql(&mut producer, insert).await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 1, "once per statement");
+    sql(&mut producer, &format!("begin; {insert}; {insert}; commit")).await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 1, "and equal ones once per transaction");
+    sql(&mut producer, &format!("begin; {insert}; rollback")).await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "what was rolled back wakes nobody");
+    sql(&mut producer, "select emit_event('a'); select emit_event('b')").await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 1);
+    sql(&mut producer, "delete from event_outbox; update event_outbox set attempts = 1").await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "only inserts do");
+
+    sql(&mut relay, &format!("select pg_advisory_unlock({SLEEPERS_LOCK})")).await;
+    sql(&mut producer, insert).await;
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "nobody sleeps any more");
+}
+
+#[tokio::test]
+async fn a_relay_cannot_fall_asleep_between_an_insert_and_its_commit() {
+    let database = database().await;
+    let (mut relay, mut producer) = (database.connect().await, database.connect().await);
+    let fall_asleep = format!("select pg_try_advisory_lock({SLEEPERS_LOCK})");
+    sql(&mut producer, "begin; select emit_event('a')").await;
+    assert!(!value::<bool>(&mut relay, &fall_asleep).await, "this producer will not notify");
+    let other_producer = database.connect().await;
+    sql(&mut { other_producer }, "select emit_event('b')").await; // nor do producers hold up each other
+    sql(&mut producer, "commit").await;
+    assert!(value::<bool>(&mut relay, &fall_asleep).await);
+}
