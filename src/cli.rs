@@ -113,9 +113,11 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
         .log
         .parse()
         .map_err(|error| ConfigError::Invalid { setting: "RELAY_LOG".to_owned(), reason: format!("{error}") })?;
-    // At their lower levels the drivers log statements and requests, which hold payloads.
-    let filter =
-        filter.with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)));
+    // At their lower levels the drivers log statements and requests, which hold payloads; and a parameter of the URL that
+    // sqlx does not know, such as sslpassword, it logs with its value, as a warning.
+    let filter = filter
+        .with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)))
+        .with_target("sqlx_postgres::options", LevelFilter::OFF);
     let terminal = std::io::stderr().is_terminal();
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal).with_target(false);
     let layer = match settings.log_format {
