@@ -101,6 +101,8 @@ impl<O: Outbox> Lane<O> {
         };
         let mut busy = Busy::new(Arc::clone(&self.shared));
         let claim = self.lane.claim(request).await?;
+        // Not only after a batch: a relay that has nothing to do is ready again too.
+        relay.ready();
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
             Claim::Batch { claimed: batch, .. } => {
