@@ -36,10 +36,13 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         let mut sinks = Vec::new();
         for destination in destinations {
             let (name, sink) = destination.open(settings).await;
-            match sink.check().await {
-                Ok(found) => tracing::info!(destination = name, "{found}"),
-                // It may be up by the time there is an event for it.
-                Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+            tokio::select! {
+                checked = sink.check() => match checked {
+                    Ok(found) => tracing::info!(destination = name, "{found}"),
+                    // It may be up by the time there is an event for it.
+                    Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+                },
+                () = stop.cancelled() => {}
             }
             sinks.push((name, sink));
         }
