@@ -151,6 +151,7 @@ pub fn secret(
         (Some(inline), None) => Ok(Some(Secret::Inline(inline.clone()))),
         (None, Some(path)) => Ok(Some(Secret::File(path.clone()))),
         (None, None) => Ok(std::env::var_os("CREDENTIALS_DIRECTORY")
+            .filter(|directory| !directory.is_empty())
             .map(|directory| PathBuf::from(directory).join(variable.to_lowercase()))
             .filter(|path| path.is_file())
             .map(Secret::File)),
