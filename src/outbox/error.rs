@@ -81,6 +81,11 @@ impl OutboxError {
         let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
+            // Some drivers' errors repeat their cause.
+            if text.ends_with(&cause.to_string()) {
+                source = cause.source();
+                continue;
+            }
             text.push_str(": ");
             if let Some(database) = cause.downcast_ref::<sqlx::Error>().and_then(sqlx::Error::as_database_error) {
                 // Its own text, without the driver's preamble; never its DETAIL, which may quote a row.
