@@ -9,12 +9,14 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
 use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
+use crate::outbox::postgres;
 use crate::secret::Secret;
 
 /// The exit code of a wrong usage or configuration.
@@ -78,12 +80,22 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let (mut command, file) = config::prepare(Cli::command(), &args)?;
+    let (mut command, file) = match config::prepare(Cli::command(), &args) {
+        Ok(prepared) => prepared,
+        // Help is there for those whose settings are wrong.
+        Err(error) => match Cli::command().try_get_matches_from(&args) {
+            Err(help) if matches!(help.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => help.exit(),
+            _ => return Err(error.into()),
+        },
+    };
     let matches = match command.try_get_matches_from_mut(&args) {
         Ok(matches) => matches,
-        Err(error) => error.exit(),
+        Err(error) => with_variable(&command, error).exit(),
     };
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if cli.once && !matches!(cli.command, None | Some(Command::Run { .. })) {
+        command.error(ErrorKind::ArgumentConflict, "--once goes with `relay run` only").exit();
+    }
     start_logging(&cli.settings)?;
     let settings = &cli.settings;
     match cli.command {
@@ -97,14 +109,34 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The URL of the database; there must be one.
+/// Adds the variable that a refused value stands in; by itself clap names the option only.
+fn with_variable(command: &clap::Command, mut error: clap::Error) -> clap::Error {
+    let text = |kind| error.get(kind).map(ToString::to_string);
+    let (Some(option), Some(value)) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue)) else {
+        return error;
+    };
+    let argument = command.get_arguments().find(|argument| argument.to_string() == option);
+    if let Some(variable) = argument.and_then(clap::Arg::get_env)
+        && std::env::var_os(variable).is_some_and(|set| set == value.as_str())
+    {
+        let tip = format!("it stands in the variable {}", variable.display());
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
+}
+
+/// The URL of the database; there must be one that can be used.
 fn database_url(settings: &Settings) -> Result<Secret, ConfigError> {
-    secret("DATABASE_URL", settings.database_url.as_ref(), settings.database_url_file.as_ref())?.ok_or_else(|| {
+    let url = secret("DATABASE_URL", settings.database_url.as_ref(), settings.database_url_file.as_ref())?;
+    let url = url.ok_or_else(|| {
         ConfigError::Contradiction(
             "DATABASE_URL is not set: postgres://user:password@host/database, or its file in DATABASE_URL_FILE"
                 .to_owned(),
         )
-    })
+    })?;
+    // Later a file may become unusable for a while, which is no reason to end; now somebody is there to mend it.
+    postgres::validate(&url).map_err(|error| ConfigError::Contradiction(error.explain()))?;
+    Ok(url)
 }
 
 /// Logs go to standard error; standard output is for data.

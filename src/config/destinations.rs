@@ -149,20 +149,30 @@ fn kind(settings: &Settings, name: &str, spec: &DestinationSpec) -> Result<Kind,
 }
 
 fn named_address(name: &str, spec: &RedisSpec) -> Result<RedisAddress, ConfigError> {
-    match (&spec.url, &spec.url_file, &spec.host) {
-        (Some(url), None, None) => Ok(RedisAddress::Url(Secret::inline(url))),
-        (None, Some(path), None) => Ok(RedisAddress::Url(Secret::File(path.clone()))),
-        (None, None, Some(host)) => Ok(RedisAddress::Parts {
+    let setting = format!("destinations.{name}");
+    let address = match (&spec.url, &spec.url_file, &spec.host) {
+        (Some(url), None, None) => RedisAddress::Url(Secret::inline(url)),
+        (None, Some(path), None) => RedisAddress::Url(Secret::File(path.clone())),
+        (None, None, Some(host)) => RedisAddress::Parts {
             host: host.clone(),
             port: spec.port.unwrap_or(6379),
             database: spec.db.unwrap_or(0),
             username: spec.username.clone(),
             password: spec.password_file.clone().map(Secret::File),
-        }),
-        _ => Err(ConfigError::Invalid {
-            setting: format!("destinations.{name}"),
-            reason: "give exactly one of url, url_file and host".to_owned(),
-        }),
+        },
+        _ => {
+            let reason = "give exactly one of url, url_file and host".to_owned();
+            return Err(ConfigError::Invalid { setting, reason });
+        }
+    };
+    usable(&setting, address)
+}
+
+/// The address, unless its URL is none, or the file of its secret cannot be read.
+fn usable(setting: &str, address: RedisAddress) -> Result<RedisAddress, ConfigError> {
+    match address.validate() {
+        Ok(()) => Ok(address),
+        Err(error) => Err(ConfigError::Invalid { setting: setting.to_owned(), reason: error.message }),
     }
 }
 
@@ -176,14 +186,17 @@ fn redis_address(settings: &Settings) -> Result<Option<RedisAddress>, ConfigErro
         (Some(_), None) if password.is_some() || settings.redis_username.is_some() => Err(ConfigError::Contradiction(
             "REDIS_USERNAME and REDIS_PASSWORD go with REDIS_HOST; with REDIS_URL put them into the URL".to_owned(),
         )),
-        (Some(url), None) => Ok(Some(RedisAddress::Url(url))),
-        (None, Some(host)) => Ok(Some(RedisAddress::Parts {
-            host: host.clone(),
-            port: settings.redis_port,
-            database: settings.redis_db,
-            username: settings.redis_username.clone(),
-            password,
-        })),
+        (Some(url), None) => usable("REDIS_URL", RedisAddress::Url(url)).map(Some),
+        (None, Some(host)) => {
+            let address = RedisAddress::Parts {
+                host: host.clone(),
+                port: settings.redis_port,
+                database: settings.redis_db,
+                username: settings.redis_username.clone(),
+                password,
+            };
+            usable("REDIS_PASSWORD", address).map(Some)
+        }
         (None, None) => Ok(None),
     }
 }

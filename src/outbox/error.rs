@@ -12,6 +12,9 @@ pub enum OutboxError {
         /// What is wrong with it, without its password.
         reason: String,
     },
+    /// The file that holds the URL cannot be read; it may be about to be replaced.
+    #[error("DATABASE_URL cannot be read")]
+    UrlFile(#[source] std::io::Error),
     /// No connection.
     #[error("cannot connect to the database")]
     Connect(#[source] sqlx::Error),

@@ -130,6 +130,14 @@ impl Outbox for PgOutbox {
     }
 }
 
+/// Whether the URL can be read and used; nobody is asked whether it leads anywhere.
+///
+/// # Errors
+/// Why not.
+pub fn validate(url: &Secret) -> Result<(), OutboxError> {
+    connect_options(url, false).map(drop)
+}
+
 /// A plain connection to the database at `url`, for commands that do one thing.
 ///
 /// # Errors
@@ -140,7 +148,7 @@ pub async fn open(url: &Secret, pooled: bool) -> Result<PgConnection, OutboxErro
 
 /// The connection options of `url`, with what the relay adds to them.
 fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOptions, OutboxError> {
-    let text = url.read().map_err(|error| OutboxError::Url { reason: error.to_string() })?;
+    let text = url.read().map_err(OutboxError::UrlFile)?;
     if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
         return Err(OutboxError::Url { reason: "it must begin with postgres:// or postgresql://".into() });
     }

@@ -87,6 +87,14 @@ pub enum RedisAddress {
 }
 
 impl RedisAddress {
+    /// Whether it can be read and used; nobody is asked whether it leads anywhere.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn validate(&self) -> Result<(), PublishError> {
+        self.client().map(drop)
+    }
+
     fn client(&self) -> Result<redis::Client, PublishError> {
         let unusable = |reason: String| PublishError::new(Fault::Misconfigured, "redis_address", reason);
         let read = |secret: &Secret| secret.read().map_err(|error| unusable(error.to_string()));
@@ -103,7 +111,7 @@ impl RedisAddress {
                 (host.clone(), *port).into_connection_info().map(|info| info.set_redis_settings(settings))
             }
         };
-        info.and_then(redis::Client::open).map_err(|error| unusable(format!("REDIS_URL cannot be used: {error}")))
+        info.and_then(redis::Client::open).map_err(|error| unusable(format!("the URL cannot be used: {error}")))
     }
 }
 
