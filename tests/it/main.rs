@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod binary;
+mod cli;
 mod crash;
 mod engine;
 mod eventbridge;
@@ -10,5 +11,6 @@ mod schema;
 mod scripted;
 mod servers;
 mod shop;
+mod stream;
 mod stub;
 mod support;

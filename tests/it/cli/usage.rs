@@ -1,0 +1,155 @@
+//! `--help`, `--version`, the README, and what is no command.
+
+use std::collections::BTreeSet;
+
+use super::{NOWHERE, file};
+use crate::binary::finished;
+
+/// Options that are not set unless somebody sets them.
+const WITHOUT_DEFAULT: [&str; 12] = [
+    "--config",
+    "--database-url",
+    "--database-url-file",
+    "--redis-url",
+    "--redis-url-file",
+    "--redis-host",
+    "--redis-username",
+    "--redis-password",
+    "--redis-password-file",
+    "--redis-maxlen",
+    "--eventbridge-bus-name",
+    "--eventbridge-source",
+];
+
+/// The options of `relay --help`, each with all that is said about it, in one line.
+fn options() -> Vec<(String, String)> {
+    let help = finished(&["--help"], &[]).exited(0).stdout;
+    let mut options: Vec<(String, String)> = Vec::new();
+    for line in help.lines() {
+        let option = line
+            .strip_prefix("      --")
+            .or_else(|| line.strip_prefix("  -h, --"))
+            .or_else(|| line.strip_prefix("  -V, --"));
+        if let Some(option) = option {
+            let name = option.split([' ', '[', '=']).next().unwrap();
+            options.push((format!("--{name}"), String::new()));
+        } else if let (Some((_, text)), true) = (options.last_mut(), line.starts_with("          ")) {
+            *text += &format!("{} ", line.trim());
+        }
+    }
+    options
+}
+
+/// What stands in `[name: ...]`.
+fn bracketed<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(&format!("[{name}: "))?;
+    rest.split(']').next()
+}
+
+/// The variable of an option, by what is said about it.
+fn variable(text: &str) -> Option<&str> {
+    bracketed(text, "env").map(|variable| variable.trim_end_matches('='))
+}
+
+fn readme() -> String {
+    std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap()
+}
+
+#[test]
+fn the_version_is_the_crates() {
+    for flag in ["--version", "-V"] {
+        let version = finished(&[flag], &[]).exited(0).stdout;
+        assert_eq!(version, format!("relay {}\n", env!("CARGO_PKG_VERSION")));
+    }
+}
+
+#[test]
+fn help_explains_every_option_with_its_variable_and_its_default() {
+    let options = options();
+    assert!(options.len() > 35, "{options:?}");
+    for (name, text) in &options {
+        let words = text.split('[').next().unwrap().split_whitespace().count();
+        assert!(words >= 2, "{name} is not explained: {text}");
+        if ["--once", "--help", "--version"].contains(&name.as_str()) {
+            continue;
+        }
+        assert!(variable(text).is_some(), "{name} has no variable: {text}");
+        let has_default = bracketed(text, "default").is_some_and(|default| !default.is_empty());
+        assert_eq!(has_default, !WITHOUT_DEFAULT.contains(&name.as_str()), "{name}: {text}");
+    }
+}
+
+#[test]
+fn help_explains_every_command_and_every_exit_code() {
+    let help = finished(&["--help"], &[]).exited(0).stdout;
+    for command in ["run", "migrate", "check", "emit"] {
+        assert!(help.contains(&format!("\n  {command} ")), "{command} is missing in:\n{help}");
+        let of_command = finished(&[command, "--help"], &[]).exited(0).stdout;
+        assert!(of_command.contains("[env: DATABASE_URL]"), "{of_command}");
+    }
+    let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for code in ["0 done;", "1 it could not do its work;", "2 wrong usage or configuration;", "3 --once ended with"] {
+        assert!(words.contains(code), "{code:?} is missing in:\n{help}");
+    }
+}
+
+#[test]
+fn every_variable_of_the_help_stands_in_the_readme_and_back() {
+    let ours = ["RELAY_", "EVENT_", "DATABASE_", "REDIS_", "AWS_EVENTBRIDGE_"];
+    let readme = readme();
+    let in_readme: BTreeSet<&str> = readme
+        .split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'))
+        .filter(|word| ours.iter().any(|prefix| word.starts_with(prefix)))
+        .collect();
+    let options = options();
+    let in_help: BTreeSet<&str> = options.iter().filter_map(|(_, text)| variable(text)).collect();
+    assert_eq!(in_readme, in_help);
+}
+
+#[test]
+fn every_default_of_the_help_stands_in_the_readme_beside_its_variable() {
+    let readme = readme();
+    for (name, text) in options() {
+        let (Some(variable), Some(default)) = (variable(&text), bracketed(&text, "default")) else { continue };
+        let (variable, default) = (format!("`{variable}`"), format!("`{default}`"));
+        let beside = readme.lines().any(|line| line.contains(&variable) && line.contains(&default));
+        assert!(beside, "{name}: no line of the README has both {variable} and its default {default}");
+    }
+}
+
+#[test]
+fn help_and_version_are_given_whatever_is_wrong_with_the_settings() {
+    let broken = file("not TOML");
+    let variables = [
+        ("RELAY_LANE", "3"),
+        ("RELAY_LANES", "many"),
+        ("RELAY_CONFIG", broken.path().to_str().unwrap()),
+        ("REDIS_URL", "redis://:not-for-you@cache"),
+    ];
+    for args in [&["--help"][..], &["-h"], &["--version"], &["help"], &["check", "--help"]] {
+        let given = finished(args, &variables).exited(0);
+        assert!(!given.stdout.is_empty() && !given.stdout.contains("not-for-you"), "{args:?}: {}", given.stdout);
+    }
+}
+
+#[test]
+fn wrong_usage_ends_with_2_and_nothing_on_standard_output() {
+    for args in [
+        &["--bogus"][..],
+        &["publish"],
+        &["run", "twice"],
+        &["--lanes"],
+        &["--lanes", "many"],
+        &["--lanes", "0"],
+        &["emit"],
+        &["emit", "a", "{}", "more"],
+        &["check", "--once"],
+        &["--once", "migrate"],
+        &["--once", "check"],
+        &["--once", "emit", "a"],
+    ] {
+        let refused = finished(args, &[NOWHERE, ("RELAY_STDOUT", "true")]).exited(2);
+        assert_eq!(refused.stdout, "", "{args:?}");
+        assert!(!refused.stderr.is_empty(), "{args:?}");
+    }
+}

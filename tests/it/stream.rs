@@ -1,0 +1,43 @@
+//! A Redis Stream as its consumers read it.
+
+use std::collections::HashMap;
+
+/// One entry.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// What Redis calls it.
+    pub(crate) id: String,
+    /// Its attributes, and `data`.
+    pub(crate) fields: HashMap<String, String>,
+}
+
+impl Entry {
+    /// The event's id in the outbox.
+    pub(crate) fn sequence(&self) -> i64 {
+        self.fields["sequence"].parse().unwrap()
+    }
+}
+
+/// A connection that blocks.
+pub(crate) fn connect(url: &str) -> redis::Connection {
+    redis::Client::open(url).unwrap().get_connection().unwrap()
+}
+
+/// How many entries there are.
+pub(crate) fn length(connection: &mut redis::Connection, stream: &str) -> usize {
+    redis::cmd("XLEN").arg(stream).query(connection).unwrap()
+}
+
+/// All of them, in order.
+pub(crate) fn entries(connection: &mut redis::Connection, stream: &str) -> Vec<Entry> {
+    let mut entries: Vec<Entry> = Vec::new();
+    loop {
+        let from = entries.last().map_or("-".to_owned(), |last| format!("({}", last.id));
+        let page: Vec<(String, HashMap<String, String>)> =
+            redis::cmd("XRANGE").arg(&[stream, &from, "+", "COUNT", "5000"]).query(connection).unwrap();
+        if page.is_empty() {
+            return entries;
+        }
+        entries.extend(page.into_iter().map(|(id, fields)| Entry { id, fields }));
+    }
+}
