@@ -219,26 +219,31 @@ impl Redis {
     /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish).
     pub(super) async fn publish(&self, events: &[&Event], deadline: Instant, commands: &dyn Commands) -> Vec<Outcome> {
         let mut rounds = Rounds::new(events);
-        for (index, event) in events.iter().enumerate() {
-            if event.headers.len() > MAX_HEADERS {
-                let message =
-                    format!("the event has {} headers, a Redis destination takes {MAX_HEADERS}", event.headers.len());
-                rounds.answer(index, Outcome::Failed(PublishError::new(Fault::Unfit, "too_many_headers", message)));
-            }
+        if Instant::now() >= deadline {
+            return rounds.into_outcomes();
         }
-        let (number, connection) = match self.connection().await {
+        // Also the wait for a lane that is just connecting.
+        let connected = tokio::time::timeout_at(deadline.into(), self.connection()).await;
+        let in_time = |_| Err(PublishError::new(Fault::Destination, "connect", "no connection to Redis in time"));
+        let (number, connection) = match connected.unwrap_or_else(in_time) {
             Ok(connected) => connected,
             Err(error) => return vec![Outcome::Failed(error); events.len()],
         };
+        // As if it were oversize, an event that is not to be sent rides alone: its turn comes when the earlier events of
+        // its key have their answers.
+        let size = |index: usize| match refusal(events[index]) {
+            Some(_) => LIMITS.request_bytes + 1,
+            None => events[index].payload.len() + 512,
+        };
         let mut lost = false;
         while Instant::now() < deadline {
-            let chunks = rounds.next(LIMITS, |index| events[index].payload.len() + 512);
+            let chunks = rounds.next(LIMITS, size);
             if chunks.is_empty() {
                 break;
             }
-            let replies = join_all(chunks.iter().map(|chunk| {
-                let command = eval(events, chunk, commands);
-                run(connection.clone(), command, chunk.len(), deadline)
+            let replies = join_all(chunks.iter().map(async |chunk| match refusal(events[chunk[0]]) {
+                Some(error) => Err(error),
+                None => run(connection.clone(), eval(events, chunk, commands), chunk.len(), deadline).await,
             }))
             .await;
             for (chunk, reply) in chunks.iter().zip(replies) {
@@ -262,6 +267,15 @@ impl Redis {
         }
         rounds.into_outcomes()
     }
+}
+
+/// Why an event cannot be sent at all.
+fn refusal(event: &Event) -> Option<PublishError> {
+    let count = event.headers.len();
+    (count > MAX_HEADERS).then(|| {
+        let message = format!("the event has {count} headers, a Redis destination takes {MAX_HEADERS}");
+        PublishError::new(Fault::Unfit, "too_many_headers", message)
+    })
 }
 
 /// One chunk as a call of the script.
@@ -369,9 +383,16 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
     match code {
         "NOAUTH" | "WRONGPASS" | "NOPERM" | "CROSSSLOT" => Fault::Misconfigured,
         "ERR"
-            if ["unknown command", "invalid DB index", "AUTH ", "DB index is out of range"]
-                .iter()
-                .any(|start| message.starts_with(start)) =>
+            if [
+                "unknown command",
+                "Unknown Redis command called from script",
+                "The user executing the script can't ", // NOPERM, in Redis up to 7.0
+                "invalid DB index",
+                "AUTH ",
+                "DB index is out of range",
+            ]
+            .iter()
+            .any(|start| message.starts_with(start)) =>
         {
             Fault::Misconfigured
         }
@@ -455,7 +476,9 @@ mod tests {
             ("WRONGPASS invalid username-password pair or user is disabled.", Fault::Misconfigured),
             ("NOPERM this user has no permissions to run the 'xadd' command", Fault::Misconfigured),
             ("CROSSSLOT Keys in request don't hash to the same slot", Fault::Misconfigured),
+            ("ERR The user executing the script can't run this command or subcommand", Fault::Misconfigured),
             ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
+            ("ERR Unknown Redis command called from script", Fault::Misconfigured),
             ("ERR DB index is out of range", Fault::Misconfigured),
             ("ERR AUTH <password> called without any password configured", Fault::Misconfigured),
             ("WRONGTYPE Operation against a key holding the wrong kind of value", Fault::Misconfigured),
