@@ -1,9 +1,10 @@
 //! Standard output: one structured-mode CloudEvent a line, for looking and for pipes.
 
+use std::io;
 use std::time::Instant;
 
 use async_trait::async_trait;
-use tokio::io::{AsyncWriteExt, Stdout};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
@@ -12,31 +13,64 @@ use crate::sink::{Sink, cloudevent};
 /// See the module.
 pub struct StdoutSink {
     source: String,
-    stdout: Mutex<Stdout>,
+    /// One writer at a time, so that lines never mix.
+    output: Mutex<Output>,
+}
+
+struct Output {
+    writer: Box<dyn AsyncWrite + Send + Unpin>,
+    /// What the last call was to write, and how much of it was.
+    lines: Vec<u8>,
+    written: usize,
+    /// The last byte written is not the end of a line.
+    in_line: bool,
 }
 
 impl StdoutSink {
     /// `source` stands in for an event's empty source.
     pub fn new(source: String) -> Self {
-        Self { source, stdout: Mutex::new(tokio::io::stdout()) }
+        Self::with_writer(tokio::io::stdout(), source)
+    }
+
+    /// The same to another writer, such as a pipe.
+    pub fn with_writer(writer: impl AsyncWrite + Send + Unpin + 'static, source: String) -> Self {
+        let output = Output { writer: Box::new(writer), lines: Vec::new(), written: 0, in_line: false };
+        Self { source, output: Mutex::new(output) }
+    }
+}
+
+impl Output {
+    /// Writes whole lines. A call that is dropped half-way may leave half a line, which the next one completes.
+    async fn write(&mut self, lines: &[u8]) -> io::Result<()> {
+        let mut rest = self.lines.split_off(self.written);
+        let end = if self.in_line { rest.iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1) } else { 0 };
+        rest.truncate(end);
+        rest.extend_from_slice(lines);
+        (self.lines, self.written) = (rest, 0);
+        while self.written < self.lines.len() {
+            match self.writer.write(&self.lines[self.written..]).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                count => self.written += count,
+            }
+            self.in_line = self.lines[self.written - 1] != b'\n';
+        }
+        self.writer.flush().await
     }
 }
 
 #[async_trait]
 impl Sink for StdoutSink {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
+        if Instant::now() >= deadline {
+            return vec![Outcome::Held; events.len()];
+        }
         let mut lines = Vec::with_capacity(events.iter().map(|event| event.payload.len() + 400).sum());
         for event in events {
             lines.extend_from_slice(&cloudevent::json(event, &self.source));
             lines.push(b'\n');
         }
-        // One writer at a time, so that lines never mix.
-        let written = tokio::time::timeout_at(deadline.into(), async {
-            let mut stdout = self.stdout.lock().await;
-            stdout.write_all(&lines).await?;
-            stdout.flush().await
-        })
-        .await;
+        let written =
+            tokio::time::timeout_at(deadline.into(), async { self.output.lock().await.write(&lines).await }).await;
         let error = match written {
             Ok(Ok(())) => return vec![Outcome::Delivered { message_id: None }; events.len()],
             // A reader that is gone does not come back; some lines may have reached it.
