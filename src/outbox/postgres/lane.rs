@@ -52,8 +52,9 @@ select array(
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
 /// `$1` partitions; of each of them at most `$2` events and about `$3` bytes, so that nothing need be sorted; `$4` payload
-/// limit; `$5` destinations. A payload's text is measured only where it may be large, so that giants are not read. What waits behind a failed event of
-/// its key is asked per row only where anything waits at all.
+/// limit; `$5` destinations. A payload's text is measured only where it may be large, which its stored size does not tell:
+/// it may be compressed a hundredfold, and `#> '{}'` is the payload uncompressed. What waits behind a failed event of its
+/// key is asked per row only where anything waits at all.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
        case when o.size <= $4 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
@@ -79,10 +80,10 @@ from unnest($1::int[]) t(partition)
 cross join lateral (
     select s.*, sum(s.size) over (order by s.id, s.destination rows unbounded preceding) - s.size as bytes_before
     from (
-        select e.*, case when pg_column_size(e.payload) <= 2000 then pg_column_size(e.payload)
-                         else octet_length(e.payload::text) end as size
+        select e.*, case when e.uncompressed <= 2000 then e.uncompressed else octet_length(e.payload::text) end as size
         from (
-            select ctid, * from event_outbox where partition = t.partition::smallint order by id, destination limit $2
+            select ctid, *, pg_column_size(payload #> '{}') as uncompressed
+            from event_outbox where partition = t.partition::smallint order by id, destination limit $2
         ) e
     ) s
 ) o
@@ -235,7 +236,10 @@ impl PgLane {
         let full = out_of_bytes || given.values().any(|(count, _)| *count == share);
         let count = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
         self.partitions = if full { count / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
-        self.rows = if out_of_bytes { rows.len() } else { self.rows }.saturating_mul(2).min(MAX_ROWS);
+        // What a few stored bytes print as may be long: 1e131071 has so many digits.
+        let bytes: usize = given.values().map(|(_, bytes)| bytes).sum();
+        self.rows =
+            if out_of_bytes { rows.len() * request.max_bytes / bytes.max(1) } else { self.rows * 2 }.clamp(1, MAX_ROWS);
         if rows.is_empty() {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
@@ -323,7 +327,7 @@ impl Lane for PgLane {
 /// it fail.
 fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
     let payload = jsonb_text(row, 9)?;
-    // What the statement measured is the stored size where that is small, which compression may have made so.
+    // What the statement measured is not the text where that is small.
     let size = match payload {
         Some(payload) => payload.len(),
         None => usize::try_from(row.try_get::<i32, _>(17)?).unwrap_or_default(),
