@@ -189,25 +189,28 @@ impl NewEvent {
         if self.headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
             return Err(NewEventError::Nul { field: "headers" });
         }
-        if has_nul_escape(&self.payload) {
-            return Err(NewEventError::Nul { field: "payload" });
-        }
-        Ok(())
+        unstorable_escape(&self.payload).map_or(Ok(()), Err)
     }
 }
 
-/// Whether JSON text holds the escape `\u0000`, which `jsonb` cannot store.
-fn has_nul_escape(json: &str) -> bool {
+/// Whether JSON text holds an escape that `jsonb` cannot store: `\u0000`, or half a surrogate pair.
+fn unstorable_escape(json: &str) -> Option<NewEventError> {
+    // The UTF-16 unit of an escape, which begins behind its backslash.
+    let unit = |escape: &str| u16::from_str_radix(escape.strip_prefix('u')?.get(..4)?, 16).ok();
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
-        if rest[at..].starts_with("\\u0000") {
-            return true;
-        }
-        // Past the escaped character, so that `\\u0000`, an escaped backslash and six plain characters, is no NUL.
-        let escaped = rest[at + 1..].chars().next().map_or(0, char::len_utf8);
-        rest = &rest[at + 1 + escaped..];
+        let escape = &rest[at + 1..];
+        let low =
+            |behind: &str| behind.strip_prefix('\\').and_then(unit).filter(|unit| (0xDC00..0xE000).contains(unit));
+        rest = match unit(escape) {
+            Some(0) => return Some(NewEventError::Nul { field: "payload" }),
+            Some(0xD800..0xDC00) if low(&escape[5..]).is_some() => &escape[11..],
+            Some(0xD800..0xE000) => return Some(NewEventError::Surrogate),
+            // Past the escaped character, so that `\\u0000`, an escaped backslash and five plain characters, is no NUL.
+            _ => &escape[escape.chars().next().map_or(0, char::len_utf8)..],
+        };
     }
-    false
+    None
 }
 
 /// Why an event cannot be emitted. Nothing was sent to the database.
@@ -246,6 +249,9 @@ pub enum NewEventError {
         /// Where.
         field: &'static str,
     },
+    /// PostgreSQL stores no half of a surrogate pair, which JavaScript's strings may hold.
+    #[error("the payload holds half a surrogate pair, as in \"\\ud83d\", which PostgreSQL cannot store; replace it")]
+    Surrogate,
 }
 
 /// Which row of the outbox.
@@ -483,12 +489,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_nul_escape_is_found_and_an_escaped_backslash_is_not_one() {
-        assert!(has_nul_escape(r#"{"a":"x\u0000"}"#));
-        assert!(has_nul_escape(r#"{"a":"\\\u0000"}"#));
-        assert!(!has_nul_escape(r#"{"a":"\\u0000"}"#));
-        assert!(!has_nul_escape(r#"{"a":"\u0001\n"}"#));
-        assert!(!has_nul_escape("\\"));
+    fn an_escape_that_cannot_be_stored_is_found_and_an_escaped_backslash_is_none() {
+        let nul = |json: &str| matches!(unstorable_escape(json), Some(NewEventError::Nul { field: "payload" }));
+        assert!(nul(r#"{"a":"x\u0000"}"#));
+        assert!(nul(r#"{"a":"\\\u0000"}"#));
+        assert!(nul(r#""\ud83d\ude00\u0000""#));
+        for half in
+            [r#""\ud83d""#, r#""\uDE00""#, r#""\ud83d\n""#, r#""\ud83d\u0041""#, r#""\ud83d\ud83d\ude00""#, r"\ud83d\"]
+        {
+            assert!(matches!(unstorable_escape(half), Some(NewEventError::Surrogate)), "{half}");
+        }
+        for fine in
+            [r#"{"a":"\\u0000"}"#, r#"{"a":"\u0001\n"}"#, r#""\ud83d\uDE00\ud83d\ude00""#, r"\", r"\u", r"\u12é", r"\é"]
+        {
+            assert!(unstorable_escape(fine).is_none(), "{fine}");
+        }
     }
 
     #[test]
