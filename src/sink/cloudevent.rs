@@ -8,31 +8,36 @@ use time::format_description::well_known::Rfc3339;
 use crate::event::Event;
 
 /// Calls `attribute` with every CloudEvents attribute that `event` has, then with its headers; the payload is not among
-/// them. `default_source` stands in for an empty source, which the specification does not allow.
+/// them. `default_source` stands in for an empty source, which the specification does not allow. What else is empty is
+/// left out: there it must not be either, and consumers' libraries refuse it.
 pub fn attributes<'a>(event: &'a Event, default_source: &'a str, mut attribute: impl FnMut(&'a str, &str)) {
     attribute("specversion", "1.0");
     attribute("id", event.event_id.hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()));
     attribute("source", source(event, default_source));
     attribute("type", &event.event_type);
-    if let Some(subject) = &event.aggregate_id {
+    if let Some(subject) = non_empty(event.aggregate_id.as_ref()) {
         attribute("subject", subject);
     }
     attribute("time", &rfc3339(event.created_at));
     attribute("datacontenttype", "application/json");
     attribute("sequence", &event.row.id.to_string());
-    if let Some(key) = event.key() {
-        attribute("partitionkey", &key.to_string());
+    if let Some(key) = non_empty(event.key().map(|key| key.to_string()).as_ref()) {
+        attribute("partitionkey", key);
     }
-    if let Some(id) = &event.correlation_id {
+    if let Some(id) = non_empty(event.correlation_id.as_ref()) {
         attribute("correlationid", id);
     }
-    if let Some(id) = &event.causation_id {
+    if let Some(id) = non_empty(event.causation_id.as_ref()) {
         attribute("causationid", id);
     }
     attribute("schemaversion", &event.schema_version.to_string());
     for (name, value) in &event.headers {
         attribute(name, value);
     }
+}
+
+fn non_empty(text: Option<&String>) -> Option<&str> {
+    text.map(String::as_str).filter(|text| !text.is_empty())
 }
 
 /// The event's source, or the destination's default.
@@ -98,5 +103,22 @@ mod tests {
         assert_eq!(json.get("subject"), None);
         assert_eq!(json.get("partitionkey"), None);
         assert_eq!(json["data"], serde_json::json!({}));
+    }
+
+    #[test]
+    fn an_attribute_that_is_there_is_not_empty() {
+        let mut event = keyed(1, "");
+        (event.correlation_id, event.causation_id) = (Some(String::new()), Some(String::new()));
+        let names = |event: &Event| {
+            let mut names = Vec::new();
+            attributes(event, "outbox", |name, value| {
+                assert_ne!(value, "", "{name}");
+                names.push(name.to_owned());
+            });
+            names
+        };
+        assert!(names(&event).contains(&"partitionkey".to_owned()), "order: is a key");
+        event.aggregate_type = None;
+        assert!(!names(&event).contains(&"partitionkey".to_owned()));
     }
 }
