@@ -167,13 +167,18 @@ impl<O: Outbox> Lane<O> {
         if self.stop.is_cancelled() {
             return Ok(None);
         }
-        if self.eager
-            && self.relay.paused_until(Instant::now()).is_none()
-            && let Look::Found(work) = self.look().await?
-        {
-            return Ok(Some(work));
-        }
         let shared = Arc::clone(&self.shared);
+        if self.eager && self.relay.paused_until(Instant::now()).is_none() {
+            // With all lanes here nobody keeps watch, and what is scheduled must come in its turn all the same.
+            if let Ok(mut watch) = shared.watch.try_lock()
+                && watch.next_promotion <= Instant::now()
+            {
+                self.promote(&mut watch).await?;
+            }
+            if let Look::Found(work) = self.look().await? {
+                return Ok(Some(work));
+            }
+        }
         let mut watch = tokio::select! {
             watch = shared.watch.lock() => watch,
             () = self.stop.cancelled() => return Ok(None),

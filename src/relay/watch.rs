@@ -46,7 +46,7 @@ pub(super) struct Watch<W> {
     linger: Duration,
     /// Looks in a row that found nothing.
     misses: u32,
-    next_promotion: Instant,
+    pub(super) next_promotion: Instant,
     /// The warning that wake-ups do not work was given.
     warned: bool,
 }
@@ -165,15 +165,21 @@ impl<O: Outbox> Lane<O> {
         }
     }
 
-    /// Makes due events pending. Returns how long until the next one is due, at most a polling interval.
-    async fn promote(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Duration, OutboxError> {
+    /// Makes due events pending. Returns how long until there may be more: until the next one is due, a paused destination
+    /// takes events again, or a polling interval is over.
+    pub(super) async fn promote(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Duration, OutboxError> {
         let relay = Arc::clone(&self.relay);
         let limit = relay.config.batch_events;
-        let promoted = self.lane.promote(&relay.ready_destinations(Instant::now()), limit).await?;
-        let next = match promoted.next_due {
-            _ if promoted.count >= limit => Duration::ZERO,
-            Some(due) => due.min(relay.config.polling_interval),
-            None => relay.config.polling_interval,
+        let now = Instant::now();
+        let promoted = self.lane.promote(&relay.ready_destinations(now), limit).await?;
+        let next_back = relay.destinations.iter().filter_map(|destination| match destination.admission(now) {
+            Admission::No(until) => Some(until - now),
+            Admission::Yes | Admission::Probe => None,
+        });
+        let next = if promoted.count >= limit {
+            Duration::ZERO
+        } else {
+            next_back.chain(promoted.next_due).fold(relay.config.polling_interval, Duration::min)
         };
         watch.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
         Ok(if promoted.count > 0 { Duration::ZERO } else { next })
@@ -257,7 +263,8 @@ impl<O: Outbox> Lane<O> {
             watch.linger = if short { (watch.linger * 2).min(LINGER.1) } else { LINGER.0 };
             watch.last_work = now;
             watch.misses = 0;
-            watch.next_promotion = now;
+            // It may have been a delayed event; the others come first.
+            watch.next_promotion = watch.next_promotion.min(now + LINGER.0 / 2);
         }
         if let Err(error) = wakeup.disarm().await {
             tracing::debug!(error = error.explain(), "the connection that wakes this relay was lost");

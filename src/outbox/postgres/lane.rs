@@ -196,9 +196,10 @@ impl PgLane {
     ) -> Result<Claim, sqlx::Error> {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+        let limit = self.rows.min(request.max_events);
         let (taken, pending): (Vec<i32>, bool) = sqlx::query_as(TAKE_PARTITIONS)
             .persistent(persistent)
-            .bind(self.partitions)
+            .bind(i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions))
             .bind(self.last_taken)
             .fetch_one(&mut *connection)
             .await?;
@@ -208,7 +209,7 @@ impl PgLane {
         };
         self.last_taken = *last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
-        let share = self.rows.min(request.max_events).div_ceil(taken.len());
+        let share = limit / taken.len();
         let bytes_share = request.max_bytes.div_ceil(taken.len());
         let rows = sqlx::query(READ_BATCH)
             .persistent(persistent)

@@ -70,7 +70,7 @@ async fn what_is_no_event_is_refused_with_2_and_one_clear_line() {
         (&["a", ""], &["payload is not JSON"]),
         (&["a", "{'n': 1}"], &["payload is not JSON", "line 1 column 2"]),
         (&["a", "-"], &["payload is not JSON"]), // standard input is empty
-        (&["a", r#"{"n": "\ud800"}"#], &["payload is not JSON"]),
+        (&["a", r#"{"n": "\ud800"}"#], &["payload", "surrogate"]),
         (&["a", r#"{"n": "\u0000"}"#], &["payload", "NUL"]),
         (&["", "{}"], &["1 to 128 characters"]),
         (&["a", "--header=type=x"], &["\"type\""]),

@@ -47,6 +47,7 @@ async fn every_check_has_a_name_that_says_what_holds() {
             "first_failure_is_not_after_last",
             "headers_are_a_flat_string_map",
             "headers_take_no_reserved_name",
+            "payload_can_be_printed",
             "priority_is_0_to_9",
             "schema_version_starts_at_1",
             "status_is_known",

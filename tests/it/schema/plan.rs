@@ -54,7 +54,7 @@ async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
         for (statement, index) in [
             ("bytes_before", "Index Scan using event_outbox_pkey on event_outbox"),
             ("pg_try_advisory_xact_lock('event_outbox'", "using event_outbox_pkey on event_outbox"),
-            ("with gone as", "Index Scan using event_outbox_pkey on event_outbox"),
+            ("with gone as", "Tid Scan on event_outbox"),
             ("for update skip locked", "Index Scan using event_outbox_scheduled_idx on event_outbox"),
             ("select exists (select from event_outbox", "event_outbox_scheduled_idx on event_outbox"),
         ] {
