@@ -4,6 +4,7 @@
 mod binary;
 mod cli;
 mod crash;
+mod endurance;
 mod engine;
 mod eventbridge;
 mod harness;
