@@ -68,6 +68,9 @@ begin
     if parent not in ('event_processing_log', 'event_history') then
         raise exception 'relay_drop_days: % is not a table that relay keeps by day', parent;
     end if;
+    if retention < interval '1 hour' then
+        raise exception 'relay_drop_days: a retention of % would drop what was just written', retention;
+    end if;
     for name in
         select c.relname
         from pg_inherits i join pg_class c on c.oid = i.inhrelid

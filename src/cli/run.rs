@@ -18,6 +18,10 @@ use crate::shutdown;
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
         tracing::info!("EVENT_SYSTEM_ENABLED is false: nothing is published");
+        // systemd takes an end before this for a failed start, and would start it again.
+        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+            tracing::debug!(%error, "systemd was not told");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let (destinations, router) = destinations(settings, file)?;
