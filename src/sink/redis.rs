@@ -1,18 +1,24 @@
-//! What both Redis sinks share: a connection that comes back by itself, commands run through one script that stops a
-//! key at its first error, and the classification of Redis' errors.
+//! What both Redis sinks share: a connection that comes back by itself, and publishing in chunks.
+//!
+//! - `script`: a chunk as one call of a script, which stops a key at its first error.
+//! - `fault`: whose fault an error is.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::LazyLock;
+mod fault;
+mod script;
+
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Cmd, ErrorKind, IntoConnectionInfo, RedisError, Script, Value};
+use redis::{AsyncConnectionConfig, Cmd, IntoConnectionInfo, Value};
 use tokio::sync::Mutex;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::secret::Secret;
 use crate::sink::rounds::{Limits, Rounds};
+use fault::{call_error, connect_error, server_error, wants_new_connection};
+pub(super) use script::{Command, Commands};
+use script::{SCRIPT, eval};
 
 /// A chunk of 100 keeps Redis busy for well under a millisecond, and is what can be unknown after a cut connection.
 const LIMITS: Limits = Limits { request_events: 100, request_bytes: 1 << 20, requests: 32 };
@@ -22,49 +28,6 @@ const MAX_HEADERS: usize = 1000;
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Runs each event's command. A pipeline of bare commands could invert a key: an error on one, success on the next.
-///
-/// ARGV: the number of shapes; for each the number of its words and the words, an empty one where a value goes; then for
-/// each event the number of its key (0: none), its shape, and its values. Answers, for each event, the command's reply, `-`
-/// and an error, or nothing where an earlier event of its key failed. Shapes, because what all events share, the names of
-/// the fields above all, would else be most of what Redis parses: 13.8 against 9.5 us an event.
-static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        r"
-local shapes, at = {}, 2
-for shape = 1, ARGV[1] do
-  local words, slots = {}, {}
-  for word = 1, ARGV[at] do
-    words[word] = ARGV[at + word]
-    if words[word] == '' then slots[#slots + 1] = word end
-  end
-  shapes[tostring(shape)] = { words, slots }
-  at = at + ARGV[at] + 1
-end
-local replies, stopped, n, last = {}, {}, 0, #ARGV
-while at < last do
-  local key, shape = ARGV[at], shapes[ARGV[at + 1]]
-  local words, slots = shape[1], shape[2]
-  at = at + 1
-  n = n + 1
-  if stopped[key] then
-    replies[n] = ''
-  else
-    for slot = 1, #slots do words[slots[slot]] = ARGV[at + slot] end
-    local reply = redis.pcall(unpack(words))
-    if type(reply) == 'table' then
-      replies[n] = '-' .. (reply.err or 'ERR unexpected reply')
-      if key ~= '0' then stopped[key] = true end
-    else
-      replies[n] = tostring(reply)
-    end
-  end
-  at = at + #slots + 1
-end
-return replies",
-    )
-});
 
 /// Where a Redis is. Secrets are read anew at each connection.
 #[derive(Debug, Clone)]
@@ -113,62 +76,6 @@ impl RedisAddress {
         };
         info.and_then(redis::Client::open).map_err(|error| unusable(format!("the URL cannot be used: {error}")))
     }
-}
-
-/// One event's command, split into what others share and what is its own.
-#[derive(Default)]
-pub(super) struct Command {
-    shape: Words,
-    values: Words,
-}
-
-/// Words, one after the other in one buffer.
-#[derive(Default, Clone, PartialEq, Eq, Hash)]
-struct Words {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
-impl Words {
-    fn push(&mut self, word: &[u8]) {
-        self.bytes.extend_from_slice(word);
-        self.ends.push(self.bytes.len());
-    }
-
-    fn clear(&mut self) {
-        self.bytes.clear();
-        self.ends.clear();
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, end)| &self.bytes[start..*end])
-    }
-}
-
-impl Command {
-    /// A word that many events share, never empty: the command, the name of a field.
-    pub(super) fn word(&mut self, word: impl AsRef<[u8]>) {
-        self.shape.push(word.as_ref());
-    }
-
-    /// A word of this event's own.
-    pub(super) fn value(&mut self, value: impl AsRef<[u8]>) {
-        self.shape.push(b"");
-        self.values.push(value.as_ref());
-    }
-}
-
-/// How a kind of sink turns events into commands.
-pub(super) trait Commands: Send + Sync {
-    /// Writes the command that publishes `event`.
-    fn write(&self, event: &Event, command: &mut Command);
-
-    /// The key that the command writes to, where it writes to one.
-    fn key<'a>(&'a self, event: &'a Event) -> Option<std::borrow::Cow<'a, str>>;
-
-    /// Whether all events go to one key, so that a key of the wrong type concerns all of them.
-    fn one_key(&self) -> bool;
 }
 
 /// A connection to one Redis, shared by all lanes.
@@ -278,46 +185,6 @@ fn refusal(event: &Event) -> Option<PublishError> {
     })
 }
 
-/// One chunk as a call of the script.
-fn eval(events: &[&Event], chunk: &[usize], commands: &dyn Commands) -> Cmd {
-    let keys: HashSet<_> = chunk.iter().filter_map(|&index| commands.key(events[index])).collect();
-    let mut cmd = redis::cmd("EVALSHA");
-    cmd.arg(SCRIPT.get_hash()).arg(keys.len());
-    for key in &keys {
-        cmd.arg(key.as_bytes());
-    }
-    let mut numbers = HashMap::new();
-    let mut shapes: Vec<Words> = Vec::new();
-    let mut command = Command::default();
-    let mut arguments = Words::default();
-    for &index in chunk {
-        let event = events[index];
-        let next = numbers.len() + 1;
-        let number = event.key().map_or(0, |key| *numbers.entry(key).or_insert(next));
-        command.shape.clear();
-        command.values.clear();
-        commands.write(event, &mut command);
-        let shape = shapes.iter().position(|shape| *shape == command.shape).unwrap_or_else(|| {
-            shapes.push(command.shape.clone());
-            shapes.len() - 1
-        });
-        arguments.push(number.to_string().as_bytes());
-        arguments.push((shape + 1).to_string().as_bytes());
-        command.values.iter().for_each(|value| arguments.push(value));
-    }
-    cmd.arg(shapes.len());
-    for shape in &shapes {
-        cmd.arg(shape.ends.len());
-        for word in shape.iter() {
-            cmd.arg(word);
-        }
-    }
-    for argument in arguments.iter() {
-        cmd.arg(argument);
-    }
-    cmd
-}
-
 /// Runs one chunk and returns its events' replies.
 async fn run(
     mut connection: MultiplexedConnection,
@@ -369,67 +236,6 @@ fn outcome(reply: Vec<u8>, one_key: bool) -> Outcome {
     }
 }
 
-/// An error text of the server, as it stands behind the `-` of its protocol.
-fn server_error(text: &str, one_key: bool) -> PublishError {
-    let text = text.strip_prefix('-').unwrap_or(text);
-    // An unknown command is answered with its arguments, which are the event.
-    let text = text.split(", with args beginning with").next().unwrap_or(text);
-    let (code, message) = text.split_once(' ').unwrap_or((text, ""));
-    PublishError::new(classify(code, message, one_key), code, message)
-}
-
-/// Whose fault an error of the server is. Total: what nobody has classified pauses the destination.
-fn classify(code: &str, message: &str, one_key: bool) -> Fault {
-    match code {
-        "NOAUTH" | "WRONGPASS" | "NOPERM" | "CROSSSLOT" => Fault::Misconfigured,
-        "ERR"
-            if [
-                "unknown command",
-                "Unknown Redis command called from script",
-                "The user executing the script can't ", // NOPERM, in Redis up to 7.0
-                "invalid DB index",
-                "AUTH ",
-                "DB index is out of range",
-            ]
-            .iter()
-            .any(|start| message.starts_with(start)) =>
-        {
-            Fault::Misconfigured
-        }
-        // Where each event names its key, a key of the wrong type concerns those that name it, and no others.
-        "WRONGTYPE" if !one_key => Fault::Event,
-        "WRONGTYPE" => Fault::Misconfigured,
-        // LOADING, READONLY, OOM, MISCONF, CLUSTERDOWN, MASTERDOWN, NOREPLICAS, TRYAGAIN, BUSY, MOVED, ASK, too many clients, ...
-        _ => Fault::Destination,
-    }
-}
-
-/// An error while connecting: nothing was sent.
-fn connect_error(error: RedisError) -> PublishError {
-    match error.kind() {
-        ErrorKind::AuthenticationFailed => PublishError::new(Fault::Misconfigured, "WRONGPASS", error.to_string()),
-        ErrorKind::InvalidClientConfig => PublishError::new(Fault::Misconfigured, "redis_address", error.to_string()),
-        _ => match error.code() {
-            Some(code) => server_error(&format!("{code} {}", error.detail().unwrap_or_default()), true),
-            None => PublishError::new(Fault::Destination, "connect", error.to_string()),
-        },
-    }
-}
-
-/// An error of a call: the server's own, or a lost connection, after which nobody knows.
-fn call_error(error: RedisError) -> PublishError {
-    match error.code() {
-        Some(code) => server_error(&format!("{code} {}", error.detail().unwrap_or_default()), true),
-        None => PublishError::new(Fault::Unknown, "connection_lost", error.to_string()),
-    }
-}
-
-/// After these the connection leads to the wrong place, or nowhere, or was opened with an outdated password.
-fn wants_new_connection(error: &PublishError) -> bool {
-    error.fault == Fault::Unknown
-        || matches!(error.code.as_str(), "READONLY" | "NOAUTH" | "WRONGPASS" | "NOPERM" | "MASTERDOWN")
-}
-
 impl Redis {
     /// Connects, and tries the script with no event. Returns the server's address, without secrets.
     pub(super) async fn check(&self) -> Result<String, PublishError> {
@@ -456,44 +262,6 @@ impl Redis {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_error_has_its_class() {
-        let table = [
-            ("LOADING Redis is loading the dataset in memory", Fault::Destination),
-            ("READONLY You can't write against a read only replica.", Fault::Destination),
-            ("OOM command not allowed when used memory > 'maxmemory'.", Fault::Destination),
-            ("-OOM command not allowed when used memory > 'maxmemory'.", Fault::Destination),
-            ("MISCONF Redis is configured to save RDB snapshots", Fault::Destination),
-            ("CLUSTERDOWN The cluster is down", Fault::Destination),
-            ("MASTERDOWN Link with MASTER is down", Fault::Destination),
-            ("NOREPLICAS Not enough good replicas to write.", Fault::Destination),
-            ("TRYAGAIN Multiple keys request during rehashing of slot", Fault::Destination),
-            ("BUSY Redis is busy running a script.", Fault::Destination),
-            ("ERR max number of clients reached", Fault::Destination),
-            ("SOMETHING nobody has seen", Fault::Destination),
-            ("NOAUTH Authentication required.", Fault::Misconfigured),
-            ("WRONGPASS invalid username-password pair or user is disabled.", Fault::Misconfigured),
-            ("NOPERM this user has no permissions to run the 'xadd' command", Fault::Misconfigured),
-            ("CROSSSLOT Keys in request don't hash to the same slot", Fault::Misconfigured),
-            ("ERR The user executing the script can't run this command or subcommand", Fault::Misconfigured),
-            ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
-            ("ERR Unknown Redis command called from script", Fault::Misconfigured),
-            ("ERR DB index is out of range", Fault::Misconfigured),
-            ("ERR AUTH <password> called without any password configured", Fault::Misconfigured),
-            ("WRONGTYPE Operation against a key holding the wrong kind of value", Fault::Misconfigured),
-        ];
-        for (text, fault) in table {
-            assert_eq!(server_error(text, true).fault, fault, "{text}");
-        }
-        assert_eq!(server_error("WRONGTYPE Operation", false).fault, Fault::Event);
-    }
-
-    #[test]
-    fn an_unknown_command_is_not_quoted_with_its_arguments() {
-        let error = server_error("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", true);
-        assert_eq!(error.to_string(), "ERR: unknown command 'XADD'");
-    }
 
     #[test]
     fn an_event_is_delivered_only_by_its_own_reply() {

@@ -1,0 +1,289 @@
+//! What applications emit.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+/// The longest event type, in characters: EventBridge's limit for `DetailType`, and a CHECK of the schema.
+pub const MAX_EVENT_TYPE_CHARS: usize = 128;
+
+/// Header names that would hide an attribute consumers rely on; the schema refuses them too.
+pub const RESERVED_HEADERS: [&str; 15] = [
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "subject",
+    "time",
+    "datacontenttype",
+    "dataschema",
+    "sequence",
+    "partitionkey",
+    "correlationid",
+    "causationid",
+    "schemaversion",
+    "data",
+    "data_base64",
+];
+
+/// An event an application is about to emit; hand it to [`crate::emit`] inside the transaction it belongs to.
+///
+/// ```
+/// # fn main() -> Result<(), outbox_relay::NewEventError> {
+/// use outbox_relay::NewEvent;
+///
+/// let event = NewEvent::new("order.created", &serde_json::json!({ "total": "12.50" }))?
+///     .key("order", "42")
+///     .correlation_id("req-7f3a")
+///     .header("tenant", "acme");
+/// assert_eq!(event.event_type(), "order.created");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct NewEvent {
+    pub(crate) event_id: Uuid,
+    pub(crate) event_type: String,
+    pub(crate) source: String,
+    pub(crate) aggregate_type: Option<String>,
+    pub(crate) aggregate_id: Option<String>,
+    pub(crate) payload: String,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) correlation_id: Option<String>,
+    pub(crate) causation_id: Option<String>,
+    pub(crate) schema_version: i32,
+    pub(crate) priority: i16,
+    pub(crate) delay: Duration,
+}
+
+impl NewEvent {
+    /// An event with `payload` as its JSON.
+    ///
+    /// # Errors
+    /// [`NewEventError::Payload`] where `payload` cannot be written as JSON.
+    pub fn new(event_type: impl Into<String>, payload: &impl Serialize) -> Result<Self, NewEventError> {
+        let payload = serde_json::to_string(payload).map_err(NewEventError::Payload)?;
+        Ok(Self::from_json(event_type, payload))
+    }
+
+    /// An event whose payload is JSON text already. PostgreSQL checks it when it is inserted.
+    pub fn from_json(event_type: impl Into<String>, payload: impl Into<String>) -> Self {
+        Self {
+            event_id: Uuid::new_v4(),
+            event_type: event_type.into(),
+            source: String::new(),
+            aggregate_type: None,
+            aggregate_id: None,
+            payload: payload.into(),
+            headers: BTreeMap::new(),
+            correlation_id: None,
+            causation_id: None,
+            schema_version: 1,
+            priority: 0,
+            delay: Duration::ZERO,
+        }
+    }
+
+    /// Orders this event among all those of the same key.
+    #[must_use]
+    pub fn key(mut self, aggregate_type: impl Into<String>, aggregate_id: impl Into<String>) -> Self {
+        self.aggregate_type = Some(aggregate_type.into());
+        self.aggregate_id = Some(aggregate_id.into());
+        self
+    }
+
+    /// The module or service that emits it; without one, consumers see the relay's default.
+    #[must_use]
+    pub fn source(mut self, source: impl Into<String>) -> Self {
+        self.source = source.into();
+        self
+    }
+
+    /// Adds a header, which consumers see as an attribute of this name.
+    #[must_use]
+    pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.headers.insert(name.into(), value.into());
+        self
+    }
+
+    /// The identifier shared by all events of one business operation.
+    #[must_use]
+    pub fn correlation_id(mut self, id: impl Into<String>) -> Self {
+        self.correlation_id = Some(id.into());
+        self
+    }
+
+    /// The event or command that caused this one.
+    #[must_use]
+    pub fn causation_id(mut self, id: impl Into<String>) -> Self {
+        self.causation_id = Some(id.into());
+        self
+    }
+
+    /// The version of the payload's schema, from 1.
+    #[must_use]
+    pub fn schema_version(mut self, version: i32) -> Self {
+        self.schema_version = version;
+        self
+    }
+
+    /// 0 (the default) to 9, 9 first. Order within a key holds among equal priorities.
+    #[must_use]
+    pub fn priority(mut self, priority: u8) -> Self {
+        self.priority = priority.into();
+        self
+    }
+
+    /// Holds the event back for this long after its transaction began; it holds up nobody.
+    #[must_use]
+    pub fn delay(mut self, delay: Duration) -> Self {
+        self.delay = delay;
+        self
+    }
+
+    /// Replaces the random identity, for callers whose events have one already.
+    #[must_use]
+    pub fn event_id(mut self, event_id: Uuid) -> Self {
+        self.event_id = event_id;
+        self
+    }
+
+    /// What happened, as in `order.created`.
+    pub fn event_type(&self) -> &str {
+        &self.event_type
+    }
+
+    /// Whether the schema will take it: checked before the insert, because a refused insert would end the
+    /// caller's transaction.
+    pub(crate) fn validate(&self) -> Result<(), NewEventError> {
+        let characters = self.event_type.chars().count();
+        if !(1..=MAX_EVENT_TYPE_CHARS).contains(&characters) {
+            return Err(NewEventError::EventType { characters });
+        }
+        if !(0..=9).contains(&self.priority) {
+            return Err(NewEventError::Priority { priority: self.priority });
+        }
+        if self.schema_version < 1 {
+            return Err(NewEventError::SchemaVersion { version: self.schema_version });
+        }
+        if let Some(name) = self.headers.keys().find(|name| RESERVED_HEADERS.contains(&name.as_str())) {
+            return Err(NewEventError::ReservedHeader { name: name.clone() });
+        }
+        let texts = [
+            ("event_type", Some(&self.event_type)),
+            ("source", Some(&self.source)),
+            ("aggregate_type", self.aggregate_type.as_ref()),
+            ("aggregate_id", self.aggregate_id.as_ref()),
+            ("correlation_id", self.correlation_id.as_ref()),
+            ("causation_id", self.causation_id.as_ref()),
+        ];
+        if let Some((field, _)) = texts.iter().find(|(_, text)| text.is_some_and(|text| text.contains('\0'))) {
+            return Err(NewEventError::Nul { field });
+        }
+        if self.headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
+            return Err(NewEventError::Nul { field: "headers" });
+        }
+        unstorable_escape(&self.payload).map_or(Ok(()), Err)
+    }
+}
+
+/// Whether JSON text holds an escape that `jsonb` cannot store: `\u0000`, or half a surrogate pair.
+fn unstorable_escape(json: &str) -> Option<NewEventError> {
+    // The UTF-16 unit of an escape, which begins behind its backslash.
+    let unit = |escape: &str| u16::from_str_radix(escape.strip_prefix('u')?.get(..4)?, 16).ok();
+    let mut rest = json;
+    while let Some(at) = rest.find('\\') {
+        let escape = &rest[at + 1..];
+        let low =
+            |behind: &str| behind.strip_prefix('\\').and_then(unit).filter(|unit| (0xDC00..0xE000).contains(unit));
+        rest = match unit(escape) {
+            Some(0) => return Some(NewEventError::Nul { field: "payload" }),
+            Some(0xD800..0xDC00) if low(&escape[5..]).is_some() => &escape[11..],
+            Some(0xD800..0xE000) => return Some(NewEventError::Surrogate),
+            // Past the escaped character, so that `\\u0000`, an escaped backslash and five plain characters, is no NUL.
+            _ => &escape[escape.chars().next().map_or(0, char::len_utf8)..],
+        };
+    }
+    None
+}
+
+/// Why an event cannot be emitted. Nothing was sent to the database.
+#[derive(Debug, thiserror::Error)]
+pub enum NewEventError {
+    /// The payload's `Serialize` failed.
+    #[error("the payload cannot be written as JSON")]
+    Payload(#[source] serde_json::Error),
+    /// Not 1 to [`MAX_EVENT_TYPE_CHARS`] characters.
+    #[error("an event type has 1 to {MAX_EVENT_TYPE_CHARS} characters, this one has {characters}")]
+    EventType {
+        /// How many it has.
+        characters: usize,
+    },
+    /// Not 0 to 9.
+    #[error("a priority is 0 to 9, not {priority}")]
+    Priority {
+        /// What was given.
+        priority: i16,
+    },
+    /// Below 1.
+    #[error("a schema version starts at 1, not {version}")]
+    SchemaVersion {
+        /// What was given.
+        version: i32,
+    },
+    /// One of [`RESERVED_HEADERS`].
+    #[error("the header name {name:?} is taken by an attribute of the event itself; choose another")]
+    ReservedHeader {
+        /// The name.
+        name: String,
+    },
+    /// PostgreSQL stores no NUL character.
+    #[error("{field} holds a NUL character, which PostgreSQL cannot store; remove it")]
+    Nul {
+        /// Where.
+        field: &'static str,
+    },
+    /// PostgreSQL stores no half of a surrogate pair, which JavaScript's strings may hold.
+    #[error("the payload holds half a surrogate pair, as in \"\\ud83d\", which PostgreSQL cannot store; replace it")]
+    Surrogate,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_escape_that_cannot_be_stored_is_found_and_an_escaped_backslash_is_none() {
+        let nul = |json: &str| matches!(unstorable_escape(json), Some(NewEventError::Nul { field: "payload" }));
+        assert!(nul(r#"{"a":"x\u0000"}"#));
+        assert!(nul(r#"{"a":"\\\u0000"}"#));
+        assert!(nul(r#""\ud83d\ude00\u0000""#));
+        for half in
+            [r#""\ud83d""#, r#""\uDE00""#, r#""\ud83d\n""#, r#""\ud83d\u0041""#, r#""\ud83d\ud83d\ude00""#, r"\ud83d\"]
+        {
+            assert!(matches!(unstorable_escape(half), Some(NewEventError::Surrogate)), "{half}");
+        }
+        for fine in
+            [r#"{"a":"\\u0000"}"#, r#"{"a":"\u0001\n"}"#, r#""\ud83d\uDE00\ud83d\ude00""#, r"\", r"\u", r"\u12é", r"\é"]
+        {
+            assert!(unstorable_escape(fine).is_none(), "{fine}");
+        }
+    }
+
+    #[test]
+    fn what_the_schema_would_refuse_is_refused_before_the_insert() {
+        let event = |event_type: &str| NewEvent::from_json(event_type, "{}");
+        assert!(event("order.created").validate().is_ok());
+        assert!(matches!(event("").validate(), Err(NewEventError::EventType { characters: 0 })));
+        assert!(matches!(event(&"é".repeat(129)).validate(), Err(NewEventError::EventType { characters: 129 })));
+        assert!(event(&"é".repeat(128)).validate().is_ok());
+        assert!(matches!(event("a").priority(10).validate(), Err(NewEventError::Priority { priority: 10 })));
+        assert!(matches!(event("a").schema_version(0).validate(), Err(NewEventError::SchemaVersion { .. })));
+        assert!(matches!(event("a").header("id", "x").validate(), Err(NewEventError::ReservedHeader { .. })));
+        assert!(matches!(event("a").key("k", "4\0").validate(), Err(NewEventError::Nul { field: "aggregate_id" })));
+        let nul = NewEvent::new("a", &"x\0y").expect("a string is JSON");
+        assert!(matches!(nul.validate(), Err(NewEventError::Nul { field: "payload" })));
+    }
+}

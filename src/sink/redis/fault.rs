@@ -1,0 +1,109 @@
+//! Whose fault an error of Redis is.
+
+use redis::{ErrorKind, RedisError};
+
+use crate::event::{Fault, PublishError};
+
+/// An error text of the server, as it stands behind the `-` of its protocol.
+pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
+    let text = text.strip_prefix('-').unwrap_or(text);
+    // An unknown command is answered with its arguments, which are the event.
+    let text = text.split(", with args beginning with").next().unwrap_or(text);
+    let (code, message) = text.split_once(' ').unwrap_or((text, ""));
+    PublishError::new(classify(code, message, one_key), code, message)
+}
+
+/// Whose fault an error of the server is. Total: what nobody has classified pauses the destination.
+fn classify(code: &str, message: &str, one_key: bool) -> Fault {
+    match code {
+        "NOAUTH" | "WRONGPASS" | "NOPERM" | "CROSSSLOT" => Fault::Misconfigured,
+        "ERR"
+            if [
+                "unknown command",
+                "Unknown Redis command called from script",
+                "The user executing the script can't ", // NOPERM, in Redis up to 7.0
+                "invalid DB index",
+                "AUTH ",
+                "DB index is out of range",
+            ]
+            .iter()
+            .any(|start| message.starts_with(start)) =>
+        {
+            Fault::Misconfigured
+        }
+        // Where each event names its key, a key of the wrong type concerns those that name it, and no others.
+        "WRONGTYPE" if !one_key => Fault::Event,
+        "WRONGTYPE" => Fault::Misconfigured,
+        // LOADING, READONLY, OOM, MISCONF, CLUSTERDOWN, MASTERDOWN, NOREPLICAS, TRYAGAIN, BUSY, MOVED, ASK, too many clients, ...
+        _ => Fault::Destination,
+    }
+}
+
+/// An error while connecting: nothing was sent.
+pub(super) fn connect_error(error: RedisError) -> PublishError {
+    match error.kind() {
+        ErrorKind::AuthenticationFailed => PublishError::new(Fault::Misconfigured, "WRONGPASS", error.to_string()),
+        ErrorKind::InvalidClientConfig => PublishError::new(Fault::Misconfigured, "redis_address", error.to_string()),
+        _ => match error.code() {
+            Some(code) => server_error(&format!("{code} {}", error.detail().unwrap_or_default()), true),
+            None => PublishError::new(Fault::Destination, "connect", error.to_string()),
+        },
+    }
+}
+
+/// An error of a call: the server's own, or a lost connection, after which nobody knows.
+pub(super) fn call_error(error: RedisError) -> PublishError {
+    match error.code() {
+        Some(code) => server_error(&format!("{code} {}", error.detail().unwrap_or_default()), true),
+        None => PublishError::new(Fault::Unknown, "connection_lost", error.to_string()),
+    }
+}
+
+/// After these the connection leads to the wrong place, or nowhere, or was opened with an outdated password.
+pub(super) fn wants_new_connection(error: &PublishError) -> bool {
+    error.fault == Fault::Unknown
+        || matches!(error.code.as_str(), "READONLY" | "NOAUTH" | "WRONGPASS" | "NOPERM" | "MASTERDOWN")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_has_its_class() {
+        let table = [
+            ("LOADING Redis is loading the dataset in memory", Fault::Destination),
+            ("READONLY You can't write against a read only replica.", Fault::Destination),
+            ("OOM command not allowed when used memory > 'maxmemory'.", Fault::Destination),
+            ("-OOM command not allowed when used memory > 'maxmemory'.", Fault::Destination),
+            ("MISCONF Redis is configured to save RDB snapshots", Fault::Destination),
+            ("CLUSTERDOWN The cluster is down", Fault::Destination),
+            ("MASTERDOWN Link with MASTER is down", Fault::Destination),
+            ("NOREPLICAS Not enough good replicas to write.", Fault::Destination),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", Fault::Destination),
+            ("BUSY Redis is busy running a script.", Fault::Destination),
+            ("ERR max number of clients reached", Fault::Destination),
+            ("SOMETHING nobody has seen", Fault::Destination),
+            ("NOAUTH Authentication required.", Fault::Misconfigured),
+            ("WRONGPASS invalid username-password pair or user is disabled.", Fault::Misconfigured),
+            ("NOPERM this user has no permissions to run the 'xadd' command", Fault::Misconfigured),
+            ("CROSSSLOT Keys in request don't hash to the same slot", Fault::Misconfigured),
+            ("ERR The user executing the script can't run this command or subcommand", Fault::Misconfigured),
+            ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
+            ("ERR Unknown Redis command called from script", Fault::Misconfigured),
+            ("ERR DB index is out of range", Fault::Misconfigured),
+            ("ERR AUTH <password> called without any password configured", Fault::Misconfigured),
+            ("WRONGTYPE Operation against a key holding the wrong kind of value", Fault::Misconfigured),
+        ];
+        for (text, fault) in table {
+            assert_eq!(server_error(text, true).fault, fault, "{text}");
+        }
+        assert_eq!(server_error("WRONGTYPE Operation", false).fault, Fault::Event);
+    }
+
+    #[test]
+    fn an_unknown_command_is_not_quoted_with_its_arguments() {
+        let error = server_error("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", true);
+        assert_eq!(error.to_string(), "ERR: unknown command 'XADD'");
+    }
+}
