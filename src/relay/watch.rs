@@ -78,6 +78,12 @@ impl<O: Outbox> Relay<O> {
         })
     }
 
+    /// How many events to take at once: few while a destination is to be probed.
+    fn batch_events(&self, now: Instant) -> usize {
+        let probing = self.destinations.iter().any(|destination| destination.admission(now) == Admission::Probe);
+        if probing { PROBE_EVENTS.min(self.config.batch_events) } else { self.config.batch_events }
+    }
+
     fn ready_destinations(&self, now: Instant) -> Vec<&str> {
         self.destinations
             .iter()
@@ -91,10 +97,8 @@ impl<O: Outbox> Lane<O> {
     /// Tries to claim a batch.
     pub(super) async fn look(&mut self) -> Result<Look<O::Wakeup>, OutboxError> {
         let relay = Arc::clone(&self.relay);
-        let now = Instant::now();
-        let probing = relay.destinations.iter().any(|destination| destination.admission(now) == Admission::Probe);
         let request = ClaimRequest {
-            max_events: if probing { PROBE_EVENTS.min(relay.config.batch_events) } else { relay.config.batch_events },
+            max_events: relay.batch_events(Instant::now()),
             max_bytes: relay.config.batch_bytes,
             max_payload: relay.config.max_payload,
             destinations: &relay.names,
@@ -169,8 +173,8 @@ impl<O: Outbox> Lane<O> {
     /// takes events again, or a polling interval is over.
     pub(super) async fn promote(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Duration, OutboxError> {
         let relay = Arc::clone(&self.relay);
-        let limit = relay.config.batch_events;
         let now = Instant::now();
+        let limit = relay.batch_events(now);
         let promoted = self.lane.promote(&relay.ready_destinations(now), limit).await?;
         let next_back = relay.destinations.iter().filter_map(|destination| match destination.admission(now) {
             Admission::No(until) => Some(until - now),
