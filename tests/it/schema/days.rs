@@ -94,8 +94,10 @@ async fn days_past_their_retention_are_dropped_whole() {
     assert!(value(&mut connection, "select to_regclass('event_processing_log_archive') is not null").await);
     let dropped: i32 = value(&mut connection, "select relay_drop_days('event_processing_log', '7 days')").await;
     assert_eq!(dropped, 0);
-    let dropped: i32 = value(&mut connection, "select relay_drop_days('event_history', '0')").await;
+    let dropped: i32 = value(&mut connection, "select relay_drop_days('event_history', '1 hour')").await;
     assert_eq!(dropped, 0, "today and the days ahead have not ended");
+    let refused = try_execute(&mut connection, "select relay_drop_days('event_history', '59 minutes')").await;
+    assert!(refused.expect_err("too short").contains("a retention of 00:59:00 would drop what was just written"));
 }
 
 #[tokio::test]
