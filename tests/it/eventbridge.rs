@@ -5,39 +5,20 @@ use std::time::{Duration, Instant};
 
 use aws_config::credential_process::CredentialProcessProvider;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
-use aws_sdk_eventbridge::config::{Credentials, SharedCredentialsProvider};
-use outbox_relay::event::{Event, Fault, Outcome, PublishError};
-use outbox_relay::sink::eventbridge::{DEFAULT_MAX_ENTRY_BYTES, EventBridge, EventBridgeConfig};
+use aws_sdk_eventbridge::config::SharedCredentialsProvider;
+use outbox_relay::event::{Event, Fault, Outcome};
+use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
 use outbox_relay::sink::{Format, Sink};
 use serde_json::{Value, json};
 use tokio::sync::Barrier;
 
 use crate::stub::{EntryReply, EventBridgeStub, Reply};
-use crate::support::{event, keyed};
+use crate::support::{
+    assert_all_failed, error, event, eventbridge_config as config, keyed, publish, publish_until, sdk,
+};
 
 /// In every payload that must not show up in an error.
 const CANARY: &str = "4929-1234";
-
-fn config(url: &str) -> EventBridgeConfig {
-    EventBridgeConfig {
-        bus: "orders".into(),
-        source: "outbox".into(),
-        format: Format::CloudEvents,
-        region: None,
-        endpoint_url: Some(url.into()),
-        max_entry_bytes: DEFAULT_MAX_ENTRY_BYTES,
-        requests_in_flight: 16,
-        timeout: Duration::from_secs(30),
-    }
-}
-
-fn sdk() -> SdkConfig {
-    SdkConfig::builder()
-        .behavior_version(BehaviorVersion::latest())
-        .region(Region::new("eu-west-1"))
-        .credentials_provider(SharedCredentialsProvider::new(Credentials::new("id", "secret", None, None, "test")))
-        .build()
-}
 
 fn sink(stub: &EventBridgeStub) -> EventBridge {
     with(stub, |_| {})
@@ -49,39 +30,12 @@ fn with(stub: &EventBridgeStub, change: impl FnOnce(&mut EventBridgeConfig)) -> 
     EventBridge::with_sdk_config(&sdk(), config)
 }
 
-/// Publishes with a deadline that never matters.
-async fn publish(sink: &EventBridge, events: &[Event]) -> Vec<Outcome> {
-    publish_until(sink, events, Instant::now() + Duration::from_secs(60)).await
-}
-
-async fn publish_until(sink: &EventBridge, events: &[Event], deadline: Instant) -> Vec<Outcome> {
-    let refs: Vec<&Event> = events.iter().collect();
-    let outcomes = sink.publish(&refs, deadline).await;
-    assert_eq!(outcomes.len(), events.len());
-    outcomes
-}
-
 fn events(ids: std::ops::RangeInclusive<i64>) -> Vec<Event> {
     ids.map(event).collect()
 }
 
 fn delivered(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Delivered { message_id: Some(_) })
-}
-
-fn error(outcome: &Outcome) -> &PublishError {
-    match outcome {
-        Outcome::Failed(error) => error,
-        other => panic!("{other:?} is no failure"),
-    }
-}
-
-#[track_caller]
-fn assert_all_failed(outcomes: &[Outcome], fault: Fault, code: &str) {
-    for outcome in outcomes {
-        let error = error(outcome);
-        assert_eq!((error.fault, error.code.as_str()), (fault, code), "{error}");
-    }
 }
 
 /// What `outcomes` are when every request is answered with `reply`.

@@ -30,21 +30,7 @@ impl Setup {
     pub(crate) fn new(database: &Database, sinks: Vec<(&str, Arc<dyn Sink>)>) -> Self {
         let sinks: Vec<_> = sinks.into_iter().map(|(name, sink)| (name.to_owned(), sink)).collect();
         Self {
-            relay: RelayConfig {
-                lanes: 3,
-                batch_events: 1000,
-                batch_bytes: 4 << 20,
-                max_payload: 1 << 20,
-                polling_interval: Duration::from_millis(50),
-                publish_timeout: Duration::from_secs(10),
-                retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
-                breaker: BreakerPolicy {
-                    threshold: 5,
-                    window: Duration::from_secs(60),
-                    recovery: Duration::from_millis(200),
-                },
-                unrouted: Unrouted::DeadLetter,
-            },
+            relay: relay_config(),
             outbox: PgConfig {
                 url: Secret::inline(database.url()),
                 pooled: false,
@@ -75,6 +61,21 @@ impl Setup {
             async move { relay.run(stop).await }
         });
         Running { stop, task }
+    }
+}
+
+/// As by default, but that waits are short.
+pub(crate) fn relay_config() -> RelayConfig {
+    RelayConfig {
+        lanes: 3,
+        batch_events: 1000,
+        batch_bytes: 4 << 20,
+        max_payload: 1 << 20,
+        polling_interval: Duration::from_millis(50),
+        publish_timeout: Duration::from_secs(10),
+        retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
+        breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_millis(200) },
+        unrouted: Unrouted::DeadLetter,
     }
 }
 

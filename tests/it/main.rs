@@ -1,6 +1,7 @@
 //! The integration tests: one binary, so that it links once and its tests share their throwaway servers.
 #![allow(clippy::unwrap_used)]
 
+mod bad_input;
 mod binary;
 mod cli;
 mod crash;
@@ -8,10 +9,17 @@ mod endurance;
 mod engine;
 mod eventbridge;
 mod harness;
+mod moto;
+mod pubsub;
+mod readback;
+mod redis;
+mod redis_tls;
 mod schema;
 mod scripted;
 mod servers;
 mod shop;
+mod sinks;
 mod stream;
 mod stub;
 mod support;
+mod webhooks;

@@ -1,6 +1,21 @@
 //! What the tests share.
 
-use outbox_relay::event::{Event, RowKey};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_sdk_eventbridge::config::{Credentials, SharedCredentialsProvider};
+use outbox_relay::event::{Event, Fault, Outcome, PublishError, RowKey};
+use outbox_relay::outbox::postgres::PgOutbox;
+use outbox_relay::relay::{Relay, RelayConfig};
+use outbox_relay::route::Router;
+use outbox_relay::sink::eventbridge::{DEFAULT_MAX_ENTRY_BYTES, EventBridgeConfig};
+use outbox_relay::sink::{Format, Sink};
+
+use crate::harness::Setup;
+pub(crate) use crate::harness::relay_config;
+use crate::servers::Database;
 
 /// A small event without a key.
 pub(crate) fn event(id: i64) -> Event {
@@ -24,4 +39,113 @@ pub(crate) fn event(id: i64) -> Event {
 /// The same with the key `order:<key>`.
 pub(crate) fn keyed(id: i64, key: &str) -> Event {
     Event { aggregate_type: Some("order".into()), aggregate_id: Some(key.into()), ..event(id) }
+}
+
+/// A name that no other test of this process uses: of a stream, a channel, a bus.
+pub(crate) fn unique(name: &str) -> String {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    format!("{name}-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1)
+}
+
+/// Credentials and a region, as every AWS client wants them.
+pub(crate) fn sdk() -> SdkConfig {
+    SdkConfig::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .region(Region::new("eu-west-1"))
+        .credentials_provider(SharedCredentialsProvider::new(Credentials::new("id", "secret", None, None, "test")))
+        .build()
+}
+
+/// The bus `orders` at a stub's or moto's address.
+pub(crate) fn eventbridge_config(url: &str) -> EventBridgeConfig {
+    EventBridgeConfig {
+        bus: "orders".into(),
+        source: "outbox".into(),
+        format: Format::CloudEvents,
+        region: None,
+        endpoint_url: Some(url.into()),
+        max_entry_bytes: DEFAULT_MAX_ENTRY_BYTES,
+        requests_in_flight: 16,
+        timeout: Duration::from_secs(30),
+    }
+}
+
+/// Publishes with a deadline that never matters.
+pub(crate) async fn publish(sink: &dyn Sink, events: &[Event]) -> Vec<Outcome> {
+    publish_until(sink, events, Instant::now() + Duration::from_secs(60)).await
+}
+
+pub(crate) async fn publish_until(sink: &dyn Sink, events: &[Event], deadline: Instant) -> Vec<Outcome> {
+    let refs: Vec<&Event> = events.iter().collect();
+    let outcomes = sink.publish(&refs, deadline).await;
+    assert_eq!(outcomes.len(), events.len());
+    outcomes
+}
+
+/// What was not delivered is published again until all is, or for a minute.
+pub(crate) async fn publish_until_delivered(sink: &dyn Sink, events: &[Event]) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut left = events.to_vec();
+    loop {
+        let outcomes = publish(sink, &left).await;
+        let last = outcomes.iter().find(|outcome| !is_delivered(outcome)).cloned();
+        let mut outcomes = outcomes.into_iter();
+        left.retain(|_| outcomes.next().is_none_or(|outcome| !is_delivered(&outcome)));
+        let Some(last) = last else { return };
+        assert!(Instant::now() < deadline, "{} events left, the first with {last:?}", left.len());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub(crate) fn is_delivered(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Delivered { .. })
+}
+
+/// Nobody pays: the destination's failure, or not sent at all.
+pub(crate) fn is_uncharged(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Delivered { .. } => false,
+        Outcome::Failed(error) => !error.fault.charges_event(),
+        Outcome::Held => true,
+    }
+}
+
+#[track_caller]
+pub(crate) fn assert_all_delivered(outcomes: &[Outcome]) {
+    if let Some(at) = outcomes.iter().position(|outcome| !is_delivered(outcome)) {
+        panic!("event {at} of {} was not delivered: {:?}", outcomes.len(), outcomes[at]);
+    }
+}
+
+#[track_caller]
+pub(crate) fn error(outcome: &Outcome) -> &PublishError {
+    match outcome {
+        Outcome::Failed(error) => error,
+        other => panic!("{other:?} is no failure"),
+    }
+}
+
+#[track_caller]
+pub(crate) fn assert_all_failed(outcomes: &[Outcome], fault: Fault, code: &str) {
+    for outcome in outcomes {
+        let error = error(outcome);
+        assert_eq!((error.fault, error.code.as_str()), (fault, code), "{error}");
+    }
+}
+
+/// A relay from `database` to all of `destinations`, for everything.
+pub(crate) fn relay_to(database: &Database, destinations: &[(&str, Arc<dyn Sink>)]) -> Arc<Relay<PgOutbox>> {
+    relay_with(database, destinations, Router::new(vec![], destinations.len()), relay_config())
+}
+
+pub(crate) fn relay_with(
+    database: &Database,
+    destinations: &[(&str, Arc<dyn Sink>)],
+    router: Router,
+    config: RelayConfig,
+) -> Arc<Relay<PgOutbox>> {
+    let destinations = destinations.iter().map(|(name, sink)| (*name, Arc::clone(sink))).collect();
+    let mut setup = Setup::new(database, destinations);
+    (setup.router, setup.relay) = (router, config);
+    setup.relay()
 }
