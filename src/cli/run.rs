@@ -40,14 +40,17 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         let mut sinks = Vec::new();
         for destination in destinations {
             let (name, sink) = destination.open(settings).await;
-            tokio::select! {
-                checked = sink.check() => match checked {
-                    Ok(found) => tracing::info!(destination = name, "{found}"),
-                    // It may be up by the time there is an event for it.
-                    Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
-                },
-                () = stop.cancelled() => {}
-            }
+            // Beside the work, which a destination that hangs must not hold up.
+            tokio::spawn({
+                let (name, sink) = (name.clone(), Arc::clone(&sink));
+                async move {
+                    match sink.check().await {
+                        Ok(found) => tracing::info!(destination = name, "{found}"),
+                        // It may be up by the time there is an event for it.
+                        Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+                    }
+                }
+            });
             sinks.push((name, sink));
         }
         if settings.database_pooled {

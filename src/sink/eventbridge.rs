@@ -9,6 +9,7 @@ mod fault;
 
 use std::env;
 use std::error::Error;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -71,10 +72,15 @@ pub struct EventBridgeConfig {
     pub timeout: Duration,
 }
 
+/// How long a bus that was seen is taken to be there.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
+
 /// The sink. Clients, connections and credentials are shared by all calls.
 pub struct EventBridge {
     client: Client,
     config: EventBridgeConfig,
+    /// When the bus was last seen.
+    verified: Mutex<Option<Instant>>,
 }
 
 impl EventBridge {
@@ -108,7 +114,7 @@ impl EventBridge {
         if config.endpoint_url.is_some() || empty() {
             builder.set_endpoint_url(config.endpoint_url.clone().filter(|url| !url.is_empty()));
         }
-        Self { client: Client::from_conf(builder.build()), config }
+        Self { client: Client::from_conf(builder.build()), config, verified: Mutex::new(None) }
     }
 
     /// The event's `Detail`, if EventBridge can take the event at all.
@@ -225,6 +231,12 @@ impl Sink for EventBridge {
             requests: self.config.requests_in_flight,
         };
         let mut rounds = Rounds::new(events);
+        if Instant::now() < deadline
+            && refusals.iter().any(Option::is_none)
+            && let Err(error) = self.verify(deadline).await
+        {
+            return vec![Outcome::Failed(error); events.len()];
+        }
         while Instant::now() < deadline {
             let requests = rounds.next(limits, |index| sizes[index]);
             if requests.is_empty() {
@@ -266,12 +278,38 @@ impl Sink for EventBridge {
         rounds.into_outcomes()
     }
 
-    /// AWS answers `PutEvents` to a bus that does not exist with success, so this asks for the bus itself.
     async fn check(&self) -> Result<String, PublishError> {
+        self.describe(Instant::now() + self.config.timeout).await
+    }
+}
+
+impl EventBridge {
+    /// Makes sure that the bus exists before anything is put on it: AWS answers `PutEvents` to one that does not exist with
+    /// success, and the events would be lost.
+    async fn verify(&self, deadline: Instant) -> Result<(), PublishError> {
+        let verified = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = *verified();
+        if last.is_some_and(|at| at.elapsed() < VERIFY_INTERVAL) {
+            return Ok(());
+        }
+        match self.describe(deadline).await {
+            Ok(_) => *verified() = Some(Instant::now()),
+            // What was there a while ago is not gone because this call was throttled.
+            Err(error) if last.is_some() && error.fault != Fault::Misconfigured => {}
+            Err(error) => {
+                *verified() = None;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the bus itself.
+    async fn describe(&self, deadline: Instant) -> Result<String, PublishError> {
         let bus = &self.config.bus;
         let region = self.client.config().region().map_or("no region", Region::as_ref);
         let request = self.client.describe_event_bus().name(bus).send();
-        let Err(mut error) = self.call(request, Instant::now() + self.config.timeout).await else {
+        let Err(mut error) = self.call(request, deadline).await else {
             return Ok(format!("event bus {bus:?} in {region}"));
         };
         error.fault = match error.fault {

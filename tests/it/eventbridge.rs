@@ -378,9 +378,27 @@ async fn a_check_of_a_missing_bus_says_what_to_do() {
 }
 
 #[tokio::test]
+async fn nothing_is_put_on_a_bus_that_does_not_exist_though_aws_would_answer_with_success() {
+    let stub = EventBridgeStub::start().await;
+    let sink = with(&stub, |config| config.bus = "oders".into());
+    assert_all_failed(&publish(&sink, &events(1..=3)).await, Fault::Misconfigured, "ResourceNotFoundException");
+    assert!(stub.requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_bus_that_cannot_be_asked_for_yet_costs_time_and_no_event() {
+    let stub = EventBridgeStub::start().await;
+    stub.script_descriptions([Reply::ThrottleRequest]);
+    let sink = sink(&stub);
+    assert_all_failed(&publish(&sink, &events(1..=3)).await, Fault::Destination, "ThrottlingException");
+    assert!(stub.requests().is_empty());
+    assert!(publish(&sink, &events(1..=3)).await.iter().all(delivered));
+}
+
+#[tokio::test]
 async fn a_check_without_permission_names_the_actions_to_allow() {
     let stub = EventBridgeStub::start().await;
-    stub.script([Reply::AccessDenied]);
+    stub.script_descriptions([Reply::AccessDenied]);
     let error = sink(&stub).check().await.unwrap_err();
     assert_eq!(error.fault, Fault::Misconfigured);
     assert!(error.message.contains("events:DescribeEventBus") && error.message.contains("events:PutEvents"), "{error}");
@@ -389,6 +407,6 @@ async fn a_check_without_permission_names_the_actions_to_allow() {
 #[tokio::test]
 async fn a_check_without_an_answer_is_the_destinations_fault() {
     let stub = EventBridgeStub::start().await;
-    stub.script([Reply::CutAfterRequest]);
+    stub.script_descriptions([Reply::CutAfterRequest]);
     assert_eq!(sink(&stub).check().await.unwrap_err().fault, Fault::Destination);
 }

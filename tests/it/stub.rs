@@ -74,6 +74,7 @@ struct Script(Mutex<Inner>);
 #[derive(Default)]
 struct Inner {
     replies: VecDeque<Reply>,
+    descriptions: VecDeque<Reply>,
     requests: Vec<Vec<Value>>,
     event_count: usize,
     in_flight: usize,
@@ -97,7 +98,12 @@ impl EventBridgeStub {
         &self.url
     }
 
-    /// Queues the answers to the next requests, of whatever operation; after them comes [`Reply::Ok`].
+    /// Queues the answers to the next requests to describe the bus; after them comes [`Reply::Ok`].
+    pub(crate) fn script_descriptions(&self, replies: impl IntoIterator<Item = Reply>) {
+        self.script.lock().descriptions.extend(replies);
+    }
+
+    /// Queues the answers to the next `PutEvents`; after them comes [`Reply::Ok`].
     pub(crate) fn script(&self, replies: impl IntoIterator<Item = Reply>) {
         self.script.lock().replies.extend(replies);
     }
@@ -154,7 +160,8 @@ async fn serve(
         script.requests.extend(entries.clone());
         script.in_flight += 1;
         script.peak = script.peak.max(script.in_flight);
-        script.replies.pop_front().unwrap_or(Reply::Ok)
+        let replies = if entries.is_some() { &mut script.replies } else { &mut script.descriptions };
+        replies.pop_front().unwrap_or(Reply::Ok)
     };
     // A connection that the client gives up drops this future at its await.
     let _in_flight = InFlight(&script);
