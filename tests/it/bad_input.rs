@@ -180,7 +180,7 @@ async fn a_payload_that_postgres_could_not_print_is_refused_at_insert() {
     // 1.2 GB of text: PostgreSQL makes no more than 1 GB.
     let numbers = format!("'[{}]'", ["1e131071"; 9000].join(","));
     let (code, _) = scene.refused("event_type, payload", &format!("'sick', {numbers}")).await;
-    assert!(["54000", "53200"].contains(&code.as_str()), "{code}");
+    assert_eq!(code, "54000", "a limit of the program");
     scene.emit(healthy("healthy")).await;
     assert!(!scene.drain().await.undelivered);
 }
