@@ -35,7 +35,8 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         worker: worker(),
     });
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);
-    runtime(threads)?.block_on(async {
+    let runtime = runtime(threads)?;
+    let ended = runtime.block_on(async {
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let mut sinks = Vec::new();
         for destination in destinations {
@@ -76,7 +77,10 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         watcher.abort();
         tracing::info!(published = tally.published, dead_lettered = tally.dead_lettered, "stopped");
         Ok(ExitCode::SUCCESS)
-    })
+    });
+    // All is settled; a write to a standard output that nobody reads never ends, and is not waited for.
+    runtime.shutdown_background();
+    ended
 }
 
 /// An error of the store as its one line for people.

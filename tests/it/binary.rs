@@ -69,10 +69,19 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(mut command: Command) -> Self {
+    pub(crate) fn start(command: Command) -> Self {
+        let stdout = NamedTempFile::new().unwrap();
+        // A file opened anew, so that reading it does not move the place where the process writes.
+        let writer = File::create(stdout.path()).unwrap();
+        let mut running = Self::start_writing_to(command, writer);
+        running.stdout = stdout;
+        running
+    }
+
+    /// The same with its standard output elsewhere.
+    pub(crate) fn start_writing_to(mut command: Command, writer: impl Into<Stdio>) -> Self {
         let (stdout, stderr) = (NamedTempFile::new().unwrap(), NamedTempFile::new().unwrap());
-        // Files opened anew, so that reading them does not move the place where the process writes.
-        command.stdout(File::create(stdout.path()).unwrap()).stderr(File::create(stderr.path()).unwrap());
+        command.stdout(writer).stderr(File::create(stderr.path()).unwrap());
         Self { child: command.spawn().unwrap(), stdout, stderr }
     }
 

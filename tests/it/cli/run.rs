@@ -131,6 +131,27 @@ async fn a_relay_whose_destination_hangs_from_the_start_stops_at_once() {
 }
 
 #[tokio::test]
+async fn a_relay_whose_output_nobody_reads_stops_all_the_same() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let insert = "insert into event_outbox (event_type, payload) select 'a', to_jsonb(repeat('x', 1000)) from generate_series(1, 200)";
+    sql(&mut connection, insert).await; // more than a pipe holds
+    let variables = [
+        ("DATABASE_URL", database.url()),
+        STDOUT,
+        ("EVENT_DEFAULT_TIMEOUT", "200"),
+        ("EVENT_CIRCUIT_BREAKER_THRESHOLD", "1"),
+    ];
+    let (_unread, writer) = std::io::pipe().unwrap();
+    let mut running = Running::start_writing_to(relay(&["run"], &variables), writer.try_clone().unwrap());
+    running.until_log("the reader of standard output did not take the lines in time");
+    running.signal("TERM");
+    running.finish().exited(0);
+    Running::start_writing_to(relay(&["--once"], &variables), writer).finish().exited(3);
+    assert_eq!(count(&mut connection, "event_outbox").await, 200);
+}
+
+#[tokio::test]
 async fn twenty_restarts_under_load_repeat_nothing() {
     const RESTARTS: i64 = 20;
     const EVENTS: i64 = 3000; // for each
