@@ -16,8 +16,7 @@ use tracing_subscriber::prelude::*;
 
 use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
-use crate::outbox::postgres;
-use crate::secret::Secret;
+use crate::outbox::database::Database;
 
 /// The exit code of a wrong usage or configuration.
 const WRONG_CONFIGURATION: u8 = 2;
@@ -125,18 +124,17 @@ fn with_variable(command: &clap::Command, mut error: clap::Error) -> clap::Error
     error
 }
 
-/// The URL of the database; there must be one that can be used.
-fn database_url(settings: &Settings) -> Result<Secret, ConfigError> {
+/// The database; its URL must be one that can be used.
+fn database(settings: &Settings) -> Result<Database, ConfigError> {
     let url = secret("DATABASE_URL", settings.database_url.as_ref(), settings.database_url_file.as_ref())?;
     let url = url.ok_or_else(|| {
         ConfigError::Contradiction(
-            "DATABASE_URL is not set: postgres://user:password@host/database, or its file in DATABASE_URL_FILE"
+            "DATABASE_URL is not set: postgres://user:password@host/database or sqlite:file, or its file in DATABASE_URL_FILE"
                 .to_owned(),
         )
     })?;
     // Later a file may become unusable for a while, which is no reason to end; now somebody is there to mend it.
-    postgres::validate(&url).map_err(|error| ConfigError::Contradiction(error.explain()))?;
-    Ok(url)
+    Database::new(url, settings.database_pooled).map_err(|error| ConfigError::Contradiction(error.explain()))
 }
 
 /// Logs go to standard error; standard output is for data.

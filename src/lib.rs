@@ -6,7 +6,7 @@
 //! ```text
 //!             claim                    publish                       settle
 //!   outbox ───────────▶ relay: lanes ───────────▶ sinks ─▶ outcomes ────────▶ outbox, processing log, dead letters
-//!   (PostgreSQL)        route, breaker            (Redis, EventBridge, stdout)  one transaction
+//!   (PostgreSQL, SQLite) route, breaker            (Redis, EventBridge, stdout)  one transaction
 //!                                     retry: outcome ─▶ verdict
 //! ```
 //!
@@ -20,7 +20,7 @@
 //! at once.
 //!
 //! - [`event`]: the vocabulary.
-//! - [`outbox`]: the contract of a store; [`outbox::postgres`] has all SQL.
+//! - [`outbox`]: the contract of a store; [`outbox::postgres`] and [`outbox::sqlite`] have all SQL.
 //! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
@@ -39,4 +39,4 @@ pub mod shutdown;
 pub mod sink;
 
 pub use event::{NewEvent, NewEventError};
-pub use outbox::postgres::emit::{EmitError, emit};
+pub use outbox::emit::{EmitError, OutboxDatabase, emit};

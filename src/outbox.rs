@@ -1,15 +1,62 @@
 //! The contract of a store: claiming events, settling what became of them, and sleeping until there are more.
 //!
-//! [`postgres`] is the one implementation; all SQL is in there. [`error`] says what to do about what goes wrong.
+//! - [`postgres`], [`sqlite`]: the implementations; all SQL is in there.
+//! - [`database`]: which of them a URL names.
+//! - [`emit`](mod@emit): the insert for applications.
+//! - [`error`]: what to do about what goes wrong.
 
+pub mod database;
+pub mod emit;
 pub mod error;
 pub mod postgres;
+mod records;
+pub mod sqlite;
 
 use std::future::Future;
 use std::time::Duration;
 
 use crate::event::{Event, PublishError, Verdict};
+use crate::secret::Secret;
 pub use error::OutboxError;
+
+/// How a relay uses its store.
+#[derive(Debug, Clone)]
+pub struct OutboxConfig {
+    /// `postgres://...` or `sqlite:...`; read again at every connection.
+    pub url: Secret,
+    /// A transaction-pooling proxy such as PgBouncer stands in front: no named statements, no LISTEN.
+    pub pooled: bool,
+    /// How long one publish call may take, which bounds how long a claim stays idle.
+    pub publish_timeout: Duration,
+    /// How long the processing log is kept.
+    pub log_retention: Duration,
+    /// How long the history is kept.
+    pub history_retention: Duration,
+    /// Whether published events are copied to `event_history`.
+    pub history: bool,
+    /// Who writes the processing log: host name and process id.
+    pub worker: String,
+}
+
+/// What a migration did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Migrated {
+    /// The version before; 0: nothing was there.
+    pub from: i32,
+    /// The version after.
+    pub to: i32,
+    /// The names of the migrations that were applied, in order.
+    pub applied: Vec<&'static str>,
+}
+
+/// One line of `relay check`.
+#[derive(Debug)]
+pub struct Check {
+    /// What was looked at.
+    pub subject: String,
+    /// What was found, or what is wrong and what to do about it.
+    pub result: Result<String, String>,
+}
 
 /// What a lane asks for.
 #[derive(Debug, Clone, Copy)]

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::cli::{database_url, runtime};
+use crate::cli::{database, runtime};
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
-use crate::outbox::postgres::schema::{self, Check};
+use crate::outbox::Check;
 
 /// How long a destination may take to answer: a person waits.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(15);
@@ -20,10 +20,10 @@ pub(super) fn check(
     in_force: &[(String, String, &'static str)],
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let url = database_url(settings)?;
+    let database = database(settings)?;
     let (destinations, _) = destinations(settings, file)?;
     let checks = runtime(1)?.block_on(async {
-        let mut checks = schema::check(&url, settings.database_pooled).await;
+        let mut checks = database.check().await;
         for destination in destinations {
             let (name, sink) = destination.open(settings).await;
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {

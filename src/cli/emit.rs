@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use sqlx::Connection;
 
 use crate::cli::run::explained;
-use crate::cli::{database_url, runtime};
+use crate::cli::{database, runtime};
 use crate::config::ConfigError;
 use crate::config::settings::Settings;
 use crate::event::NewEvent;
-use crate::outbox::postgres::{self, emit::EmitError};
+use crate::outbox::database::Unemitted;
 
 #[derive(Args)]
 pub(super) struct EmitArgs {
@@ -57,13 +56,13 @@ fn header(text: &str) -> Result<(String, String), String> {
 }
 
 pub(super) fn emit(settings: &Settings, args: EmitArgs) -> anyhow::Result<ExitCode> {
-    let url = database_url(settings)?;
+    let database = database(settings)?;
     let mut payload = args.payload;
     if payload == "-" {
         payload = String::new();
         std::io::stdin().read_to_string(&mut payload).context("cannot read the payload from standard input")?;
     }
-    let mut event = NewEvent::from_json(args.event_type, payload.as_str())
+    let mut event = NewEvent::from_json(args.event_type, payload)
         .source(args.source)
         .schema_version(args.schema_version)
         .priority(args.priority)
@@ -80,30 +79,15 @@ pub(super) fn emit(settings: &Settings, args: EmitArgs) -> anyhow::Result<ExitCo
     for (name, value) in args.headers {
         event = event.header(name, value);
     }
-    runtime(1)?.block_on(async {
-        event.validate().map_err(|error| ConfigError::Contradiction(error.to_string()))?;
-        let mut connection = postgres::open(&url, settings.database_pooled).await.map_err(explained)?;
-        // PostgreSQL is the judge of its own JSON: what it takes differs in details from every other parser.
-        let event_id = postgres::emit::emit(&mut connection, event).await.map_err(|error| refused(error, &payload))?;
-        println!("{event_id}");
-        connection.close().await.context("cannot close the connection")?;
-        Ok(ExitCode::SUCCESS)
-    })
-}
-
-/// What the database refuses for its content is wrong usage, and told without that content: not by the server's DETAIL.
-fn refused(error: EmitError, payload: &str) -> anyhow::Error {
-    let reason = match &error {
-        EmitError::Insert(sqlx::Error::Database(database)) => match database.code().as_deref() {
-            // A text that is no value of its type, which can only be the payload. Our parser merely knows where.
-            Some("22P02") => match serde_json::from_str::<serde::de::IgnoredAny>(payload) {
-                Err(place) => format!("the payload is not JSON: {place}"),
-                Ok(_) => "the payload is not JSON as PostgreSQL takes it".to_owned(),
-            },
-            Some(code) if code.starts_with("22") => format!("the event cannot be stored: {}", database.message()),
-            _ => return error.into(),
-        },
-        _ => return error.into(),
-    };
-    ConfigError::Contradiction(reason).into()
+    let emitted = runtime(1)?.block_on(database.emit(event));
+    println!(
+        "{}",
+        emitted.map_err(|error| match error {
+            // What is refused for its content is wrong usage.
+            Unemitted::Refused(reason) => ConfigError::Contradiction(reason).into(),
+            Unemitted::Outbox(error) => explained(error),
+            Unemitted::Emit(error) => error.into(),
+        })?
+    );
+    Ok(ExitCode::SUCCESS)
 }

@@ -5,15 +5,19 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use sd_notify::NotifyState;
+use tokio_util::sync::CancellationToken;
 
-use crate::cli::{UNDELIVERED, database_url, runtime};
-use crate::config::destinations::destinations;
+use crate::cli::{UNDELIVERED, database, runtime};
+use crate::config::destinations::{Destination, destinations};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
-use crate::outbox::OutboxError;
-use crate::outbox::postgres::{PgConfig, PgOutbox};
+use crate::outbox::database::Kind;
+use crate::outbox::postgres::PgOutbox;
+use crate::outbox::sqlite::SqliteOutbox;
+use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::relay::{Readiness, Relay};
 use crate::shutdown;
+use crate::sink::Sink;
 
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
@@ -25,62 +29,78 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Ok(ExitCode::SUCCESS);
     }
     let (destinations, router) = destinations(settings, file)?;
-    let outbox = PgOutbox::new(PgConfig {
-        url: database_url(settings)?,
+    let database = database(settings)?;
+    let outbox = OutboxConfig {
+        url: database.url().clone(),
         pooled: settings.database_pooled,
         publish_timeout: std::time::Duration::from_millis(settings.publish_timeout),
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
         history: settings.history,
         worker: worker(),
-    });
+    };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);
     let runtime = runtime(threads)?;
     let ended = runtime.block_on(async {
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
-        let mut sinks = Vec::new();
-        for destination in destinations {
-            let (name, sink) = destination.open(settings).await;
-            // Beside the work, which a destination that hangs must not hold up.
-            tokio::spawn({
-                let (name, sink) = (name.clone(), Arc::clone(&sink));
-                async move {
-                    match sink.check().await {
-                        Ok(found) => tracing::info!(destination = name, "{found}"),
-                        // It may be up by the time there is an event for it.
-                        Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
-                    }
-                }
-            });
-            sinks.push((name, sink));
+        let sinks = open_all(destinations, settings).await;
+        match database.kind() {
+            Kind::Postgres => {
+                work(Relay::new(PgOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
+            }
+            Kind::Sqlite => {
+                work(Relay::new(SqliteOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
+            }
         }
-        if settings.database_pooled {
-            tracing::warn!(
-                "RELAY_DATABASE_POOLED is true: producers cannot wake this relay, it polls every {} ms",
-                settings.polling_interval
-            );
-        }
-        let relay = Relay::new(outbox, sinks, router, settings.relay());
-        if once {
-            let drained = relay.drain(stop).await.map_err(explained)?;
-            tracing::info!(
-                published = drained.tally.published,
-                retried = drained.tally.retried,
-                dead_lettered = drained.tally.dead_lettered,
-                undelivered = drained.undelivered,
-                "done"
-            );
-            return Ok(if drained.undelivered { UNDELIVERED.into() } else { ExitCode::SUCCESS });
-        }
-        let watcher = tokio::spawn(tell_systemd(Arc::clone(&relay)));
-        let tally = relay.run(stop).await.map_err(explained)?;
-        watcher.abort();
-        tracing::info!(published = tally.published, dead_lettered = tally.dead_lettered, "stopped");
-        Ok(ExitCode::SUCCESS)
     });
     // All is settled; a write to a standard output that nobody reads never ends, and is not waited for.
     runtime.shutdown_background();
     ended
+}
+
+/// Opens the destinations and tries each, beside the work, which a destination that hangs must not hold up.
+async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(String, Arc<dyn Sink>)> {
+    let mut sinks = Vec::new();
+    for destination in destinations {
+        let (name, sink) = destination.open(settings).await;
+        tokio::spawn({
+            let (name, sink) = (name.clone(), Arc::clone(&sink));
+            async move {
+                match sink.check().await {
+                    Ok(found) => tracing::info!(destination = name, "{found}"),
+                    // It may be up by the time there is an event for it.
+                    Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+                }
+            }
+        });
+        sinks.push((name, sink));
+    }
+    if settings.database_pooled {
+        tracing::warn!(
+            "RELAY_DATABASE_POOLED is true: producers cannot wake this relay, it polls every {} ms",
+            settings.polling_interval
+        );
+    }
+    sinks
+}
+
+async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationToken) -> anyhow::Result<ExitCode> {
+    if once {
+        let drained = relay.drain(stop).await.map_err(explained)?;
+        tracing::info!(
+            published = drained.tally.published,
+            retried = drained.tally.retried,
+            dead_lettered = drained.tally.dead_lettered,
+            undelivered = drained.undelivered,
+            "done"
+        );
+        return Ok(if drained.undelivered { UNDELIVERED.into() } else { ExitCode::SUCCESS });
+    }
+    let watcher = tokio::spawn(tell_systemd(Arc::clone(&relay)));
+    let tally = relay.run(stop).await.map_err(explained)?;
+    watcher.abort();
+    tracing::info!(published = tally.published, dead_lettered = tally.dead_lettered, "stopped");
+    Ok(ExitCode::SUCCESS)
 }
 
 /// An error of the store as its one line for people.
@@ -89,7 +109,7 @@ pub(super) fn explained(error: OutboxError) -> anyhow::Error {
 }
 
 /// Follows the relay's readiness; without systemd nobody listens, which is fine.
-async fn tell_systemd<O: crate::outbox::Outbox>(relay: Arc<Relay<O>>) {
+async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
     let mut readiness = relay.readiness();
     loop {
         let now = readiness.borrow_and_update().clone();

@@ -17,12 +17,34 @@ pub enum OutboxError {
     UrlFile(#[source] std::io::Error),
     /// No connection.
     #[error("cannot connect to the database")]
-    Connect(#[source] sqlx::Error),
-    /// A replica, or a database set to read-only.
-    #[error(
-        "the database is read-only: a replica, or default_transaction_read_only; point DATABASE_URL at the primary"
-    )]
-    ReadOnly,
+    Connect {
+        /// The driver's answer.
+        #[source]
+        source: sqlx::Error,
+        /// What to do about it, where the answer tells.
+        advice: Option<&'static str>,
+    },
+    /// It cannot be written to.
+    #[error("the database is read-only: {reason}")]
+    ReadOnly {
+        /// Why, and what to do about it.
+        reason: String,
+    },
+    /// There is no such file.
+    #[error("there is no database file {file}: correct DATABASE_URL, or let the application create it first")]
+    NoFile {
+        /// Its path.
+        file: String,
+    },
+    /// A file beside the database cannot be used.
+    #[error("cannot {operation}; the relay must be allowed to write to the database's folder")]
+    File {
+        /// In words, as in "lock the file".
+        operation: &'static str,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// The tables are not there, or of an older version.
     #[error("the database has schema version {found}, this relay needs {needed}: run `relay migrate`")]
     SchemaTooOld {
@@ -62,6 +84,8 @@ pub enum OutboxError {
         /// The database's answer.
         #[source]
         source: sqlx::Error,
+        /// What to do about it, where the answer tells.
+        advice: Option<&'static str>,
     },
     /// No answer in time; the connection was dropped.
     #[error("cannot {operation}: no answer from the database within {} s", after.as_secs())]
@@ -106,24 +130,9 @@ impl OutboxError {
     }
 
     fn advice(&self) -> Option<&'static str> {
-        let (Self::Connect(source) | Self::Query { source, .. }) = self else { return None };
-        let sqlstate = match source {
-            sqlx::Error::Database(error) => error.code()?,
-            sqlx::Error::Io(_) => return Some("is the server up, and are host and port in DATABASE_URL right?"),
-            sqlx::Error::Tls(_) => return Some("check sslmode and sslrootcert in DATABASE_URL"),
-            _ => return None,
-        };
-        Some(match sqlstate.as_ref() {
-            "28P01" | "28000" => "check user and password in DATABASE_URL, and pg_hba.conf",
-            "3D000" => "create the database, or correct its name in DATABASE_URL",
-            "42501" => "grant what is missing: deploy/sql/roles.sql has all the relay needs",
-            "42P01" | "42703" | "42883" => {
-                "run `relay migrate`; where the tables lie in another schema, set search_path in DATABASE_URL"
-            }
-            "25006" => "point DATABASE_URL at the primary",
-            "53300" => "raise max_connections, or lower RELAY_LANES",
-            "26000" | "42P05" => "a transaction-pooling proxy stands in front: set RELAY_DATABASE_POOLED=true",
-            _ => return None,
-        })
+        match self {
+            Self::Connect { advice, .. } | Self::Query { advice, .. } => *advice,
+            _ => None,
+        }
     }
 }

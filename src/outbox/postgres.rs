@@ -7,8 +7,8 @@
 
 pub mod emit;
 pub mod lane;
-mod records;
 pub mod schema;
+mod settle;
 mod tid;
 pub mod wake;
 
@@ -19,7 +19,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 
-use crate::outbox::{Outbox, OutboxError};
+use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
 
 /// How long a statement may go unanswered before its connection is given up. Far above what any of ours takes, and
@@ -29,34 +29,15 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a relay uses its database.
-#[derive(Debug, Clone)]
-pub struct PgConfig {
-    /// `postgres://...`; read again at every connection.
-    pub url: Secret,
-    /// A transaction-pooling proxy such as PgBouncer stands in front: no named statements, no LISTEN.
-    pub pooled: bool,
-    /// How long one publish call may take, which bounds how long a claim's transaction stays idle.
-    pub publish_timeout: Duration,
-    /// How long days of the processing log are kept.
-    pub log_retention: Duration,
-    /// How long days of the history are kept.
-    pub history_retention: Duration,
-    /// Whether published events are copied to `event_history`.
-    pub history: bool,
-    /// Who writes the processing log: host name and process id.
-    pub worker: String,
-}
-
 /// The outbox of one database.
 #[derive(Debug, Clone)]
 pub struct PgOutbox {
-    config: PgConfig,
+    config: OutboxConfig,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
-    pub fn new(config: PgConfig) -> Self {
+    pub fn new(config: OutboxConfig) -> Self {
         Self { config }
     }
 
@@ -71,7 +52,7 @@ impl PgOutbox {
                 .await
         })
         .await?;
-        if read_only { Err(OutboxError::ReadOnly) } else { Ok(connection) }
+        if read_only { Err(schema::read_only()) } else { Ok(connection) }
     }
 
     async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
@@ -173,7 +154,7 @@ fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOptions, Outbo
 
 async fn connect(options: &PgConnectOptions) -> Result<PgConnection, OutboxError> {
     match tokio::time::timeout(CONNECT_TIMEOUT, PgConnection::connect_with(options)).await {
-        Ok(connection) => connection.map_err(OutboxError::Connect),
+        Ok(connection) => connection.map_err(|source| OutboxError::Connect { advice: advice(&source), source }),
         Err(_) => Err(OutboxError::TimedOut { operation: "connect to the database", after: CONNECT_TIMEOUT }),
     }
 }
@@ -185,7 +166,33 @@ async fn answered<T>(
     query: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, OutboxError> {
     match tokio::time::timeout(after, query).await {
-        Ok(answer) => answer.map_err(|source| OutboxError::Query { operation, source }),
+        Ok(answer) => answer.map_err(|source| query_failed(operation, source)),
         Err(_) => Err(OutboxError::TimedOut { operation, after }),
     }
+}
+
+fn query_failed(operation: &'static str, source: sqlx::Error) -> OutboxError {
+    OutboxError::Query { operation, advice: advice(&source), source }
+}
+
+/// What to do about an error, where its SQLSTATE tells.
+fn advice(error: &sqlx::Error) -> Option<&'static str> {
+    let sqlstate = match error {
+        sqlx::Error::Database(error) => error.code()?,
+        sqlx::Error::Io(_) => return Some("is the server up, and are host and port in DATABASE_URL right?"),
+        sqlx::Error::Tls(_) => return Some("check sslmode and sslrootcert in DATABASE_URL"),
+        _ => return None,
+    };
+    Some(match sqlstate.as_ref() {
+        "28P01" | "28000" => "check user and password in DATABASE_URL, and pg_hba.conf",
+        "3D000" => "create the database, or correct its name in DATABASE_URL",
+        "42501" => "grant what is missing: deploy/sql/roles.sql has all the relay needs",
+        "42P01" | "42703" | "42883" => {
+            "run `relay migrate`; where the tables lie in another schema, set search_path in DATABASE_URL"
+        }
+        "25006" => "point DATABASE_URL at the primary",
+        "53300" => "raise max_connections, or lower RELAY_LANES",
+        "26000" | "42P05" => "a transaction-pooling proxy stands in front: set RELAY_DATABASE_POOLED=true",
+        _ => return None,
+    })
 }

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
+use outbox_relay::outbox::OutboxConfig;
 use outbox_relay::outbox::OutboxError;
-use outbox_relay::outbox::postgres::{PgConfig, PgOutbox};
+use outbox_relay::outbox::postgres::PgOutbox;
 use outbox_relay::relay::{Drained, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
@@ -21,7 +22,7 @@ use crate::servers::Database;
 /// What a test changes before it starts a relay. Waits are milliseconds, so that tests need not be patient.
 pub(crate) struct Setup {
     pub(crate) relay: RelayConfig,
-    pub(crate) outbox: PgConfig,
+    pub(crate) outbox: OutboxConfig,
     pub(crate) router: Router,
     sinks: Vec<(String, Arc<dyn Sink>)>,
 }
@@ -31,7 +32,7 @@ impl Setup {
         let sinks: Vec<_> = sinks.into_iter().map(|(name, sink)| (name.to_owned(), sink)).collect();
         Self {
             relay: relay_config(),
-            outbox: PgConfig {
+            outbox: OutboxConfig {
                 url: Secret::inline(database.url()),
                 pooled: false,
                 publish_timeout: Duration::from_secs(10),

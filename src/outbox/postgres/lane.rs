@@ -11,8 +11,9 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
 
 use crate::event::{Event, Fault, PublishError, RowKey};
-use crate::outbox::postgres::records::Records;
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, tid};
+use crate::outbox::postgres::settle::Settle;
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
+use crate::outbox::records::Records;
 use crate::outbox::{Behind, Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Promoted};
 
 /// The largest batch that can be configured.
@@ -251,21 +252,14 @@ impl PgLane {
     async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.history);
-        let persistent = !config.pooled;
-        records.dead_letters.insert(connection, persistent).await?;
-        records.history.insert(connection, persistent).await?;
-        records.owed.insert(connection, persistent).await?;
-        records.more_log.insert(connection, persistent, &config.worker).await?;
-        let expected = records.rows.ids.len();
-        if expected > 0 {
-            let gone = records.delete_and_log(connection, persistent, &config.worker).await?;
-            if gone != expected {
-                tracing::warn!(
-                    expected,
-                    gone,
-                    "someone else deleted rows of event_outbox while they were being published"
-                );
-            }
+        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker };
+        let gone = settle.write(&records).await?;
+        if gone != records.rows.len() {
+            tracing::warn!(
+                expected = records.rows.len(),
+                gone,
+                "someone else deleted rows of event_outbox while they were being published"
+            );
         }
         connection.execute("commit").await?;
         Ok(())
@@ -282,7 +276,7 @@ impl Lane for PgLane {
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
         self.unproven = true;
-        let lost = || OutboxError::Query { operation: "settle", source: sqlx::Error::WorkerCrashed };
+        let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
         answered("settle", 2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await?;
         self.unproven = false;

@@ -6,31 +6,22 @@
 use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
-use crate::outbox::OutboxError;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options};
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, query_failed};
+use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
 const MIGRATIONS: [(&str, &str); 6] = [
-    ("0001_event_outbox", include_str!("../../../migrations/0001_event_outbox.sql")),
-    ("0002_event_processing_log", include_str!("../../../migrations/0002_event_processing_log.sql")),
-    ("0003_event_dead_letter", include_str!("../../../migrations/0003_event_dead_letter.sql")),
-    ("0004_event_history", include_str!("../../../migrations/0004_event_history.sql")),
-    ("0005_wake_up", include_str!("../../../migrations/0005_wake_up.sql")),
-    ("0006_operator_views", include_str!("../../../migrations/0006_operator_views.sql")),
+    ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
+    ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
+    ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
+    ("0004_event_history", include_str!("../../../migrations/postgres/0004_event_history.sql")),
+    ("0005_wake_up", include_str!("../../../migrations/postgres/0005_wake_up.sql")),
+    ("0006_operator_views", include_str!("../../../migrations/postgres/0006_operator_views.sql")),
 ];
 
 /// The schema version this binary needs.
 pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
-
-/// What a migration did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Migrated {
-    /// The version before; 0: nothing was there.
-    pub from: i32,
-    /// The names of the migrations that were applied, in order.
-    pub applied: Vec<&'static str>,
-}
 
 /// Brings the database at `url` to [`SCHEMA_VERSION`]. Safe to run twice, twice at once, and beside running relays.
 ///
@@ -39,7 +30,7 @@ pub struct Migrated {
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
     let from = version(&mut connection).await?;
-    let mut migrated = Migrated { from, applied: Vec::new() };
+    let mut migrated = Migrated { from, to: SCHEMA_VERSION, applied: Vec::new() };
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         run(&mut connection, "begin; set local lock_timeout = '10s'; select pg_advisory_xact_lock(7233173, 1)").await?;
@@ -72,7 +63,7 @@ pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<(), Out
 
 async fn run(connection: &mut PgConnection, sql: &'static str) -> Result<(), OutboxError> {
     // A migration of a large table may take long, and a half-way stop helps nobody.
-    connection.execute(sql).await.map(drop).map_err(|source| OutboxError::Query { operation: "migrate", source })
+    connection.execute(sql).await.map(drop).map_err(|source| query_failed("migrate", source))
 }
 
 /// The schema's version, 0 where there is none.
@@ -106,15 +97,6 @@ async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxErr
         .await
     })
     .await
-}
-
-/// One line of `relay check`.
-#[derive(Debug)]
-pub struct Check {
-    /// What was looked at.
-    pub subject: String,
-    /// What was found, or what is wrong and what to do about it.
-    pub result: Result<String, String>,
 }
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
@@ -166,10 +148,16 @@ async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
     })
     .await?;
     if row.get::<bool, _>(3) {
-        return Err(OutboxError::ReadOnly);
+        return Err(read_only());
     }
     let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
     Ok(format!("{database} on PostgreSQL {version} as {user}"))
+}
+
+/// The error of a database that takes no writes.
+pub(super) fn read_only() -> OutboxError {
+    let reason = "a replica, or default_transaction_read_only; point DATABASE_URL at the primary".to_owned();
+    OutboxError::ReadOnly { reason }
 }
 
 async fn schema_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {

@@ -1,10 +1,10 @@
-//! Sleeping until a producer commits, by the advisory lock and trigger of `migrations/0005_wake_up.sql`.
+//! Sleeping until a producer commits, by the advisory lock and trigger of `migrations/postgres/0005_wake_up.sql`.
 
 use std::time::Duration;
 
 use sqlx::postgres::{PgListener, PgPoolOptions};
 
-use crate::outbox::postgres::{CONNECT_TIMEOUT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options};
+use crate::outbox::postgres::{CONNECT_TIMEOUT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options, query_failed};
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
 /// A connection of its own that listens, and holds the sleepers' lock.
@@ -86,7 +86,7 @@ impl Wakeup for PgWakeup {
                 self.armed = false;
                 let source =
                     lost.err().unwrap_or_else(|| std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
-                Err(OutboxError::Query { operation: "wait for new events", source })
+                Err(query_failed("wait for new events", source))
             }
         }
     }

@@ -1,0 +1,112 @@
+//! Which kind of database `DATABASE_URL` names, and what the commands ask of it.
+
+use sqlx::Connection;
+use uuid::Uuid;
+
+use crate::event::NewEvent;
+use crate::outbox::emit::{EmitError, emit};
+use crate::outbox::{Check, Migrated, OutboxError, postgres, sqlite};
+use crate::secret::Secret;
+
+/// A database that is not connected yet.
+#[derive(Debug, Clone)]
+pub struct Database {
+    kind: Kind,
+    url: Secret,
+    pooled: bool,
+}
+
+/// The kinds of databases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `postgres://...`
+    Postgres,
+    /// `sqlite:...`
+    Sqlite,
+}
+
+/// Why an event was not emitted.
+#[derive(Debug)]
+pub enum Unemitted {
+    /// For its content, in words without it.
+    Refused(String),
+    /// The database could not be reached.
+    Outbox(OutboxError),
+    /// The insert failed.
+    Emit(EmitError),
+}
+
+impl Database {
+    /// The database at `url`, which is only read; nobody is asked whether it leads anywhere. `pooled`: a
+    /// transaction-pooling proxy stands in front.
+    ///
+    /// # Errors
+    /// The URL cannot be read, or cannot be one.
+    pub fn new(url: Secret, pooled: bool) -> Result<Self, OutboxError> {
+        let text = url.read().map_err(OutboxError::UrlFile)?;
+        let kind = if text.starts_with("sqlite:") { Kind::Sqlite } else { Kind::Postgres };
+        match kind {
+            Kind::Postgres => postgres::validate(&url)?,
+            Kind::Sqlite => sqlite::validate(&url, pooled)?,
+        }
+        Ok(Self { kind, url, pooled })
+    }
+
+    /// Which kind it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where it is.
+    pub fn url(&self) -> &Secret {
+        &self.url
+    }
+
+    /// Brings it to the schema of this binary. Safe to run twice, twice at once, and beside running relays.
+    ///
+    /// # Errors
+    /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
+    pub async fn migrate(&self) -> Result<Migrated, OutboxError> {
+        match self.kind {
+            Kind::Postgres => postgres::schema::migrate(&self.url).await,
+            Kind::Sqlite => sqlite::schema::migrate(&self.url).await,
+        }
+    }
+
+    /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless.
+    pub async fn check(&self) -> Vec<Check> {
+        match self.kind {
+            Kind::Postgres => postgres::schema::check(&self.url, self.pooled).await,
+            Kind::Sqlite => sqlite::schema::check(&self.url).await,
+        }
+    }
+
+    /// Inserts one event, in a transaction of its own.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn emit(&self, event: NewEvent) -> Result<Uuid, Unemitted> {
+        let payload = event.payload.clone();
+        let (emitted, refusal): (_, fn(&sqlx::Error, &str) -> Option<String>) = match self.kind {
+            Kind::Postgres => {
+                let mut connection = postgres::open(&self.url, self.pooled).await.map_err(Unemitted::Outbox)?;
+                let emitted = emit(&mut connection, event).await;
+                drop(connection.close().await); // it is committed, or an error tells
+                (emitted, postgres::emit::refusal)
+            }
+            Kind::Sqlite => {
+                let mut connection = sqlite::open(&self.url).await.map_err(Unemitted::Outbox)?;
+                let emitted = emit(&mut connection, event).await;
+                drop(connection.close().await);
+                (emitted, sqlite::emit::refusal)
+            }
+        };
+        emitted.map_err(|error| match &error {
+            EmitError::Event(reason) => Unemitted::Refused(reason.to_string()),
+            EmitError::Insert(source) => match refusal(source, &payload) {
+                Some(reason) => Unemitted::Refused(reason),
+                None => Unemitted::Emit(error),
+            },
+        })
+    }
+}

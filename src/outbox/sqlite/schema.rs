@@ -1,0 +1,129 @@
+//! Migrations, and whether a file fits this binary.
+//!
+//! The schema itself tells its version, by the view `relay_schema_version` that every migration replaces: `user_version`
+//! is the application's.
+
+use sqlx::Executor;
+use sqlx::sqlite::SqliteConnection;
+
+use crate::outbox::sqlite::{answered, open, open_or_create, path};
+use crate::outbox::{Check, Migrated, OutboxError};
+use crate::secret::Secret;
+
+/// All migrations, the first with version 1. Never edited once released.
+const MIGRATIONS: [(&str, &str); 5] = [
+    ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
+    ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
+    ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
+    ("0004_event_history", include_str!("../../../migrations/sqlite/0004_event_history.sql")),
+    ("0005_operator_views", include_str!("../../../migrations/sqlite/0005_operator_views.sql")),
+];
+
+/// The schema version this binary needs.
+pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
+
+/// Brings the file at `url` to [`SCHEMA_VERSION`]. Safe to run twice, twice at once, and beside running relays.
+///
+/// # Errors
+/// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
+pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
+    let mut connection = open_or_create(url).await?;
+    let from = version(&mut connection).await?;
+    let mut migrated = Migrated { from, to: SCHEMA_VERSION, applied: Vec::new() };
+    loop {
+        // Under the lock the version is read anew: another migrator may just have finished.
+        answered("migrate", connection.execute("begin immediate")).await?;
+        let found = version(&mut connection).await?;
+        if found > SCHEMA_VERSION {
+            return Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION });
+        }
+        let Some((name, sql)) = usize::try_from(found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+            answered("migrate", connection.execute("rollback")).await?;
+            return Ok(migrated);
+        };
+        answered("migrate", connection.execute(*sql)).await?;
+        answered("migrate", connection.execute("commit")).await?;
+        migrated.applied.push(name);
+    }
+}
+
+/// Fails unless the file has exactly the schema this binary needs.
+pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
+    match version(connection).await? {
+        found if found < SCHEMA_VERSION => Err(OutboxError::SchemaTooOld { found, needed: SCHEMA_VERSION }),
+        found if found > SCHEMA_VERSION => Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION }),
+        _ => Ok(()),
+    }
+}
+
+/// Fails unless the write lock can be had, now or within the busy timeout. Nothing is written.
+pub(super) async fn require_writable(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
+    answered("write to the database file", connection.execute("begin immediate; rollback")).await.map(drop)
+}
+
+/// The schema's version, 0 where there is none.
+async fn version(connection: &mut SqliteConnection) -> Result<i32, OutboxError> {
+    answered("read the schema version", async {
+        let exists: bool =
+            sqlx::query_scalar("select exists (select 1 from sqlite_schema where name = 'relay_schema_version')")
+                .fetch_one(&mut *connection)
+                .await?;
+        if !exists {
+            return Ok(0);
+        }
+        // Not remembered: a migration by another program replaces the view.
+        sqlx::query_scalar("select version from relay_schema_version").persistent(false).fetch_one(connection).await
+    })
+    .await
+}
+
+/// Tries the file at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
+pub async fn check(url: &Secret) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut push = |subject: &str, result: Result<String, OutboxError>| {
+        let failed = result.is_err();
+        checks.push(Check { subject: subject.to_owned(), result: result.map_err(|error| error.explain()) });
+        failed
+    };
+    let mut connection = match open(url).await {
+        Ok(connection) => connection,
+        Err(error) => {
+            push("database", Err(error));
+            return checks;
+        }
+    };
+    let fit = require_fit(&mut connection).await.map(|()| format!("version {SCHEMA_VERSION}"));
+    if push("database", facts(url, &mut connection).await) | push("schema", fit) {
+        return checks;
+    }
+    push("write lock", require_writable(&mut connection).await.map(|()| "free within the busy timeout".to_owned()));
+    checks
+}
+
+async fn facts(url: &Secret, connection: &mut SqliteConnection) -> Result<String, OutboxError> {
+    let (version, mode): (String, String) = answered("look at the file", async {
+        let version = sqlx::query_scalar("select sqlite_version()").fetch_one(&mut *connection).await?;
+        Ok((version, sqlx::query_scalar("pragma journal_mode").fetch_one(connection).await?))
+    })
+    .await?;
+    let advice = if mode == "wal" {
+        ""
+    } else {
+        "; its readers and writers wait for each other: `pragma journal_mode = wal` would end that, and is the application's decision"
+    };
+    Ok(format!("{} with SQLite {version}, journal mode {mode}{advice}", path(url)?.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_migration_sets_the_version_of_its_place() {
+        for (index, (name, sql)) in MIGRATIONS.iter().enumerate() {
+            let version = format!("create view relay_schema_version as select {} as version", index + 1);
+            assert!(sql.contains(&version), "{name} does not set version {}", index + 1);
+            assert!(name.starts_with(&format!("{:04}_", index + 1)), "{name} stands at {}", index + 1);
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Sleeping until the application commits.
+//!
+//! `PRAGMA data_version` says whether another connection has committed, exactly, and has to be asked. The operating system
+//! says that the file is being written to, unasked, but a little before the commit can be seen. So the second says when
+//! to ask the first. Where a file system tells nothing, as some network and container mounts do, asking now and then
+//! is left.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use notify::event::{EventKind, ModifyKind};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use sqlx::sqlite::SqliteConnection;
+use tokio::sync::Notify;
+
+use crate::outbox::sqlite::{SqliteOutbox, answered, path};
+use crate::outbox::{Armed, OutboxError, Wakeup};
+
+/// The shortest and the longest time between two questions, and the longest where nobody tells of writes.
+const FIRST: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_millis(250);
+const UNTOLD: Duration = Duration::from_millis(10);
+
+/// See the module.
+pub struct SqliteWakeup {
+    outbox: SqliteOutbox,
+    /// The answers of one connection compare with each other only.
+    asked: Option<(SqliteConnection, i64)>,
+    watch: Option<Watch>,
+    /// That nobody tells of writes was said.
+    warned: bool,
+}
+
+/// Being told of writes to the database's files.
+struct Watch {
+    watcher: RecommendedWatcher,
+    written: Arc<Notify>,
+    files: Vec<PathBuf>,
+}
+
+impl SqliteWakeup {
+    pub(super) fn new(outbox: SqliteOutbox) -> Self {
+        Self { outbox, asked: None, watch: None, warned: false }
+    }
+
+    /// Begins to be told of writes; without, the questions are more frequent.
+    fn watch_files(&mut self) -> Result<(), OutboxError> {
+        let database = path(&self.outbox.config.url)?;
+        if self.watch.is_none() {
+            match Watch::new() {
+                Ok(watch) => self.watch = Some(watch),
+                Err(error) => self.warn(&error),
+            }
+        }
+        if let Some(watch) = &mut self.watch
+            && let Err(error) = watch.add(&database)
+        {
+            self.watch = None;
+            self.warn(&error);
+        }
+        Ok(())
+    }
+
+    fn warn(&mut self, error: &notify::Error) {
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!(%error, "the operating system does not tell of writes to the file; asking every {} ms", UNTOLD.as_millis());
+        }
+    }
+}
+
+impl Wakeup for SqliteWakeup {
+    async fn arm(&mut self) -> Result<Armed, OutboxError> {
+        self.watch_files()?;
+        let mut connection = match self.asked.take() {
+            Some((connection, _)) => connection,
+            None => self.outbox.connect().await?,
+        };
+        let version = data_version(&mut connection).await?;
+        self.asked = Some((connection, version));
+        Ok(Armed::Yes)
+    }
+
+    async fn wait(&mut self, at_most: Duration) -> Result<bool, OutboxError> {
+        let begun = Instant::now();
+        let mut written_at: Option<Instant> = None;
+        loop {
+            // A wait that is cancelled in the middle of a question loses the connection, and with it what it compares with.
+            let Some((mut connection, before)) = self.asked.take() else { return Ok(true) };
+            let version = data_version(&mut connection).await?;
+            self.asked = Some((connection, version));
+            if version != before {
+                return Ok(true);
+            }
+            let Some(rest) = at_most.checked_sub(begun.elapsed()) else { return Ok(false) };
+            // The longer ago the last write, the less likely is it that its commit is still to come.
+            let longest = if self.watch.is_some() { LONGEST } else { UNTOLD };
+            let pause = written_at.map_or(longest, |at| (at.elapsed() / 2).clamp(FIRST, longest));
+            match &self.watch {
+                Some(watch) => tokio::select! {
+                    () = watch.written.notified() => written_at = Some(Instant::now()),
+                    () = tokio::time::sleep(pause.min(rest)) => {}
+                },
+                None => tokio::time::sleep(pause.min(rest)).await,
+            }
+        }
+    }
+
+    async fn disarm(&mut self) -> Result<(), OutboxError> {
+        // While the relay works its own writes would only wake it.
+        if let Some(watch) = &mut self.watch {
+            watch.remove();
+        }
+        Ok(())
+    }
+}
+
+impl Watch {
+    fn new() -> notify::Result<Self> {
+        let written = Arc::new(Notify::new());
+        let tell = Arc::clone(&written);
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // An error may stand for events that were lost.
+            if event.is_ok_and(|event| !matches!(event.kind, EventKind::Modify(ModifyKind::Data(_)))) {
+                return;
+            }
+            tell.notify_one();
+        })?;
+        Ok(Self { watcher, written, files: Vec::new() })
+    }
+
+    /// Watches the file and, where there is one, its write-ahead log.
+    fn add(&mut self, database: &Path) -> notify::Result<()> {
+        self.remove();
+        let mut log = database.as_os_str().to_owned();
+        log.push("-wal");
+        for file in [database.to_owned(), log.into()] {
+            if file.exists() {
+                self.watcher.watch(&file, RecursiveMode::NonRecursive)?;
+                self.files.push(file);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self) {
+        for file in self.files.drain(..) {
+            if let Err(error) = self.watcher.unwatch(&file) {
+                tracing::debug!(%error, "a file of the database is gone");
+            }
+        }
+    }
+}
+
+async fn data_version(connection: &mut SqliteConnection) -> Result<i64, OutboxError> {
+    answered("ask whether anything was committed", async {
+        sqlx::query_scalar("pragma data_version").fetch_one(connection).await
+    })
+    .await
+}
