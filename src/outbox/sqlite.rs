@@ -13,6 +13,7 @@ pub mod emit;
 pub mod lane;
 mod owner;
 mod retention;
+mod row;
 pub mod schema;
 mod settle;
 pub mod wake;

@@ -6,47 +6,45 @@
 //! A settle that fails is kept and repeated before anything else is claimed. What is published already is not published
 //! again because the disk was full or another program held the write lock for too long.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use sqlx::Row;
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use time::PrimitiveDateTime;
+use sqlx::sqlite::SqliteConnection;
 use tokio::sync::OwnedMutexGuard;
-use uuid::Uuid;
 
-use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::settle::Settle;
-use crate::outbox::sqlite::{SqliteOutbox, answered};
-use crate::outbox::{Behind, Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Promoted};
+use crate::outbox::sqlite::{SqliteOutbox, answered, row};
+use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` payload limit; `?3`
 /// destinations. What waits behind a failed event of its key is asked per row only where anything waits at all.
+///
+/// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
+/// which for nineteen of them took longer than all the rest.
 const READ_BATCH: &str = "
-select o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
-       case when octet_length(o.payload) <= ?2 then o.payload end, nullif(o.headers, '{}'), o.correlation_id,
-       o.causation_id, o.schema_version, o.created_at, o.attempts,
-       o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), octet_length(o.payload),
-       case when o.aggregate_id is not null and (
-           select exists (
-               select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
-           )
-       ) then (
-           select json_group_object(d.value, (
-               select cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer)
-               from event_outbox w
-               where w.status = 'scheduled' and w.destination <> '' and w.destination = d.value
-                 and w.aggregate_id is not null and w.aggregate_id = o.aggregate_id
-                 and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
-                 and w.priority = o.priority and w.id < o.id
-               order by w.id
-               limit 1
-           ))
-           from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-       ) end
+select json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
+    o.aggregate_id, nullif(o.headers, '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at, o.attempts,
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), octet_length(o.payload),
+    json(case when o.aggregate_id is not null and (
+        select exists (
+            select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
+        )
+    ) then (
+        select json_group_object(d.value, (
+            select cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer)
+            from event_outbox w
+            where w.status = 'scheduled' and w.destination <> '' and w.destination = d.value
+              and w.aggregate_id is not null and w.aggregate_id = o.aggregate_id
+              and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+              and w.priority = o.priority and w.id < o.id
+            order by w.id
+            limit 1
+        ))
+        from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
+    ) end)) || case when octet_length(o.payload) <= ?2 then o.payload else '' end
 from event_outbox o
 where o.partition < 640
 order by o.partition, o.id, o.destination
@@ -181,7 +179,7 @@ async fn read_batch(connection: &mut SqliteConnection, request: ClaimRequest<'_>
     while bytes < request.max_bytes
         && let Some(row) = rows.try_next().await?
     {
-        let (event, size) = read_claimed(&row, request.max_payload)?;
+        let (event, size) = row::decode(row.try_get(0)?, request.max_payload)?;
         claimed.push(event);
         bytes += size;
     }
@@ -192,79 +190,8 @@ async fn read_batch(connection: &mut SqliteConnection, request: ClaimRequest<'_>
     Ok(Claim::Batch { claimed, full })
 }
 
-/// Decodes a row of [`READ_BATCH`], and the size of its payload.
-fn read_claimed(row: &SqliteRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
-    let mut defect = None;
-    // SQLite keeps whatever bytes it is given as text.
-    let mut text = |index: usize| -> Result<Option<String>, sqlx::Error> {
-        let bytes: Option<&[u8]> = row.try_get(index)?;
-        Ok(bytes.map(|bytes| match std::str::from_utf8(bytes) {
-            Ok(text) => text.to_owned(),
-            Err(_) => {
-                defect = Some(PublishError::new(Fault::Unfit, "not_utf8", "a column holds text that is not UTF-8"));
-                String::from_utf8_lossy(bytes).into_owned()
-            }
-        }))
-    };
-    let (destination, event_id, event_type, source) = (text(3)?, text(4)?, text(5)?, text(6)?);
-    let (aggregate_type, aggregate_id, payload) = (text(7)?, text(8)?, text(9)?);
-    let (headers, correlation_id, causation_id) = (text(10)?, text(11)?, text(12)?);
-    let size = usize::try_from(row.try_get::<i64, _>(17)?).unwrap_or_default();
-    if size > max_payload {
-        defect = Some(PublishError::new(
-            Fault::Unfit,
-            "payload_too_large",
-            format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
-        ));
-    }
-    let headers = match headers.map(|headers| serde_json::from_str::<BTreeMap<String, String>>(&headers)) {
-        None => Vec::new(),
-        Some(Ok(headers)) => headers.into_iter().collect(),
-        Some(Err(error)) => {
-            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
-            defect = Some(PublishError::new(Fault::Unfit, "headers_invalid", message));
-            Vec::new()
-        }
-    };
-    let behind: BTreeMap<String, Option<i64>> = match row.try_get::<Option<&str>, _>(18)? {
-        None => BTreeMap::new(),
-        Some(json) => serde_json::from_str(json).map_err(|error| sqlx::Error::Decode(error.into()))?,
-    };
-    let event_id = event_id.as_deref().unwrap_or_default();
-    let claimed = Claimed {
-        event: Event {
-            row: RowKey {
-                locator: row.try_get(0)?,
-                partition: row.try_get(1)?,
-                id: row.try_get(2)?,
-                destination: destination.unwrap_or_default(),
-            },
-            // A CHECK of the schema.
-            event_id: Uuid::parse_str(event_id).map_err(|error| sqlx::Error::Decode(error.into()))?,
-            event_type: event_type.unwrap_or_default(),
-            source: source.unwrap_or_default(),
-            aggregate_type,
-            aggregate_id,
-            payload: payload.unwrap_or_default().into_bytes(),
-            headers,
-            correlation_id,
-            causation_id,
-            schema_version: row.try_get(13)?,
-            created_at: row.try_get::<PrimitiveDateTime, _>(14)?.assume_utc(),
-            attempts: row.try_get(15)?,
-        },
-        due: row.try_get(16)?,
-        defect,
-        behind: behind
-            .into_iter()
-            .filter_map(|(destination, ms)| Some(Behind { destination, remaining: milliseconds(ms?) }))
-            .collect(),
-    };
-    Ok((claimed, size))
-}
-
 /// A time that has passed is no time.
-fn milliseconds(ms: i64) -> Duration {
+pub(super) fn milliseconds(ms: i64) -> Duration {
     Duration::from_millis(u64::try_from(ms).unwrap_or_default())
 }
 

@@ -7,20 +7,44 @@ use serde_json::{Value, json};
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
-use crate::outbox::records::Records;
+use crate::outbox::records::{LogEntry, Records};
 
 /// Everything one settle writes, ready to be sent.
 pub(super) struct Settle {
-    rows: Vec<Value>,
-    /// Each statement that has something to write, with its parameter.
-    writes: Vec<(&'static str, String)>,
+    /// The rows that go.
+    rows: Vec<i64>,
+    /// What they leave behind: statements that have something to write, with their parameters.
+    writes: Vec<Write>,
 }
 
+struct Write {
+    statement: &'static str,
+    rows: String,
+    /// What all rows of a [`DELIVERED`] have in common.
+    delivered: Option<Delivered>,
+}
+
+#[derive(PartialEq)]
+struct Delivered {
+    destination: String,
+    status: &'static str,
+    duration_ms: i32,
+}
+
+/// Deliveries without an error, nearly all there are: `?1` the message of each row, as an object, which unfolds in a third
+/// of the time that a list of lists takes.
+const DELIVERED: &str = "
+insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, duration_ms,
+    worker, processed_at)
+select o.event_id, o.id, o.event_type, ?3, ?4, o.attempts + 1, e.value, ?5, ?2,
+    (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
+from json_each(?1) e cross join event_outbox o on o.row_id = cast(e.key as integer)";
+
 const LOG: &str = "
-insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
-    duration_ms, worker, processed_at)
-select o.event_id, o.id, o.event_type, e.value ->> 1, e.value ->> 2, o.attempts + 1, e.value ->> 3, e.value ->> 4,
-    e.value ->> 5, ?2, (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
+insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, error, duration_ms,
+    worker, processed_at)
+select o.event_id, o.id, o.event_type, e.value ->> 1, e.value ->> 2, o.attempts + 1, e.value ->> 3, e.value ->> 4, ?2,
+    (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
 from json_each(?1) e cross join event_outbox o on o.row_id = e.value ->> 0";
 
 const DEAD_LETTERS: &str = "
@@ -59,27 +83,46 @@ const DELETE: &str = "delete from event_outbox where row_id in (select value fro
 
 impl Settle {
     pub(super) fn new(records: &Records<'_>) -> Self {
-        let mut writes = Vec::new();
-        let mut add = |statement, rows: Vec<Value>| {
-            if !rows.is_empty() {
-                writes.push((statement, Value::from(rows).to_string()));
+        let mut settle = Self { rows: records.rows.iter().map(|row| row.locator).collect(), writes: Vec::new() };
+        settle.add(DEAD_LETTERS, &records.dead_letters, |dead| {
+            let error = dead.error;
+            json!([dead.row.locator, dead.destination, dead.attempts, error.code, error.message])
+        });
+        settle.add(HISTORY, &records.history, |kept| json!([kept.row.locator, kept.destination]));
+        settle.add(OWED, &records.owed, |owed| {
+            json!([owed.row.locator, owed.destination, owed.attempts, owed.delay_seconds, owed.error])
+        });
+        let (failed, delivered): (Vec<_>, Vec<_>) = records.log.iter().partition(|entry| entry.error.is_some());
+        settle.add(LOG, &failed, |entry| {
+            json!([entry.row.locator, entry.destination, entry.status, entry.error, entry.duration_ms])
+        });
+        settle.add_delivered(&delivered);
+        settle
+    }
+
+    fn add<T>(&mut self, statement: &'static str, records: &[T], row: impl Fn(&T) -> Value) {
+        if !records.is_empty() {
+            let rows = Value::from_iter(records.iter().map(row)).to_string();
+            self.writes.push(Write { statement, rows, delivered: None });
+        }
+    }
+
+    fn add_delivered(&mut self, entries: &[&LogEntry<'_>]) {
+        let mut groups: Vec<(Delivered, Vec<String>)> = Vec::new();
+        for entry in entries {
+            let (destination, status) = (entry.destination, entry.status);
+            let group = Delivered { destination: destination.to_owned(), status, duration_ms: entry.duration_ms };
+            let message = format!("\"{}\":{}", entry.row.locator, json!(entry.message_id));
+            match groups.iter_mut().find(|(known, _)| *known == group) {
+                Some((_, messages)) => messages.push(message),
+                None => groups.push((group, vec![message])),
             }
-        };
-        let dead = records.dead_letters.iter();
-        add(
-            DEAD_LETTERS,
-            dead.map(|d| json!([d.row.locator, d.destination, d.attempts, d.error.code, d.error.message])).collect(),
-        );
-        add(HISTORY, records.history.iter().map(|kept| json!([kept.row.locator, kept.destination])).collect());
-        let owed = records.owed.iter();
-        add(OWED, owed.map(|o| json!([o.row.locator, o.destination, o.attempts, o.delay_seconds, o.error])).collect());
-        let log = records.log.iter();
-        add(
-            LOG,
-            log.map(|e| json!([e.row.locator, e.destination, e.status, e.message_id, e.error, e.duration_ms]))
-                .collect(),
-        );
-        Self { rows: records.rows.iter().map(|row| row.locator.into()).collect(), writes }
+        }
+        self.writes.extend(groups.into_iter().map(|(group, messages)| Write {
+            statement: DELIVERED,
+            rows: format!("{{{}}}", messages.join(",")),
+            delivered: Some(group),
+        }));
     }
 
     /// There is nothing to write.
@@ -91,10 +134,14 @@ impl Settle {
     pub(super) async fn write(&self, connection: &mut SqliteConnection, worker: &str) -> Result<(), sqlx::Error> {
         // At once for writing: a transaction that begins by reading cannot wait for another to end.
         connection.execute("begin immediate").await?;
-        for (statement, rows) in &self.writes {
-            sqlx::query(*statement).bind(rows).bind(worker).execute(&mut *connection).await?;
+        for write in &self.writes {
+            let mut query = sqlx::query(write.statement).bind(&write.rows).bind(worker);
+            if let Some(group) = &write.delivered {
+                query = query.bind(&group.destination).bind(group.status).bind(group.duration_ms);
+            }
+            query.execute(&mut *connection).await?;
         }
-        let rows = Value::from(self.rows.clone()).to_string();
+        let rows = json!(self.rows).to_string();
         let gone = sqlx::query(DELETE).bind(rows).execute(&mut *connection).await?.rows_affected();
         connection.execute("commit").await?;
         let expected = self.rows.len();

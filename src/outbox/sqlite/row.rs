@@ -1,0 +1,141 @@
+//! A row of the outbox as a claim reads it.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use time::{Date, Month, PrimitiveDateTime, Time};
+use uuid::Uuid;
+
+use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::outbox::sqlite::lane::milliseconds;
+use crate::outbox::{Behind, Claimed};
+
+/// The columns before the payload, in the order of the statement.
+#[derive(Deserialize)]
+struct Columns {
+    row_id: i64,
+    partition: i16,
+    id: i64,
+    destination: String,
+    event_id: Uuid,
+    event_type: String,
+    source: String,
+    aggregate_type: Option<String>,
+    aggregate_id: Option<String>,
+    headers: Option<String>,
+    correlation_id: Option<String>,
+    causation_id: Option<String>,
+    schema_version: i32,
+    created_at: String,
+    attempts: i32,
+    due: u8,
+    payload_bytes: usize,
+    behind: Option<BTreeMap<String, Option<i64>>>,
+}
+
+/// Decodes a row: a JSON array, and after it the payload unless that has more bytes than allowed. Returns the size of the
+/// payload as well.
+pub(super) fn decode(row: &[u8], max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
+    let mut defect = None;
+    let (columns, payload) = match split(row) {
+        Ok(parts) => parts,
+        // SQLite keeps whatever bytes it is given as text, and JSON is UTF-8.
+        Err(_) => {
+            defect = Some(not_utf8());
+            split(String::from_utf8_lossy(row).as_bytes())?
+        }
+    };
+    if defect.is_none() && std::str::from_utf8(&payload).is_err() {
+        defect = Some(not_utf8());
+    }
+    let size = columns.payload_bytes;
+    if size > max_payload {
+        defect = Some(PublishError::new(
+            Fault::Unfit,
+            "payload_too_large",
+            format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
+        ));
+    }
+    let headers = match columns.headers.map(|headers| serde_json::from_str::<BTreeMap<String, String>>(&headers)) {
+        None => Vec::new(),
+        Some(Ok(headers)) => headers.into_iter().collect(),
+        Some(Err(error)) => {
+            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
+            defect = Some(PublishError::new(Fault::Unfit, "headers_invalid", message));
+            Vec::new()
+        }
+    };
+    let claimed = Claimed {
+        event: Event {
+            row: RowKey {
+                locator: columns.row_id,
+                partition: columns.partition,
+                id: columns.id,
+                destination: columns.destination,
+            },
+            event_id: columns.event_id,
+            event_type: columns.event_type,
+            source: columns.source,
+            aggregate_type: columns.aggregate_type,
+            aggregate_id: columns.aggregate_id,
+            payload,
+            headers,
+            correlation_id: columns.correlation_id,
+            causation_id: columns.causation_id,
+            schema_version: columns.schema_version,
+            created_at: time(&columns.created_at)
+                .ok_or_else(|| sqlx::Error::Decode("created_at is not as the schema demands it".into()))?
+                .assume_utc(),
+            attempts: columns.attempts,
+        },
+        due: columns.due != 0,
+        defect,
+        behind: columns
+            .behind
+            .into_iter()
+            .flatten()
+            .filter_map(|(destination, ms)| Some(Behind { destination, remaining: milliseconds(ms?) }))
+            .collect(),
+    };
+    Ok((claimed, size))
+}
+
+fn split(row: &[u8]) -> Result<(Columns, Vec<u8>), sqlx::Error> {
+    let mut parts = serde_json::Deserializer::from_slice(row).into_iter();
+    let columns = parts.next().ok_or_else(|| sqlx::Error::Decode("an empty row".into()))?.map_err(decode_error)?;
+    Ok((columns, row[parts.byte_offset()..].to_vec()))
+}
+
+fn decode_error(error: serde_json::Error) -> sqlx::Error {
+    // Without its text, which may quote the row.
+    sqlx::Error::Decode(format!("a row of event_outbox ({:?} error)", error.classify()).into())
+}
+
+fn not_utf8() -> PublishError {
+    PublishError::new(Fault::Unfit, "not_utf8", "the event holds text that is not UTF-8")
+}
+
+/// A time as the schema demands it: `2026-01-31 12:00:00`, with or without milliseconds.
+fn time(text: &str) -> Option<PrimitiveDateTime> {
+    let number = |from: usize, to: usize| text.get(from..to)?.parse::<u16>().ok();
+    let two = |from: usize| u8::try_from(number(from, from + 2)?).ok();
+    let month = Month::try_from(two(5)?).ok()?;
+    let date = Date::from_calendar_date(number(0, 4)?.into(), month, two(8)?).ok()?;
+    let milliseconds = if text.len() > 19 { number(20, 23)? } else { 0 };
+    let time = Time::from_hms_milli(two(11)?, two(14)?, two(17)?, milliseconds).ok()?;
+    Some(PrimitiveDateTime::new(date, time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_read_with_and_without_milliseconds() {
+        let read = |text| time(text).map(|time| time.assume_utc().unix_timestamp_nanos() / 1_000_000);
+        assert_eq!(read("2026-01-01 00:00:00"), Some(1_767_225_600_000));
+        assert_eq!(read("2026-01-01 00:00:01.250"), Some(1_767_225_601_250));
+        assert_eq!(read("2026-13-01 00:00:00"), None);
+        assert_eq!(read("tomorrow"), None);
+    }
+}
