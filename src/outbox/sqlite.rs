@@ -16,6 +16,7 @@ mod retention;
 mod row;
 pub mod schema;
 mod settle;
+mod traffic;
 pub mod wake;
 
 use std::path::PathBuf;

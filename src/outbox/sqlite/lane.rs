@@ -7,7 +7,7 @@
 //! again because the disk was full or another program held the write lock for too long.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use sqlx::Row;
@@ -16,6 +16,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::settle::Settle;
+use crate::outbox::sqlite::traffic::Traffic;
 use crate::outbox::sqlite::{SqliteOutbox, answered, row};
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Promoted};
 
@@ -79,11 +80,12 @@ pub struct SqliteLane {
     claim: Option<OwnedMutexGuard<()>>,
     /// What could not be recorded; goes with `claim`.
     unsettled: Option<Settle>,
+    traffic: Traffic,
 }
 
 impl SqliteLane {
     pub(super) fn new(outbox: SqliteOutbox) -> Self {
-        Self { outbox, connection: None, claim: None, unsettled: None }
+        Self { outbox, connection: None, claim: None, unsettled: None, traffic: Traffic::default() }
     }
 
     async fn connection(&mut self) -> Result<SqliteConnection, OutboxError> {
@@ -102,7 +104,14 @@ impl SqliteLane {
                 Some(connection) => connection,
                 None => self.outbox.connect().await?,
             };
-            answered("settle", settle.write(&mut connection, &self.outbox.config.worker)).await?;
+            answered("settle", async {
+                self.traffic.give_way(&mut connection).await?;
+                let begun = Instant::now();
+                settle.write(&mut connection, &self.outbox.config.worker).await?;
+                self.traffic.settled(begun.elapsed());
+                Ok(())
+            })
+            .await?;
             self.connection = Some(connection);
         }
         self.unsettled = None;
@@ -119,7 +128,12 @@ impl Lane for SqliteLane {
         }
         let Ok(claim) = Arc::clone(&self.outbox.claim).try_lock_owned() else { return Ok(Claim::Busy) };
         let mut connection = self.connection().await?;
-        let batch = answered("claim events", read_batch(&mut connection, request)).await?;
+        let batch = answered("claim events", async {
+            self.traffic.look(&mut connection).await?;
+            let max_events = self.traffic.events(request.max_events);
+            read_batch(&mut connection, ClaimRequest { max_events, ..request }).await
+        })
+        .await?;
         self.connection = Some(connection);
         if matches!(batch, Claim::Batch { .. }) {
             self.claim = Some(claim);
