@@ -1,7 +1,7 @@
 PYTHON := target/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo-servers bench check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers bench bench-embedded check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,11 +26,17 @@ clippy:
 doc:
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
 
-demo-servers: setup build ## the main job, shown on throwaway PostgreSQL, Redis and EventBridge
+demo: build ## the main job, shown on a throwaway SQLite file: no server, nothing to install
 	python3 tests/demo.py
+
+demo-servers: setup build ## the main job, shown on throwaway PostgreSQL, Redis and EventBridge
+	python3 tests/demo_servers.py
 
 bench: setup build ## how fast a backlog drains here
 	python3 tests/bench/drain.py
+
+bench-embedded: setup build ## the same from a SQLite file; latency, idle cost, and what the application's commits cost beside it
+	python3 tests/bench/embedded.py
 
 check-deploy: ## whether the files of deploy/ are sound
 	@tests/setup deploy

@@ -1,20 +1,26 @@
 #!/usr/bin/env python3
-"""The main job on throwaway servers: a shop's committed orders reach Redis and EventBridge; a poison event is dead-lettered
-and redriven. Ends by itself and leaves nothing behind. Run it by `make demo-servers`, which installs what it needs."""
+"""The main job with nothing installed: a shop on a SQLite file commits orders with their events, the relay prints them; one
+event is dead-lettered and redriven. Ends by itself and leaves nothing behind. Run it by `make demo`, which builds first."""
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
-import urllib.parse
-import urllib.request
 
-from throwaway import RELAY, ROOT, Server, psql, redis_cli
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RELAY = os.path.join(ROOT, "target", "release", "relay")
+SHOP = os.path.join(ROOT, "target", "release", "examples", "embedded_shop")
 
-SHOP = os.path.join(ROOT, "target", "release", "examples", "shop")
-AWS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_REGION": "eu-west-1"}
-# moto reads region and service from the credential's scope; it checks no signature.
-SIGNATURE = "AWS4-HMAC-SHA256 Credential=demo/20260101/eu-west-1/{}/aws4_request, SignedHeaders=host, Signature=0"
+ON_SERVERS = """\
+The same on PostgreSQL and Redis, once they are there:
+
+  export DATABASE_URL=postgres://me:secret@localhost/shop REDIS_URL=redis://localhost
+  relay migrate && relay check
+  relay emit order.created '{"total": "12.50"}' --aggregate-type order --aggregate-id 42
+  relay --once && redis-cli xrange events - +
+
+`make demo-servers` shows that on throwaway servers, with EventBridge besides."""
 
 
 def title(text):
@@ -22,100 +28,72 @@ def title(text):
 
 
 def run(environment, *command, expect=0):
-    shown = " ".join(os.path.basename(word) if word in (RELAY, SHOP) else word for word in command)
-    print(f"$ {shown}", flush=True)
-    status = subprocess.run(command, env={**os.environ, **environment}).returncode
-    if status != expect:
-        sys.exit(f"{shown} ended with {status}, expected {expect}")
-
-
-def events_api(moto, operation, **parameters):
-    request = urllib.request.Request(moto.url, json.dumps(parameters).encode(), {
-        "Content-Type": "application/x-amz-json-1.1",
-        "X-Amz-Target": f"AWSEvents.{operation}",
-        "Authorization": SIGNATURE.format("events"),
-    })
-    return json.load(urllib.request.urlopen(request))
-
-
-def queue_api(moto, action, **parameters):
-    body = urllib.parse.urlencode({"Action": action, **parameters}).encode()
-    request = urllib.request.Request(moto.url, body, {"Authorization": SIGNATURE.format("sqs"), "Accept": "application/json"})
-    return urllib.request.urlopen(request).read().decode()
-
-
-def subscribe(moto):
-    """A bus whose every event goes to a queue, where the demo can read it."""
-    events_api(moto, "CreateEventBus", Name="shop")
-    queue_api(moto, "CreateQueue", QueueName="seen")
-    events_api(moto, "PutRule", Name="all", EventBusName="shop", EventPattern='{"source": [{"prefix": ""}]}')
-    events_api(moto, "PutTargets", Rule="all", EventBusName="shop",
-               Targets=[{"Id": "queue", "Arn": "arn:aws:sqs:eu-west-1:123456789012:seen"}])
-
-
-def received(moto):
-    import xml.etree.ElementTree as tree
-    answer = queue_api(moto, "ReceiveMessage", QueueUrl=f"{moto.url}/123456789012/seen", MaxNumberOfMessages="10")
-    bodies = [element.text for element in tree.fromstring(answer).iter() if element.tag.rpartition("}")[2] == "Body"]
-    return [json.loads(body) for body in bodies]
-
-
-def show_stream(redis):
-    entries = json.loads(redis_cli(redis, "--json", "xrange", "events", "-", "+"))
-    for entry_id, fields in entries:
-        field = dict(zip(fields[::2], fields[1::2]))
-        data = field["data"] if len(field["data"]) < 80 else field["data"][:60] + "... (%d bytes)" % len(field["data"])
-        print(f"{entry_id}  sequence={field['sequence']}  {field['type']:14} key={field.get('partitionkey', '-'):8} {data}")
+    """Runs a command and shows it; returns what it printed, a list of lines."""
+    print(f"$ {os.path.basename(command[0])} {' '.join(command[1:])}", flush=True)
+    ended = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    print(ended.stdout, end="", flush=True)
+    if ended.returncode != expect:
+        sys.exit(f"{os.path.basename(command[0])} ended with {ended.returncode}, expected {expect}")
+    return ended.stdout.splitlines()
 
 
 def show(database, statement):
-    print(psql(database, statement, "-P", "pager=off"))
+    """A statement and its rows, as a table."""
+    print(f"> {statement}")
+    cursor = database.execute(statement)
+    if cursor.description is None:
+        return
+    names = [column[0] for column in cursor.description]
+    rows = [names] + [["" if value is None else str(value) for value in row] for row in cursor]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    for row in rows:
+        print("  " + "  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip())
 
 
 def main():
-    with Server("postgres") as database, Server("redis") as redis, Server("moto") as moto, tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home:
+        file = os.path.join(home, "shop.db")
         environment = {
-            **AWS, "HOME": home, "DATABASE_URL": database.url, "REDIS_URL": redis.url, "AWS_ENDPOINT_URL": moto.url,
-            "AWS_EVENTBRIDGE_BUS_NAME": "shop", "EVENT_MAX_PAYLOAD_SIZE": "1000", "RELAY_LOG_FORMAT": "text",
+            "DATABASE_URL": f"sqlite:{file}", "RELAY_STDOUT": "true", "RELAY_LOG": "warn", "RELAY_LOG_FORMAT": "text",
+            "EVENT_MAX_PAYLOAD_SIZE": "1000",
         }
-        subscribe(moto)
 
-        title("1. The tables")
-        run(environment, RELAY, "migrate")
+        title("1. A new file with the tables")
+        run({**environment, "DATABASE_URL": f"sqlite:{file}?mode=rwc"}, RELAY, "migrate")
 
         title("2. A shop commits orders with their events, and rolls one back")
-        run(environment, SHOP)
+        run(environment, SHOP, file)
         print("and one event with a payload over the limit of this demo, 1,000 bytes")
-        psql(database, "select emit_event('report.made', jsonb_build_object('pages', repeat('x', 2000)))")
-        show(database, "select id, event_type, aggregate_id, status, octet_length(payload::text) as bytes from event_outbox order by id")
+        database = sqlite3.connect(file, isolation_level=None)
+        database.execute("insert into event_outbox (event_type, payload) values ('report.made', json_object('pages', hex(zeroblob(1000))))")
+        show(database, "select id, event_type, aggregate_id, status, length(payload) as bytes from event_outbox order by id")
 
-        title("3. The relay publishes what is due (exit code 3: something was dead-lettered)")
-        run(environment, RELAY, "--once", expect=3)
+        title("3. The relay publishes what is due, here to standard output (exit code 3: something was dead-lettered)")
+        arrived = run(environment, RELAY, "--once", expect=3)
 
-        title("4. What arrived in the Redis Stream: no order of mallory's, whose transaction rolled back")
-        show_stream(redis)
+        title("4. The processing log: one row per event, destination and attempt")
+        show(database, "select outbox_id, event_type, destination, status, attempt, error from event_processing_log order by outbox_id")
 
-        title("5. What arrived on the EventBridge bus")
-        for event in sorted(received(moto), key=lambda event: int(event["detail"]["sequence"])):
-            print(f"{event['id']}  sequence={event['detail']['sequence']}  {event['detail-type']:14} {json.dumps(event['detail']['data'])}")
+        title("5. The dead letter, and its redrive")
+        show(database, "select id, event_type, attempts, error_code, error from event_dead_letter")
+        show(database, "update event_dead_letter set redriven_at = datetime('now') where id = 1")
 
-        title("6. The processing log")
-        show(database, "select outbox_id, event_type, destination, status, attempt, duration_ms, error from event_processing_log order by outbox_id, destination")
+        title("6. Once more, with a limit that lets it pass (its line is cut here)")
+        again = subprocess.run([RELAY, "--once"], env={**os.environ, **environment, "EVENT_MAX_PAYLOAD_SIZE": "100000"},
+                               stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        for line in again:
+            print(line[:200] + "...")
+        show(database, "select status, count(*) as events from event_processing_log group by status")
 
-        title("7. The dead letter")
-        show(database, "select id, event_type, destination, attempts, error_code, error from event_dead_letter")
-
-        title("8. Redriven, with a limit that lets it pass")
-        show(database, "select redrive_dead_letter(id) as event_id from event_dead_letter")
-        run({**environment, "EVENT_MAX_PAYLOAD_SIZE": "100000"}, RELAY, "--once")
-        show_stream(redis)
-        show(database, "select id, event_type, redriven_at is not null as redriven from event_dead_letter")
-
-        orders = redis_cli(redis, "--json", "xrange", "events", "-", "+")
-        left = psql(database, "select count(*) from event_outbox")
-        if "mallory" in orders or len(json.loads(orders)) != 5 or left != "0":
-            sys.exit("the demo did not end as it should")
-        title("Done: five events committed, five arrived, the one rolled back did not. Servers and data are gone.")
+        arrived = [json.loads(line) for line in arrived + again]
+        orders = [(event["type"], event.get("subject")) for event in arrived]
+        expected = [("order.created", "1"), ("order.created", "2"), ("order.created", "3"), ("order.paid", "1"), ("report.made", None)]
+        left = database.execute("select count(*) from event_outbox").fetchone()[0]
+        if orders != expected or any("mallory" in json.dumps(event) for event in arrived) or left != 0:
+            sys.exit(f"the demo did not end as it should: {orders}, {left} left in the outbox")
+        database.close()
+        title("Done: five events committed, five arrived, the one rolled back did not. The file is gone.\n")
+        print(ON_SERVERS)
 
 
 if __name__ == "__main__":
