@@ -52,17 +52,17 @@ pub struct Settings {
     #[arg(long, env = "RELAY_LOG_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "General")]
     pub log_format: LogFormat,
 
-    /// Connection URL of PostgreSQL. Other users of this host can see arguments; prefer the variable or the file.
+    /// The application's database: postgres://..., or sqlite: and the path of its file. Other users of this host can see arguments; prefer the variable or the file.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Database")]
     pub database_url: Option<SecretString>,
     /// File that holds the URL; read again at every connection.
     #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE", help_heading = "Database")]
     pub database_url_file: Option<PathBuf>,
-    /// A transaction-pooling proxy such as PgBouncer stands in front of the database: no named statements, no wake-up.
+    /// A transaction-pooling proxy such as PgBouncer stands in front of PostgreSQL: no named statements, no wake-up.
     #[arg(long, env = "RELAY_DATABASE_POOLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub database_pooled: bool,
-    /// How long days of event_processing_log are kept.
+    /// How long event_processing_log is kept.
     #[arg(long, env = "RELAY_LOG_RETENTION", value_name = "TIME", default_value = "7d", value_parser = days,
           help_heading = "Database")]
     pub log_retention: Duration,
@@ -70,7 +70,7 @@ pub struct Settings {
     #[arg(long, env = "EVENT_HISTORY_ENABLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub history: bool,
-    /// How long days of event_history are kept.
+    /// How long event_history is kept.
     #[arg(long, env = "RELAY_HISTORY_RETENTION", value_name = "TIME", default_value = "30d", value_parser = days,
           help_heading = "Database")]
     pub history_retention: Duration,

@@ -66,7 +66,10 @@ impl Sink for StdoutSink {
         }
         let mut lines = Vec::with_capacity(events.iter().map(|event| event.payload.len() + 400).sum());
         for event in events {
+            let begin = lines.len();
             lines.extend_from_slice(&cloudevent::json(event, &self.source));
+            // JSON has them between its tokens only: within a string they would be escaped.
+            lines[begin..].iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
             lines.push(b'\n');
         }
         let written =

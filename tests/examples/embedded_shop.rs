@@ -21,9 +21,11 @@ async fn main() -> Result<(), Error> {
         .journal_mode(SqliteJournalMode::Wal)
         .busy_timeout(Duration::from_secs(5));
     let mut database = SqliteConnection::connect_with(&options).await?;
-    sqlx::query("create table if not exists shop_order (id integer primary key, customer text, total text, paid integer)")
-        .execute(&mut database)
-        .await?;
+    sqlx::query(
+        "create table if not exists shop_order (id integer primary key, customer text, total text, paid integer)",
+    )
+    .execute(&mut database)
+    .await?;
     for (id, customer, total) in [(1, "ada", "12.50"), (2, "grace", "7.00"), (3, "ada", "99.90")] {
         place_order(&mut database, id, customer, total).await?;
         println!("order {id} of {customer} committed");
