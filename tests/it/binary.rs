@@ -25,6 +25,12 @@ pub(crate) fn finished(args: &[&str], variables: &[(&str, &str)]) -> Finished {
     Running::start(relay(args, variables)).finish()
 }
 
+/// Publishes what is due to standard output; returns the lines.
+pub(crate) fn drain(url: &str) -> Vec<serde_json::Value> {
+    let drained = finished(&["--once"], &[("DATABASE_URL", url), ("RELAY_STDOUT", "true")]).exited(0);
+    drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
 /// What a process left behind.
 #[derive(Debug)]
 pub(crate) struct Finished {

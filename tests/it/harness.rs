@@ -1,5 +1,6 @@
-//! A relay in this process, on a database of its own, with sinks that the test gives it.
+//! A relay in this process, on a store of its own, with sinks that the test gives it.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,33 +8,32 @@ use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
 use outbox_relay::outbox::OutboxConfig;
 use outbox_relay::outbox::OutboxError;
-use outbox_relay::outbox::postgres::PgOutbox;
 use outbox_relay::relay::{Drained, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::Sink;
-use sqlx::{AssertSqlSafe, PgConnection};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::servers::Database;
+use crate::stores::{Client, Store};
 
 /// What a test changes before it starts a relay. Waits are milliseconds, so that tests need not be patient.
-pub(crate) struct Setup {
+pub(crate) struct Setup<S> {
     pub(crate) relay: RelayConfig,
     pub(crate) outbox: OutboxConfig,
     pub(crate) router: Router,
     sinks: Vec<(String, Arc<dyn Sink>)>,
+    store: PhantomData<S>,
 }
 
-impl Setup {
-    pub(crate) fn new(database: &Database, sinks: Vec<(&str, Arc<dyn Sink>)>) -> Self {
+impl<S: Store> Setup<S> {
+    pub(crate) fn new(store: &S, sinks: Vec<(&str, Arc<dyn Sink>)>) -> Self {
         let sinks: Vec<_> = sinks.into_iter().map(|(name, sink)| (name.to_owned(), sink)).collect();
         Self {
             relay: relay_config(),
             outbox: OutboxConfig {
-                url: Secret::inline(database.url()),
+                url: Secret::inline(store.url()),
                 pooled: false,
                 publish_timeout: Duration::from_secs(10),
                 log_retention: Duration::from_secs(7 * 86400),
@@ -43,11 +43,12 @@ impl Setup {
             },
             router: Router::new(vec![], sinks.len()),
             sinks,
+            store: PhantomData,
         }
     }
 
-    pub(crate) fn relay(self) -> Arc<Relay<PgOutbox>> {
-        Relay::new(PgOutbox::new(self.outbox), self.sinks, self.router, self.relay)
+    pub(crate) fn relay(self) -> Arc<Relay<S::Outbox>> {
+        Relay::new(S::outbox(self.outbox), self.sinks, self.router, self.relay)
     }
 
     pub(crate) async fn drain(self) -> Drained {
@@ -100,30 +101,34 @@ impl Running {
 }
 
 /// Runs statements that return nothing.
-pub(crate) async fn sql(connection: &mut PgConnection, statement: impl Into<String>) {
-    sqlx::raw_sql(AssertSqlSafe(statement.into())).execute(connection).await.unwrap();
+pub(crate) async fn sql(connection: &mut impl Client, statement: impl AsRef<str>) {
+    let statement = statement.as_ref();
+    connection.execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+}
+
+/// Runs a statement that is refused; returns in what words.
+pub(crate) async fn refused(connection: &mut impl Client, statement: impl AsRef<str>) -> String {
+    match connection.execute(statement.as_ref()).await {
+        Ok(_) => panic!("it was taken: {}", statement.as_ref()),
+        Err(error) => error.to_string(),
+    }
 }
 
 /// One number.
-pub(crate) async fn count(connection: &mut PgConnection, from: &str) -> i64 {
-    sqlx::query_scalar(AssertSqlSafe(format!("select count(*) from {from}"))).fetch_one(connection).await.unwrap()
+pub(crate) async fn count(connection: &mut impl Client, from: &str) -> i64 {
+    connection.number(&format!("select count(*) from {from}")).await
 }
 
 /// The first column of every row, as text.
-pub(crate) async fn column(connection: &mut PgConnection, query: &str) -> Vec<String> {
-    sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_all(connection).await.unwrap()
+pub(crate) async fn column(connection: &mut impl Client, query: &str) -> Vec<String> {
+    connection.texts(query).await
 }
 
 /// Emits an event named `name`; `key` empty: no key.
-pub(crate) async fn emit(connection: &mut PgConnection, name: &str, key: &str) {
-    sqlx::query(
-        "insert into event_outbox (event_type, aggregate_type, aggregate_id) values ($1, 'test', nullif($2, ''))",
-    )
-    .bind(name)
-    .bind(key)
-    .execute(connection)
-    .await
-    .unwrap();
+pub(crate) async fn emit(connection: &mut impl Client, name: &str, key: &str) {
+    let values = format!("'{name}', 'test', nullif('{key}', '')");
+    sql(connection, format!("insert into event_outbox (event_type, aggregate_type, aggregate_id) values ({values})"))
+        .await;
 }
 
 /// Waits until `condition` holds; the deadline is for tests that fail.

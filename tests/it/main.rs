@@ -4,6 +4,7 @@
 mod bad_input;
 mod binary;
 mod cli;
+mod contract;
 mod crash;
 mod endurance;
 mod engine;
@@ -19,6 +20,7 @@ mod scripted;
 mod servers;
 mod shop;
 mod sinks;
+mod stores;
 mod stream;
 mod stub;
 mod support;

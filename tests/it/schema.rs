@@ -43,9 +43,3 @@ where
     let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).persistent(false);
     query.fetch_all(connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"))
 }
-
-/// Publishes what is due to standard output; returns the lines.
-fn drain(url: &str) -> Vec<serde_json::Value> {
-    let drained = crate::binary::finished(&["--once"], &[("DATABASE_URL", url), ("RELAY_STDOUT", "true")]).exited(0);
-    drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}

@@ -6,8 +6,7 @@ use std::time::Duration;
 use super::{NOWHERE, STDOUT};
 use crate::binary::{Running, relay, until};
 use crate::harness::{column, count, eventually, sql};
-use crate::servers::{Server, database, database_on, redis};
-use crate::stream;
+use crate::servers::{Server, database, database_on};
 
 /// What systemd listens on.
 struct Systemd {
@@ -149,48 +148,6 @@ async fn a_relay_whose_output_nobody_reads_stops_all_the_same() {
     running.finish().exited(0);
     Running::start_writing_to(relay(&["--once"], &variables), writer).finish().exited(3);
     assert_eq!(count(&mut connection, "event_outbox").await, 200);
-}
-
-#[tokio::test]
-async fn twenty_restarts_under_load_repeat_nothing() {
-    const RESTARTS: i64 = 20;
-    const EVENTS: i64 = 3000; // for each
-    let database = database().await;
-    let mut connection = database.connect().await;
-    let mut redis_connection = stream::connect(redis().url());
-    let name = "cli:run:restarts";
-    let variables = [
-        ("DATABASE_URL", database.url()),
-        ("REDIS_URL", redis().url()),
-        ("RELAY_REDIS_STREAM", name),
-        ("EVENT_OUTBOX_BATCH_SIZE", "50"),
-    ];
-    let insert = format!(
-        "insert into event_outbox (event_type, aggregate_id) select 'a', (n % 100)::text from generate_series(1, {EVENTS}) n"
-    );
-    let mut interrupted = 0;
-    for _ in 0..RESTARTS {
-        sql(&mut connection, &insert).await;
-        let before = stream::length(&mut redis_connection, name);
-        let running = Running::start(relay(&["run"], &variables));
-        until("it publishes", || stream::length(&mut redis_connection, name) > before);
-        running.signal("TERM");
-        running.finish().exited(0);
-        let logged = usize::try_from(count(&mut connection, "event_processing_log").await).unwrap();
-        assert_eq!(stream::length(&mut redis_connection, name), logged, "what was published is settled");
-        interrupted += usize::from(count(&mut connection, "event_outbox").await > 0);
-    }
-    assert!(interrupted > 0, "every relay was done before it was stopped, so this shows nothing");
-    Running::start(relay(&["--once"], &variables)).finish().exited(0);
-    let entries = stream::entries(&mut redis_connection, name);
-    let mut sequences: Vec<i64> = entries.iter().map(stream::Entry::sequence).collect();
-    for key in 0..100 {
-        let of_key: Vec<i64> = sequences.iter().copied().filter(|sequence| sequence % 100 == key).collect();
-        assert!(of_key.is_sorted(), "key {key} is out of order: {of_key:?}");
-    }
-    sequences.sort_unstable();
-    assert_eq!(sequences, (1..=RESTARTS * EVENTS).collect::<Vec<_>>());
-    assert_eq!(column(&mut connection, "select distinct status from event_processing_log").await, ["published"]);
 }
 
 /// Partitions that some lane holds.

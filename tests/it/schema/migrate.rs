@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{DEAD_LETTER, drain, try_execute, value, values};
-use crate::binary::{Running, finished, relay};
+use super::{DEAD_LETTER, try_execute, value, values};
+use crate::binary::{Running, drain, finished, relay};
 use crate::harness::{eventually, sql};
 use crate::servers::{Database, database, empty_database};
 

@@ -1,0 +1,79 @@
+//! What holds on every store. Each test is written once, and run on all of them.
+
+mod crash;
+mod destinations;
+mod order;
+mod rules;
+mod time;
+mod trouble;
+
+use std::collections::HashMap;
+
+use outbox_relay::event::Event;
+
+/// The tests of a store, by the file they are in.
+macro_rules! contract {
+    ($name:ident on $store:ident: $($file:ident::$test:ident)*) => {
+        mod $name {
+            $(
+                #[tokio::test(flavor = "multi_thread")]
+                async fn $test() {
+                    super::$file::$test::<crate::stores::$store>().await;
+                }
+            )*
+        }
+    };
+    ($($file:ident: $($test:ident)*;)*) => {
+        contract! { postgres on Postgres: $($($file::$test)*)* }
+        contract! { sqlite on Sqlite: $($($file::$test)*)* }
+        contract! { sqlite_rollback_journal on SqliteRollbackJournal: $($($file::$test)*)* }
+    };
+}
+
+contract! {
+    order:
+        ten_thousand_keys_arrive_complete_in_order_and_once_through_three_relays
+        a_thousand_events_of_one_key_arrive_in_order_in_small_batches
+        a_key_waits_behind_its_failed_event_and_others_do_not
+        urgent_events_are_claimed_first;
+    trouble:
+        a_poison_event_is_dead_lettered_after_its_retries_and_its_key_goes_on
+        an_outage_costs_time_and_never_attempts
+        a_misconfigured_destination_pauses_at_the_first_failure_and_charges_nobody
+        an_unknown_outcome_leaves_the_event_pending_and_repeats_it;
+    destinations:
+        each_destination_is_settled_for_itself_and_redriven_for_itself
+        events_go_on_to_one_destination_while_the_other_is_down_and_are_parked_for_it_in_order
+        routes_choose_destinations_and_what_no_route_takes_is_said
+        history_keeps_what_was_published_where;
+    time:
+        a_delayed_event_comes_when_it_is_due_and_holds_up_nobody
+        a_sleeping_relay_is_woken_by_a_commit
+        a_stop_settles_what_is_in_flight_and_claims_nothing_more;
+    rules:
+        what_breaks_a_rule_is_refused_under_the_rules_name
+        a_plain_insert_is_enough
+        an_event_is_part_of_its_transaction
+        the_queries_of_the_documentation_work_as_written
+        a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only
+        the_views_count_and_show_no_payload;
+    crash:
+        dead_lettering_is_one_transaction_with_the_outbox
+        rows_deleted_by_an_operator_during_a_publish_are_no_trouble
+        a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on
+        twenty_restarts_under_load_repeat_nothing;
+}
+
+/// The log as `type destination status attempt`, in the order of events and attempts.
+const LOG: &str = "select concat_ws(' ', event_type, destination, status, attempt) from event_processing_log
+                   order by outbox_id, destination, attempt";
+
+#[track_caller]
+fn assert_in_order_per_key(events: &[Event]) {
+    let mut last: HashMap<_, i64> = HashMap::new();
+    for event in events {
+        let Some(key) = event.key() else { continue };
+        let before = last.insert(key, event.row.id).unwrap_or(0);
+        assert!(before < event.row.id, "{key}: {} came after {before}", event.row.id);
+    }
+}

@@ -1,0 +1,247 @@
+//! The stores that the contract is tested on, and the few words in which their SQL differs.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use outbox_relay::NewEvent;
+use outbox_relay::outbox::postgres::PgOutbox;
+use outbox_relay::outbox::sqlite::{self, SqliteOutbox};
+use outbox_relay::outbox::{Outbox, OutboxConfig};
+use outbox_relay::secret::Secret;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
+use tempfile::TempDir;
+
+use crate::harness::{count, eventually};
+pub(crate) use crate::servers::Database as Postgres;
+use crate::servers::database;
+
+/// The file as applications should have it.
+pub(crate) type Sqlite = SqliteFile<true>;
+
+/// The file as SQLite makes it by itself.
+pub(crate) type SqliteRollbackJournal = SqliteFile<false>;
+
+/// A throwaway store with every migration applied.
+pub(crate) trait Store: Sized {
+    type Outbox: Outbox;
+    type Connection: Client;
+
+    async fn new() -> Self;
+
+    /// For whoever connects by itself: the relay.
+    fn url(&self) -> &str;
+
+    /// A new connection, as an application opens it.
+    async fn connect(&self) -> Self::Connection;
+
+    fn outbox(config: OutboxConfig) -> Self::Outbox;
+
+    /// Waits until a relay in this process sleeps and trusts in being woken.
+    async fn until_asleep(&self);
+
+    /// SQL: the time in so many milliseconds.
+    fn in_ms(ms: i64) -> String;
+
+    /// SQL: a table of one column `i` with 1 to `last`.
+    fn numbers(last: i64) -> String;
+
+    /// SQL: a text as a payload.
+    fn json(text: &str) -> String;
+
+    /// SQL: puts the dead letters back for which `condition` holds.
+    fn redrive(condition: &str) -> String;
+
+    /// SQL: lets every `delete on event_outbox`, or the like, fail.
+    fn refuse(what: &str) -> String;
+
+    /// SQL: ends a [`Self::refuse`] on `table`.
+    fn allow(table: &str) -> String;
+}
+
+/// A connection of a test.
+pub(crate) trait Client {
+    /// Runs statements; returns how many rows they changed.
+    async fn execute(&mut self, statements: &str) -> Result<u64, sqlx::Error>;
+
+    /// The one number of a query.
+    async fn number(&mut self, query: &str) -> i64;
+
+    /// The first column of every row.
+    async fn texts(&mut self, query: &str) -> Vec<String>;
+
+    /// Emits as an application that uses the library does.
+    async fn emit(&mut self, event: NewEvent) -> uuid::Uuid;
+}
+
+macro_rules! client {
+    ($connection:ty) => {
+        impl Client for $connection {
+            async fn execute(&mut self, statements: &str) -> Result<u64, sqlx::Error> {
+                Ok(sqlx::raw_sql(AssertSqlSafe(statements)).execute(self).await?.rows_affected())
+            }
+
+            async fn number(&mut self, query: &str) -> i64 {
+                sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(self).await.unwrap()
+            }
+
+            async fn texts(&mut self, query: &str) -> Vec<String> {
+                sqlx::query_scalar(AssertSqlSafe(query)).fetch_all(self).await.unwrap()
+            }
+
+            async fn emit(&mut self, event: NewEvent) -> uuid::Uuid {
+                outbox_relay::emit(self, event).await.unwrap()
+            }
+        }
+    };
+}
+
+client!(PgConnection);
+client!(SqliteConnection);
+
+impl Store for Postgres {
+    type Outbox = PgOutbox;
+    type Connection = PgConnection;
+
+    async fn new() -> Self {
+        database().await
+    }
+
+    fn url(&self) -> &str {
+        self.url()
+    }
+
+    async fn connect(&self) -> PgConnection {
+        self.connect().await
+    }
+
+    fn outbox(config: OutboxConfig) -> PgOutbox {
+        PgOutbox::new(config)
+    }
+
+    async fn until_asleep(&self) {
+        let mut connection = self.connect().await;
+        let asleep = "pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and objid = 4294967295
+                      and database = (select oid from pg_database where datname = current_database())";
+        eventually("one relay sleeps armed", async || count(&mut connection, asleep).await == 1).await;
+    }
+
+    fn in_ms(ms: i64) -> String {
+        format!("clock_timestamp() + interval '{ms} milliseconds'")
+    }
+
+    fn numbers(last: i64) -> String {
+        format!("generate_series(1, {last}) as numbers (i)")
+    }
+
+    fn json(text: &str) -> String {
+        format!("cast({text} as jsonb)")
+    }
+
+    fn redrive(condition: &str) -> String {
+        format!("select redrive_dead_letter(id) from event_dead_letter where {condition}")
+    }
+
+    fn refuse(what: &str) -> String {
+        format!(
+            "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'refused'; end $$;
+             create trigger refuse before {what} for each row execute function refuse()"
+        )
+    }
+
+    fn allow(table: &str) -> String {
+        format!("drop trigger refuse on {table}")
+    }
+}
+
+/// A database file in a folder of its own, removed with the value.
+#[derive(Debug)]
+pub(crate) struct SqliteFile<const WAL: bool> {
+    folder: TempDir,
+    url: String,
+}
+
+impl<const WAL: bool> SqliteFile<WAL> {
+    /// The application's file, without a single table of relay's.
+    pub(crate) async fn unmigrated() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let url = format!("sqlite:{}", folder.path().join("app.db").display());
+        let file = Self { folder, url };
+        let options = SqliteConnectOptions::new().filename(file.path()).create_if_missing(true);
+        let mut application = SqliteConnection::connect_with(&options).await.unwrap();
+        let mode = if WAL { "wal" } else { "delete" };
+        application.execute(&format!("pragma journal_mode = {mode}; create table app_order (id)")).await.unwrap();
+        application.close().await.unwrap();
+        file
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join("app.db")
+    }
+
+    /// A connection that waits so long for the write lock.
+    pub(crate) async fn connect_patiently(&self, busy_timeout: Duration) -> SqliteConnection {
+        let options = SqliteConnectOptions::new().filename(self.path()).busy_timeout(busy_timeout);
+        // No test loses power.
+        SqliteConnection::connect_with(&options.synchronous(sqlx::sqlite::SqliteSynchronous::Off)).await.unwrap()
+    }
+}
+
+impl<const WAL: bool> Store for SqliteFile<WAL> {
+    type Outbox = SqliteOutbox;
+    type Connection = SqliteConnection;
+
+    async fn new() -> Self {
+        let file = Self::unmigrated().await;
+        sqlite::schema::migrate(&Secret::inline(&file.url)).await.unwrap();
+        file
+    }
+
+    fn url(&self) -> &str {
+        &self.url
+    }
+
+    async fn connect(&self) -> SqliteConnection {
+        self.connect_patiently(Duration::from_secs(60)).await
+    }
+
+    fn outbox(config: OutboxConfig) -> SqliteOutbox {
+        SqliteOutbox::new(config)
+    }
+
+    async fn until_asleep(&self) {
+        let watched = format!(" ino:{:x} ", std::fs::metadata(self.path()).unwrap().ino());
+        // The list changes while it is read: other tests open and close files.
+        let watches = || std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten().map(|entry| entry.path());
+        let asleep = || watches().any(|fd| std::fs::read_to_string(fd).is_ok_and(|info| info.contains(&watched)));
+        eventually("a relay watches the file", async || asleep()).await;
+    }
+
+    fn in_ms(ms: i64) -> String {
+        format!("strftime('%Y-%m-%d %H:%M:%f', 'now', '{} seconds')", ms as f64 / 1000.0)
+    }
+
+    fn numbers(last: i64) -> String {
+        format!(
+            "(with recursive numbers (i) as (select 1 union all select i + 1 from numbers where i < {last})
+              select i from numbers)"
+        )
+    }
+
+    fn json(text: &str) -> String {
+        text.to_owned()
+    }
+
+    fn redrive(condition: &str) -> String {
+        format!("update event_dead_letter set redriven_at = datetime('now') where {condition}")
+    }
+
+    fn refuse(what: &str) -> String {
+        format!("create trigger refuse before {what} begin select raise(abort, 'refused'); end")
+    }
+
+    fn allow(_: &str) -> String {
+        "drop trigger refuse".to_owned()
+    }
+}
