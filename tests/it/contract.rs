@@ -40,7 +40,8 @@ contract! {
         a_poison_event_is_dead_lettered_after_its_retries_and_its_key_goes_on
         an_outage_costs_time_and_never_attempts
         a_misconfigured_destination_pauses_at_the_first_failure_and_charges_nobody
-        an_unknown_outcome_leaves_the_event_pending_and_repeats_it;
+        an_unknown_outcome_leaves_the_event_pending_and_repeats_it
+        a_clock_that_was_set_back_during_retries_stalls_nobody;
     destinations:
         each_destination_is_settled_for_itself_and_redriven_for_itself
         events_go_on_to_one_destination_while_the_other_is_down_and_are_parked_for_it_in_order

@@ -37,8 +37,8 @@ insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregat
     first_failed_at, failed_at)
 select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
     o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, e.value ->> 1, e.value ->> 2,
-    e.value ->> 3, e.value ->> 4, coalesce(o.first_failed_at, strftime('%Y-%m-%d %H:%M:%f', 'now')),
-    strftime('%Y-%m-%d %H:%M:%f', 'now')
+    e.value ->> 3, e.value ->> 4,
+    min(coalesce(o.first_failed_at, '9999'), strftime('%Y-%m-%d %H:%M:%f', 'now')), strftime('%Y-%m-%d %H:%M:%f', 'now')
 from json_each($1) e cross join event_outbox o on o.row_id = e.value ->> 0;
 
 insert into event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,

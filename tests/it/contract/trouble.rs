@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::{LOG, assert_in_order_per_key};
-use crate::harness::{Setup, column, count, emit, eventually};
+use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Act, ScriptedSink};
 use crate::stores::Store;
 
@@ -81,4 +81,23 @@ pub(super) async fn an_unknown_outcome_leaves_the_event_pending_and_repeats_it<S
     assert!(!drained.undelivered);
     assert_eq!(sink.names(), ["e1", "e1", "e2"]);
     assert_eq!(column(&mut connection, LOG).await, ["e1 a published 1", "e2 a published 1"]);
+}
+
+pub(super) async fn a_clock_that_was_set_back_during_retries_stalls_nobody<S: Store>() {
+    let store = S::new().await;
+    let mut connection = store.connect().await;
+    emit(&mut connection, "poison", "").await;
+    let sink = ScriptedSink::new(|event| if event.event_type == "poison" { Act::Refuse } else { Act::Accept });
+    let setup = || {
+        let mut setup = Setup::new(&store, vec![("a", sink.clone() as std::sync::Arc<_>)]);
+        (setup.relay.retry.max_retries, setup.relay.retry.base) = (1, Duration::from_secs(3600));
+        setup
+    };
+    assert_eq!(setup().drain().await.tally.retried, 1);
+    let (future, now) = (S::in_ms(3_600_000), S::in_ms(0));
+    sql(&mut connection, format!("update event_outbox set first_failed_at = {future}, available_at = {now}")).await;
+    emit(&mut connection, "healthy", "").await;
+    assert_eq!(setup().drain().await.tally.dead_lettered, 1);
+    assert_eq!(sink.names(), ["healthy"]);
+    assert_eq!(count(&mut connection, "event_dead_letter where first_failed_at <= failed_at").await, 1);
 }
