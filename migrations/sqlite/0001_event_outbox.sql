@@ -59,10 +59,13 @@ create table event_outbox (
     constraint headers_are_a_json_object check (
         headers = '{}' or (typeof(headers) = 'text' and json_valid(headers) and json_type(headers) = 'object')
     ),
-    constraint schema_version_starts_at_1 check (typeof(schema_version) = 'integer' and schema_version >= 1),
+    -- Numbers have 32 bits, as everywhere else.
+    constraint schema_version_starts_at_1 check (
+        typeof(schema_version) = 'integer' and schema_version between 1 and 2147483647
+    ),
     constraint priority_is_0_to_9 check (typeof(priority) = 'integer' and priority between 0 and 9),
     constraint status_is_pending_or_scheduled check (status in ('pending', 'scheduled')),
-    constraint attempts_start_at_0 check (typeof(attempts) = 'integer' and attempts >= 0),
+    constraint attempts_start_at_0 check (typeof(attempts) = 'integer' and attempts between 0 and 2147483647),
     -- Compared as text, so that only one way of writing a time will do.
     constraint available_at_is_utc_as_datetime_gives_it check (
         available_at is datetime(available_at) or available_at is strftime('%Y-%m-%d %H:%M:%f', available_at)

@@ -52,6 +52,8 @@ pub(super) async fn what_breaks_a_rule_is_refused_under_the_rules_name<S: Store>
         ("event_type, event_id", "'a', 'x'"),
         ("event_type, event_id", "'a', null"),
         ("event_type, payload", "'a', null"),
+        ("event_type, schema_version", "'a', 2147483648"),
+        ("event_type, attempts", "'a', 2147483648"),
         ("event_type, available_at", "'a', 'soon'"),
     ] {
         refused(&mut connection, format!("insert into event_outbox ({columns}) values ({values})")).await;
