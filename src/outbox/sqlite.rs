@@ -30,6 +30,7 @@ use tokio::sync::Mutex;
 
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
+use lane::Turn;
 use owner::Owner;
 
 /// How long a write waits for another program's transaction to end before it fails, to be tried again later. What is
@@ -41,20 +42,28 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SqliteOutbox {
     config: Arc<OutboxConfig>,
     owner: Arc<Owner>,
-    /// Held by the lane that has a claim. One is enough: all writes to a file are one after the other anyhow, and the
-    /// rows of a claim lie side by side, so that deleting them empties whole pages.
-    claim: Arc<Mutex<()>>,
+    /// Held by the lane that has a claim. One at a time is enough: all writes to a file are one after the other anyhow, and
+    /// the rows of a claim lie side by side, so that deleting them empties whole pages.
+    turn: Arc<Mutex<Turn>>,
 }
 
 impl SqliteOutbox {
     /// Nothing is opened yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config: Arc::new(config), owner: Arc::default(), claim: Arc::default() }
+        Self { config: Arc::new(config), owner: Arc::default(), turn: Arc::default() }
     }
 
     /// A connection for a relay's own work.
     async fn connect(&self) -> Result<SqliteConnection, OutboxError> {
         open(&self.config.url).await
+    }
+
+    /// The connection there is, or a new one.
+    async fn connect_unless(&self, connection: Option<SqliteConnection>) -> Result<SqliteConnection, OutboxError> {
+        match connection {
+            Some(connection) => Ok(connection),
+            None => self.connect().await,
+        }
     }
 
     /// Whether this relay is the one that works on the file; becomes it where no other is.

@@ -8,11 +8,12 @@ use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
 use outbox_relay::outbox::OutboxConfig;
 use outbox_relay::outbox::OutboxError;
-use outbox_relay::relay::{Drained, Relay, RelayConfig};
+use outbox_relay::relay::{Drained, Readiness, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::Sink;
+use tokio::sync::watch::Receiver;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -58,11 +59,12 @@ impl<S: Store> Setup<S> {
     pub(crate) fn run(self) -> Running {
         let stop = CancellationToken::new();
         let relay = self.relay();
+        let readiness = relay.readiness();
         let task = tokio::spawn({
             let stop = stop.clone();
             async move { relay.run(stop).await }
         });
-        Running { stop, task }
+        Running { stop, task, readiness }
     }
 }
 
@@ -85,6 +87,7 @@ pub(crate) fn relay_config() -> RelayConfig {
 pub(crate) struct Running {
     stop: CancellationToken,
     task: JoinHandle<Result<Tally, OutboxError>>,
+    readiness: Receiver<Readiness>,
 }
 
 impl Running {
@@ -92,6 +95,13 @@ impl Running {
     pub(crate) async fn stop(self) -> Tally {
         self.stop.cancel();
         self.task.await.unwrap().unwrap()
+    }
+
+    /// Waits until it has trouble that is told in these words.
+    pub(crate) async fn until_not_ready(&mut self, words: &str) {
+        let told = |now: &Readiness| matches!(now, Readiness::NotReady(reason) if reason.contains(words));
+        let waited = tokio::time::timeout(Duration::from_secs(60), self.readiness.wait_for(told)).await;
+        assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.readiness.borrow());
     }
 
     /// Begins to stop it.

@@ -20,6 +20,7 @@ mod scripted;
 mod servers;
 mod shop;
 mod sinks;
+mod sqlite;
 mod stores;
 mod stream;
 mod stub;

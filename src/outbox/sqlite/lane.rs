@@ -3,8 +3,8 @@
 //! A claim is a read that has ended: the relay that owns the file remembers, in memory, that one of its lanes has a batch,
 //! and nobody else takes any. So nothing at all is locked while events are published.
 //!
-//! A settle that fails is kept and repeated before anything else is claimed. What is published already is not published
-//! again because the disk was full or another program held the write lock for too long.
+//! A settle that fails is kept and repeated, by whichever lane comes next, before anything else is claimed. What is
+//! published already is not published again because the disk was full or another program held the write lock for too long.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -72,42 +72,26 @@ update event_outbox set status = 'pending' where status = 'scheduled' and row_id
 
 const HAS_OWED: &str = "select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')";
 
-/// See the module.
-pub struct SqliteLane {
-    outbox: SqliteOutbox,
+/// What the lane needs whose turn it is to claim and to settle.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
     connection: Option<SqliteConnection>,
-    /// This lane has a batch.
-    claim: Option<OwnedMutexGuard<()>>,
-    /// What could not be recorded; goes with `claim`.
+    /// What could not be recorded of the last claim.
     unsettled: Option<Settle>,
     traffic: Traffic,
 }
 
-impl SqliteLane {
-    pub(super) fn new(outbox: SqliteOutbox) -> Self {
-        Self { outbox, connection: None, claim: None, unsettled: None, traffic: Traffic::default() }
-    }
-
-    async fn connection(&mut self) -> Result<SqliteConnection, OutboxError> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => self.outbox.connect().await,
-        }
-    }
-
-    /// Records what is left to record, and gives up the claim.
-    async fn finish(&mut self) -> Result<(), OutboxError> {
+impl Turn {
+    /// Records what is left to record.
+    async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
         if let Some(settle) = &self.unsettled
             && !settle.is_empty()
         {
-            let mut connection = match self.connection.take() {
-                Some(connection) => connection,
-                None => self.outbox.connect().await?,
-            };
+            let mut connection = outbox.connect_unless(self.connection.take()).await?;
             answered("settle", async {
                 self.traffic.give_way(&mut connection).await?;
                 let begun = Instant::now();
-                settle.write(&mut connection, &self.outbox.config.worker).await?;
+                settle.write(&mut connection, &outbox.config.worker).await?;
                 self.traffic.settled(begun.elapsed());
                 Ok(())
             })
@@ -115,19 +99,11 @@ impl SqliteLane {
             self.connection = Some(connection);
         }
         self.unsettled = None;
-        self.claim = None;
         Ok(())
     }
-}
 
-impl Lane for SqliteLane {
-    async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
-        self.finish().await?;
-        if !self.outbox.owns()? {
-            return Ok(Claim::Busy);
-        }
-        let Ok(claim) = Arc::clone(&self.outbox.claim).try_lock_owned() else { return Ok(Claim::Busy) };
-        let mut connection = self.connection().await?;
+    async fn read(&mut self, outbox: &SqliteOutbox, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
+        let mut connection = outbox.connect_unless(self.connection.take()).await?;
         let batch = answered("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
@@ -135,15 +111,47 @@ impl Lane for SqliteLane {
         })
         .await?;
         self.connection = Some(connection);
+        Ok(batch)
+    }
+}
+
+/// See the module.
+pub struct SqliteLane {
+    outbox: SqliteOutbox,
+    /// This lane has a batch.
+    turn: Option<OwnedMutexGuard<Turn>>,
+    /// For everything but claims, which another lane may have.
+    connection: Option<SqliteConnection>,
+}
+
+impl SqliteLane {
+    pub(super) fn new(outbox: SqliteOutbox) -> Self {
+        Self { outbox, turn: None, connection: None }
+    }
+
+    async fn connection(&mut self) -> Result<SqliteConnection, OutboxError> {
+        self.outbox.connect_unless(self.connection.take()).await
+    }
+}
+
+impl Lane for SqliteLane {
+    async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
+        if !self.outbox.owns()? {
+            return Ok(Claim::Busy);
+        }
+        let Ok(mut turn) = Arc::clone(&self.outbox.turn).try_lock_owned() else { return Ok(Claim::Busy) };
+        turn.record(&self.outbox).await?;
+        let batch = turn.read(&self.outbox, request).await?;
         if matches!(batch, Claim::Batch { .. }) {
-            self.claim = Some(claim);
+            self.turn = Some(turn);
         }
         Ok(batch)
     }
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
-        self.unsettled = Some(Settle::new(&Records::new(deliveries, self.outbox.config.history)));
-        self.finish().await
+        let Some(mut turn) = self.turn.take() else { return Ok(()) };
+        turn.unsettled = Some(Settle::new(&Records::new(deliveries, self.outbox.config.history)));
+        turn.record(&self.outbox).await
     }
 
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {

@@ -11,6 +11,7 @@ use sqlx::sqlite::SqliteConnection;
 use crate::outbox::records::{LogEntry, Records};
 
 /// Everything one settle writes, ready to be sent.
+#[derive(Debug)]
 pub(super) struct Settle {
     /// How many rows go.
     count: i64,

@@ -23,8 +23,8 @@ const LONGEST_REST: Duration = Duration::from_millis(50);
 /// The longest wait for one of the application's transactions to end.
 const LONGEST_WAIT: Duration = Duration::from_millis(5);
 
-/// What a lane knows of other connections' commits; those of its own connection do not count.
-#[derive(Default)]
+/// What is known of other connections' commits; those of the connection that looks do not count.
+#[derive(Debug, Default)]
 pub(super) struct Traffic {
     version: Option<i64>,
     last_commit: Option<Instant>,

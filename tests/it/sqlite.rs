@@ -1,0 +1,3 @@
+//! What is particular to SQLite: one file, shared with its application.
+
+mod locks;
