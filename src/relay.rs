@@ -112,8 +112,10 @@ impl<O: Outbox> Relay<O> {
         }
         let maintenance = tokio::spawn(Arc::clone(self).maintain(stop.clone()));
         let (tally, _) = self.work(Ending::Stop, stop).await?;
-        // Between two statements of its own it can be dropped: it owns no claim.
+        // Between two statements of its own it can be dropped: it owns no claim. It does own a part of the store, which a
+        // relay that has ended must have let go of.
         maintenance.abort();
+        drop(maintenance.await);
         Ok(tally)
     }
 
