@@ -66,12 +66,15 @@ create table event_outbox (
     constraint priority_is_0_to_9 check (typeof(priority) = 'integer' and priority between 0 and 9),
     constraint status_is_pending_or_scheduled check (status in ('pending', 'scheduled')),
     constraint attempts_start_at_0 check (typeof(attempts) = 'integer' and attempts between 0 and 2147483647),
-    -- Compared as text, so that only one way of writing a time will do.
+    -- Compared as text, so that only one way of writing a time will do. The day is asked for by calculation, because SQLite
+    -- gives February 30th and 24 o'clock back as they are.
     constraint available_at_is_utc_as_datetime_gives_it check (
-        available_at is datetime(available_at) or available_at is strftime('%Y-%m-%d %H:%M:%f', available_at)
+        (available_at is datetime(available_at) or available_at is strftime('%Y-%m-%d %H:%M:%f', available_at))
+        and date(available_at, '+0 days') is substr(available_at, 1, 10)
     ),
     constraint created_at_is_utc_as_datetime_gives_it check (
-        created_at is datetime(created_at) or created_at is strftime('%Y-%m-%d %H:%M:%f', created_at)
+        (created_at is datetime(created_at) or created_at is strftime('%Y-%m-%d %H:%M:%f', created_at))
+        and date(created_at, '+0 days') is substr(created_at, 1, 10)
     )
 );
 

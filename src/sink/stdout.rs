@@ -68,7 +68,7 @@ impl Sink for StdoutSink {
         for event in events {
             let begin = lines.len();
             lines.extend_from_slice(&cloudevent::json(event, &self.source));
-            // JSON has them between its tokens only: within a string they would be escaped.
+            // A store that keeps text keeps a payload's line ends, which JSON has between its tokens only.
             lines[begin..].iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
             lines.push(b'\n');
         }

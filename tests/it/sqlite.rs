@@ -1,4 +1,5 @@
 //! What is particular to SQLite: one file, shared with its application.
 
+mod content;
 mod locks;
 mod relays;
