@@ -31,6 +31,22 @@ pub(crate) fn drain(url: &str) -> Vec<serde_json::Value> {
     drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// `--once` and `check` end with 1 and say all these parts: the first in its one line, the second in the one that fails.
+#[track_caller]
+pub(crate) fn cannot_work(url: &str, parts: &[&str]) {
+    let variables = [("DATABASE_URL", url), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "error")];
+    let once = finished(&["--once"], &variables).exited(1);
+    let check = finished(&["check"], &variables).exited(1);
+    assert_eq!(once.stdout, "");
+    let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert_eq!(failed.len(), 1, "{}", check.stdout);
+    for said in [once.complaint(), failed[0]] {
+        for part in parts {
+            assert!(said.contains(part), "{part:?} is missing in: {said}");
+        }
+    }
+}
+
 /// What a process left behind.
 #[derive(Debug)]
 pub(crate) struct Finished {
@@ -96,6 +112,11 @@ impl Running {
         String::from_utf8(std::fs::read(self.stderr.path()).unwrap()).unwrap()
     }
 
+    /// What it has written to standard output so far.
+    pub(crate) fn output(&self) -> String {
+        String::from_utf8(std::fs::read(self.stdout.path()).unwrap()).unwrap()
+    }
+
     /// Waits until its log has this part; fails the test if it ends before.
     #[track_caller]
     pub(crate) fn until_log(&mut self, part: &str) {
@@ -129,8 +150,7 @@ impl Running {
                 None => panic!("it did not end within {PATIENCE:?}:\n{}", self.log()),
             }
         };
-        let stdout = String::from_utf8(std::fs::read(self.stdout.path()).unwrap()).unwrap();
-        Finished { code: status.code(), stdout, stderr: self.log() }
+        Finished { code: status.code(), stdout: self.output(), stderr: self.log() }
     }
 }
 

@@ -32,7 +32,12 @@ impl OutboxDatabase for Sqlite {
 
 /// Why the database refused an event for its content, told without that content.
 pub(in crate::outbox) fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
-    let rule = error.as_database_error()?.message().strip_prefix("CHECK constraint failed: ")?;
+    let message = error.as_database_error()?.message();
+    // What SQLite's time functions make of a date that they cannot tell.
+    if message == "NOT NULL constraint failed: event_outbox.available_at" {
+        return Some("the delay goes beyond the year 9999".to_owned());
+    }
+    let rule = message.strip_prefix("CHECK constraint failed: ")?;
     Some(match (rule, serde_json::from_str::<serde::de::IgnoredAny>(payload)) {
         ("payload_is_json", Err(place)) => format!("the payload is not JSON: {place}"),
         ("payload_is_json", Ok(_)) => "the payload is not JSON as SQLite takes it".to_owned(),

@@ -1,24 +1,9 @@
 //! A database that cannot be used.
 
 use super::{NOWHERE, STDOUT, url_for};
-use crate::binary::finished;
+use crate::binary::{cannot_work, finished};
 use crate::harness::sql;
 use crate::servers::{database, empty_database, redis};
-
-/// `--once` and `check` end with 1 and say all these parts: the first in its one line, the second in the one that fails.
-fn cannot_work(url: &str, parts: &[&str]) {
-    let variables = [("DATABASE_URL", url), STDOUT, ("RELAY_LOG", "error")];
-    let once = finished(&["--once"], &variables).exited(1);
-    let check = finished(&["check"], &variables).exited(1);
-    assert_eq!(once.stdout, "");
-    let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
-    assert_eq!(failed.len(), 1, "{}", check.stdout);
-    for said in [once.complaint(), failed[0]] {
-        for part in parts {
-            assert!(said.contains(part), "{part:?} is missing in: {said}");
-        }
-    }
-}
 
 #[tokio::test]
 async fn a_wrong_password_is_told() {
