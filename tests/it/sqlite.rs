@@ -1,5 +1,6 @@
 //! What is particular to SQLite: one file, shared with its application.
 
+mod arrival;
 mod commands;
 mod content;
 mod locks;
