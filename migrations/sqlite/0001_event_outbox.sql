@@ -55,6 +55,11 @@ create table event_outbox (
         and substr(event_id, 9, 1) || substr(event_id, 14, 1) || substr(event_id, 19, 1) || substr(event_id, 24, 1) = '----'
     ),
     constraint event_type_has_1_to_128_characters check (typeof(event_type) = 'text' and length(event_type) between 1 and 128),
+    -- SQLite keeps a BLOB as such in a column of text; a key as text and the same as a BLOB would be two.
+    constraint text_is_no_blob check (
+        typeof(source) <> 'blob' and typeof(aggregate_type) <> 'blob' and typeof(aggregate_id) <> 'blob'
+        and typeof(correlation_id) <> 'blob' and typeof(causation_id) <> 'blob' and typeof(destination) <> 'blob'
+    ),
     constraint payload_is_json check (typeof(payload) = 'text' and instr(payload, char(0)) = 0 and json_valid(payload)),
     constraint headers_are_a_json_object check (
         headers = '{}' or (typeof(headers) = 'text' and json_valid(headers) and json_type(headers) = 'object')

@@ -1,9 +1,10 @@
-//! The example of the README, run as a user would.
+//! The examples of the README, run as a user would.
 
 use std::process::Command;
 
 use crate::harness::{column, count};
 use crate::servers::database;
+use crate::stores::{Sqlite, Store};
 
 #[tokio::test]
 async fn the_shop_emits_what_it_commits_and_nothing_else() {
@@ -23,6 +24,26 @@ async fn the_shop_emits_what_it_commits_and_nothing_else() {
             "select concat_ws(' ', event_type, aggregate_id, payload ->> 'customer') from event_outbox order by id"
         )
         .await,
+        ["order.created 1 ada", "order.created 2 grace", "order.created 3 ada", "order.paid 1"]
+    );
+}
+
+#[tokio::test]
+async fn the_embedded_shop_emits_what_it_commits_and_nothing_else() {
+    let store = Sqlite::new().await;
+    let mut connection = store.connect().await;
+    let output = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--locked", "--example", "embedded_shop"])
+        .arg(store.url().strip_prefix("sqlite:").unwrap())
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(count(&mut connection, "shop_order").await, 3);
+    let emitted =
+        "select concat_ws(' ', event_type, aggregate_id, payload ->> 'customer') from event_outbox order by id";
+    assert_eq!(
+        column(&mut connection, emitted).await,
         ["order.created 1 ada", "order.created 2 grace", "order.created 3 ada", "order.paid 1"]
     );
 }

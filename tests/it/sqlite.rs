@@ -3,5 +3,6 @@
 mod arrival;
 mod commands;
 mod content;
+mod disk;
 mod locks;
 mod relays;

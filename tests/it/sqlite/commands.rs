@@ -200,7 +200,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
         database.as_str(),
         ", journal mode wal\n",
         "\nok    schema: version 5\n",
-        "\nok    write lock: free within the busy timeout\n",
+        "\nok    writing: tried, and taken back\n",
         "\nok    destination stdout: ",
     ] {
         assert!(text.stdout.contains(part), "{part:?} is missing in:\n{}", text.stdout);
@@ -208,7 +208,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
     let json: Value = serde_json::from_str(&finished(&["check", "--json"], &variables).exited(0).stdout).unwrap();
     let checks = json["checks"].as_array().unwrap().iter();
     let subjects: Vec<&str> = checks.map(|check| check["subject"].as_str().unwrap()).collect();
-    assert_eq!(subjects, ["database", "schema", "write lock", "destination stdout"]);
+    assert_eq!(subjects, ["database", "schema", "writing", "destination stdout"]);
     assert_eq!(count(&mut wal.connect().await, "event_outbox").await, 1);
 
     let advised = finished(&["check"], &[("DATABASE_URL", rollback.url()), STDOUT]).exited(0).stdout;

@@ -64,12 +64,15 @@ async fn a_settle_that_waits_in_vain_for_the_write_lock_is_repeated_and_nothing_
 async fn a_file_that_takes_no_records_is_not_published_from_again() {
     let store = Sqlite::new().await;
     let mut connection = store.connect().await;
-    sql(&mut connection, Sqlite::refuse("insert on event_processing_log")).await;
     for index in 0..10 {
         emit(&mut connection, &format!("e{index}"), "k").await;
     }
-    let sink = ScriptedSink::accepting();
+    let (sink, gate) = (ScriptedSink::accepting(), Gate::new());
+    sink.hold_at(&gate);
     let mut running = Setup::new(&store, vec![("a", sink.clone())]).run();
+    gate.entered().await;
+    sql(&mut connection, Sqlite::refuse("insert on event_processing_log")).await;
+    gate.open(1000);
     running.until_not_ready("refused").await;
     emit(&mut connection, "next", "k").await;
     assert_eq!(sink.calls(), 1);
