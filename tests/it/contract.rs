@@ -1,5 +1,6 @@
 //! What holds on every store. Each test is written once, and run on all of them.
 
+pub(crate) mod bad_input;
 mod crash;
 mod destinations;
 mod order;
@@ -58,6 +59,16 @@ contract! {
         the_queries_of_the_documentation_work_as_written
         a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only
         the_views_count_and_show_no_payload;
+    bad_input:
+        a_payload_over_the_limit_is_dead_lettered_whole_and_one_at_the_limit_is_not
+        a_thousand_levels_of_nesting_reach_redis_and_eventbridge
+        a_bare_payload_that_is_no_object_is_dead_lettered_for_eventbridge_only
+        an_event_type_has_128_characters_at_most
+        headers_are_a_flat_map_of_strings_without_reserved_names
+        a_key_may_be_long_or_empty
+        a_thousand_events_of_one_key_and_ten_thousand_keys_arrive_in_order
+        an_event_without_a_route_is_dead_lettered_or_by_setting_dropped
+        an_event_owed_to_a_destination_that_nobody_configured_waits_and_holds_up_nobody;
     crash:
         dead_lettering_is_one_transaction_with_the_outbox
         rows_deleted_by_an_operator_during_a_publish_are_no_trouble

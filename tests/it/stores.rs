@@ -4,11 +4,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use outbox_relay::NewEvent;
 use outbox_relay::outbox::postgres::PgOutbox;
 use outbox_relay::outbox::sqlite::{self, SqliteOutbox};
 use outbox_relay::outbox::{Outbox, OutboxConfig};
 use outbox_relay::secret::Secret;
+use outbox_relay::{EmitError, NewEvent};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
@@ -72,7 +72,7 @@ pub(crate) trait Client {
     async fn texts(&mut self, query: &str) -> Vec<String>;
 
     /// Emits as an application that uses the library does.
-    async fn emit(&mut self, event: NewEvent) -> uuid::Uuid;
+    async fn emit(&mut self, event: NewEvent) -> Result<uuid::Uuid, EmitError>;
 }
 
 macro_rules! client {
@@ -90,8 +90,8 @@ macro_rules! client {
                 sqlx::query_scalar(AssertSqlSafe(query)).fetch_all(self).await.unwrap()
             }
 
-            async fn emit(&mut self, event: NewEvent) -> uuid::Uuid {
-                outbox_relay::emit(self, event).await.unwrap()
+            async fn emit(&mut self, event: NewEvent) -> Result<uuid::Uuid, EmitError> {
+                outbox_relay::emit(self, event).await
             }
         }
     };

@@ -94,7 +94,7 @@ pub(super) async fn the_queries_of_the_documentation_work_as_written<S: Store>()
     let store = S::new().await;
     let mut connection = store.connect().await;
     emit(&mut connection, "pending", "").await;
-    connection.emit(NewEvent::from_json("later", "{}").delay(Duration::from_secs(86_400))).await;
+    connection.emit(NewEvent::from_json("later", "{}").delay(Duration::from_secs(86_400))).await.unwrap();
     for n in 0..3 {
         sql(&mut connection, dead_letter::<S>(n, &S::in_ms(-i64::from(n) * 20 * 3_600_000), "null")).await;
     }
@@ -112,7 +112,7 @@ pub(super) async fn a_redriven_dead_letter_is_the_same_event_owed_to_its_destina
     let mut connection = store.connect().await;
     let event = NewEvent::from_json("order.created", r#"{"n": 1}"#).key("order", "42").source("shop");
     let event = event.header("tenant", "acme").correlation_id("req-1").causation_id("cmd-1");
-    let event_id = connection.emit(event.schema_version(3).priority(7)).await;
+    let event_id = connection.emit(event.schema_version(3).priority(7)).await.unwrap();
     let whole =
         "select concat_ws('|', id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                      correlation_id, causation_id, schema_version, priority, created_at) from event_outbox";
@@ -147,8 +147,8 @@ pub(super) async fn the_views_count_and_show_no_payload<S: Store>() {
     for name in ["a", "b"] {
         emit(&mut connection, name, "").await;
     }
-    connection.emit(NewEvent::from_json("c", "{}").delay(Duration::from_secs(3600))).await;
-    connection.emit(NewEvent::from_json("d", "{}").priority(9)).await;
+    connection.emit(NewEvent::from_json("c", "{}").delay(Duration::from_secs(3600))).await.unwrap();
+    connection.emit(NewEvent::from_json("d", "{}").priority(9)).await.unwrap();
     let earlier = S::in_ms(-100_000);
     sql(&mut connection, format!("update event_outbox set available_at = {earlier} where event_type = 'b'")).await;
     for (n, redriven_at) in [(1, "null"), (2, "null"), (3, &S::in_ms(0))] {

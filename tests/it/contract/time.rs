@@ -13,7 +13,7 @@ pub(super) async fn a_delayed_event_comes_when_it_is_due_and_holds_up_nobody<S: 
     let store = S::new().await;
     let mut connection = store.connect().await;
     let hour = Duration::from_secs(3600);
-    connection.emit(NewEvent::from_json("helper", "{}").key("", "k").delay(hour)).await;
+    connection.emit(NewEvent::from_json("helper", "{}").key("", "k").delay(hour)).await.unwrap();
     let values = format!("'plain', 'k', {}", S::in_ms(3_600_000));
     sql(
         &mut connection,

@@ -43,7 +43,7 @@ async fn every_event_reaches_a_stream_a_channel_a_bus_and_standard_output() {
     let running = Running::start(relay(&["run"], &variables));
     for n in 1..=EVENTS {
         let event = NewEvent::new("order.changed", &serde_json::json!({ "n": n })).unwrap();
-        connection.emit(event.key("order", (n % 7).to_string()).source("shop").header("tenant", "acme")).await;
+        connection.emit(event.key("order", (n % 7).to_string()).source("shop").header("tenant", "acme")).await.unwrap();
     }
     eventually("all is settled", async || count(&mut connection, "event_outbox").await == 0).await;
     running.signal("TERM");
