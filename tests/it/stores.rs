@@ -1,7 +1,7 @@
 //! The stores that the contract is tested on, and the few words in which their SQL differs.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use outbox_relay::outbox::postgres::PgOutbox;
@@ -155,6 +155,15 @@ impl Store for Postgres {
     }
 }
 
+/// Waits until something in this process is told of writes to the file.
+pub(crate) async fn until_watched(file: &Path) {
+    let watched = format!(" ino:{:x} ", std::fs::metadata(file).unwrap().ino());
+    // The list changes while it is read: other tests open and close files.
+    let watches = || std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten().map(|entry| entry.path());
+    let told = || watches().any(|fd| std::fs::read_to_string(fd).is_ok_and(|info| info.contains(&watched)));
+    eventually(&format!("{} is watched", file.display()), async || told()).await;
+}
+
 /// A database file in a folder of its own, removed with the value.
 #[derive(Debug)]
 pub(crate) struct SqliteFile<const WAL: bool> {
@@ -211,11 +220,7 @@ impl<const WAL: bool> Store for SqliteFile<WAL> {
     }
 
     async fn until_asleep(&self) {
-        let watched = format!(" ino:{:x} ", std::fs::metadata(self.path()).unwrap().ino());
-        // The list changes while it is read: other tests open and close files.
-        let watches = || std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten().map(|entry| entry.path());
-        let asleep = || watches().any(|fd| std::fs::read_to_string(fd).is_ok_and(|info| info.contains(&watched)));
-        eventually("a relay watches the file", async || asleep()).await;
+        until_watched(&self.path()).await;
     }
 
     fn in_ms(ms: i64) -> String {

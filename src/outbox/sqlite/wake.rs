@@ -47,6 +47,8 @@ impl SqliteWakeup {
     /// Begins to be told of writes; without, the questions are more frequent.
     fn watch_files(&mut self) -> Result<(), OutboxError> {
         let database = path(&self.outbox.config.url)?;
+        // The log lies beside the file itself, wherever a symbolic link leads.
+        let database = database.canonicalize().unwrap_or(database);
         if self.watch.is_none() {
             match Watch::new() {
                 Ok(watch) => self.watch = Some(watch),

@@ -1,11 +1,22 @@
 //! Several relays on one file: one works.
 
 use std::fs::File;
+use std::time::Duration;
+
+use outbox_relay::secret::Secret;
+use tempfile::TempDir;
 
 use crate::binary::{Running, finished, relay};
 use crate::harness::{Setup, count, emit, eventually};
 use crate::scripted::ScriptedSink;
-use crate::stores::{Sqlite, Store};
+use crate::stores::{Sqlite, Store, until_watched};
+
+/// The URL of a symbolic link to the store's file.
+fn link_to(store: &Sqlite, folder: &TempDir) -> String {
+    let link = folder.path().join("link.db");
+    std::os::unix::fs::symlink(store.path(), &link).unwrap();
+    format!("sqlite:{}", link.display())
+}
 
 #[tokio::test]
 async fn one_works_and_the_other_stands_by_until_that_one_is_gone() {
@@ -13,9 +24,7 @@ async fn one_works_and_the_other_stands_by_until_that_one_is_gone() {
     let mut connection = store.connect().await;
     // Another name for the file makes it no other file.
     let elsewhere = tempfile::tempdir().unwrap();
-    let link = elsewhere.path().join("link.db");
-    std::os::unix::fs::symlink(store.path(), &link).unwrap();
-    let linked = format!("sqlite:{}", link.display());
+    let linked = link_to(&store, &elsewhere);
 
     let start = |url: &str| Running::start(relay(&["run"], &[("DATABASE_URL", url), ("RELAY_STDOUT", "true")]));
     let first = start(store.url());
@@ -39,6 +48,24 @@ async fn one_works_and_the_other_stands_by_until_that_one_is_gone() {
     let second = second.finish().exited(0);
     assert_eq!(second.stdout.lines().count(), 1, "{}", second.stdout);
     assert!(second.stdout.contains(r#""type":"after""#), "{}", second.stdout);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_symbolic_link_it_is_the_files_own_log_that_is_watched() {
+    let store = Sqlite::new().await;
+    let mut connection = store.connect().await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let sink = ScriptedSink::accepting();
+    let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
+    setup.outbox.url = Secret::inline(link_to(&store, &elsewhere));
+    setup.relay.polling_interval = Duration::from_secs(3600);
+    let running = setup.run();
+    let mut log = store.path().into_os_string();
+    log.push("-wal");
+    until_watched(log.as_ref()).await;
+    emit(&mut connection, "e", "").await;
+    eventually("it is woken", async || sink.accepted().len() == 1).await;
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
