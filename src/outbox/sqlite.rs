@@ -1,10 +1,10 @@
 //! The outbox in one SQLite file, shared with the application that owns it.
 //!
-//! - [`owner`]: of several relays on one file, one works.
-//! - [`lane`]: claim and settle, the hot path.
+//! - `owner`: of several relays on one file, one works.
+//! - [`lane`]: claim and settle, the hot path; `traffic`: staying out of the application's way.
 //! - [`wake`]: sleeping until the application commits.
 //! - [`schema`]: migrations, and whether a file fits.
-//! - [`retention`]: forgetting what is old, a little at a time.
+//! - `retention`: forgetting what is old, a little at a time.
 //!
 //! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection;
 //! the write lock is taken to settle and given back at once, never held while anything is published.
