@@ -61,6 +61,15 @@ impl Owner {
     }
 }
 
+impl Drop for Owner {
+    fn drop(&mut self) {
+        if let State::Owner(file) = self.state.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            // Closing would be enough, but for a program that this process is starting: until it runs, it has the file too.
+            drop(file.unlock());
+        }
+    }
+}
+
 /// The lock file of a database, wherever a symbolic link leads.
 fn open(database: PathBuf) -> Result<File, OutboxError> {
     let opened = database.canonicalize().and_then(|database| {
