@@ -6,6 +6,7 @@
 
 use std::time::{Duration, Instant};
 
+use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 /// An application that has written this recently is writing.
@@ -23,6 +24,10 @@ const LONGEST_REST: Duration = Duration::from_millis(50);
 /// The longest wait for one of the application's transactions to end.
 const LONGEST_WAIT: Duration = Duration::from_millis(5);
 
+/// How often to move the write-ahead log into the database beside an application that writes: often enough that its own
+/// commits need not, which SQLite makes them do after 1,000 pages.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);
+
 /// What is known of other connections' commits; those of the connection that looks do not count.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
@@ -30,6 +35,7 @@ pub(super) struct Traffic {
     last_commit: Option<Instant>,
     /// When the next settle is welcome.
     not_before: Option<Instant>,
+    last_checkpoint: Option<Instant>,
 }
 
 impl Traffic {
@@ -56,6 +62,16 @@ impl Traffic {
         if let Some(at) = self.not_before {
             tokio::time::sleep_until(at.into()).await;
         }
+        if self.last_checkpoint.is_none_or(|at| at.elapsed() >= CHECKPOINT_INTERVAL) {
+            self.wait_for_a_commit(connection).await?;
+            // Waits for nobody and holds up nobody; does nothing where there is no write-ahead log.
+            connection.execute("pragma wal_checkpoint(passive)").await?;
+            self.last_checkpoint = Some(Instant::now());
+        }
+        self.wait_for_a_commit(connection).await
+    }
+
+    async fn wait_for_a_commit(&mut self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         // What was committed before this says nothing about now.
         self.look(connection).await?;
         let begun = Instant::now();
