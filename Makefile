@@ -13,7 +13,7 @@ setup: ## installs what tests and demo need and this machine lacks
 	@tests/setup
 
 test: setup ## every test, against throwaway servers
-	cargo test --locked
+	cargo test --locked --features failpoints
 
 lint: fmt-check clippy doc ## formatting, clippy and documentation, without warnings
 
@@ -21,10 +21,10 @@ fmt-check:
 	cargo fmt --check
 
 clippy:
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features failpoints -- -D warnings
 
 doc:
-	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features failpoints --document-private-items
 
 demo: build ## the main job, shown on a throwaway SQLite file: no server, nothing to install
 	python3 tests/demo.py

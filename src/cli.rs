@@ -69,6 +69,8 @@ enum Command {
 
 /// Parses the arguments, does what they say, and returns the exit code.
 pub fn main() -> ExitCode {
+    #[cfg(feature = "failpoints")]
+    let _armed = crate::failpoint::arm();
     match dispatch(std::env::args_os().collect()) {
         Ok(code) => code,
         Err(error) => {

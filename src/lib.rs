@@ -30,6 +30,7 @@ pub mod breaker;
 pub mod cli;
 pub mod config;
 pub mod event;
+mod failpoint;
 pub mod outbox;
 pub mod relay;
 pub mod retry;

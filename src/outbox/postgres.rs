@@ -19,6 +19,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 
+use crate::failpoint::hit;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
 
@@ -43,6 +44,7 @@ impl PgOutbox {
 
     /// One connection to a database that can be written to.
     async fn connect(&self) -> Result<PgConnection, OutboxError> {
+        hit("connect")?;
         let options = connect_options(&self.config.url, self.config.pooled)?;
         let mut connection = connect(&options).await?;
         let read_only: bool = answered("look whether the database is read-only", STATEMENT_TIMEOUT, async {

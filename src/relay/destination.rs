@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::breaker::{Admission, Breaker, BreakerPolicy};
 use crate::event::{Event, Fault, Outcome, PublishError};
+use crate::failpoint::crash_on;
 use crate::sink::Sink;
 
 pub(super) struct Destination {
@@ -42,6 +43,7 @@ impl Destination {
         if let Admission::No(_) = admission {
             return Answers { outcomes: vec![Outcome::Held; events.len()], duration: Duration::ZERO };
         }
+        crash_on(events);
         let mut outcomes = self.sink.publish(events, begun + timeout).await;
         if outcomes.len() != events.len() {
             // A sink that loses count must not settle anything by accident.

@@ -12,6 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::Tally;
+use crate::failpoint::hit;
 use crate::outbox::{Claimed, Lane as _, Outbox, OutboxError};
 use crate::relay::watch::{Look, Watch};
 use crate::relay::{Backoff, Relay, sleep};
@@ -139,7 +140,9 @@ impl<O: Outbox> Lane<O> {
         let Some(Work { batch, busy }) = self.find().await? else { return Ok(false) };
         let begun = Instant::now();
         let relay = Arc::clone(&self.relay);
+        hit("before_publish")?;
         let deliveries = relay.publish(&batch).await;
+        hit("acked")?;
         let published = begun.elapsed();
         self.lane.settle(&deliveries).await?;
         let mut tally = Tally::default();

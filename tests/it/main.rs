@@ -1,6 +1,9 @@
 //! The integration tests: one binary, so that it links once and its tests share their throwaway servers.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(not(feature = "failpoints"))]
+compile_error!("the tests make the relay fail at chosen places: run `make test`, or pass --features failpoints");
+
 mod bad_input;
 mod binary;
 mod cli;

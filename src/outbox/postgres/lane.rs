@@ -11,6 +11,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
 
 use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::failpoint::hit;
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
 use crate::outbox::records::Records;
@@ -261,8 +262,9 @@ impl PgLane {
                 "someone else deleted rows of event_outbox while they were being published"
             );
         }
+        hit("before_commit").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
         connection.execute("commit").await?;
-        Ok(())
+        hit("committed").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))
     }
 }
 
@@ -270,12 +272,14 @@ impl Lane for PgLane {
     async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
         let mut connection = self.ready().await?;
         let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await?;
+        hit("claimed")?;
         self.connection = Some(connection);
         Ok(claim)
     }
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
         self.unproven = true;
+        hit("before_settle")?;
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
         answered("settle", 2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await?;

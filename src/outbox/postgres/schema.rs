@@ -43,6 +43,7 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
             return Ok(migrated);
         };
         run(&mut connection, sql).await?;
+        crate::failpoint::hit("migrate_step")?;
         run(&mut connection, "commit").await?;
         migrated.applied.push(name);
     }

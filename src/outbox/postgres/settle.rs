@@ -3,6 +3,7 @@
 use sqlx::postgres::PgConnection;
 
 use crate::event::RowKey;
+use crate::failpoint::hit;
 use crate::outbox::postgres::tid;
 use crate::outbox::records::{DeadLetter, Kept, LogEntry, Owed, Records};
 
@@ -36,6 +37,9 @@ impl Settle<'_> {
     /// Writes all of `records`, but commits nothing. Returns how many of their rows were there.
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
         self.dead_letters(&records.dead_letters).await?;
+        if !records.dead_letters.is_empty() {
+            hit("dlq_inserted").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
+        }
         self.history(&records.history).await?;
         self.owed(&records.owed).await?;
         // The first entry of a row is written as the row is deleted, which is nearly all there is.

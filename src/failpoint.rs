@@ -1,0 +1,45 @@
+//! Places at which tests make the relay fail. Without the feature `failpoints` nothing of this is compiled in.
+//!
+//! The variable `FAILPOINTS` says what happens where, in the language of the crate [`fail`]:
+//! `claimed=3%return(abort);acked=1*sleep(200)`. Besides `sleep`, `delay` and `panic` there are `return(abort)`, which ends
+//! the process as a crash does, and `return`, an error.
+
+/// An error that a test asked for.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("failpoint {0}")]
+pub(crate) struct Tripped(&'static str);
+
+/// Arms what `FAILPOINTS` names, for as long as the value lives.
+#[cfg(feature = "failpoints")]
+pub(crate) fn arm() -> fail::FailScenario<'static> {
+    fail::FailScenario::setup()
+}
+
+/// Does what the test asked for at the place `name`, if it did.
+///
+/// # Errors
+/// `return`: the test wants the place to fail.
+pub(crate) fn hit(name: &'static str) -> Result<(), Tripped> {
+    fail::fail_point!(name, |action: Option<String>| match action.as_deref() {
+        Some("abort") => std::process::abort(),
+        _ => Err(Tripped(name)),
+    });
+    let _ = name;
+    Ok(())
+}
+
+impl From<Tripped> for crate::outbox::OutboxError {
+    fn from(tripped: Tripped) -> Self {
+        Self::Query { operation: "pass a failpoint", source: sqlx::Error::Decode(Box::new(tripped)), advice: None }
+    }
+}
+
+/// Ends the process as a crash does, where `crash_on_event=return(<event type>)` names the type of one of `events`.
+pub(crate) fn crash_on(events: &[&crate::event::Event]) {
+    fail::fail_point!("crash_on_event", |named: Option<String>| {
+        if events.iter().any(|event| named.as_ref() == Some(&event.event_type)) {
+            std::process::abort();
+        }
+    });
+    let _ = events;
+}
