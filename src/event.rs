@@ -5,6 +5,7 @@
 mod new_event;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use time::OffsetDateTime;
@@ -170,6 +171,37 @@ pub enum Outcome {
     Failed(PublishError),
     /// Not sent: an earlier event of its key failed, or the call ended before its turn.
     Held,
+}
+
+/// What sets one claim apart from all others, for destinations that can refuse an outdated one.
+#[derive(Debug, Clone)]
+pub struct Term {
+    /// Which outbox: no two that publish to the same place have the same.
+    pub outbox: Arc<str>,
+    /// Read when the claim held its partitions: of two claims of a partition, the later never has the lower one.
+    pub epoch: i64,
+    /// Tells claims of the same epoch apart.
+    pub token: u64,
+}
+
+/// An event that a destination says it was given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Noted {
+    /// The partition in which it was claimed.
+    pub partition: i16,
+    /// Its id in the outbox.
+    pub id: i64,
+    /// Its identity for consumers: after a failover of the database the same `id` may be another event's.
+    pub event_id: Uuid,
+}
+
+/// What a claim learns when it asks about noted events.
+#[derive(Debug)]
+pub struct Renewed {
+    /// The claim's epoch from now on.
+    pub epoch: i64,
+    /// Which of the events still wait: their places in the question.
+    pub pending: Vec<usize>,
 }
 
 /// What follows from an outcome: the record that is settled.

@@ -15,7 +15,7 @@ pub mod sqlite;
 use std::future::Future;
 use std::time::Duration;
 
-use crate::event::{Event, PublishError, Verdict};
+use crate::event::{Event, Noted, PublishError, Renewed, Term, Verdict};
 use crate::secret::Secret;
 pub use error::OutboxError;
 
@@ -80,6 +80,8 @@ pub enum Claim {
         claimed: Vec<Claimed>,
         /// There is more where they came from.
         full: bool,
+        /// What sets this claim apart.
+        term: Term,
     },
     /// There are pending events, and all of them are another lane's or another relay's.
     Busy,
@@ -170,6 +172,18 @@ pub trait Lane: Send {
     /// # Errors
     /// Nothing was claimed.
     fn claim(&mut self, request: ClaimRequest<'_>) -> impl Future<Output = Result<Claim, OutboxError>> + Send;
+
+    /// For a claim whose destination notes that events were given to it by another: an epoch above `floor`, and which of
+    /// `noted` still wait for `destination`. Only who holds the claim gets an answer.
+    ///
+    /// # Errors
+    /// The claim is lost, or may be.
+    fn renew(
+        &mut self,
+        floor: i64,
+        noted: &[Noted],
+        destination: &str,
+    ) -> impl Future<Output = Result<Renewed, OutboxError>> + Send;
 
     /// Records what became of the claimed events, in one transaction, and gives up the claim. `deliveries` are grouped
     /// by event. An event none of whose verdicts changes anything stays as it is; so does one that is not mentioned.

@@ -16,8 +16,9 @@ pub mod template;
 use std::time::Instant;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 
-use crate::event::{Event, Outcome, PublishError};
+use crate::event::{Event, Noted, Outcome, PublishError, Renewed, Term};
 
 /// What a document-shaped destination is given for an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
@@ -28,6 +29,39 @@ pub enum Format {
     CloudEvents,
     /// The payload alone.
     Payload,
+}
+
+/// The claim that a batch belongs to, as a sink needs it that publishes exactly once.
+pub struct Tenure<'a> {
+    /// The destination's name.
+    pub destination: &'a str,
+    /// What sets the claim apart.
+    pub term: &'a Term,
+    /// Who knows whether the claim is still held.
+    pub ledger: &'a dyn Ledger,
+}
+
+/// The outbox, as far as a sink may ask it.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    /// An epoch above `floor`, and which of `noted` still wait for `destination`. `None`: the claim is lost, or may be; nothing more is to be
+    /// published for it.
+    async fn renew(&self, floor: i64, noted: &[Noted], destination: &str) -> Option<Renewed>;
+}
+
+/// The answers of one publish call.
+pub struct Published {
+    /// One for each event, in order.
+    pub outcomes: Vec<Outcome>,
+    /// What to do when all of that is settled; dropped, if it cannot be. Nothing waits for it.
+    pub once_settled: Option<BoxFuture<'static, ()>>,
+}
+
+impl Published {
+    /// Answers with nothing to do afterwards.
+    pub fn of(outcomes: Vec<Outcome>) -> Self {
+        Self { outcomes, once_settled: None }
+    }
 }
 
 /// One configured place to publish to.
@@ -45,6 +79,12 @@ pub trait Sink: Send + Sync {
     /// - No request is begun after `deadline`, none lasts past it; what was not sent by then is [`Outcome::Held`], what was sent
     ///   and not answered is [`Fault::Unknown`](crate::event::Fault::Unknown).
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome>;
+
+    /// As [`publish`](Self::publish), for a sink that can tell whether an earlier claim has published an event already: that
+    /// one is delivered, and not sent again.
+    async fn publish_once(&self, events: &[&Event], _tenure: &Tenure<'_>, deadline: Instant) -> Published {
+        Published::of(self.publish(events, deadline).await)
+    }
 
     /// Tries the destination without publishing; on success says in a few words what is there.
     ///

@@ -26,8 +26,8 @@ pub struct Destination {
 }
 
 enum Kind {
-    Stream { address: RedisAddress, stream: Template, max_length: Option<u64> },
-    PubSub { address: RedisAddress, channel: Template, format: crate::sink::Format },
+    Stream { address: RedisAddress, stream: Template, max_length: Option<u64>, exactly_once: bool },
+    PubSub { address: RedisAddress, channel: Template, format: crate::sink::Format, exactly_once: bool },
     EventBridge(EventBridgeConfig),
     Stdout,
 }
@@ -44,11 +44,13 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
                 address,
                 stream: template("RELAY_REDIS_STREAM", &settings.redis_stream)?,
                 max_length: settings.redis_maxlen,
+                exactly_once: settings.redis_exactly_once,
             },
             RedisMode::Pubsub => Kind::PubSub {
                 address,
                 channel: template("RELAY_REDIS_CHANNEL", &settings.redis_channel)?,
                 format: settings.redis_format,
+                exactly_once: settings.redis_exactly_once,
             },
         };
         destinations.push(Destination { name: "redis".to_owned(), kind });
@@ -97,11 +99,11 @@ impl Destination {
         let source = settings.default_source.clone();
         let timeout = Duration::from_millis(settings.publish_timeout);
         let sink: Arc<dyn Sink> = match self.kind {
-            Kind::Stream { address, stream, max_length } => {
-                Arc::new(RedisStream::new(address, stream, max_length, source, timeout))
+            Kind::Stream { address, stream, max_length, exactly_once } => {
+                Arc::new(RedisStream::new(address, stream, max_length, source, timeout, exactly_once))
             }
-            Kind::PubSub { address, channel, format } => {
-                Arc::new(RedisPubSub::new(address, channel, format, source, timeout))
+            Kind::PubSub { address, channel, format, exactly_once } => {
+                Arc::new(RedisPubSub::new(address, channel, format, source, timeout, exactly_once))
             }
             Kind::EventBridge(config) => Arc::new(EventBridge::new(config).await),
             Kind::Stdout => Arc::new(StdoutSink::new(source)),
@@ -126,11 +128,13 @@ fn kind(settings: &Settings, name: &str, spec: &DestinationSpec) -> Result<Kind,
             address: named_address(name, s)?,
             stream: template(&field("stream"), s.stream.as_ref().unwrap_or(&settings.redis_stream))?,
             max_length: s.maxlen.or(settings.redis_maxlen),
+            exactly_once: s.exactly_once.unwrap_or(settings.redis_exactly_once),
         },
         DestinationSpec::RedisPubsub(s) => Kind::PubSub {
             address: named_address(name, s)?,
             channel: template(&field("channel"), s.channel.as_ref().unwrap_or(&settings.redis_channel))?,
             format: s.format.unwrap_or(settings.redis_format),
+            exactly_once: s.exactly_once.unwrap_or(settings.redis_exactly_once),
         },
         DestinationSpec::Eventbridge(s) => Kind::EventBridge(EventBridgeConfig {
             bus: s.bus.clone(),

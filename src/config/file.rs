@@ -53,6 +53,8 @@ pub struct RedisSpec {
     pub stream: Option<String>,
     /// Streams only.
     pub maxlen: Option<u64>,
+    /// As `RELAY_REDIS_EXACTLY_ONCE`.
+    pub exactly_once: Option<bool>,
     /// Pub/Sub only.
     pub channel: Option<String>,
     /// Pub/Sub only.

@@ -195,6 +195,16 @@ pub struct Settings {
     #[arg(long, env = "RELAY_REDIS_MAXLEN", value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..),
           help_heading = "Destination redis")]
     pub redis_maxlen: Option<u64>,
+    /// Whether notes beside each stream keep what a crash or a lost answer makes the relay publish again from arriving again.
+    #[arg(
+        long,
+        env = "RELAY_REDIS_EXACTLY_ONCE",
+        value_name = "BOOL",
+        default_value = "true",
+        action = ArgAction::Set,
+        help_heading = "Destination redis"
+    )]
+    pub redis_exactly_once: bool,
     /// Channel, with {event_type}, {aggregate_type} and {source} filled in.
     #[arg(
         long,

@@ -14,6 +14,7 @@ pub mod wake;
 
 use std::future::Future;
 use std::str::FromStr;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
@@ -34,12 +35,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct PgOutbox {
     config: OutboxConfig,
+    id: Arc<OnceLock<Arc<str>>>,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config }
+        Self { config, id: Arc::default() }
     }
 
     /// One connection to a database that can be written to.
@@ -55,6 +57,15 @@ impl PgOutbox {
         })
         .await?;
         if read_only { Err(schema::read_only()) } else { Ok(connection) }
+    }
+
+    /// What tells this outbox from others; asked for once.
+    async fn id(&self, connection: &mut PgConnection) -> Result<Arc<str>, sqlx::Error> {
+        if let Some(id) = self.id.get() {
+            return Ok(Arc::clone(id));
+        }
+        let id: String = sqlx::query_scalar("select relay_outbox_id()").persistent(false).fetch_one(connection).await?;
+        Ok(Arc::clone(self.id.get_or_init(|| id.into())))
     }
 
     async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {

@@ -3,10 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
+
 use crate::breaker::{Admission, Breaker, BreakerPolicy};
-use crate::event::{Event, Fault, Outcome, PublishError};
+use crate::event::{Event, Fault, Outcome, PublishError, Term};
 use crate::failpoint::crash_on;
-use crate::sink::Sink;
+use crate::sink::{Ledger, Published, Sink, Tenure};
 
 pub(super) struct Destination {
     pub(super) name: String,
@@ -19,6 +21,15 @@ pub(super) struct Answers {
     /// One per event, in order.
     pub(super) outcomes: Vec<Outcome>,
     pub(super) duration: Duration,
+    /// See [`Published::once_settled`].
+    pub(super) once_settled: Option<BoxFuture<'static, ()>>,
+}
+
+impl Answers {
+    /// Of a call that was not made.
+    pub(super) fn held(count: usize) -> Self {
+        Self { outcomes: vec![Outcome::Held; count], duration: Duration::ZERO, once_settled: None }
+    }
 }
 
 impl Destination {
@@ -37,22 +48,30 @@ impl Destination {
     }
 
     /// Publishes `events` and tells the breaker. While it is paused, all of them are held.
-    pub(super) async fn publish(&self, events: &[&Event], timeout: Duration) -> Answers {
+    pub(super) async fn publish(
+        &self,
+        events: &[&Event],
+        term: &Term,
+        ledger: &dyn Ledger,
+        timeout: Duration,
+    ) -> Answers {
         let begun = Instant::now();
         let admission = self.breaker().admit(begun);
         if let Admission::No(_) = admission {
-            return Answers { outcomes: vec![Outcome::Held; events.len()], duration: Duration::ZERO };
+            return Answers::held(events.len());
         }
         crash_on(events);
-        let mut outcomes = self.sink.publish(events, begun + timeout).await;
+        let tenure = Tenure { destination: &self.name, term, ledger };
+        let Published { mut outcomes, mut once_settled } =
+            self.sink.publish_once(events, &tenure, begun + timeout).await;
         if outcomes.len() != events.len() {
             // A sink that loses count must not settle anything by accident.
             let message = format!("the sink gave {} answers for {} events", outcomes.len(), events.len());
             let error = PublishError::new(Fault::Unknown, "answers_do_not_match", message);
-            outcomes = vec![Outcome::Failed(error); events.len()];
+            (outcomes, once_settled) = (vec![Outcome::Failed(error); events.len()], None);
         }
         self.judge_health(&outcomes);
-        Answers { outcomes, duration: begun.elapsed() }
+        Answers { outcomes, duration: begun.elapsed(), once_settled }
     }
 
     fn judge_health(&self, outcomes: &[Outcome]) {

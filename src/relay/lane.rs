@@ -6,16 +6,24 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::event::Tally;
+use crate::event::{Noted, Renewed, Tally, Term};
 use crate::failpoint::hit;
-use crate::outbox::{Claimed, Lane as _, Outbox, OutboxError};
+use crate::outbox::{self, Claimed, Lane as _, Outbox, OutboxError};
 use crate::relay::watch::{Look, Watch};
 use crate::relay::{Backoff, Relay, sleep};
+use crate::sink::Ledger;
+
+/// How long a lane that ends waits for destinations to have heard of its last settle.
+const TELLING_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// When a relay's lanes are done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +99,7 @@ impl<W> Drop for Busy<W> {
 /// A claimed batch on its way to being settled.
 pub(super) struct Work<W> {
     pub(super) batch: Vec<Claimed>,
+    pub(super) term: Term,
     pub(super) busy: Busy<W>,
 }
 
@@ -102,16 +111,55 @@ pub(super) struct Lane<O: Outbox> {
     pub(super) stop: CancellationToken,
     /// The last batch was full: there is more.
     pub(super) eager: bool,
+    /// What destinations are being told of what is settled; nothing waits for it but the lane's end.
+    telling: JoinSet<()>,
+}
+
+/// The store, as far as sinks may ask it while they publish.
+struct ClaimLedger<'a, L> {
+    lane: AsyncMutex<&'a mut L>,
+}
+
+#[async_trait]
+impl<L: outbox::Lane> Ledger for ClaimLedger<'_, L> {
+    async fn renew(&self, floor: i64, noted: &[Noted], destination: &str) -> Option<Renewed> {
+        match self.lane.lock().await.renew(floor, noted, destination).await {
+            Ok(renewed) => {
+                tracing::debug!(
+                    destination,
+                    noted = noted.len(),
+                    pending = renewed.pending.len(),
+                    "found what another claim has published"
+                );
+                Some(renewed)
+            }
+            Err(error) => {
+                tracing::warn!(
+                    destination,
+                    error = error.explain(),
+                    "the claim was lost; its events are not published"
+                );
+                None
+            }
+        }
+    }
 }
 
 impl<O: Outbox> Lane<O> {
     pub(super) fn new(relay: Arc<Relay<O>>, shared: Arc<Shared<O::Wakeup>>, stop: CancellationToken) -> Self {
         let lane = relay.outbox.lane();
-        Self { relay, shared, lane, stop, eager: false }
+        Self { relay, shared, lane, stop, eager: false, telling: JoinSet::new() }
     }
 
     /// Works until the end. In a drain, trouble with the store ends it; otherwise it is waited out.
     pub(super) async fn run(mut self) -> Result<(), OutboxError> {
+        let ended = self.work().await;
+        // A destination that does not answer now costs the next claim a question, and is not waited for.
+        drop(tokio::time::timeout(TELLING_TIMEOUT, self.telling.join_all()).await);
+        ended
+    }
+
+    async fn work(&mut self) -> Result<(), OutboxError> {
         let mut backoff = Backoff::default();
         loop {
             match self.pass().await {
@@ -137,14 +185,17 @@ impl<O: Outbox> Lane<O> {
 
     /// Claim, publish, settle. Returns false at the end.
     async fn pass(&mut self) -> Result<bool, OutboxError> {
-        let Some(Work { batch, busy }) = self.find().await? else { return Ok(false) };
+        let Some(Work { batch, term, busy }) = self.find().await? else { return Ok(false) };
         let begun = Instant::now();
         let relay = Arc::clone(&self.relay);
         hit("before_publish")?;
-        let deliveries = relay.publish(&batch).await;
+        let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane) };
+        let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger).await;
+        drop(ledger);
         hit("acked")?;
         let published = begun.elapsed();
         self.lane.settle(&deliveries).await?;
+        self.tell(once_settled);
         let mut tally = Tally::default();
         deliveries.iter().for_each(|delivery| tally.count(&delivery.verdict));
         tracing::debug!(
@@ -163,6 +214,16 @@ impl<O: Outbox> Lane<O> {
         self.shared.record(tally, false);
         drop(busy);
         Ok(true)
+    }
+
+    /// Begins to tell destinations that their events are settled, ahead of whatever the next claim sends there.
+    fn tell(&mut self, once_settled: Vec<BoxFuture<'static, ()>>) {
+        while self.telling.try_join_next().is_some() {}
+        for mut telling in once_settled {
+            if (&mut telling).now_or_never().is_none() {
+                self.telling.spawn(telling);
+            }
+        }
     }
 
     /// The next batch; `None` at the end.

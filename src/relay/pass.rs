@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, join_all};
 
-use crate::event::{Event, Fault, Key, PublishError, Verdict};
+use crate::event::{Event, Fault, Key, PublishError, Term, Verdict};
 use crate::outbox::{Claimed, Delivery, Outbox};
 use crate::relay::Relay;
 use crate::relay::destination::Answers;
 use crate::route::{Destinations, Unrouted};
+use crate::sink::Ledger;
 
 /// A batch split by destination.
 struct Plan<'a> {
@@ -20,23 +21,29 @@ struct Plan<'a> {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Publishes a batch and returns what became of it, grouped by event.
-    pub(super) async fn publish<'a>(&'a self, batch: &'a [Claimed]) -> Vec<Delivery<'a>> {
+    /// Publishes a batch. Returns what became of it, grouped by event, and what to do when that is settled.
+    pub(super) async fn publish<'a>(
+        &'a self,
+        batch: &'a [Claimed],
+        term: &Term,
+        ledger: &dyn Ledger,
+    ) -> (Vec<Delivery<'a>>, Vec<BoxFuture<'static, ()>>) {
         let plan = self.plan(batch);
         let answers = join_all(self.destinations.iter().zip(&plan.publish).map(async |(destination, indexes)| {
             if indexes.is_empty() {
-                return Answers { outcomes: Vec::new(), duration: Duration::ZERO };
+                return Answers::held(0);
             }
             let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
-            destination.publish(&events, self.config.publish_timeout).await
+            destination.publish(&events, term, ledger, self.config.publish_timeout).await
         }))
         .await;
-        let mut deliveries = plan.decided;
-        for ((destination, indexes), answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
+        let (mut deliveries, mut once_settled) = (plan.decided, Vec::new());
+        for ((destination, indexes), mut answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
+            once_settled.extend(answers.once_settled.take());
             self.judge(batch, &destination.name, indexes, answers, &mut deliveries);
         }
         deliveries.sort_by_key(|(index, _)| *index);
-        deliveries.into_iter().map(|(_, delivery)| delivery).collect()
+        (deliveries.into_iter().map(|(_, delivery)| delivery).collect(), once_settled)
     }
 
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {

@@ -109,9 +109,9 @@ impl<O: Outbox> Lane<O> {
         relay.ready();
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
-            Claim::Batch { claimed: batch, .. } => {
+            Claim::Batch { claimed: batch, term, .. } => {
                 busy.claimed = true;
-                Look::Found(Work { batch, busy })
+                Look::Found(Work { batch, term, busy })
             }
             Claim::Busy => Look::Busy,
             Claim::Empty => Look::Empty,

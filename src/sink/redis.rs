@@ -1,14 +1,17 @@
 //! What both Redis sinks share: a connection that comes back by itself, and publishing in chunks.
 //!
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
+//! - `once`: what keeps an event that is published again from arriving twice.
 //! - `fault`: whose fault an error is.
 
 mod fault;
+mod once;
 mod script;
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, join_all};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Cmd, IntoConnectionInfo, Value};
 use tokio::sync::Mutex;
@@ -16,7 +19,9 @@ use tokio::sync::Mutex;
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::secret::Secret;
 use crate::sink::rounds::{Limits, Rounds};
+use crate::sink::{Published, Tenure};
 use fault::{call_error, connect_error, server_error, wants_new_connection};
+use once::{ChunkStates, Dirty, Once};
 pub(super) use script::{Command, Commands};
 use script::{SCRIPT, eval};
 
@@ -123,18 +128,25 @@ impl Redis {
         }
     }
 
-    /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish).
-    pub(super) async fn publish(&self, events: &[&Event], deadline: Instant, commands: &dyn Commands) -> Vec<Outcome> {
+    /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish), and with a `tenure` of
+    /// [`Sink::publish_once`](crate::sink::Sink::publish_once).
+    pub(super) async fn publish(
+        &self,
+        events: &[&Event],
+        tenure: Option<&Tenure<'_>>,
+        deadline: Instant,
+        commands: &dyn Commands,
+    ) -> Published {
         let mut rounds = Rounds::new(events);
         if Instant::now() >= deadline {
-            return rounds.into_outcomes();
+            return Published::of(rounds.into_outcomes());
         }
         // Also the wait for a lane that is just connecting.
         let connected = tokio::time::timeout_at(deadline.into(), self.connection()).await;
         let in_time = |_| Err(PublishError::new(Fault::Destination, "connect", "no connection to Redis in time"));
         let (number, connection) = match connected.unwrap_or_else(in_time) {
             Ok(connected) => connected,
-            Err(error) => return vec![Outcome::Failed(error); events.len()],
+            Err(error) => return Published::of(vec![Outcome::Failed(error); events.len()]),
         };
         // As if it were oversize, an event that is not to be sent rides alone: its turn comes when the earlier events of
         // its key have their answers.
@@ -142,21 +154,47 @@ impl Redis {
             Some(_) => LIMITS.request_bytes + 1,
             None => events[index].payload.len() + 512,
         };
+        let mut once = tenure.map(Once::new);
         let mut lost = false;
         while Instant::now() < deadline {
             let chunks = rounds.next(LIMITS, size);
             if chunks.is_empty() {
                 break;
             }
-            let replies = join_all(chunks.iter().map(async |chunk| match refusal(events[chunk[0]]) {
-                Some(error) => Err(error),
-                None => run(connection.clone(), eval(events, chunk, commands), chunk.len(), deadline).await,
-            }))
-            .await;
-            for (chunk, reply) in chunks.iter().zip(replies) {
-                let outcomes = match reply {
-                    Ok(replies) => replies.into_iter().map(|reply| outcome(reply, commands.one_key())).collect(),
-                    Err(error) => vec![Outcome::Failed(error); chunk.len()],
+            let states: Vec<ChunkStates> = match &mut once {
+                Some(once) => chunks.iter().map(|chunk| once.chunk(events, chunk, commands)).collect(),
+                None => chunks.iter().map(|_| ChunkStates::default()).collect(),
+            };
+            let answers =
+                join_all(chunks.iter().zip(&states).map(async |(chunk, states)| match refusal(events[chunk[0]]) {
+                    Some(error) => Err(error),
+                    None => {
+                        let call = eval(events, chunk, commands, once.as_ref(), states);
+                        run(connection.clone(), call, states, chunk.len(), deadline).await
+                    }
+                }))
+                .await;
+            let mut dirty: HashMap<String, Dirty> = HashMap::new();
+            for ((chunk, states), answer) in chunks.iter().zip(&states).zip(answers) {
+                let outcomes = match answer {
+                    Ok(Answer::Replies(replies)) => {
+                        if let Some(once) = &mut once {
+                            once.added(states);
+                        }
+                        replies.into_iter().map(|reply| outcome(reply, commands.one_key())).collect()
+                    }
+                    Ok(Answer::Dirty(found)) => {
+                        dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
+                        continue;
+                    }
+                    Err(error) => {
+                        if error.fault == Fault::Unknown
+                            && let Some(once) = &mut once
+                        {
+                            once.lost(states);
+                        }
+                        vec![Outcome::Failed(error); chunk.len()]
+                    }
                 };
                 for (&index, outcome) in chunk.iter().zip(outcomes) {
                     if let Outcome::Failed(error) = &outcome
@@ -168,12 +206,78 @@ impl Redis {
                     rounds.answer(index, outcome);
                 }
             }
+            if let Some(once) = &mut once
+                && !dirty.is_empty()
+                && !rounds.has_ended()
+            {
+                match take_over(&connection, once, dirty, events, commands, deadline).await {
+                    Ok(delivered) => {
+                        delivered.into_iter().for_each(|(index, outcome)| rounds.answer(index, outcome));
+                    }
+                    Err(error) => {
+                        rounds.end();
+                        lost |= error.is_some_and(|error| wants_new_connection(&error));
+                    }
+                }
+            }
         }
         if lost {
             self.give_up(number).await;
         }
-        rounds.into_outcomes()
+        let outcomes = rounds.into_outcomes();
+        let once_settled = once.and_then(|once| forget(connection, &once, events, &outcomes, self.timeout));
+        Published { outcomes, once_settled }
     }
+}
+
+/// Takes over the states that other claims have left behind. Returns the events among `events` that are delivered already.
+///
+/// # Errors
+/// Redis did not do it; `None`: the claim is lost.
+async fn take_over(
+    connection: &MultiplexedConnection,
+    once: &mut Once<'_>,
+    dirty: HashMap<String, Dirty>,
+    events: &[&Event],
+    commands: &dyn Commands,
+    deadline: Instant,
+) -> Result<Vec<(usize, Outcome)>, Option<PublishError>> {
+    let calls = once.look_into(dirty.into_values().collect()).await.ok_or(None)?;
+    let mut delivered = Vec::new();
+    for (key, call) in calls {
+        match send(connection.clone(), &call, deadline).await.map_err(Some)? {
+            Value::Int(1) => delivered.extend(once.begun(&key, events, commands)),
+            // It has changed since: its chunks are refused once more, and looked into anew.
+            Value::Int(0) => {}
+            _ => return Err(Some(unexpected_reply())),
+        }
+    }
+    Ok(delivered)
+}
+
+/// What empties the lists of states, to be done when `outcomes` are settled.
+fn forget(
+    mut connection: MultiplexedConnection,
+    once: &Once<'_>,
+    events: &[&Event],
+    outcomes: &[Outcome],
+    timeout: Duration,
+) -> Option<BoxFuture<'static, ()>> {
+    let delivered = events.iter().zip(outcomes).filter(|(_, outcome)| matches!(outcome, Outcome::Delivered { .. }));
+    let marks = once.marks(&delivered.map(|(event, _)| (event.row.id, event.event_id)).collect(), false);
+    if marks.is_empty() {
+        return None;
+    }
+    let mut pipeline = redis::Pipeline::with_capacity(marks.len());
+    marks.into_iter().for_each(|mark| {
+        pipeline.add_command(mark);
+    });
+    Some(Box::pin(async move {
+        let answer = tokio::time::timeout(timeout, pipeline.exec_async(&mut connection)).await;
+        if let Ok(Err(error)) = answer {
+            tracing::debug!(%error, "Redis was not told of a settle; the next claim finds out by itself");
+        }
+    }))
 }
 
 /// Why an event cannot be sent at all.
@@ -185,27 +289,33 @@ fn refusal(event: &Event) -> Option<PublishError> {
     })
 }
 
-/// Runs one chunk and returns its events' replies.
+/// What the script answered.
+enum Answer {
+    /// One for each event.
+    Replies(Vec<Vec<u8>>),
+    /// Nothing was done: these states are to be looked into first.
+    Dirty(Vec<Dirty>),
+}
+
+/// Runs one chunk.
 async fn run(
     mut connection: MultiplexedConnection,
     command: Cmd,
+    states: &ChunkStates,
     event_count: usize,
     deadline: Instant,
-) -> Result<Vec<Vec<u8>>, PublishError> {
-    let answer = async {
-        match connection.send_packed_command(&command).await.and_then(Value::extract_error) {
-            // The server forgot its scripts and ran nothing.
-            Err(error) if error.code() == Some("NOSCRIPT") => {
-                SCRIPT.prepare_invoke().load_async(&mut connection).await?;
-                connection.send_packed_command(&command).await.and_then(Value::extract_error)
-            }
-            answer => answer,
+) -> Result<Answer, PublishError> {
+    let value = match send(connection.clone(), &command, deadline).await {
+        // The server forgot its scripts and ran nothing.
+        Err(error) if error.code == "NOSCRIPT" => {
+            SCRIPT.prepare_invoke().load_async(&mut connection).await.map_err(call_error)?;
+            send(connection, &command, deadline).await?
         }
+        answer => answer?,
     };
-    let value = match tokio::time::timeout_at(deadline.into(), answer).await {
-        Ok(answer) => answer.map_err(call_error)?,
-        Err(_) => return Err(PublishError::new(Fault::Unknown, "timeout", "no answer from Redis in time")),
-    };
+    if let Some(dirty) = once::dirty(&value, &states.keys) {
+        return Ok(Answer::Dirty(dirty));
+    }
     match value {
         Value::Array(replies) if replies.len() == event_count => replies
             .into_iter()
@@ -213,8 +323,17 @@ async fn run(
                 Value::BulkString(reply) => Ok(reply),
                 _ => Err(unexpected_reply()),
             })
-            .collect(),
+            .collect::<Result<_, _>>()
+            .map(Answer::Replies),
         _ => Err(unexpected_reply()),
+    }
+}
+
+/// One call and its answer.
+async fn send(mut connection: MultiplexedConnection, command: &Cmd, deadline: Instant) -> Result<Value, PublishError> {
+    match tokio::time::timeout_at(deadline.into(), connection.send_packed_command(command)).await {
+        Ok(answer) => answer.and_then(Value::extract_error).map_err(call_error),
+        Err(_) => Err(PublishError::new(Fault::Unknown, "timeout", "no answer from Redis in time")),
     }
 }
 
@@ -241,7 +360,7 @@ impl Redis {
     pub(super) async fn check(&self) -> Result<String, PublishError> {
         let (number, mut connection) = self.connection().await?;
         let mut probe = redis::cmd("EVALSHA");
-        probe.arg(SCRIPT.get_hash()).arg(0).arg(0);
+        probe.arg(SCRIPT.get_hash()).arg(0).arg(0).arg(0).arg(0).arg(0); // no key, no claim, no state, no shape
         let answer = connection.send_packed_command(&probe).await.and_then(Value::extract_error);
         if let Err(error) = answer {
             self.give_up(number).await;

@@ -8,12 +8,13 @@ use async_trait::async_trait;
 use crate::event::{Event, Outcome, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
-use crate::sink::{Format, Sink, cloudevent};
+use crate::sink::{Format, Published, Sink, Tenure, cloudevent};
 
 /// See the module.
 pub struct RedisPubSub {
     redis: Redis,
     messages: Messages,
+    exactly_once: bool,
 }
 
 struct Messages {
@@ -24,9 +25,16 @@ struct Messages {
 
 impl RedisPubSub {
     /// A sink for the channels that `channel` names. `source` stands in for an event's empty source. `timeout` bounds the
-    /// wait for one answer.
-    pub fn new(address: RedisAddress, channel: Template, format: Format, source: String, timeout: Duration) -> Self {
-        Self { redis: Redis::new(address, timeout), messages: Messages { channel, format, source } }
+    /// wait for one answer. With `exactly_once` notes in Redis keep an event from being published again.
+    pub fn new(
+        address: RedisAddress,
+        channel: Template,
+        format: Format,
+        source: String,
+        timeout: Duration,
+        exactly_once: bool,
+    ) -> Self {
+        Self { redis: Redis::new(address, timeout), messages: Messages { channel, format, source }, exactly_once }
     }
 }
 
@@ -38,6 +46,7 @@ impl Commands for Messages {
             Format::CloudEvents => command.value(cloudevent::json(event, &self.source)),
             Format::Payload => command.value(&event.payload),
         }
+        command.identity(event);
     }
 
     fn key<'a>(&'a self, _: &'a Event) -> Option<Cow<'a, str>> {
@@ -52,14 +61,11 @@ impl Commands for Messages {
 #[async_trait]
 impl Sink for RedisPubSub {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        // The number of receivers is no identity of the message.
-        let mut outcomes = self.redis.publish(events, deadline, &self.messages).await;
-        for outcome in &mut outcomes {
-            if let Outcome::Delivered { message_id } = outcome {
-                *message_id = None;
-            }
-        }
-        outcomes
+        without_ids(self.redis.publish(events, None, deadline, &self.messages).await).outcomes
+    }
+
+    async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
+        without_ids(self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.messages).await)
     }
 
     async fn check(&self) -> Result<String, PublishError> {
@@ -69,4 +75,14 @@ impl Sink for RedisPubSub {
             None => format!("{server}, channels by template"),
         })
     }
+}
+
+/// The number of receivers is no identity of the message.
+fn without_ids(mut published: Published) -> Published {
+    for outcome in &mut published.outcomes {
+        if let Outcome::Delivered { message_id } = outcome {
+            *message_id = None;
+        }
+    }
+    published
 }

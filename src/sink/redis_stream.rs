@@ -8,12 +8,13 @@ use async_trait::async_trait;
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
-use crate::sink::{Sink, cloudevent};
+use crate::sink::{Published, Sink, Tenure, cloudevent};
 
 /// See the module.
 pub struct RedisStream {
     redis: Redis,
     entries: Entries,
+    exactly_once: bool,
 }
 
 struct Entries {
@@ -25,15 +26,17 @@ struct Entries {
 
 impl RedisStream {
     /// A sink for the streams that `stream` names. `max_length` trims each of them, approximately, to its newest entries,
-    /// read or not. `source` stands in for an event's empty source. `timeout` bounds the wait for one answer.
+    /// read or not. `source` stands in for an event's empty source. `timeout` bounds the wait for one answer. With
+    /// `exactly_once` notes beside each stream keep an event that is published again from being added again.
     pub fn new(
         address: RedisAddress,
         stream: Template,
         max_length: Option<u64>,
         source: String,
         timeout: Duration,
+        exactly_once: bool,
     ) -> Self {
-        Self { redis: Redis::new(address, timeout), entries: Entries { stream, max_length, source } }
+        Self { redis: Redis::new(address, timeout), entries: Entries { stream, max_length, source }, exactly_once }
     }
 }
 
@@ -63,6 +66,11 @@ impl Commands for Entries {
                 _ => {
                     command.word(name);
                     command.value(value);
+                    match name {
+                        "id" => command.was_id(),
+                        "sequence" => command.was_sequence(),
+                        _ => {}
+                    }
                 }
             }
         });
@@ -82,7 +90,11 @@ impl Commands for Entries {
 #[async_trait]
 impl Sink for RedisStream {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        self.redis.publish(events, deadline, &self.entries).await
+        self.redis.publish(events, None, deadline, &self.entries).await.outcomes
+    }
+
+    async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
+        self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.entries).await
     }
 
     async fn check(&self) -> Result<String, PublishError> {

@@ -91,6 +91,11 @@ impl<'a> Rounds<'a> {
         self.ended = true;
     }
 
+    /// Whether nothing more is to be sent.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Every event's outcome; what was never answered is [`Outcome::Held`].
     pub fn into_outcomes(self) -> Vec<Outcome> {
         self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Outcome::Held)).collect()

@@ -12,6 +12,7 @@ mod crash;
 mod endurance;
 mod engine;
 mod eventbridge;
+mod exactly_once;
 mod harness;
 mod moto;
 mod pubsub;

@@ -15,7 +15,7 @@ use crate::support::{assert_all_delivered, error, event, keyed, publish, unique}
 
 fn sink(url: &str, channel: &str, format: Format) -> RedisPubSub {
     let address = RedisAddress::Url(Secret::inline(url));
-    RedisPubSub::new(address, channel.parse().unwrap(), format, "outbox".into(), Duration::from_secs(30))
+    RedisPubSub::new(address, channel.parse().unwrap(), format, "outbox".into(), Duration::from_secs(30), true)
 }
 
 #[tokio::test]

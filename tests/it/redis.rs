@@ -23,7 +23,7 @@ fn sink(url: &str, stream: &str) -> RedisStream {
 }
 
 fn at(address: RedisAddress, stream: &str) -> RedisStream {
-    RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), TIMEOUT)
+    RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), TIMEOUT, true)
 }
 
 /// `redis://` with a user and a password.
@@ -110,7 +110,7 @@ async fn a_stream_is_named_by_the_event() {
 async fn a_stream_is_trimmed_about_to_its_maximum_length() {
     let (stream, mut client) = (unique("trimmed"), RedisClient::connect(redis()));
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let sink = RedisStream::new(address, stream.parse().unwrap(), Some(200), "outbox".into(), TIMEOUT);
+    let sink = RedisStream::new(address, stream.parse().unwrap(), Some(200), "outbox".into(), TIMEOUT, true);
     assert_all_delivered(&publish(&sink, &(1..=1000).map(event).collect::<Vec<_>>()).await);
     let left = client.sequences(&stream);
     // Redis drops whole nodes, of 100 entries by default.

@@ -87,7 +87,8 @@ async fn a_certificate_of_an_unknown_authority_is_the_destinations_fault_and_say
     rustls::crypto::ring::default_provider().install_default().ok(); // another test may have been first
     let redis = TlsRedis::start();
     let address = RedisAddress::Url(Secret::inline(redis.url()));
-    let sink = RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30));
+    let sink =
+        RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
     let outcomes = publish(&sink, &[event(1), event(2)]).await;
     assert_all_failed(&outcomes, Fault::Destination, "connect");
     assert!(error(&outcomes[0]).message.contains("UnknownIssuer"), "{}", error(&outcomes[0]));
@@ -99,6 +100,7 @@ async fn a_server_without_tls_is_the_destinations_fault() {
     rustls::crypto::ring::default_provider().install_default().ok();
     let url = crate::servers::redis().url().replace("redis:", "rediss:");
     let address = RedisAddress::Url(Secret::inline(url));
-    let sink = RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30));
+    let sink =
+        RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
     assert_all_failed(&publish(&sink, &[event(1)]).await, Fault::Destination, "connect");
 }

@@ -45,7 +45,7 @@ impl Gate {
         self.open.add_permits(calls);
     }
 
-    async fn pass(&self) {
+    pub(crate) async fn pass(&self) {
         self.entered.add_permits(1);
         self.open.acquire().await.unwrap().forget();
     }

@@ -110,7 +110,8 @@ async fn every_webhook_reaches_redis_and_eventbridge_whole_and_in_order() {
 
     let stream = unique("webhooks");
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let to_redis = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30));
+    let to_redis =
+        RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
     let bus = MotoBus::with_4_queues(moto(), &stream);
     // The same sink once more, to an EventBridge that keeps the bytes it was sent.
     let stub = EventBridgeStub::start().await;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
 
-use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::event::{Event, Fault, Noted, PublishError, Renewed, RowKey, Term};
 use crate::failpoint::hit;
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
@@ -77,7 +77,8 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                order by w.id
                limit 1
            ) head
-       ) end
+       ) end,
+       (select last_value from event_outbox_epoch)
 from unnest($1::int[]) t(partition)
 cross join lateral (
     select s.*, sum(s.size) over (order by s.id, s.destination rows unbounded preceding) - s.size as bytes_before
@@ -93,6 +94,19 @@ cross join (select exists (
     select from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
 ) as any) waiting
 where o.bytes_before < $3";
+
+/// `$1` a floor for the epoch; `$2` partitions, `$3` ids, `$4` event ids; `$5` destination. A row may have been scheduled,
+/// and so moved, since it was noted.
+const RENEW: &str = "
+select relay_epoch_above($1), array(
+    select n.place::int
+    from unnest($2::smallint[], $3::bigint[], $4::uuid[]) with ordinality as n(partition, id, event_id, place)
+    where exists (
+        select from event_outbox o
+        where o.partition in (n.partition, n.partition + 640::smallint) and o.id = n.id and o.event_id = n.event_id
+          and o.destination in ('', $5)
+    )
+)";
 
 /// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
 /// such a row either waiting, and its key behind it, or pending, and in its place.
@@ -247,7 +261,9 @@ impl PgLane {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
         }
-        Ok(Claim::Batch { claimed, full })
+        let term =
+            Term { outbox: self.outbox.id(connection).await?, epoch: rows[0].try_get(19)?, token: fastrand::u64(..) };
+        Ok(Claim::Batch { claimed, full, term })
     }
 
     async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
@@ -275,6 +291,27 @@ impl Lane for PgLane {
         hit("claimed")?;
         self.connection = Some(connection);
         Ok(claim)
+    }
+
+    async fn renew(&mut self, floor: i64, noted: &[Noted], destination: &str) -> Result<Renewed, OutboxError> {
+        let lost = || query_failed("renew the claim", sqlx::Error::WorkerCrashed);
+        // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
+        let mut connection = self.connection.take().ok_or_else(lost)?;
+        let (epoch, places): (i64, Vec<i32>) = answered("renew the claim", STATEMENT_TIMEOUT, async {
+            sqlx::query_as(RENEW)
+                .persistent(!self.outbox.config.pooled)
+                .bind(floor)
+                .bind(noted.iter().map(|noted| noted.partition).collect::<Vec<_>>())
+                .bind(noted.iter().map(|noted| noted.id).collect::<Vec<_>>())
+                .bind(noted.iter().map(|noted| noted.event_id).collect::<Vec<_>>())
+                .bind(destination)
+                .fetch_one(&mut connection)
+                .await
+        })
+        .await?;
+        self.connection = Some(connection);
+        let pending = places.into_iter().filter_map(|place| usize::try_from(place - 1).ok()).collect();
+        Ok(Renewed { epoch, pending })
     }
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {

@@ -11,13 +11,14 @@ use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 6] = [
+const MIGRATIONS: [(&str, &str); 7] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
     ("0004_event_history", include_str!("../../../migrations/postgres/0004_event_history.sql")),
     ("0005_wake_up", include_str!("../../../migrations/postgres/0005_wake_up.sql")),
     ("0006_operator_views", include_str!("../../../migrations/postgres/0006_operator_views.sql")),
+    ("0007_claim_epoch", include_str!("../../../migrations/postgres/0007_claim_epoch.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -101,7 +102,7 @@ async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxErr
 }
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 7] = [
+const PRIVILEGES: [(&str, &str); 10] = [
     (
         "select, insert, update and delete on event_outbox",
         "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
@@ -111,6 +112,12 @@ const PRIVILEGES: [(&str, &str); 7] = [
     ("insert on event_history", "has_table_privilege('event_history', 'insert')"),
     ("execute on relay_add_days", "has_function_privilege('relay_add_days(text, integer)', 'execute')"),
     ("execute on relay_drop_days", "has_function_privilege('relay_drop_days(text, interval)', 'execute')"),
+    (
+        "select and update on event_outbox_epoch",
+        "has_sequence_privilege('event_outbox_epoch', 'select') and has_sequence_privilege('event_outbox_epoch', 'update')",
+    ),
+    ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
+    ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),
     ("execute on relay_schema_version", "has_function_privilege('relay_schema_version()', 'execute')"),
 ];
 

@@ -55,7 +55,7 @@ impl Settle<'_> {
         self.delete_and_log(&records.rows, &first).await
     }
 
-    /// Deletes the rows and writes their log in one statement.
+    /// Deletes the rows, writes their log, and raises the epoch, in one statement.
     async fn delete_and_log(
         &mut self,
         rows: &[&RowKey],
@@ -77,9 +77,9 @@ impl Settle<'_> {
                     error, duration_ms, worker, processed_at)
                 select gone.*, $8, statement_timestamp() from gone where gone.status is not null
             )
-            select count(*) from gone";
+            select count(*), nextval('event_outbox_epoch') from gone";
         let rows = Rows::from_iter(rows.iter().copied());
-        let gone: i64 = sqlx::query_scalar(query)
+        let (gone, _): (i64, i64) = sqlx::query_as(query)
             .persistent(self.persistent)
             .bind(rows.tids)
             .bind(rows.ids)

@@ -14,6 +14,7 @@ use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
 use tokio::sync::OwnedMutexGuard;
 
+use crate::event::{Noted, Renewed, Term};
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
@@ -69,6 +70,19 @@ from json_each(?1) d";
 /// Makes rows pending. Needs no claim: whoever has one sees such a row either waiting, and its key behind it, or pending.
 const PROMOTE: &str = "
 update event_outbox set status = 'pending' where status = 'scheduled' and row_id in (select value from json_each(?1))";
+
+const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
+
+const RAISE_EPOCH: &str = "update event_outbox_epoch set epoch = max(epoch, ?1) + 1 returning epoch";
+
+/// `?1` row ids and event ids, `?2` destination. A row that was scheduled for one destination is a copy.
+const PENDING: &str = "
+select e.key from json_each(?1) e
+where exists (
+    select 1 from event_outbox o
+    where o.partition in (e.value ->> 0, (e.value ->> 0) + 640) and o.id = e.value ->> 1 and lower(o.event_id) = e.value ->> 2
+      and o.destination in ('', ?2)
+)";
 
 const HAS_OWED: &str = "select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')";
 
@@ -148,6 +162,31 @@ impl Lane for SqliteLane {
         Ok(batch)
     }
 
+    async fn renew(&mut self, floor: i64, noted: &[Noted], destination: &str) -> Result<Renewed, OutboxError> {
+        let Some(turn) = &mut self.turn else {
+            return Err(OutboxError::File {
+                operation: "renew a claim that is not held",
+                source: std::io::ErrorKind::NotFound.into(),
+            });
+        };
+        let mut connection = self.outbox.connect_unless(turn.connection.take()).await?;
+        let noted = serde_json::Value::from_iter(
+            noted.iter().map(|noted| serde_json::json!([noted.partition, noted.id, noted.event_id])),
+        );
+        let renewed = answered("renew the claim", async {
+            let epoch = sqlx::query_scalar(RAISE_EPOCH).bind(floor).fetch_one(&mut connection).await?;
+            let places: Vec<i64> = sqlx::query_scalar(PENDING)
+                .bind(noted.to_string())
+                .bind(destination)
+                .fetch_all(&mut connection)
+                .await?;
+            Ok(Renewed { epoch, pending: places.into_iter().filter_map(|place| usize::try_from(place).ok()).collect() })
+        })
+        .await?;
+        turn.connection = Some(connection);
+        Ok(renewed)
+    }
+
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
         let Some(mut turn) = self.turn.take() else { return Ok(()) };
         turn.unsettled = Some(Settle::new(&Records::new(deliveries, self.outbox.config.history)));
@@ -196,7 +235,7 @@ async fn read_batch(connection: &mut SqliteConnection, request: ClaimRequest<'_>
         .bind(i64::try_from(request.max_events).unwrap_or(i64::MAX))
         .bind(i64::try_from(request.max_payload).unwrap_or(i64::MAX))
         .bind(json_text(request.destinations))
-        .fetch(connection);
+        .fetch(&mut *connection);
     let (mut claimed, mut bytes) = (Vec::new(), 0);
     while bytes < request.max_bytes
         && let Some(row) = rows.try_next().await?
@@ -208,8 +247,10 @@ async fn read_batch(connection: &mut SqliteConnection, request: ClaimRequest<'_>
     if claimed.is_empty() {
         return Ok(Claim::Empty);
     }
+    drop(rows);
     let full = claimed.len() == request.max_events || bytes >= request.max_bytes;
-    Ok(Claim::Batch { claimed, full })
+    let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    Ok(Claim::Batch { claimed, full, term: Term { outbox: outbox.into(), epoch, token: fastrand::u64(..) } })
 }
 
 /// A time that has passed is no time.

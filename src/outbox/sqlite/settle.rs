@@ -72,6 +72,8 @@ select o.event_id, o.id, o.event_type, $8, 'published', o.attempts + 1, e.value,
     (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
 from json_each($5) e cross join event_outbox o on o.row_id = cast(e.key as integer);
 
+update event_outbox_epoch set epoch = epoch + 1;
+
 delete from event_outbox where row_id in (select value from json_each($6));
 
 select changes();

@@ -41,7 +41,7 @@ impl<S: Store> Scene<S> {
         let (stream, bus) = (unique("bad-input"), EventBridgeStub::start().await);
         let address = RedisAddress::Url(Secret::inline(redis().url()));
         let timeout = Duration::from_secs(30);
-        let stream_sink = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), timeout);
+        let stream_sink = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), timeout, true);
         let bare = EventBridgeConfig { format: Format::Payload, ..eventbridge_config(bus.url()) };
         let bus_sink = EventBridge::with_sdk_config(&sdk(), bare);
         let destinations: [(&str, Arc<dyn Sink>); 2] = [("redis", Arc::new(stream_sink)), ("bus", Arc::new(bus_sink))];

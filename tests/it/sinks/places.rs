@@ -58,7 +58,8 @@ pub(super) struct StreamPlace {
 impl StreamPlace {
     fn on(host: Host) -> Self {
         let (address, stream) = (RedisAddress::Url(Secret::inline(host.server().url())), unique("stream"));
-        let sink = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30));
+        let sink =
+            RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
         Self { host, sink, stream }
     }
 }
@@ -124,7 +125,7 @@ impl ChannelPlace {
     fn on(host: Host) -> Self {
         let (address, channel) = (RedisAddress::Url(Secret::inline(host.server().url())), unique("channel"));
         let (template, timeout) = (channel.parse().unwrap(), Duration::from_secs(30));
-        let sink = RedisPubSub::new(address, template, Format::CloudEvents, "outbox".into(), timeout);
+        let sink = RedisPubSub::new(address, template, Format::CloudEvents, "outbox".into(), timeout, true);
         let subscriber = Subscriber::new(host.server(), &channel);
         Self { host, sink, channel, subscriber }
     }

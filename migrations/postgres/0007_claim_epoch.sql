@@ -1,0 +1,44 @@
+-- What sets one claim apart from the next, so that a destination that keeps a note of it can refuse an outdated one.
+--
+-- A claim reads the epoch once it holds its partition; every settle raises it. So of two claims of a partition the later
+-- never has the lower one, and has a higher one unless the earlier settled nothing. Reading costs no transaction id, which
+-- a claim must not hold while it publishes; the settle has one anyway.
+
+create sequence event_outbox_epoch cache 1;
+
+comment on sequence event_outbox_epoch is 'Raised by every settle; a claim reads it, and tells destinations that refuse outdated claims.';
+
+-- Tells this outbox from others that publish to the same place. Copies of a database differ by its oid.
+do $$
+begin
+    execute format(
+        'create function relay_outbox_id() returns text language sql stable as %L',
+        format('select %L || (select oid from pg_database where datname = current_database())',
+            substr(md5(gen_random_uuid()::text), 1, 12) || '-'));
+end
+$$;
+
+comment on function relay_outbox_id is 'Tells this outbox from others that publish to the same place.';
+
+-- For a claim that meets a note of its own epoch or a later one: after a crash, or where a failover took the epoch back.
+create function relay_epoch_above(floor bigint) returns bigint
+language plpgsql as $$
+declare
+    epoch bigint := nextval('event_outbox_epoch');
+begin
+    if epoch <= floor then
+        -- One at a time, or one could take back what another has just set; and so far ahead that those who merely raise it
+        -- meanwhile stay below.
+        perform pg_advisory_xact_lock('event_outbox'::regclass::oid::int, 1000000);
+        epoch := nextval('event_outbox_epoch');
+        if epoch <= floor then
+            epoch := setval('event_outbox_epoch', floor + 1000000);
+        end if;
+    end if;
+    return epoch;
+end
+$$;
+
+comment on function relay_epoch_above is 'Raises the epoch above the floor, and returns it.';
+
+create or replace function relay_schema_version() returns integer language sql immutable as 'select 7';
