@@ -15,6 +15,8 @@ pub mod sqlite;
 use std::future::Future;
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use crate::event::{Event, Noted, PublishError, Renewed, Term, Verdict};
 use crate::secret::Secret;
 pub use error::OutboxError;
@@ -34,6 +36,8 @@ pub struct OutboxConfig {
     pub history_retention: Duration,
     /// Whether published events are copied to `event_history`.
     pub history: bool,
+    /// Whether events are published only once their commits are on disk, where the store cannot take that for granted.
+    pub ghost_barrier: bool,
     /// Who writes the processing log: host name and process id.
     pub worker: String,
 }
@@ -124,6 +128,15 @@ pub struct Delivery<'a> {
     pub duration: Duration,
 }
 
+/// What is known of an event during whose publishing a relay died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Suspicion {
+    /// How many events were published together the last time.
+    pub together: usize,
+    /// How often a relay died while it published this event alone.
+    pub crashes_alone: usize,
+}
+
 /// What a promotion found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Promoted {
@@ -133,8 +146,41 @@ pub struct Promoted {
     pub next_due: Option<Duration>,
 }
 
+/// The notes that end a crash loop.
+pub trait CrashNotes {
+    /// Notes that the relay `run` begins to publish. Returns whether one has died lately, or is as young as this one.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn begin_run(&self, run: Uuid) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+
+    /// Forgets a run that has ended in good order, or has lived for a while.
+    ///
+    /// # Errors
+    /// It will be taken for one that died, for a while.
+    fn end_run(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// What is known of `events`, by their places.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn suspicions(&self, events: &[Uuid]) -> impl Future<Output = Result<Vec<(usize, Suspicion)>, OutboxError>> + Send;
+
+    /// Notes, before anything else is done, that `events` are about to be published together.
+    ///
+    /// # Errors
+    /// It may be noted or not.
+    fn suspect(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Nobody died of `events`.
+    ///
+    /// # Errors
+    /// They stay suspects, for a while.
+    fn acquit(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+}
+
 /// A store of events.
-pub trait Outbox: Send + Sync + 'static {
+pub trait Outbox: CrashNotes + Send + Sync + 'static {
     /// One connection's worth of claiming and settling.
     type Lane: Lane;
     /// What ends a sleep early.

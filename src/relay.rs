@@ -3,10 +3,12 @@
 //! Data flows one way. Only this module knows stores, sinks, routes, retries and breakers at once; they do not know
 //! each other.
 //!
+//! - `caution`: what ends a crash loop.
 //! - `lane`: one loop on one connection.
 //! - `watch`: looking for work, and sleeping while there is none.
 //! - `pass`: from a claimed batch to what is settled.
 
+mod caution;
 mod destination;
 mod lane;
 mod pass;
@@ -25,6 +27,7 @@ use crate::outbox::{Outbox, OutboxError};
 use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
 use crate::sink::Sink;
+use caution::Caution;
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
 
@@ -80,6 +83,7 @@ pub struct Relay<O: Outbox> {
     destinations: Vec<Destination>,
     names: Vec<String>,
     readiness: channel::Sender<Readiness>,
+    caution: Caution,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -94,7 +98,7 @@ impl<O: Outbox> Relay<O> {
         let destinations =
             destinations.into_iter().map(|(name, sink)| Destination::new(name, sink, config.breaker.clone())).collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        Arc::new(Self { outbox, config, router, destinations, names, readiness })
+        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution: Caution::new() })
     }
 
     /// Follows whether the relay can do its work.
@@ -163,6 +167,7 @@ impl<O: Outbox> Relay<O> {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => result = Err(error),
                 Err(panic) => {
+                    self.caution.panicked();
                     tracing::error!(error = %panic, "a lane panicked; its events are pending again, another lane takes its place");
                     if sleep(Duration::from_secs(1), &stop).await {
                         spawn(&mut lanes);
@@ -170,6 +175,7 @@ impl<O: Outbox> Relay<O> {
                 }
             }
         }
+        self.caution.end(&self.outbox).await;
         result.map(|()| shared.result())
     }
 

@@ -37,7 +37,8 @@ end
 $$;
 
 -- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
-revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary
+revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary,
+    event_relay_run, event_crash_suspect
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter from relay_app, relay_worker, relay_operator;
@@ -52,12 +53,14 @@ grant execute on function emit_event to relay_app, relay_operator;
 -- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
 grant select, insert, update, delete on event_outbox to relay_worker;
 grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
+grant select, insert, update, delete on event_relay_run, event_crash_suspect to relay_worker;
 grant select, update on sequence event_outbox_epoch to relay_worker;
 grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version
     to relay_worker;
 
 -- People look at everything, and put dead letters back.
-grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary
+grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary,
+    event_relay_run, event_crash_suspect
     to relay_operator;
 grant execute on function redrive_dead_letter, relay_schema_version to relay_operator;
 

@@ -8,6 +8,7 @@ use sd_notify::NotifyState;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{UNDELIVERED, database, runtime};
+use crate::config::ConfigError;
 use crate::config::destinations::{Destination, destinations};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
@@ -30,6 +31,10 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
     }
     let (destinations, router) = destinations(settings, file)?;
     let database = database(settings)?;
+    if settings.ghost_barrier && database.kind() == Kind::Sqlite {
+        let reason = "RELAY_GHOST_BARRIER is for PostgreSQL, and DATABASE_URL names a SQLite file; unset it".to_owned();
+        return Err(ConfigError::Contradiction(reason).into());
+    }
     let outbox = OutboxConfig {
         url: database.url().clone(),
         pooled: settings.database_pooled,
@@ -37,6 +42,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
         history: settings.history,
+        ghost_barrier: settings.ghost_barrier,
         worker: worker(),
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);

@@ -62,6 +62,11 @@ pub struct Settings {
     #[arg(long, env = "RELAY_DATABASE_POOLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub database_pooled: bool,
+    /// Whether to publish events only once their commits are on disk. For applications that commit with
+    /// `synchronous_commit = off`: else an event may be published of a transaction that a crash of the server takes back.
+    #[arg(long, env = "RELAY_GHOST_BARRIER", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
+          value_parser = BoolishValueParser::new(), help_heading = "Database")]
+    pub ghost_barrier: bool,
     /// How long event_processing_log is kept.
     #[arg(long, env = "RELAY_LOG_RETENTION", value_name = "TIME", default_value = "7d", value_parser = days,
           help_heading = "Database")]
@@ -202,6 +207,7 @@ pub struct Settings {
         value_name = "BOOL",
         default_value = "true",
         action = ArgAction::Set,
+        value_parser = BoolishValueParser::new(),
         help_heading = "Destination redis"
     )]
     pub redis_exactly_once: bool,

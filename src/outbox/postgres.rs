@@ -3,12 +3,14 @@
 //! - [`lane`]: claim and settle, the hot path.
 //! - [`wake`]: sleeping until a producer commits.
 //! - [`schema`]: migrations, and whether a database fits.
+//! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
 pub mod emit;
 pub mod lane;
 pub mod schema;
 mod settle;
+mod suspects;
 mod tid;
 pub mod wake;
 
@@ -21,6 +23,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::failpoint::hit;
+use crate::outbox::postgres::suspects::Aside;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
 
@@ -36,12 +39,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct PgOutbox {
     config: OutboxConfig,
     id: Arc<OnceLock<Arc<str>>>,
+    aside: Aside,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config, id: Arc::default() }
+        Self { config, id: Arc::default(), aside: Aside::default() }
     }
 
     /// One connection to a database that can be written to.

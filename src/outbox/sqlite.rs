@@ -16,6 +16,7 @@ mod retention;
 mod row;
 pub mod schema;
 mod settle;
+mod suspects;
 mod traffic;
 pub mod wake;
 

@@ -173,6 +173,8 @@ impl<O: Outbox> Lane<O> {
                     return Err(error);
                 }
                 Err(error) => {
+                    // Whatever it held, it holds no more.
+                    self.lane = self.relay.outbox.lane();
                     self.eager = false;
                     self.relay.not_ready(error.explain());
                     if !sleep(backoff.next(), &self.stop).await {
@@ -185,16 +187,19 @@ impl<O: Outbox> Lane<O> {
 
     /// Claim, publish, settle. Returns false at the end.
     async fn pass(&mut self) -> Result<bool, OutboxError> {
-        let Some(Work { batch, term, busy }) = self.find().await? else { return Ok(false) };
-        let begun = Instant::now();
+        let Some(Work { mut batch, term, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
+        let suspects = relay.caution.before(&relay.outbox, &mut batch).await?;
+        let begun = Instant::now();
         hit("before_publish")?;
         let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane) };
         let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger).await;
         drop(ledger);
         hit("acked")?;
         let published = begun.elapsed();
-        self.lane.settle(&deliveries).await?;
+        let settled = self.lane.settle(&deliveries).await;
+        relay.caution.after(&relay.outbox, &suspects).await;
+        settled?;
         self.tell(once_settled);
         let mut tally = Tally::default();
         deliveries.iter().for_each(|delivery| tally.count(&delivery.verdict));

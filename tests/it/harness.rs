@@ -40,6 +40,7 @@ impl<S: Store> Setup<S> {
                 log_retention: Duration::from_secs(7 * 86400),
                 history_retention: Duration::from_secs(30 * 86400),
                 history: false,
+                ghost_barrier: false,
                 worker: "test:1".to_owned(),
             },
             router: Router::new(vec![], sinks.len()),

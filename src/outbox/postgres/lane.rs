@@ -289,6 +289,12 @@ impl Lane for PgLane {
         let mut connection = self.ready().await?;
         let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await?;
         hit("claimed")?;
+        if self.outbox.config.ghost_barrier
+            && matches!(claim, Claim::Batch { .. })
+            && !answered("look whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
+        {
+            self.outbox.flush().await?;
+        }
         self.connection = Some(connection);
         Ok(claim)
     }
@@ -357,6 +363,15 @@ impl Lane for PgLane {
         self.connection = Some(connection);
         Ok(owed)
     }
+}
+
+/// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so
+/// this is the usual answer only where little goes on, or all of it waits for the disk.
+async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar("select pg_current_wal_insert_lsn() <= pg_current_wal_flush_lsn()")
+        .persistent(false)
+        .fetch_one(connection)
+        .await
 }
 
 /// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes

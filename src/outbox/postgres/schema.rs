@@ -11,7 +11,7 @@ use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 7] = [
+const MIGRATIONS: [(&str, &str); 8] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -19,6 +19,7 @@ const MIGRATIONS: [(&str, &str); 7] = [
     ("0005_wake_up", include_str!("../../../migrations/postgres/0005_wake_up.sql")),
     ("0006_operator_views", include_str!("../../../migrations/postgres/0006_operator_views.sql")),
     ("0007_claim_epoch", include_str!("../../../migrations/postgres/0007_claim_epoch.sql")),
+    ("0008_crash_loops", include_str!("../../../migrations/postgres/0008_crash_loops.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -102,7 +103,7 @@ async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxErr
 }
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 10] = [
+const PRIVILEGES: [(&str, &str); 12] = [
     (
         "select, insert, update and delete on event_outbox",
         "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
@@ -115,6 +116,14 @@ const PRIVILEGES: [(&str, &str); 10] = [
     (
         "select and update on event_outbox_epoch",
         "has_sequence_privilege('event_outbox_epoch', 'select') and has_sequence_privilege('event_outbox_epoch', 'update')",
+    ),
+    (
+        "select, insert, update and delete on event_relay_run",
+        "has_table_privilege('event_relay_run', 'select') and has_table_privilege('event_relay_run', 'insert') and has_table_privilege('event_relay_run', 'update') and has_table_privilege('event_relay_run', 'delete')",
+    ),
+    (
+        "select, insert, update and delete on event_crash_suspect",
+        "has_table_privilege('event_crash_suspect', 'select') and has_table_privilege('event_crash_suspect', 'insert') and has_table_privilege('event_crash_suspect', 'update') and has_table_privilege('event_crash_suspect', 'delete')",
     ),
     ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
     ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),

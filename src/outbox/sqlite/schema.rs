@@ -11,13 +11,14 @@ use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 6] = [
+const MIGRATIONS: [(&str, &str); 7] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
     ("0004_event_history", include_str!("../../../migrations/sqlite/0004_event_history.sql")),
     ("0005_operator_views", include_str!("../../../migrations/sqlite/0005_operator_views.sql")),
     ("0006_claim_epoch", include_str!("../../../migrations/sqlite/0006_claim_epoch.sql")),
+    ("0007_crash_loops", include_str!("../../../migrations/sqlite/0007_crash_loops.sql")),
 ];
 
 /// The schema version this binary needs.

@@ -8,14 +8,18 @@ use crate::harness::{eventually, sql};
 use crate::servers::{Database, database, empty_database};
 
 /// All there are, in order.
-const MIGRATIONS: [&str; 6] = [
+const MIGRATIONS: [&str; 8] = [
     "0001_event_outbox",
     "0002_event_processing_log",
     "0003_event_dead_letter",
     "0004_event_history",
     "0005_wake_up",
     "0006_operator_views",
+    "0007_claim_epoch",
+    "0008_crash_loops",
 ];
+
+const SCHEMA_VERSION: usize = MIGRATIONS.len();
 
 fn files() -> Vec<PathBuf> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations/postgres");
@@ -32,8 +36,8 @@ fn migrate(url: &str) -> String {
 async fn migrating_twice_applies_every_migration_once() {
     let database = empty_database().await;
     let applied: String = MIGRATIONS.map(|name| format!("applied {name}\n")).concat();
-    assert_eq!(migrate(database.url()), format!("{applied}schema version 6\n"));
-    assert_eq!(migrate(database.url()), "schema version 6, nothing to do\n");
+    assert_eq!(migrate(database.url()), format!("{applied}schema version {SCHEMA_VERSION}\n"));
+    assert_eq!(migrate(database.url()), format!("schema version {SCHEMA_VERSION}, nothing to do\n"));
 }
 
 #[tokio::test]
@@ -67,7 +71,7 @@ async fn a_migration_that_waited_for_another_sees_what_that_one_did() {
         sql(&mut other, &std::fs::read_to_string(file).unwrap()).await;
     }
     sql(&mut other, "commit").await;
-    assert_eq!(waiting.finish().exited(0).stdout, "schema version 6, nothing to do\n");
+    assert_eq!(waiting.finish().exited(0).stdout, format!("schema version {SCHEMA_VERSION}, nothing to do\n"));
 }
 
 #[tokio::test]
@@ -85,7 +89,7 @@ async fn a_relay_waits_for_the_first_migration_and_works_through_the_next() {
             value::<i64>(&mut connection, "select count(*) from event_outbox").await == 0
         })
         .await;
-        assert_eq!(migrate(database.url()), "schema version 6, nothing to do\n");
+        assert_eq!(migrate(database.url()), format!("schema version {SCHEMA_VERSION}, nothing to do\n"));
     }
     running.signal("TERM");
     assert_eq!(running.finish().exited(0).stdout.lines().count(), 2);
@@ -164,7 +168,7 @@ async fn the_files_may_be_applied_by_any_tool() {
         assert_eq!(file.file_stem().unwrap(), name);
         sql(&mut connection, &std::fs::read_to_string(file).unwrap()).await;
     }
-    assert_eq!(migrate(database.url()), "schema version 6, nothing to do\n");
+    assert_eq!(migrate(database.url()), format!("schema version {SCHEMA_VERSION}, nothing to do\n"));
     sql(&mut connection, "select emit_event('order.created')").await;
     assert_eq!(drain(database.url())[0]["type"], "order.created");
 }
@@ -182,7 +186,7 @@ async fn a_newer_schema_is_refused_by_every_command_that_needs_it() {
     for args in [["migrate"], ["run"], ["--once"], ["check"]] {
         let refused = finished(&args, &variables).exited(1);
         let said = if args == ["check"] { refused.stdout } else { refused.complaint().to_owned() };
-        for part in ["schema version 999", "knows up to 6", "install a newer relay"] {
+        for part in ["schema version 999", &format!("knows up to {SCHEMA_VERSION}"), "install a newer relay"] {
             assert!(said.contains(part), "{args:?}: {said}");
         }
     }
@@ -194,8 +198,8 @@ async fn an_older_schema_asks_for_relay_migrate() {
     let mut connection = database.connect().await;
     sql(
         &mut connection,
-        "create or replace function relay_schema_version() returns integer language sql immutable as 'select 5';
-         drop view event_outbox_lag, event_dead_letter_summary",
+        "create or replace function relay_schema_version() returns integer language sql immutable as 'select 7';
+         drop table event_relay_run, event_crash_suspect",
     )
     .await;
     let variables = [("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "error")];
@@ -204,9 +208,9 @@ async fn an_older_schema_asks_for_relay_migrate() {
     let mut running = Running::start(relay(&["run", "--log", "info"], &variables));
     running.until_log("run `relay migrate`"); // and does not end: the migration may come
     for said in [once.complaint(), check.stdout.as_str(), &running.log()] {
-        assert!(said.contains("schema version 5") && said.contains("needs 6: run `relay migrate`"), "{said}");
+        assert!(said.contains("schema version 7") && said.contains("needs 8: run `relay migrate`"), "{said}");
     }
-    assert_eq!(migrate(database.url()), "applied 0006_operator_views\nschema version 6\n");
+    assert_eq!(migrate(database.url()), "applied 0008_crash_loops\nschema version 8\n");
     running.until_log("\"message\":\"ready\"");
     drop(running);
     finished(&["check"], &variables).exited(0);

@@ -67,7 +67,7 @@ async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
 
         let plans = logged_plans(&mut connection).await;
         for plan in &plans {
-            assert!(!plan.contains("Seq Scan on event_outbox"), "analyzed {analyzed}:\n{plan}");
+            assert!(!plan.contains("Seq Scan on event_outbox "), "analyzed {analyzed}:\n{plan}");
         }
         for (statement, index) in [
             ("bytes_before", "Index Scan using event_outbox_pkey on event_outbox"),

@@ -73,15 +73,15 @@ async fn a_relay_waits_for_its_file_and_its_tables() {
     running.until_log("there is no database file");
     // As an application that begins with an empty file.
     std::fs::write(&file, "").unwrap();
-    running.until_log("the database has schema version 0, this relay needs 5: run `relay migrate`");
+    running.until_log("the database has schema version 0, this relay needs 7: run `relay migrate`");
     let migrated = finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
-    assert_eq!(migrated.stdout.lines().count(), 6, "{}", migrated.stdout);
-    assert_eq!(migrated.stdout.lines().last(), Some("schema version 5"));
+    assert_eq!(migrated.stdout.lines().count(), 8, "{}", migrated.stdout);
+    assert_eq!(migrated.stdout.lines().last(), Some("schema version 7"));
     running.until_log("\"message\":\"ready\"");
     finished(&["emit", "a"], &[("DATABASE_URL", &url)]).exited(0);
     finished(&["emit", "b"], &[("DATABASE_URL", &url)]).exited(0);
     let again = finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
-    assert_eq!(again.stdout, "schema version 5, nothing to do\n");
+    assert_eq!(again.stdout, "schema version 7, nothing to do\n");
     until("both are published", || running.output().lines().count() == 2);
     running.signal("TERM");
     running.finish().exited(0);
@@ -107,7 +107,7 @@ async fn a_file_of_another_version_is_told() {
         format!("drop view relay_schema_version; create view relay_schema_version as select {version} as version")
     };
     sql(&mut connection, set(99)).await;
-    let newer = "the database has schema version 99, this relay knows up to 5: install a newer relay";
+    let newer = "the database has schema version 99, this relay knows up to 7: install a newer relay";
     cannot_work(store.url(), &[newer]);
     for args in [&["run"][..], &["migrate"]] {
         // Waiting cannot help.
@@ -115,11 +115,11 @@ async fn a_file_of_another_version_is_told() {
         assert_eq!(ended.complaint(), newer);
     }
 
-    sql(&mut connection, set(4)).await;
-    sql(&mut connection, "drop view event_outbox_lag; drop view event_dead_letter_summary").await;
-    cannot_work(store.url(), &["the database has schema version 4, this relay needs 5: run `relay migrate`"]);
+    sql(&mut connection, set(6)).await;
+    sql(&mut connection, "drop table event_relay_run; drop table event_crash_suspect").await;
+    cannot_work(store.url(), &["the database has schema version 6, this relay needs 7: run `relay migrate`"]);
     let migrated = finished(&["migrate"], &[("DATABASE_URL", store.url())]).exited(0);
-    assert_eq!(migrated.stdout, "applied 0005_operator_views\nschema version 5\n");
+    assert_eq!(migrated.stdout, "applied 0007_crash_loops\nschema version 7\n");
     finished(&["--once"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);
 }
 
@@ -199,7 +199,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
     for part in [
         database.as_str(),
         ", journal mode wal\n",
-        "\nok    schema: version 5\n",
+        "\nok    schema: version 7\n",
         "\nok    writing: tried, and taken back\n",
         "\nok    destination stdout: ",
     ] {

@@ -1,0 +1,31 @@
+-- What ends a crash loop: an event that kills the relay each time it is published.
+--
+-- Nothing is written here for events as long as relays end in good order. A relay writes one row when it publishes for the
+-- first time, and removes it when it ends or has lived for a minute. One that finds others' rows notes, before it publishes
+-- an event, that it is about to, and removes the note afterwards: what is left are the events that a relay died of.
+
+create table event_relay_run (
+    run_id uuid not null,
+    worker text not null,
+    begun_at timestamptz not null default clock_timestamp(),
+    constraint event_relay_run_pkey primary key (run_id)
+);
+
+comment on table event_relay_run is 'Relays that began to publish in the last minute, or died within one.';
+comment on column event_relay_run.worker is 'Host name and process id.';
+
+create table event_crash_suspect (
+    event_id uuid not null,
+    together integer not null,
+    crashes integer not null,
+    crashes_alone integer not null,
+    noted_at timestamptz not null default clock_timestamp(),
+    constraint event_crash_suspect_pkey primary key (event_id)
+);
+
+comment on table event_crash_suspect is 'Events during whose publishing a relay died, or that one publishes with care right now.';
+comment on column event_crash_suspect.together is 'How many events were published together the last time.';
+comment on column event_crash_suspect.crashes is 'How often it was begun and not ended.';
+comment on column event_crash_suspect.crashes_alone is 'How often of these it was alone; at 2 it is dead-lettered.';
+
+create or replace function relay_schema_version() returns integer language sql immutable as 'select 8';

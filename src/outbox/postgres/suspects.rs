@@ -1,0 +1,108 @@
+//! The notes that end a crash loop, and the commit that ends a ghost: on a connection aside, since a lane's own holds its
+//! claim.
+
+use std::sync::Arc;
+
+use sqlx::postgres::PgConnection;
+use sqlx::{Executor, Row};
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered};
+use crate::outbox::{CrashNotes, OutboxError, Suspicion};
+
+/// A connection for what is rarely done, opened when it is first needed.
+pub(super) type Aside = Arc<Mutex<Option<PgConnection>>>;
+
+/// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
+const BEGIN_RUN: &str = "
+with old_runs as (delete from event_relay_run where begun_at < clock_timestamp() - interval '1 day'),
+     old_suspects as (delete from event_crash_suspect where noted_at < clock_timestamp() - interval '1 day'),
+     begun as (insert into event_relay_run (run_id, worker) values ($1, $2) on conflict do nothing)
+select exists (select from event_relay_run where run_id <> $1 and begun_at > clock_timestamp() - interval '10 minutes')";
+
+const SUSPECT: &str = "
+insert into event_crash_suspect (event_id, together, crashes, crashes_alone)
+select distinct event_id, $2, 1, ($2 = 1)::int from unnest($1::uuid[]) s(event_id)
+on conflict (event_id) do update set together = excluded.together, crashes = event_crash_suspect.crashes + 1,
+    crashes_alone = event_crash_suspect.crashes_alone + excluded.crashes_alone, noted_at = clock_timestamp()";
+
+/// A commit of its own waits until the log is on disk up to itself, and so the commits before it.
+const FLUSH: &str = "
+begin;
+set local synchronous_commit = on;
+select pg_logical_emit_message(true, 'relay', '');
+commit";
+
+impl PgOutbox {
+    /// Runs `query` on the connection aside, which is given up if it fails.
+    async fn aside<T>(
+        &self,
+        operation: &'static str,
+        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, OutboxError> {
+        let mut aside = self.aside.lock().await;
+        let mut connection = match aside.take() {
+            Some(connection) => connection,
+            None => self.connect().await?,
+        };
+        let answer = answered(operation, STATEMENT_TIMEOUT, query(&mut connection)).await?;
+        *aside = Some(connection);
+        Ok(answer)
+    }
+
+    /// Waits until all that is committed now is on disk.
+    pub(super) async fn flush(&self) -> Result<(), OutboxError> {
+        self.aside("have commits flushed to disk", async |connection| connection.execute(FLUSH).await.map(drop)).await
+    }
+}
+
+impl CrashNotes for PgOutbox {
+    async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
+        self.aside("note that a relay begins", async |connection| {
+            let query = sqlx::query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
+            query.fetch_one(connection).await
+        })
+        .await
+    }
+
+    async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
+        self.aside("note that a relay ends", async |connection| {
+            let query = sqlx::query("delete from event_relay_run where run_id = $1").persistent(false).bind(run);
+            query.execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn suspicions(&self, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
+        let query = "select e.place::int, s.together, s.crashes_alone
+                     from unnest($1::uuid[]) with ordinality e(event_id, place) join event_crash_suspect s using (event_id)";
+        let rows = self
+            .aside("read what relays died of", async |connection| {
+                sqlx::query(query).persistent(false).bind(events).fetch_all(connection).await
+            })
+            .await?;
+        let number = |row: &sqlx::postgres::PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
+        let suspicion = |row| {
+            let known = Suspicion { together: number(row, 1), crashes_alone: number(row, 2) };
+            (number(row, 0).saturating_sub(1), known)
+        };
+        Ok(rows.iter().map(suspicion).collect())
+    }
+
+    async fn suspect(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        self.aside("note what is about to be published", async |connection| {
+            let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
+            sqlx::query(SUSPECT).persistent(false).bind(events).bind(together).execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        self.aside("note what was published", async |connection| {
+            let query = "delete from event_crash_suspect where event_id = any($1)";
+            sqlx::query(query).persistent(false).bind(events).execute(connection).await.map(drop)
+        })
+        .await
+    }
+}

@@ -1,0 +1,79 @@
+//! The notes that end a crash loop, each by a connection of its own: they are rare.
+
+use sqlx::Executor;
+use uuid::Uuid;
+
+use crate::outbox::sqlite::{SqliteOutbox, answered};
+use crate::outbox::{CrashNotes, OutboxError, Suspicion};
+
+const FORGET_OLD: &str = "
+delete from event_relay_run where begun_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day');
+delete from event_crash_suspect where noted_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day')";
+
+/// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
+const OTHER_RUNS: &str = "
+select exists (
+    select 1 from event_relay_run
+    where run_id <> ?1 and begun_at > strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 minutes')
+)";
+
+const SUSPECT: &str = "
+insert into event_crash_suspect (event_id, together, crashes, crashes_alone)
+select distinct e.value, ?2, 1, ?2 = 1 from json_each(?1) e where true
+on conflict (event_id) do update set together = excluded.together, crashes = crashes + 1,
+    crashes_alone = crashes_alone + excluded.crashes_alone, noted_at = excluded.noted_at";
+
+impl CrashNotes for SqliteOutbox {
+    async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
+        let mut connection = self.connect().await?;
+        answered("note that a relay begins", async {
+            connection.execute(FORGET_OLD).await?;
+            sqlx::query("insert or ignore into event_relay_run (run_id, worker) values (?1, ?2)")
+                .bind(run.to_string())
+                .bind(&self.config.worker)
+                .execute(&mut connection)
+                .await?;
+            sqlx::query_scalar(OTHER_RUNS).bind(run.to_string()).fetch_one(&mut connection).await
+        })
+        .await
+    }
+
+    async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        let query = sqlx::query("delete from event_relay_run where run_id = ?1").bind(run.to_string());
+        answered("note that a relay ends", query.execute(&mut connection)).await.map(drop)
+    }
+
+    async fn suspicions(&self, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
+        let mut connection = self.connect().await?;
+        let query = "select e.key, s.together, s.crashes_alone
+                     from json_each(?1) e join event_crash_suspect s on s.event_id = e.value";
+        let rows: Vec<(i64, i64, i64)> = answered("read what relays died of", async {
+            sqlx::query_as(query).bind(json(events)).fetch_all(&mut connection).await
+        })
+        .await?;
+        let number = |number: i64| usize::try_from(number).unwrap_or_default();
+        let suspicion = |(place, together, crashes_alone)| {
+            (number(place), Suspicion { together: number(together), crashes_alone: number(crashes_alone) })
+        };
+        Ok(rows.into_iter().map(suspicion).collect())
+    }
+
+    async fn suspect(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
+        let query = sqlx::query(SUSPECT).bind(json(events)).bind(together);
+        answered("note what is about to be published", query.execute(&mut connection)).await.map(drop)
+    }
+
+    async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        let query = "delete from event_crash_suspect where event_id in (select value from json_each(?1))";
+        let query = sqlx::query(query).bind(json(events));
+        answered("note what was published", query.execute(&mut connection)).await.map(drop)
+    }
+}
+
+fn json(events: &[Uuid]) -> String {
+    serde_json::json!(events).to_string()
+}
