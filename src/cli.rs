@@ -1,5 +1,6 @@
 //! The command line: parsing, logging, exit codes, and one file per command.
 
+mod audit;
 mod check;
 mod emit;
 mod migrate;
@@ -63,6 +64,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compare a stream with the database: nothing lost, no ghost, in order, bytes unchanged, the log true. Safe beside running
+    /// relays.
+    Audit(audit::AuditArgs),
     /// Insert one event, in a transaction of its own, and print its event_id.
     Emit(Box<emit::EmitArgs>),
 }
@@ -106,6 +110,7 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::Check { json }) => {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
         }
+        Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),
     }
 }

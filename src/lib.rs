@@ -24,8 +24,10 @@
 //! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
+//! - [`audit`]: whether what arrived is what was emitted.
 //! - [`config`], [`secret`], [`shutdown`], [`cli`]: the program around it.
 
+pub mod audit;
 pub mod breaker;
 pub mod cli;
 pub mod config;

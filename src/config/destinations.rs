@@ -94,6 +94,14 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
 }
 
 impl Destination {
+    /// The stream that all its events go to, where it is one of a fixed name.
+    pub fn fixed_stream(&self) -> Option<(&RedisAddress, &str)> {
+        match &self.kind {
+            Kind::Stream { address, stream, .. } => Some((address, stream.fixed()?)),
+            _ => None,
+        }
+    }
+
     /// Opens it. Nothing is connected before the first event.
     pub async fn open(self, settings: &Settings) -> (String, Arc<dyn Sink>) {
         let source = settings.default_source.clone();

@@ -6,6 +6,7 @@
 //! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
+pub mod audit;
 pub mod emit;
 pub mod lane;
 pub mod schema;

@@ -2,10 +2,12 @@
 //!
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
 //! - `once`: what keeps an event that is published again from arriving twice.
+//! - `read`: reading a stream back.
 //! - `fault`: whose fault an error is.
 
 mod fault;
 mod once;
+mod read;
 mod script;
 
 use std::collections::HashMap;
@@ -22,6 +24,7 @@ use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Published, Tenure};
 use fault::{call_error, connect_error, server_error, wants_new_connection};
 use once::{ChunkStates, Dirty, Once};
+pub use read::read_entries;
 pub(super) use script::{Command, Commands};
 use script::{SCRIPT, eval};
 

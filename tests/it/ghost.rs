@@ -17,9 +17,8 @@ async fn ghosts(barrier: &str) -> usize {
     let mut connection = database.connect().await;
     sql(&mut connection, "select emit_event('first')").await;
     until("the first is published", || running.output().lines().count() == 1);
-    sql(&mut connection, "checkpoint").await;
-    sql(&mut connection, "insert into event_outbox (event_type) select 'async' from generate_series(1, 50)").await;
-    until("all are published", || running.output().lines().count() >= 51);
+    sql(&mut connection, "select emit_event('async')").await;
+    until("the second is published", || running.output().lines().count() == 2);
     server.kill();
     let published: Vec<serde_json::Value> =
         running.output().lines().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -17,6 +17,7 @@ mod exactly_once;
 mod ghost;
 mod harness;
 mod moto;
+mod proxy;
 mod pubsub;
 mod readback;
 mod redis;

@@ -95,7 +95,7 @@ async fn the_file_is_made_only_where_the_url_says_so_and_by_one_of_many() {
     let migrators = [(); 4].map(|()| Running::start(relay(&["migrate"], &[("DATABASE_URL", &url)])));
     let applied: usize =
         migrators.map(|one| one.finish().exited(0).stdout.matches("applied").count()).into_iter().sum();
-    assert_eq!(applied, 5);
+    assert_eq!(applied, 7);
     finished(&["--once"], &[("DATABASE_URL", &url), STDOUT]).exited(0);
 }
 

@@ -1,0 +1,66 @@
+//! What the database knows of its events, for an audit.
+
+use futures_util::TryStreamExt;
+use sqlx::Row;
+use sqlx::postgres::PgConnection;
+use uuid::Uuid;
+
+use crate::audit::{Audit, Checksum, EntryId, Known};
+use crate::outbox::OutboxError;
+use crate::outbox::postgres::{connect, connect_options, query_failed};
+use crate::secret::Secret;
+
+/// All of it as it was at one time. `$1`: the destination.
+const KNOWN: &str = "
+select 0, event_id, id, null, sha256(convert_to(payload::text, 'UTF8'))
+from event_outbox where destination in ('', $1)
+union all
+select 1, event_id, outbox_id, message_id, null
+from event_processing_log where destination = $1 and status = 'published'
+union all
+select 2, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
+from event_dead_letter where destination in ('', $1) and redriven_at is null
+union all
+select 3, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
+from event_history where destination = $1";
+
+/// Feeds `audit` with all that the database at `url` knows about `destination`. Returns since when the log has everything.
+///
+/// # Errors
+/// Why it could not be read.
+pub async fn read(url: &Secret, destination: &str, audit: &mut Audit) -> Result<EntryId, OutboxError> {
+    let mut connection = connect(&connect_options(url, true)?).await?;
+    feed(&mut connection, destination, audit).await.map_err(|source| query_failed("read what is recorded", source))
+}
+
+async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audit) -> Result<EntryId, sqlx::Error> {
+    // A clock that differs a little from Redis', and a batch that was published just before its log row's day began.
+    let since: Option<i64> = sqlx::query_scalar(
+        "select (extract(epoch from min(processed_at) + interval '5 minutes') * 1000)::bigint from event_processing_log",
+    )
+    .persistent(false)
+    .fetch_one(&mut *connection)
+    .await?;
+    let whole: bool = sqlx::query_scalar(
+        "select not exists (select from event_processing_log where processed_at < clock_timestamp() - interval '1 day')",
+    )
+    .persistent(false)
+    .fetch_one(&mut *connection)
+    .await?;
+    let mut rows = sqlx::query(KNOWN).persistent(false).bind(destination).fetch(connection);
+    while let Some(row) = rows.try_next().await? {
+        let (event_id, sequence): (Uuid, i64) = (row.try_get(1)?, row.try_get(2)?);
+        let message: Option<&str> = row.try_get(3)?;
+        let known = match row.try_get::<i32, _>(0)? {
+            0 => Known::Pending,
+            1 => Known::Published(message.and_then(|message| message.parse().ok())),
+            2 => Known::DeadLetter,
+            _ => Known::Kept,
+        };
+        let checksum = row.try_get::<Option<&[u8]>, _>(4)?.and_then(Checksum::from_sha256);
+        audit.known(event_id, sequence, known, checksum);
+    }
+    // Nothing was dropped from a log that began today.
+    let since = since.and_then(|since| u64::try_from(since).ok()).unwrap_or(0);
+    Ok(if whole { EntryId(0, 0) } else { EntryId(since, 0) })
+}

@@ -1,0 +1,320 @@
+//! A TCP proxy that does wrong on purpose: between a relay and its database or destination.
+//!
+//! It runs in a thread of its own until it is dropped. What it does wrong can be changed while connections are open.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// No limit.
+const NONE: i64 = i64::MAX;
+
+/// See the module.
+pub(crate) struct Proxy {
+    port: u16,
+    faults: Arc<Faults>,
+    /// Its change cuts every connection; its end ends the proxy.
+    cut: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Faults {
+    refuse: AtomicBool,
+    stall: AtomicBool,
+    delay_ms: AtomicU64,
+    /// Bytes a second, each way; 0: no limit.
+    rate: AtomicU64,
+    /// Bytes of answers that still go through, over all connections.
+    bytes_left: AtomicI64,
+    /// The same in replies of Redis.
+    replies_left: AtomicI64,
+    /// Answers that are swallowed, each together with its connection.
+    drop_answers: AtomicI64,
+    /// Only answers to requests with this in them are swallowed; empty: all.
+    drop_after: std::sync::Mutex<Vec<u8>>,
+    fired: AtomicU64,
+}
+
+impl Proxy {
+    /// Forwards to this port of 127.0.0.1.
+    pub(crate) fn to(target: u16) -> Self {
+        let faults = Arc::new(Faults::default());
+        faults.bytes_left.store(NONE, Ordering::SeqCst);
+        faults.replies_left.store(NONE, Ordering::SeqCst);
+        let (cut, cuts) = watch::channel(0);
+        let (sender, receiver) = mpsc::channel();
+        let shared = Arc::clone(&faults);
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+                sender.send(listener.local_addr().unwrap().port()).unwrap();
+                let mut ended = cuts.clone();
+                loop {
+                    let accepted = tokio::select! {
+                        accepted = listener.accept() => accepted,
+                        () = async { while ended.changed().await.is_ok() {} } => return,
+                    };
+                    if let Ok((client, _)) = accepted {
+                        tokio::spawn(connection(client, target, Arc::clone(&shared), cuts.clone()));
+                    }
+                }
+            });
+        });
+        Self { port: receiver.recv().unwrap(), faults, cut }
+    }
+
+    /// The URL of the server behind it, by way of the proxy.
+    pub(crate) fn url(&self, direct: &str, port: u16) -> String {
+        let through = direct.replacen(&format!(":{port}"), &format!(":{}", self.port), 1);
+        assert_ne!(direct, through, "port {port} is in the URL");
+        through
+    }
+
+    /// Closes every connection.
+    pub(crate) fn cut(&self) {
+        self.fired();
+        self.cut.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Whether new connections are closed at once; open ones live on.
+    pub(crate) fn refuse(&self, refuse: bool) {
+        self.faults.refuse.store(refuse, Ordering::SeqCst);
+    }
+
+    /// Whether nothing goes through, and everything stays open: as a host that vanished, or a stalled network, after
+    /// which what was held goes on.
+    pub(crate) fn stall(&self, stall: bool) {
+        self.faults.stall.store(stall, Ordering::SeqCst);
+    }
+
+    /// Holds each piece back for so long.
+    pub(crate) fn delay(&self, delay: Duration) {
+        self.faults.delay_ms.store(u64::try_from(delay.as_millis()).unwrap(), Ordering::SeqCst);
+    }
+
+    /// Lets so many bytes a second through each way; 0: as many as come.
+    pub(crate) fn slow_to(&self, bytes_a_second: u64) {
+        self.faults.rate.store(bytes_a_second, Ordering::SeqCst);
+    }
+
+    /// Cuts the connection in which this many more bytes of answers have gone through, in the middle of whatever it is.
+    pub(crate) fn cut_after_bytes(&self, bytes: i64) {
+        self.faults.bytes_left.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Cuts the connection in which this many more replies of Redis have gone through.
+    pub(crate) fn cut_after_replies(&self, replies: i64) {
+        self.faults.replies_left.store(replies, Ordering::SeqCst);
+    }
+
+    /// Swallows the next so many answers to requests that contain `to`, and cuts their connections: the request went
+    /// through, and nobody knows.
+    pub(crate) fn drop_answers(&self, count: i64, to: &str) {
+        *self.faults.drop_after.lock().unwrap() = to.as_bytes().to_vec();
+        self.faults.drop_answers.store(count, Ordering::SeqCst);
+    }
+
+    /// Does no more wrong.
+    pub(crate) fn heal(&self) {
+        self.refuse(false);
+        self.stall(false);
+        self.delay(Duration::ZERO);
+        self.slow_to(0);
+        self.cut_after_bytes(NONE);
+        self.cut_after_replies(NONE);
+        self.drop_answers(0, "");
+    }
+
+    /// How often it refused, cut or swallowed something.
+    pub(crate) fn count(&self) -> u64 {
+        self.faults.fired.load(Ordering::SeqCst)
+    }
+
+    fn fired(&self) {
+        self.faults.fired.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Faults {
+    fn fire(&self) {
+        self.fired.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Waits as long as it takes for `bytes`, and while everything stalls.
+    async fn hold(&self, bytes: usize) {
+        let delay = self.delay_ms.load(Ordering::SeqCst);
+        if delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
+        let rate = self.rate.load(Ordering::SeqCst);
+        if rate > 0 {
+            tokio::time::sleep(Duration::from_secs(1).mul_f64(bytes as f64 / rate as f64)).await;
+        }
+        while self.stall.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+async fn connection(client: TcpStream, target: u16, faults: Arc<Faults>, mut cuts: watch::Receiver<u64>) {
+    if faults.refuse.load(Ordering::SeqCst) {
+        return faults.fire();
+    }
+    let Ok(server) = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, target))).await else { return };
+    client.set_nodelay(true).ok();
+    server.set_nodelay(true).ok();
+    cuts.mark_unchanged();
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    let marked = AtomicBool::new(false);
+    // Whichever way ends first, or is cut, ends both.
+    tokio::select! {
+        () = requests(from_client, to_server, &faults, &marked) => {}
+        () = answers(from_server, to_client, &faults, &marked) => {}
+        _ = cuts.changed() => {}
+    }
+}
+
+async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: &Faults, marked: &AtomicBool) {
+    let mut buffer = vec![0; 16 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        faults.hold(count).await;
+        if faults.drop_answers.load(Ordering::SeqCst) > 0 {
+            let mark = faults.drop_after.lock().unwrap().clone();
+            let found = mark.is_empty() || buffer[..count].windows(mark.len()).any(|window| window == mark);
+            marked.fetch_or(found, Ordering::SeqCst);
+        }
+        if to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: &Faults, marked: &AtomicBool) {
+    let mut buffer = vec![0; 16 << 10];
+    let mut reply = Vec::new();
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        faults.hold(count).await;
+        let answer = &buffer[..count];
+        if faults.drop_answers.load(Ordering::SeqCst) > 0 && marked.swap(false, Ordering::SeqCst) {
+            faults.drop_answers.fetch_sub(1, Ordering::SeqCst);
+            return faults.fire();
+        }
+        let length = i64::try_from(count).unwrap();
+        let mut allowed = count;
+        if faults.bytes_left.load(Ordering::SeqCst) != NONE {
+            let left = faults.bytes_left.fetch_sub(length, Ordering::SeqCst);
+            allowed = allowed.min(usize::try_from(left.max(0)).unwrap());
+        }
+        if faults.replies_left.load(Ordering::SeqCst) != NONE {
+            reply.extend_from_slice(answer);
+            while let Some(end) = resp_end(&reply, 0) {
+                if faults.replies_left.fetch_sub(1, Ordering::SeqCst) <= 0 {
+                    // This reply, and what follows, is not for the client.
+                    allowed = allowed.min(count.saturating_sub(reply.len()));
+                    break;
+                }
+                reply.drain(..end);
+            }
+        }
+        if to.write_all(&answer[..allowed]).await.is_err() {
+            return;
+        }
+        if allowed < count {
+            faults.bytes_left.store(NONE, Ordering::SeqCst);
+            faults.replies_left.store(NONE, Ordering::SeqCst);
+            return faults.fire();
+        }
+    }
+}
+
+/// Where the reply of Redis ends that begins at `start`, if it is complete.
+fn resp_end(bytes: &[u8], start: usize) -> Option<usize> {
+    let line = bytes.get(start..)?.windows(2).position(|window| window == b"\r\n")?;
+    let end = start + line + 2;
+    let number = || std::str::from_utf8(&bytes[start + 1..start + line]).ok()?.parse::<i64>().ok();
+    match bytes[start] {
+        b'$' => match usize::try_from(number()?) {
+            Ok(length) => (bytes.len() >= end + length + 2).then_some(end + length + 2),
+            Err(_) => Some(end),
+        },
+        b'*' => (0..number()?.max(0)).try_fold(end, |at, _| resp_end(bytes, at)),
+        _ => Some(end),
+    }
+}
+
+mod tests {
+    use super::*;
+    use crate::servers::redis;
+
+    fn connect(proxy: &Proxy) -> redis::RedisResult<redis::Connection> {
+        let url = proxy.url(redis().url(), redis().port());
+        redis::Client::open(url).unwrap().get_connection_with_timeout(Duration::from_secs(2))
+    }
+
+    fn get(connection: &mut redis::Connection) -> redis::RedisResult<i64> {
+        redis::cmd("GET").arg("proxy:n").query(connection)
+    }
+
+    #[test]
+    fn each_fault_does_what_it_says() {
+        let proxy = Proxy::to(redis().port());
+        let mut connection = connect(&proxy).unwrap();
+        redis::cmd("SET").arg("proxy:n").arg(1).exec(&mut connection).unwrap();
+        assert_eq!(get(&mut connection).unwrap(), 1);
+
+        proxy.cut();
+        get(&mut connection).unwrap_err();
+        proxy.refuse(true);
+        assert!(connect(&proxy).is_err());
+        proxy.heal();
+
+        // The request goes through, the answer does not.
+        let mut connection = connect(&proxy).unwrap();
+        proxy.drop_answers(1, "INCR");
+        assert_eq!(get(&mut connection).unwrap(), 1);
+        redis::cmd("INCR").arg("proxy:n").exec(&mut connection).unwrap_err();
+        let mut connection = connect(&proxy).unwrap();
+        assert_eq!(get(&mut connection).unwrap(), 2);
+
+        // Of three replies in one pipeline, two arrive.
+        proxy.cut_after_replies(2);
+        assert_eq!(get(&mut connection).unwrap(), 2);
+        let all: redis::RedisResult<(i64, i64)> = redis::pipe().get("proxy:n").get("proxy:n").query(&mut connection);
+        all.unwrap_err();
+        proxy.heal();
+        let mut connection = connect(&proxy).unwrap();
+        proxy.cut_after_bytes(2);
+        get(&mut connection).unwrap_err();
+        proxy.heal();
+
+        let mut connection = connect(&proxy).unwrap();
+        connection.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        proxy.stall(true);
+        get(&mut connection).unwrap_err();
+        proxy.heal();
+        assert!(proxy.count() >= 5, "{}", proxy.count());
+    }
+
+    #[test]
+    fn a_slow_proxy_takes_its_time() {
+        let proxy = Proxy::to(redis().port());
+        let mut connection = connect(&proxy).unwrap();
+        proxy.slow_to(1000);
+        let begun = std::time::Instant::now();
+        redis::cmd("ECHO").arg("x".repeat(200)).exec(&mut connection).unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+        proxy.slow_to(0);
+        proxy.delay(Duration::from_millis(50));
+        let begun = std::time::Instant::now();
+        get(&mut connection).ok();
+        assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
+    }
+}
