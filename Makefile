@@ -1,7 +1,10 @@
 PYTHON := target/venv/bin/python
+# For `make chaos`; without SEED a fresh one, which is printed.
+SECONDS ?= 60
+SEEDS ?= 10
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers bench bench-embedded check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos bench bench-embedded check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +34,10 @@ demo: build ## the main job, shown on a throwaway SQLite file: no server, nothin
 
 demo-servers: setup build ## the main job, shown on throwaway PostgreSQL, Redis and EventBridge
 	python3 tests/demo_servers.py
+
+chaos: setup ## random faults for a while, then what arrived against what was promised: SECONDS=60 SEEDS=10 SEED=
+	CHAOS_SECONDS=$(SECONDS) CHAOS_SEEDS=$(SEEDS) CHAOS_SEED=$(SEED) \
+	    cargo test --locked --features failpoints --test it -- chaos::a_long_run --ignored --nocapture
 
 bench: setup build ## how fast a backlog drains here
 	python3 tests/bench/drain.py

@@ -1,0 +1,131 @@
+//! Producers that write down what they have promised.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use outbox_relay::audit::Obligation;
+use sqlx::{Connection, PgConnection, Row};
+use uuid::Uuid;
+
+/// Some producers at work, each with keys of its own.
+pub(super) struct Producers {
+    stop: Arc<AtomicBool>,
+    obligations: Arc<Mutex<Vec<Obligation>>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    committed: Arc<AtomicU64>,
+}
+
+impl Producers {
+    /// `pause_ms`: at most so long between two transactions of one of them.
+    pub(super) fn start(url: &str, seed: u64, count: u64, pause_ms: u64) -> Self {
+        let (stop, obligations) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<Obligation>>>::default());
+        let committed = Arc::<AtomicU64>::default();
+        let threads = (0..count)
+            .map(|number| {
+                let producer = Producer {
+                    url: url.to_owned(),
+                    number,
+                    random: fastrand::Rng::with_seed(seed ^ (number + 1) << 32),
+                    sequence: 0,
+                    pause_ms,
+                    stop: Arc::clone(&stop),
+                    obligations: Arc::clone(&obligations),
+                    committed: Arc::clone(&committed),
+                };
+                std::thread::spawn(move || {
+                    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                    runtime.block_on(producer.run());
+                })
+            })
+            .collect();
+        Self { stop, obligations, threads, committed }
+    }
+
+    /// Events committed so far.
+    pub(super) fn committed(&self) -> u64 {
+        self.committed.load(Ordering::SeqCst)
+    }
+
+    /// Ends them, and returns what they have promised.
+    pub(super) fn finish(self) -> Vec<Obligation> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        std::mem::take(&mut self.obligations.lock().unwrap())
+    }
+}
+
+struct Producer {
+    url: String,
+    number: u64,
+    random: fastrand::Rng,
+    /// Of all its events: an order that every key's is part of.
+    sequence: i64,
+    pause_ms: u64,
+    stop: Arc<AtomicBool>,
+    obligations: Arc<Mutex<Vec<Obligation>>>,
+    committed: Arc<AtomicU64>,
+}
+
+impl Producer {
+    async fn run(mut self) {
+        let mut connection = None;
+        while !self.stop.load(Ordering::SeqCst) {
+            let Some(mut open) = connection.take() else {
+                connection = PgConnection::connect(&self.url).await.ok();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                continue;
+            };
+            // After an error the connection is given up: the server may be gone.
+            if self.transaction(&mut open).await.is_ok() {
+                connection = Some(open);
+            }
+            tokio::time::sleep(Duration::from_millis(self.random.u64(0..=self.pause_ms))).await;
+        }
+    }
+
+    async fn transaction(&mut self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let mut transaction = connection.begin().await?;
+        let mut promised = Vec::new();
+        for _ in 0..self.random.usize(1..=5) {
+            // One in five has no key.
+            let key =
+                self.random.u32(0..5).checked_sub(1).map(|_| format!("{}-{}", self.number, self.random.u32(0..20)));
+            self.sequence += 1;
+            let text: String = (0..self.random.usize(0..300)).map(|_| self.random.char('\u{20}'..'\u{2fff}')).collect();
+            let payload = serde_json::json!({ "n": self.sequence, "text": text, "number": self.random.f64() });
+            let row = sqlx::query(
+                "insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
+                 values ('chaos', case when $1::text is not null then 'c' end, $1, $2::text::jsonb)
+                 returning event_id, encode(sha256(convert_to(payload::text, 'UTF8')), 'hex')",
+            )
+            .bind(&key)
+            .bind(payload.to_string())
+            .fetch_one(&mut *transaction)
+            .await?;
+            promised.push(Obligation {
+                event_id: row.get::<Uuid, _>(0),
+                key,
+                sequence: self.sequence,
+                sha256: Some(row.get(1)),
+                committed: None,
+            });
+        }
+        // Some commit late, so that others with higher ids come first.
+        if self.random.u32(0..10) == 0 {
+            tokio::time::sleep(Duration::from_millis(self.random.u64(0..200))).await;
+        }
+        let rolled_back = self.random.u32(0..10) == 0;
+        let ended = if rolled_back { transaction.rollback().await } else { transaction.commit().await };
+        let known = ended.is_ok();
+        if known && !rolled_back {
+            self.committed.fetch_add(promised.len() as u64, Ordering::SeqCst);
+        }
+        for obligation in &mut promised {
+            // A rollback is one, whether the server heard of it or not.
+            obligation.committed = if rolled_back { Some(false) } else { known.then_some(true) };
+        }
+        self.obligations.lock().unwrap().append(&mut promised);
+        ended
+    }
+}
