@@ -133,7 +133,7 @@ pub struct Delivery<'a> {
 pub struct Suspicion {
     /// How many events were published together the last time.
     pub together: usize,
-    /// How often a relay died while it published this event alone.
+    /// How many relays died while they published this event alone.
     pub crashes_alone: usize,
 }
 
@@ -160,17 +160,21 @@ pub trait CrashNotes {
     /// It will be taken for one that died, for a while.
     fn end_run(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// What is known of `events`, by their places.
+    /// What relays other than `run` have left noted of `events`, by their places.
     ///
     /// # Errors
     /// Unknown.
-    fn suspicions(&self, events: &[Uuid]) -> impl Future<Output = Result<Vec<(usize, Suspicion)>, OutboxError>> + Send;
+    fn suspicions(
+        &self,
+        run: Uuid,
+        events: &[Uuid],
+    ) -> impl Future<Output = Result<Vec<(usize, Suspicion)>, OutboxError>> + Send;
 
-    /// Notes, before anything else is done, that `events` are about to be published together.
+    /// Notes, before anything else is done, that `run` is about to publish `events` together.
     ///
     /// # Errors
     /// It may be noted or not.
-    fn suspect(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+    fn suspect(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Nobody died of `events`.
     ///

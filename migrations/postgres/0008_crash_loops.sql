@@ -16,16 +16,14 @@ comment on column event_relay_run.worker is 'Host name and process id.';
 
 create table event_crash_suspect (
     event_id uuid not null,
+    run_id uuid not null,
     together integer not null,
-    crashes integer not null,
-    crashes_alone integer not null,
     noted_at timestamptz not null default clock_timestamp(),
-    constraint event_crash_suspect_pkey primary key (event_id)
+    constraint event_crash_suspect_pkey primary key (event_id, run_id)
 );
 
 comment on table event_crash_suspect is 'Events during whose publishing a relay died, or that one publishes with care right now.';
-comment on column event_crash_suspect.together is 'How many events were published together the last time.';
-comment on column event_crash_suspect.crashes is 'How often it was begun and not ended.';
-comment on column event_crash_suspect.crashes_alone is 'How often of these it was alone; at 2 it is dead-lettered.';
+comment on column event_crash_suspect.run_id is 'Which relay; one that died three times was three.';
+comment on column event_crash_suspect.together is 'How many events were published together. Alone with three that died, it is dead-lettered.';
 
 create or replace function relay_schema_version() returns integer language sql immutable as 'select 8';

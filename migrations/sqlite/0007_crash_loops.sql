@@ -14,14 +14,13 @@ create table event_relay_run (
 
 -- Events during whose publishing a relay died, or that one publishes with care right now.
 create table event_crash_suspect (
-    event_id text not null primary key,
-    -- How many events were published together the last time.
+    event_id text not null,
+    -- Which relay; one that died three times was three.
+    run_id text not null,
+    -- How many events were published together. Alone with three that died, it is dead-lettered.
     together integer not null,
-    -- How often it was begun and not ended.
-    crashes integer not null,
-    -- How often of these it was alone; at 2 it is dead-lettered.
-    crashes_alone integer not null,
-    noted_at text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    noted_at text not null default (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+    primary key (event_id, run_id)
 );
 
 drop view relay_schema_version;

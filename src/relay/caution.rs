@@ -2,7 +2,7 @@
 //!
 //! A relay that finds that others have died lately publishes with care in its first minute: it notes the events before it
 //! publishes them. What a crash leaves noted comes back in batches of a thirty-second, then alone; an event that was alone
-//! in two crashes is dead-lettered. As long as relays end in good order, nothing is noted but that they began.
+//! with three relays that died is dead-lettered. As long as relays end in good order, nothing is noted but that they began.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -20,12 +20,14 @@ const PROBATION: Duration = Duration::from_secs(60);
 const NARROWING: usize = 32;
 
 /// So many crashes alone are no coincidence.
-const CRASHES_ALONE: usize = 2;
+const CRASHES_ALONE: usize = 3;
 
 /// One run's care.
 pub(super) struct Caution {
     run: Uuid,
     stage: Mutex<Stage>,
+    /// Events that nobody died of, and whose notes are still there: the store could not be reached.
+    innocent: Mutex<Vec<Uuid>>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -40,7 +42,7 @@ enum Stage {
 
 impl Caution {
     pub(super) fn new() -> Self {
-        Self { run: Uuid::new_v4(), stage: Mutex::new(Stage::Fresh) }
+        Self { run: Uuid::new_v4(), stage: Mutex::new(Stage::Fresh), innocent: Mutex::default() }
     }
 
     /// To be called before a batch is published. Where care is needed, shortens it to what may be published together, gives
@@ -68,32 +70,38 @@ impl Caution {
             Stage::Begun { careful: true, .. } => {}
             _ => return Ok(Vec::new()),
         }
+        self.acquit(outbox, &[]).await;
         let ids: Vec<Uuid> = batch.iter().map(|claimed| claimed.event.event_id).collect();
-        let known = outbox.suspicions(&ids).await?;
+        let known = outbox.suspicions(self.run, &ids).await?;
         batch.truncate(together(batch.len(), &known));
         for (place, suspicion) in known {
             if let Some(claimed) = batch.get_mut(place)
                 && suspicion.crashes_alone >= CRASHES_ALONE
             {
-                let message = format!(
-                    "the relay died {} times while it published this event and no other",
-                    suspicion.crashes_alone
-                );
+                let message =
+                    format!("{} relays died while they published this event and no other", suspicion.crashes_alone);
                 claimed.defect = Some(PublishError::new(Fault::Unfit, "relay_crashed", message));
             }
         }
         let noted: Vec<Uuid> =
             batch.iter().filter(|claimed| claimed.defect.is_none()).map(|claimed| claimed.event.event_id).collect();
-        outbox.suspect(&noted).await?;
+        outbox.suspect(self.run, &noted).await?;
         Ok(noted)
     }
 
     /// To be called when the batch is settled, or could not be: whatever became of it, nobody died.
     pub(super) async fn after(&self, outbox: &impl CrashNotes, noted: &[Uuid]) {
-        if !noted.is_empty()
-            && let Err(error) = outbox.acquit(noted).await
+        self.acquit(outbox, noted).await;
+    }
+
+    async fn acquit(&self, outbox: &impl CrashNotes, events: &[Uuid]) {
+        let mut innocent = std::mem::take(&mut *self.innocent.lock().unwrap_or_else(PoisonError::into_inner));
+        innocent.extend_from_slice(events);
+        if !innocent.is_empty()
+            && let Err(error) = outbox.acquit(&innocent).await
         {
-            tracing::debug!(error = error.explain(), "events stay noted as suspects");
+            tracing::debug!(error = error.explain(), "events stay noted as suspects for now");
+            self.innocent.lock().unwrap_or_else(PoisonError::into_inner).append(&mut innocent);
         }
     }
 
@@ -165,6 +173,6 @@ mod tests {
 
     #[test]
     fn a_known_killer_limits_nobody() {
-        assert_eq!(together(10, &[(0, Suspicion { together: 1, crashes_alone: 2 })]), 10);
+        assert_eq!(together(10, &[(0, Suspicion { together: 1, crashes_alone: 3 })]), 10);
     }
 }

@@ -21,8 +21,7 @@ use outbox_relay::audit::Obligation;
 use producers::Producers;
 use serde_json::Value;
 
-use crate::binary::{Finished, Running, finished, relay, until};
-use crate::harness::sql;
+use crate::binary::{Finished, Running, finished, relay};
 use crate::proxy::Proxy;
 use crate::servers::{Database, Server, database_on};
 

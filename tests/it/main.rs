@@ -17,6 +17,7 @@ mod eventbridge;
 mod exactly_once;
 mod ghost;
 mod harness;
+mod model;
 mod moto;
 mod proxy;
 mod pubsub;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 use tokio::sync::Mutex;
 use uuid::Uuid;
@@ -22,10 +22,16 @@ with old_runs as (delete from event_relay_run where begun_at < clock_timestamp()
 select exists (select from event_relay_run where run_id <> $1 and begun_at > clock_timestamp() - interval '10 minutes')";
 
 const SUSPECT: &str = "
-insert into event_crash_suspect (event_id, together, crashes, crashes_alone)
-select distinct event_id, $2, 1, ($2 = 1)::int from unnest($1::uuid[]) s(event_id)
-on conflict (event_id) do update set together = excluded.together, crashes = event_crash_suspect.crashes + 1,
-    crashes_alone = event_crash_suspect.crashes_alone + excluded.crashes_alone, noted_at = clock_timestamp()";
+insert into event_crash_suspect (event_id, run_id, together)
+select distinct event_id, $2, $3 from unnest($1::uuid[]) s(event_id)
+on conflict (event_id, run_id) do update set together = excluded.together, noted_at = clock_timestamp()";
+
+/// What other runs have left noted.
+const SUSPICIONS: &str = "
+select e.place::int, (array_agg(s.together order by s.noted_at desc))[1], (count(*) filter (where s.together = 1))::int
+from unnest($1::uuid[]) with ordinality e(event_id, place)
+join event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
+group by e.place";
 
 /// A commit of its own waits until the log is on disk up to itself, and so the commits before it.
 const FLUSH: &str = "
@@ -74,15 +80,13 @@ impl CrashNotes for PgOutbox {
         .await
     }
 
-    async fn suspicions(&self, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
-        let query = "select e.place::int, s.together, s.crashes_alone
-                     from unnest($1::uuid[]) with ordinality e(event_id, place) join event_crash_suspect s using (event_id)";
+    async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let rows = self
             .aside("read what relays died of", async |connection| {
-                sqlx::query(query).persistent(false).bind(events).fetch_all(connection).await
+                sqlx::query(SUSPICIONS).persistent(false).bind(events).bind(run).fetch_all(connection).await
             })
             .await?;
-        let number = |row: &sqlx::postgres::PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
+        let number = |row: &PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
         let suspicion = |row| {
             let known = Suspicion { together: number(row, 1), crashes_alone: number(row, 2) };
             (number(row, 0).saturating_sub(1), known)
@@ -90,10 +94,11 @@ impl CrashNotes for PgOutbox {
         Ok(rows.iter().map(suspicion).collect())
     }
 
-    async fn suspect(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn suspect(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         self.aside("note what is about to be published", async |connection| {
             let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
-            sqlx::query(SUSPECT).persistent(false).bind(events).bind(together).execute(connection).await.map(drop)
+            let query = sqlx::query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
+            query.execute(connection).await.map(drop)
         })
         .await
     }

@@ -18,10 +18,15 @@ select exists (
 )";
 
 const SUSPECT: &str = "
-insert into event_crash_suspect (event_id, together, crashes, crashes_alone)
-select distinct e.value, ?2, 1, ?2 = 1 from json_each(?1) e where true
-on conflict (event_id) do update set together = excluded.together, crashes = crashes + 1,
-    crashes_alone = crashes_alone + excluded.crashes_alone, noted_at = excluded.noted_at";
+insert into event_crash_suspect (event_id, run_id, together)
+select distinct e.value, ?2, ?3 from json_each(?1) e where true
+on conflict (event_id, run_id) do update set together = excluded.together, noted_at = excluded.noted_at";
+
+/// What other runs have left noted: SQLite takes `together` from the row with the highest time.
+const SUSPICIONS: &str = "
+select e.key, s.together, sum(s.together = 1), max(s.noted_at)
+from json_each(?1) e join event_crash_suspect s on s.event_id = e.value and s.run_id <> ?2
+group by e.key";
 
 impl CrashNotes for SqliteOutbox {
     async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
@@ -44,25 +49,23 @@ impl CrashNotes for SqliteOutbox {
         answered("note that a relay ends", query.execute(&mut connection)).await.map(drop)
     }
 
-    async fn suspicions(&self, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
+    async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let mut connection = self.connect().await?;
-        let query = "select e.key, s.together, s.crashes_alone
-                     from json_each(?1) e join event_crash_suspect s on s.event_id = e.value";
-        let rows: Vec<(i64, i64, i64)> = answered("read what relays died of", async {
-            sqlx::query_as(query).bind(json(events)).fetch_all(&mut connection).await
+        let rows: Vec<(i64, i64, i64, String)> = answered("read what relays died of", async {
+            sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut connection).await
         })
         .await?;
         let number = |number: i64| usize::try_from(number).unwrap_or_default();
-        let suspicion = |(place, together, crashes_alone)| {
+        let suspicion = |(place, together, crashes_alone, _)| {
             (number(place), Suspicion { together: number(together), crashes_alone: number(crashes_alone) })
         };
         Ok(rows.into_iter().map(suspicion).collect())
     }
 
-    async fn suspect(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn suspect(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
-        let query = sqlx::query(SUSPECT).bind(json(events)).bind(together);
+        let query = sqlx::query(SUSPECT).bind(json(events)).bind(run.to_string()).bind(together);
         answered("note what is about to be published", query.execute(&mut connection)).await.map(drop)
     }
 
