@@ -33,6 +33,7 @@ pub mod cli;
 pub mod config;
 pub mod event;
 mod failpoint;
+mod hosts;
 pub mod outbox;
 pub mod relay;
 pub mod retry;

@@ -9,6 +9,7 @@ use secrecy::SecretString;
 use url::Url;
 
 use crate::breaker::BreakerPolicy;
+use crate::hosts::Hosts;
 use crate::relay::RelayConfig;
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
@@ -146,7 +147,7 @@ pub struct Settings {
           value_parser = clap::value_parser!(u64).range(1..=86_400_000), help_heading = "Failures")]
     pub breaker_recovery: u64,
 
-    /// Connection URL of Redis, redis:// or rediss:// (TLS); sets up the destination `redis`.
+    /// Connection URL of Redis: redis://, redis-cluster:// with nodes, or redis-sentinel:// with Sentinels and ?master=NAME; rediss... with TLS. Sets up the destination `redis`.
     #[arg(long, env = "REDIS_URL", value_name = "URL", hide_env_values = true, help_heading = "Destination redis")]
     pub redis_url: Option<SecretString>,
     /// File that holds the URL; read again at every connection.
@@ -313,7 +314,15 @@ pub fn hide(value: &str) -> String {
             let user = if url.username().is_empty() { String::new() } else { format!("{}:***@", url.username()) };
             format!("{}://{user}{host}{port}{}", url.scheme(), url.path())
         }
-        _ => "***".to_owned(),
+        _ => match Hosts::parse(value) {
+            Some(Hosts { scheme, user, hosts, path, .. }) => {
+                let name = user.map(|user| user.split_once(':').map_or("", |(name, _)| name)).unwrap_or_default();
+                let user = if name.is_empty() { String::new() } else { format!("{name}:***@") };
+                let slash = if path.is_empty() { "" } else { "/" };
+                format!("{scheme}://{user}{}{slash}{path}", hosts.join(","))
+            }
+            None => "***".to_owned(),
+        },
     }
 }
 
@@ -344,6 +353,13 @@ mod tests {
             "postgres://app:***@db.example:5433/shop"
         );
         assert_eq!(hide("redis://:s3cret@cache/0"), "redis://cache/0");
+        assert_eq!(
+            hide("redis-sentinel://app:s3,c@ret@a:1,b:2,[::1]:3/0?master=m&sentinel_password=s3cret"),
+            "redis-sentinel://app:***@a:1,b:2,[::1]:3/0"
+        );
+        assert_eq!(hide("redis-cluster://:s3cret@a:1,b"), "redis-cluster://a:1,b");
+        assert_eq!(hide("redis-cluster://s3cret@a:1,b:2"), "redis-cluster://a:1,b:2");
+        assert_eq!(hide("redis-cluster://app:s3/cret@a:1,b:2"), "***");
         assert_eq!(hide("s3cret"), "***");
         assert_eq!(hide("host=db password=s3cret"), "***");
     }

@@ -1,10 +1,14 @@
 //! What both Redis sinks share: a connection that comes back by itself, and publishing in chunks.
 //!
+//! - `address`: one server, a cluster, or the master that Sentinels name.
+//! - `connection`: to any of them.
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
 //! - `once`: what keeps an event that is published again from arriving twice.
 //! - `read`: reading a stream back.
 //! - `fault`: whose fault an error is.
 
+mod address;
+mod connection;
 mod fault;
 mod once;
 mod read;
@@ -14,14 +18,14 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, join_all};
-use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Cmd, IntoConnectionInfo, Value};
+use redis::{Cmd, Value};
 use tokio::sync::Mutex;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
-use crate::secret::Secret;
 use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Published, Tenure};
+pub use address::RedisAddress;
+use connection::{Connection, slot_of};
 use fault::{call_error, connect_error, server_error, wants_new_connection};
 use once::{ChunkStates, Dirty, Once};
 pub use read::read_entries;
@@ -34,63 +38,11 @@ const LIMITS: Limits = Limits { request_events: 100, request_bytes: 1 << 20, req
 /// The attributes of an event that a script can pass on: Lua unpacks at most about 8,000 values at once.
 const MAX_HEADERS: usize = 1000;
 
-/// How long connecting may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Where a Redis is. Secrets are read anew at each connection.
-#[derive(Debug, Clone)]
-pub enum RedisAddress {
-    /// `redis://`, `rediss://` for TLS, or `redis+unix://`.
-    Url(Secret),
-    /// Spelled out.
-    Parts {
-        /// Host name or address.
-        host: String,
-        /// TCP port.
-        port: u16,
-        /// Database number.
-        database: i64,
-        /// ACL user; `None`: `default`.
-        username: Option<String>,
-        /// Its password.
-        password: Option<Secret>,
-    },
-}
-
-impl RedisAddress {
-    /// Whether it can be read and used; nobody is asked whether it leads anywhere.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn validate(&self) -> Result<(), PublishError> {
-        self.client().map(drop)
-    }
-
-    fn client(&self) -> Result<redis::Client, PublishError> {
-        let unusable = |reason: String| PublishError::new(Fault::Misconfigured, "redis_address", reason);
-        let read = |secret: &Secret| secret.read().map_err(|error| unusable(error.to_string()));
-        let info = match self {
-            Self::Url(url) => read(url)?.into_connection_info(),
-            Self::Parts { host, port, database, username, password } => {
-                let mut settings = redis::RedisConnectionInfo::default().set_db(*database);
-                if let Some(username) = username {
-                    settings = settings.set_username(username);
-                }
-                if let Some(password) = password {
-                    settings = settings.set_password(read(password)?);
-                }
-                (host.clone(), *port).into_connection_info().map(|info| info.set_redis_settings(settings))
-            }
-        };
-        info.and_then(redis::Client::open).map_err(|error| unusable(format!("the URL cannot be used: {error}")))
-    }
-}
-
-/// A connection to one Redis, shared by all lanes.
+/// A connection to one Redis, or to a cluster, shared by all lanes.
 pub(super) struct Redis {
     address: RedisAddress,
     timeout: Duration,
-    connection: Mutex<Option<(u64, MultiplexedConnection)>>,
+    connection: Mutex<Option<(u64, Connection)>>,
 }
 
 impl Redis {
@@ -100,25 +52,14 @@ impl Redis {
     }
 
     /// The connection and its number, by which it can be given up.
-    pub(super) async fn connection(&self) -> Result<(u64, MultiplexedConnection), PublishError> {
+    async fn connection(&self) -> Result<(u64, Connection), PublishError> {
         let mut current = self.connection.lock().await;
         if let Some((number, connection)) = current.as_ref() {
             return Ok((*number, connection.clone()));
         }
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(self.timeout));
-        let connected = async {
-            let mut connection = self
-                .address
-                .client()?
-                .get_multiplexed_async_connection_with_config(&config)
-                .await
-                .map_err(connect_error)?;
-            SCRIPT.prepare_invoke().load_async(&mut connection).await.map_err(connect_error)?;
-            Ok((fastrand::u64(..), connection))
-        }
-        .await?;
+        let mut connection = Connection::open(&self.address, self.timeout).await?;
+        connection.load(&SCRIPT).await.map_err(connect_error)?;
+        let connected = (fastrand::u64(..), connection);
         *current = Some(connected.clone());
         Ok(connected)
     }
@@ -157,6 +98,9 @@ impl Redis {
             Some(_) => LIMITS.request_bytes + 1,
             None => events[index].payload.len() + 512,
         };
+        if connection.has_slots() {
+            rounds = rounds.at_places(|index| place(events[index], commands));
+        }
         let mut once = tenure.map(Once::new);
         let mut lost = false;
         while Instant::now() < deadline {
@@ -173,7 +117,8 @@ impl Redis {
                     Some(error) => Err(error),
                     None => {
                         let call = eval(events, chunk, commands, once.as_ref(), states);
-                        run(connection.clone(), call, states, chunk.len(), deadline).await
+                        run(connection.clone(), call, place(events[chunk[0]], commands), states, chunk.len(), deadline)
+                            .await
                     }
                 }))
                 .await;
@@ -238,7 +183,7 @@ impl Redis {
 /// # Errors
 /// Redis did not do it; `None`: the claim is lost.
 async fn take_over(
-    connection: &MultiplexedConnection,
+    connection: &Connection,
     once: &mut Once<'_>,
     dirty: HashMap<String, Dirty>,
     events: &[&Event],
@@ -248,7 +193,7 @@ async fn take_over(
     let calls = once.look_into(dirty.into_values().collect()).await.ok_or(None)?;
     let mut delivered = Vec::new();
     for (key, call) in calls {
-        match send(connection.clone(), &call, deadline).await.map_err(Some)? {
+        match send(connection.clone(), &call, slot_of(key.as_bytes()), deadline).await.map_err(Some)? {
             Value::Int(1) => delivered.extend(once.begun(&key, events, commands)),
             // It has changed since: its chunks are refused once more, and looked into anew.
             Value::Int(0) => {}
@@ -260,25 +205,29 @@ async fn take_over(
 
 /// What empties the lists of states, to be done when `outcomes` are settled.
 fn forget(
-    mut connection: MultiplexedConnection,
+    connection: Connection,
     once: &Once<'_>,
     events: &[&Event],
     outcomes: &[Outcome],
     timeout: Duration,
 ) -> Option<BoxFuture<'static, ()>> {
     let delivered = events.iter().zip(outcomes).filter(|(_, outcome)| matches!(outcome, Outcome::Delivered { .. }));
-    let marks = once.marks(&delivered.map(|(event, _)| (event.row.id, event.event_id)).collect(), false);
+    let delivered = delivered.map(|(event, _)| (event.row.id, event.event_id)).collect();
+    let marks = once.marks(&delivered, connection.has_slots());
     if marks.is_empty() {
         return None;
     }
-    let mut pipeline = redis::Pipeline::with_capacity(marks.len());
-    marks.into_iter().for_each(|mark| {
-        pipeline.add_command(mark);
-    });
     Some(Box::pin(async move {
-        let answer = tokio::time::timeout(timeout, pipeline.exec_async(&mut connection)).await;
-        if let Ok(Err(error)) = answer {
-            tracing::debug!(%error, "Redis was not told of a settle; the next claim finds out by itself");
+        for answer in join_all(
+            marks
+                .iter()
+                .map(async |(place, mark)| send(connection.clone(), mark, *place, Instant::now() + timeout).await),
+        )
+        .await
+        {
+            if let Err(error) = answer {
+                tracing::debug!(%error, "Redis was not told of a settle; the next claim finds out by itself");
+            }
         }
     }))
 }
@@ -292,6 +241,12 @@ fn refusal(event: &Event) -> Option<PublishError> {
     })
 }
 
+/// The slot of a cluster that an event's command goes to.
+fn place(event: &Event, commands: &dyn Commands) -> u16 {
+    // Messages on channels reach every node from any; all from one, so that they keep their order.
+    commands.key(event).map_or(0, |key| slot_of(key.as_bytes()))
+}
+
 /// What the script answered.
 enum Answer {
     /// One for each event.
@@ -302,17 +257,19 @@ enum Answer {
 
 /// Runs one chunk.
 async fn run(
-    mut connection: MultiplexedConnection,
+    mut connection: Connection,
     command: Cmd,
+    place: u16,
     states: &ChunkStates,
     event_count: usize,
     deadline: Instant,
 ) -> Result<Answer, PublishError> {
-    let value = match send(connection.clone(), &command, deadline).await {
+    let value = match send(connection.clone(), &command, place, deadline).await {
         // The server forgot its scripts and ran nothing.
         Err(error) if error.code == "NOSCRIPT" => {
-            SCRIPT.prepare_invoke().load_async(&mut connection).await.map_err(call_error)?;
-            send(connection, &command, deadline).await?
+            let loaded = tokio::time::timeout_at(deadline.into(), connection.load(&SCRIPT)).await;
+            loaded.map_err(|_| no_answer())?.map_err(call_error)?;
+            send(connection, &command, place, deadline).await?
         }
         answer => answer?,
     };
@@ -333,11 +290,15 @@ async fn run(
 }
 
 /// One call and its answer.
-async fn send(mut connection: MultiplexedConnection, command: &Cmd, deadline: Instant) -> Result<Value, PublishError> {
-    match tokio::time::timeout_at(deadline.into(), connection.send_packed_command(command)).await {
-        Ok(answer) => answer.and_then(Value::extract_error).map_err(call_error),
-        Err(_) => Err(PublishError::new(Fault::Unknown, "timeout", "no answer from Redis in time")),
+async fn send(mut connection: Connection, command: &Cmd, place: u16, deadline: Instant) -> Result<Value, PublishError> {
+    match tokio::time::timeout_at(deadline.into(), connection.call(command, place)).await {
+        Ok(answer) => answer.map_err(call_error),
+        Err(_) => Err(no_answer()),
     }
+}
+
+fn no_answer() -> PublishError {
+    PublishError::new(Fault::Unknown, "timeout", "no answer from Redis in time")
 }
 
 fn unexpected_reply() -> PublishError {
@@ -359,25 +320,23 @@ fn outcome(reply: Vec<u8>, one_key: bool) -> Outcome {
 }
 
 impl Redis {
-    /// Connects, and tries the script with no event. Returns the server's address, without secrets.
+    /// Connects, and tries the script with no event. Returns the address, without secrets.
     pub(super) async fn check(&self) -> Result<String, PublishError> {
         let (number, mut connection) = self.connection().await?;
         let mut probe = redis::cmd("EVALSHA");
         probe.arg(SCRIPT.get_hash()).arg(0).arg(0).arg(0).arg(0).arg(0); // no key, no claim, no state, no shape
-        let answer = connection.send_packed_command(&probe).await.and_then(Value::extract_error);
-        if let Err(error) = answer {
+        if let Err(error) = connection.call(&probe, 0).await {
             self.give_up(number).await;
             return Err(call_error(error));
         }
-        let client = self.address.client()?;
-        let info = client.get_connection_info();
-        Ok(format!("{}, database {}", info.addr(), info.redis_settings().db()))
+        self.address.target().map(|target| target.to_string())
     }
 
     /// The type of a key, as Redis names it; `none` where there is no such key.
     pub(super) async fn key_type(&self, key: &str) -> Result<String, PublishError> {
         let (_, mut connection) = self.connection().await?;
-        redis::cmd("TYPE").arg(key).query_async(&mut connection).await.map_err(call_error)
+        let answer = connection.call(redis::cmd("TYPE").arg(key), slot_of(key.as_bytes())).await;
+        answer.and_then(|kind| Ok(redis::from_redis_value(kind)?)).map_err(call_error)
     }
 }
 

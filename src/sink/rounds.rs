@@ -1,7 +1,9 @@
 //! Splits a batch into requests that may be in flight together, without letting a key overtake itself.
 //!
 //! All events of a key that are in flight together ride in one request, in order. What does not fit waits for the next
-//! round, which starts when every request of this one is answered; a key that failed takes no part in it.
+//! round, which starts when every request of this one is answered; a key that failed takes no part in it. Where the
+//! destination has several places that one request cannot span, such as the slots of a Redis Cluster, a request holds
+//! events of one of them, and a key's events that go to another wait as well.
 
 use std::collections::{HashMap, HashSet};
 
@@ -21,6 +23,7 @@ pub struct Limits {
 /// The state of one publish call: which events have their answer.
 pub struct Rounds<'a> {
     events: &'a [&'a Event],
+    places: Vec<u16>,
     outcomes: Vec<Option<Outcome>>,
     stopped: HashSet<Key<'a>>,
     ended: bool,
@@ -29,7 +32,15 @@ pub struct Rounds<'a> {
 impl<'a> Rounds<'a> {
     /// All of `events` unanswered.
     pub fn new(events: &'a [&'a Event]) -> Self {
-        Self { events, outcomes: vec![None; events.len()], stopped: HashSet::new(), ended: false }
+        let (places, outcomes) = (vec![0; events.len()], vec![None; events.len()]);
+        Self { events, places, outcomes, stopped: HashSet::new(), ended: false }
+    }
+
+    /// The same with each event at its place.
+    #[must_use]
+    pub fn at_places(mut self, place: impl FnMut(usize) -> u16) -> Self {
+        self.places = (0..self.events.len()).map(place).collect();
+        self
     }
 
     /// The next requests to send together, as indexes into the events, ascending within a request. Empty: nothing is
@@ -39,28 +50,31 @@ impl<'a> Rounds<'a> {
             return Vec::new();
         }
         let mut requests: Vec<(Vec<usize>, usize)> = Vec::new();
+        // The request of each place that others may still join.
+        let mut open: HashMap<u16, usize> = HashMap::new();
         // Where a key's events ride this round; `None`: its request is full and the rest of the key waits.
         let mut seats: HashMap<Key<'a>, Option<usize>> = HashMap::new();
-        let mut open: Option<usize> = None;
         for (index, event) in self.events.iter().enumerate() {
             let key = event.key();
             if self.outcomes[index].is_some() || key.is_some_and(|key| self.stopped.contains(&key)) {
                 continue;
             }
-            let size = bytes(index);
+            let (size, place) = (bytes(index), self.places[index]);
             let fits = |at: usize| {
                 let (members, total): &(Vec<usize>, usize) = &requests[at];
-                members.len() < limits.request_events && total + size <= limits.request_bytes
+                self.places[members[0]] == place
+                    && members.len() < limits.request_events
+                    && total + size <= limits.request_bytes
             };
             let seat = match key.and_then(|key| seats.get(&key).copied()) {
                 Some(Some(at)) if fits(at) => Some(at),
                 Some(_) => None,
-                None => match open.filter(|&at| fits(at)) {
+                None => match open.get(&place).copied().filter(|&at| fits(at)) {
                     Some(at) => Some(at),
                     None if requests.len() < limits.requests => {
                         requests.push((Vec::new(), 0));
-                        open = Some(requests.len() - 1);
-                        open
+                        open.insert(place, requests.len() - 1);
+                        Some(requests.len() - 1)
                     }
                     None => None,
                 },
@@ -157,6 +171,20 @@ mod tests {
         let rounds = Rounds::new(&refs);
         let sizes = [60, 60, 10];
         assert_eq!(rounds.next(LIMITS, |index| sizes[index]), [vec![0]]);
+    }
+
+    #[test]
+    fn a_request_holds_events_of_one_place_and_a_key_waits_between_two() {
+        let events = [keyed(1, "a"), event(2), keyed(3, "a"), event(4), keyed(5, "a"), keyed(6, "b")];
+        let refs: Vec<&Event> = events.iter().collect();
+        let places = [7, 8, 8, 7, 7, 7];
+        let mut rounds = Rounds::new(&refs).at_places(|index| places[index]);
+        // The third goes elsewhere than the first of its key; the fifth would fit beside the first, and must not overtake.
+        assert_eq!(rounds.next(LIMITS, |_| 10), [vec![0, 3, 5], vec![1]]);
+        [0, 1, 3, 5].into_iter().for_each(|index| rounds.answer(index, delivered()));
+        assert_eq!(rounds.next(LIMITS, |_| 10), [vec![2]]);
+        rounds.answer(2, delivered());
+        assert_eq!(rounds.next(LIMITS, |_| 10), [vec![4]]);
     }
 
     #[test]

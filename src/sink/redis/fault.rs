@@ -25,6 +25,7 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
                 "invalid DB index",
                 "AUTH ",
                 "DB index is out of range",
+                "This instance has cluster support disabled",
             ]
             .iter()
             .any(|start| message.starts_with(start)) =>
@@ -62,7 +63,10 @@ pub(super) fn call_error(error: RedisError) -> PublishError {
 /// After these the connection leads to the wrong place, or nowhere, or was opened with an outdated password.
 pub(super) fn wants_new_connection(error: &PublishError) -> bool {
     error.fault == Fault::Unknown
-        || matches!(error.code.as_str(), "READONLY" | "NOAUTH" | "WRONGPASS" | "NOPERM" | "MASTERDOWN")
+        || matches!(
+            error.code.as_str(),
+            "READONLY" | "NOAUTH" | "WRONGPASS" | "NOPERM" | "MASTERDOWN" | "CLUSTERDOWN" | "MOVED" | "ASK"
+        )
 }
 
 #[cfg(test)]
@@ -92,6 +96,7 @@ mod tests {
             ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
             ("ERR Unknown Redis command called from script", Fault::Misconfigured),
             ("ERR DB index is out of range", Fault::Misconfigured),
+            ("ERR This instance has cluster support disabled", Fault::Misconfigured),
             ("ERR AUTH <password> called without any password configured", Fault::Misconfigured),
             ("WRONGTYPE Operation against a key holding the wrong kind of value", Fault::Misconfigured),
         ];

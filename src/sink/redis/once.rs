@@ -13,13 +13,14 @@
 //! So a claim that lost its partitions, and does not know it, is refused as soon as another has published there.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
 
-use redis::cluster_routing::Slot;
 use redis::{Cmd, Value};
 use uuid::Uuid;
 
 use crate::event::{Event, Noted, Outcome};
 use crate::sink::Tenure;
+use crate::sink::redis::connection::slot_of;
 use crate::sink::redis::script::Commands;
 
 /// How long the state of a partition in which nothing happens is kept. It must outlast a publish call that was begun before
@@ -212,12 +213,12 @@ impl<'a> Once<'a> {
         events.iter().enumerate().filter_map(delivered).collect()
     }
 
-    /// The calls that empty the lists once `delivered` are settled, one for each slot of a cluster.
-    pub(super) fn marks(&self, delivered: &HashSet<(i64, Uuid)>, clustered: bool) -> Vec<Cmd> {
-        let mut places: HashMap<Option<Slot>, Vec<&String>> = HashMap::new();
+    /// The calls that empty the lists once `delivered` are settled, one for each slot of a cluster, with that slot.
+    pub(super) fn marks(&self, delivered: &HashSet<(i64, Uuid)>, clustered: bool) -> Vec<(u16, Cmd)> {
+        let mut places: HashMap<u16, Vec<&String>> = HashMap::new();
         for (key, state) in &self.states {
             if state.owned && !state.unknown {
-                places.entry(clustered.then(|| slot_of(key))).or_default().push(key);
+                places.entry(if clustered { slot_of(key.as_bytes()) } else { 0 }).or_default().push(key);
             }
         }
         let call = |keys: Vec<&String>| {
@@ -234,13 +235,14 @@ impl<'a> Once<'a> {
             }
             call
         };
-        places.into_values().map(call).collect()
+        places.into_iter().map(|(place, keys)| (place, call(keys))).collect()
     }
 }
 
 /// The key of a state, in the same slot of a cluster as the stream that it lies beside.
 pub(super) fn state_key(stream: Option<&str>, name: &str) -> String {
-    let Some(stream) = stream else { return format!("relay:{name}") };
+    // What goes to channels, which are no keys, all goes by way of slot 0.
+    let Some(stream) = stream else { return format!("relay:{{{}}}:{name}", *SLOT_0) };
     let tagged =
         stream.split_once('{').and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(tag, _)| !tag.is_empty());
     if tagged {
@@ -250,13 +252,14 @@ pub(super) fn state_key(stream: Option<&str>, name: &str) -> String {
         return format!("{{{stream}}}:relay:{name}");
     }
     // No tag says it: a number does that falls into the same slot.
-    let slot = slot_of(stream);
-    let number = (0_u32..).find(|number| slot_of(&number.to_string()) == slot).unwrap_or_default();
-    format!("{{{number}}}{stream}:relay:{name}")
+    format!("{{{}}}{stream}:relay:{name}", number_in(slot_of(stream.as_bytes())))
 }
 
-fn slot_of(key: &str) -> Slot {
-    Slot::for_key(key)
+static SLOT_0: LazyLock<u32> = LazyLock::new(|| number_in(0));
+
+/// The first number that falls into a slot.
+fn number_in(slot: u16) -> u32 {
+    (0..).find(|number: &u32| slot_of(number.to_string().as_bytes()) == slot).unwrap_or_default()
 }
 
 /// The states in the answer of a chunk that added nothing; `None` where it is another answer.
@@ -316,10 +319,14 @@ mod tests {
     #[test]
     fn a_state_lies_in_the_slot_of_its_stream() {
         for stream in ["events", "orders:{42}", "{", "}", "{}x", "a}b", "", "a{b", "{a}{b}", "x{}y{z}", "ö{", "}{a}"] {
-            assert_eq!(slot_of(stream), slot_of(&state_key(Some(stream), "o:redis:576")), "{stream:?}");
+            assert_eq!(
+                slot_of(stream.as_bytes()),
+                slot_of(state_key(Some(stream), "o:redis:576").as_bytes()),
+                "{stream:?}"
+            );
         }
         assert_eq!(state_key(Some("events"), "o:redis:576"), "{events}:relay:o:redis:576");
-        assert_eq!(state_key(None, "o:redis:576"), "relay:o:redis:576");
+        assert_eq!(slot_of(state_key(None, "o:redis:576").as_bytes()), 0);
     }
 
     #[test]

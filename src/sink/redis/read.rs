@@ -1,6 +1,7 @@
 //! Reading a stream back, for an audit.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use redis::streams::StreamRangeReply;
 use redis::{FromRedisValue, Value};
@@ -8,10 +9,14 @@ use redis::{FromRedisValue, Value};
 use crate::audit::{Checksum, Entry};
 use crate::event::{Fault, PublishError};
 use crate::sink::redis::RedisAddress;
-use crate::sink::redis::fault::{call_error, connect_error};
+use crate::sink::redis::connection::{Connection, slot_of};
+use crate::sink::redis::fault::call_error;
 
 /// Entries asked for at a time.
 const PAGE: usize = 1000;
+
+/// How long one page may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Calls `each` with every entry of `stream`, from its first to the one that is its last when it is reached.
 ///
@@ -22,16 +27,13 @@ pub async fn read_entries(
     stream: &str,
     mut each: impl FnMut(&Entry<'_>),
 ) -> Result<(), PublishError> {
-    let client = address.client()?;
-    let mut connection = client.get_multiplexed_async_connection().await.map_err(connect_error)?;
+    let mut connection = Connection::open(address, TIMEOUT).await?;
+    let place = slot_of(stream.as_bytes());
     let mut from = "-".to_owned();
     loop {
-        let answer: Value = redis::cmd("XRANGE")
-            .arg(&[stream, &from, "+", "COUNT"])
-            .arg(PAGE)
-            .query_async(&mut connection)
-            .await
-            .map_err(call_error)?;
+        let mut range = redis::cmd("XRANGE");
+        range.arg(&[stream, &from, "+", "COUNT"]).arg(PAGE);
+        let answer = connection.call(&range, place).await.map_err(call_error)?;
         let page = StreamRangeReply::from_redis_value(answer).map_err(|_| foreign(&from))?;
         for entry in &page.ids {
             read_entry(&entry.id, &entry.map, &mut each).ok_or_else(|| foreign(&entry.id))?;

@@ -1,0 +1,86 @@
+//! URLs with several hosts, `scheme://[user:password@]host[:port],.../path?query`, which no URL library reads.
+
+/// The parts of one, as they stand there: nothing is decoded.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Hosts<'a> {
+    /// What stands before `://`.
+    pub(crate) scheme: &'a str,
+    /// `user:password`, either of them possibly missing.
+    pub(crate) user: Option<&'a str>,
+    /// `host` or `host:port`; IPv6 addresses in brackets.
+    pub(crate) hosts: Vec<&'a str>,
+    /// What follows the `/` after the hosts.
+    pub(crate) path: &'a str,
+    /// What follows the `?`.
+    pub(crate) query: &'a str,
+}
+
+impl<'a> Hosts<'a> {
+    /// `None`: it is no such URL, or a character of its password should have been percent-encoded, so that what looks
+    /// like a host may be a part of the password.
+    pub(crate) fn parse(url: &'a str) -> Option<Self> {
+        let (scheme, rest) = url.split_once("://")?;
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (user, hosts) = match authority.rsplit_once('@') {
+            Some((user, hosts)) => (Some(user), hosts),
+            None => (None, authority),
+        };
+        let hosts: Vec<_> = hosts.split(',').collect();
+        let letters = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+        let sound = !scheme.is_empty() && letters(scheme) && hosts.iter().all(|host| is_host(host));
+        (sound && !path.contains('@') && !query.contains('@')).then_some(Self { scheme, user, hosts, path, query })
+    }
+}
+
+fn is_host(text: &str) -> bool {
+    let (name, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, rest)) if address.chars().all(|c| c.is_ascii_hexdigit() || ":.%".contains(c)) => (address, rest),
+        Some(_) => return false,
+        None => {
+            let (name, port) = text.split_at(text.find(':').unwrap_or(text.len()));
+            if !name.chars().all(|c| c.is_alphanumeric() || "-._".contains(c)) {
+                return false;
+            }
+            (name, port)
+        }
+    };
+    !name.is_empty() && (port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_taken_apart() {
+        let url = "redis-sentinel://app:a,b%40c@one:26379,two,[::1]:7/3?master=main";
+        assert_eq!(
+            Hosts::parse(url),
+            Some(Hosts {
+                scheme: "redis-sentinel",
+                user: Some("app:a,b%40c"),
+                hosts: vec!["one:26379", "two", "[::1]:7"],
+                path: "3",
+                query: "master=main",
+            })
+        );
+        assert_eq!(Hosts::parse("a://b").map(|url| url.hosts), Some(vec!["b"]));
+    }
+
+    #[test]
+    fn what_may_be_a_part_of_a_password_is_no_host() {
+        for url in [
+            "x://u:pa/ss@h:1",
+            "x://u:12/ss@h:1",
+            "x://u:12?ss@h",
+            "x://h:1,",
+            "x://",
+            "h:1,h:2",
+            "x://h:99999",
+            "x://[::1:7",
+        ] {
+            assert_eq!(Hosts::parse(url), None, "{url}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Where a Redis is: one server, a cluster, or whichever server the Sentinels name as master.
+
+use std::fmt;
+
+use redis::sentinel::SentinelNodeConnectionInfo;
+use redis::{ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, RedisError, TlsMode};
+
+use crate::event::{Fault, PublishError};
+use crate::hosts::Hosts;
+use crate::secret::Secret;
+
+const REDIS_PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+
+/// Where a Redis is. Secrets are read anew at each connection.
+#[derive(Debug, Clone)]
+pub enum RedisAddress {
+    /// `redis://`, `rediss://` for TLS, or `redis+unix://`; `redis-cluster://` with some of a cluster's nodes;
+    /// `redis-sentinel://` with Sentinels and `?master=NAME`. The latter two with `rediss-` for TLS.
+    Url(Secret),
+    /// Spelled out.
+    Parts {
+        /// Host name or address.
+        host: String,
+        /// TCP port.
+        port: u16,
+        /// Database number.
+        database: i64,
+        /// ACL user; `None`: `default`.
+        username: Option<String>,
+        /// Its password.
+        password: Option<Secret>,
+    },
+}
+
+/// An address with its secrets. `Display` shows none of them.
+pub(super) enum Target {
+    /// One server.
+    Single(ConnectionInfo),
+    /// Some nodes of a cluster; the others are found through them.
+    Cluster(Vec<ConnectionInfo>),
+    /// The master of this name.
+    Sentinel { sentinels: Vec<ConnectionInfo>, master: String, node: SentinelNodeConnectionInfo, database: i64 },
+}
+
+impl RedisAddress {
+    /// Whether it can be read and used; nobody is asked whether it leads anywhere.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn validate(&self) -> Result<(), PublishError> {
+        self.target().map(drop)
+    }
+
+    /// Reads it.
+    pub(super) fn target(&self) -> Result<Target, PublishError> {
+        let read = |secret: &Secret| secret.read().map_err(|error| unusable(&error.to_string()));
+        match self {
+            Self::Url(url) => {
+                let url = read(url)?;
+                let (scheme, _) = url.split_once("://").unwrap_or_default();
+                match scheme {
+                    "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
+                    "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
+                    _ => url.into_connection_info().map(Target::Single).map_err(|error| no_url(&error)),
+                }
+            }
+            Self::Parts { host, port, database, username, password } => {
+                let mut settings = RedisConnectionInfo::default().set_db(*database);
+                if let Some(username) = username {
+                    settings = settings.set_username(username);
+                }
+                if let Some(password) = password {
+                    settings = settings.set_password(read(password)?);
+                }
+                let info = (host.clone(), *port).into_connection_info().map_err(|error| no_url(&error))?;
+                Ok(Target::Single(info.set_redis_settings(settings)))
+            }
+        }
+    }
+}
+
+fn unusable(reason: &str) -> PublishError {
+    PublishError::new(Fault::Misconfigured, "redis_address", reason)
+}
+
+fn no_url(error: &RedisError) -> PublishError {
+    unusable(&format!("the URL cannot be used: {error}"))
+}
+
+fn several(url: &str) -> Result<Hosts<'_>, PublishError> {
+    Hosts::parse(url).ok_or_else(|| {
+        unusable(
+            "the URL cannot be used: it must be scheme://[user:password@]host:port,host:port,..., with @, /, ? and : in \
+             a password written as %40, %2F, %3F and %3A",
+        )
+    })
+}
+
+/// Each host as a URL of its own, which the client library then reads, decoding included.
+fn each(
+    url: &Hosts<'_>,
+    user: Option<&str>,
+    default_port: u16,
+    database: &str,
+) -> Result<Vec<ConnectionInfo>, PublishError> {
+    let scheme = if url.scheme.starts_with("rediss") { "rediss" } else { "redis" };
+    let user = user.map(|user| format!("{user}@")).unwrap_or_default();
+    let one = |host: &&str| {
+        let port = if has_port(host) { String::new() } else { format!(":{default_port}") };
+        let url = format!("{scheme}://{user}{host}{port}/{database}");
+        url.into_connection_info().map_err(|error| no_url(&error))
+    };
+    url.hosts.iter().map(one).collect()
+}
+
+fn has_port(host: &str) -> bool {
+    host.rsplit_once(']').map_or(host, |(_, rest)| rest).contains(':')
+}
+
+fn cluster(url: &Hosts<'_>) -> Result<Target, PublishError> {
+    if !matches!(url.path, "" | "0") {
+        return Err(unusable("the URL cannot be used: a cluster has database 0 only"));
+    }
+    if !url.query.is_empty() {
+        return Err(unusable("the URL cannot be used: redis-cluster:// takes no parameters"));
+    }
+    each(url, url.user, REDIS_PORT, "").map(Target::Cluster)
+}
+
+fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
+    let (mut master, mut username, mut password) = (None, None, None);
+    for (name, value) in url::form_urlencoded::parse(url.query.as_bytes()) {
+        match name.as_ref() {
+            "master" if !value.is_empty() => master = Some(value.into_owned()),
+            "sentinel_username" => username = Some(value.into_owned()),
+            "sentinel_password" => password = Some(value.into_owned()),
+            _ => {
+                return Err(unusable(
+                    "the URL cannot be used: the parameters of redis-sentinel:// are master, sentinel_username and \
+                     sentinel_password",
+                ));
+            }
+        }
+    }
+    let Some(master) = master else {
+        return Err(unusable(
+            "the URL cannot be used: redis-sentinel:// needs ?master=NAME, the name the Sentinels know",
+        ));
+    };
+    // The user of the URL is the master's, and so is the database.
+    let info = each(url, url.user, SENTINEL_PORT, url.path)?;
+    let settings = info[0].redis_settings().clone();
+    let database = settings.db();
+    let mut node = SentinelNodeConnectionInfo::default().set_redis_connection_info(settings);
+    if url.scheme.starts_with("rediss") {
+        node = node.set_tls_mode(TlsMode::Secure);
+    }
+    let mut own = RedisConnectionInfo::default();
+    if let Some(username) = username {
+        own = own.set_username(username);
+    }
+    if let Some(password) = password {
+        own = own.set_password(password);
+    }
+    let sentinels = info.into_iter().map(|info| info.set_redis_settings(own.clone())).collect();
+    Ok(Target::Sentinel { sentinels, master, node, database })
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list =
+            |nodes: &[ConnectionInfo]| nodes.iter().map(|info| info.addr().to_string()).collect::<Vec<_>>().join(", ");
+        match self {
+            Self::Single(info) => write!(f, "{}, database {}", info.addr(), info.redis_settings().db()),
+            Self::Cluster(nodes) => write!(f, "cluster of {}", list(nodes)),
+            Self::Sentinel { sentinels, master, database, .. } => {
+                write!(f, "master {master:?} of the Sentinels {}, database {database}", list(sentinels))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(url: &str) -> Result<Target, PublishError> {
+        RedisAddress::Url(Secret::inline(url)).target()
+    }
+
+    fn told(url: &str) -> String {
+        match target(url) {
+            Ok(target) => target.to_string(),
+            Err(error) => panic!("{url}: {error}"),
+        }
+    }
+
+    #[test]
+    fn every_kind_of_address_is_told_without_secrets() {
+        assert_eq!(told("redis://u:s3cret@cache:7000/2"), "cache:7000, database 2");
+        assert_eq!(told("redis-cluster://u:s3cret@a:7000,b,[::1]:7"), "cluster of a:7000, b:6379, ::1:7");
+        assert_eq!(
+            told("redis-sentinel://u:s3cret@a,b:7/3?master=main&sentinel_password=s3cret"),
+            r#"master "main" of the Sentinels a:26379, b:7, database 3"#
+        );
+    }
+
+    #[test]
+    fn credentials_are_decoded_and_go_where_they_belong() {
+        let Ok(Target::Cluster(nodes)) = target("rediss-cluster://app:p%40ss@a,b/0") else { panic!("no cluster") };
+        for node in &nodes {
+            assert!(matches!(node.addr(), redis::ConnectionAddr::TcpTls { insecure: false, .. }));
+            assert_eq!(
+                (node.redis_settings().username(), node.redis_settings().password()),
+                (Some("app"), Some("p@ss"))
+            );
+        }
+        let url = "redis-sentinel://app:one@a,b/3?master=m&sentinel_username=watch&sentinel_password=t%26wo";
+        let Ok(Target::Sentinel { sentinels, database, .. }) = target(url) else { panic!("no Sentinels") };
+        assert_eq!(database, 3);
+        for sentinel in &sentinels {
+            let settings = sentinel.redis_settings();
+            assert_eq!((settings.username(), settings.password(), settings.db()), (Some("watch"), Some("t&wo"), 0));
+        }
+    }
+
+    #[test]
+    fn a_wrong_url_is_explained_without_its_secrets() {
+        for (url, words) in [
+            ("redis-cluster://u:s3cret@a:1,b:2/1", "database 0 only"),
+            ("redis-cluster://u:s3cret@a:1?x=s3cret", "takes no parameters"),
+            ("redis-cluster://u:s3cret/x@a:1,b:2", "%2F"),
+            ("redis-cluster://u:s3cret@a:b", "host:port"),
+            ("redis-sentinel://u:s3cret@a:1,b:2/0", "?master=NAME"),
+            ("redis-sentinel://u:s3cret@a:1/0?master=", "the parameters of"),
+            ("redis-sentinel://a:1/0?master=m&pasword=s3cret", "the parameters of"),
+            ("redis-sentinel://u:s3cret@a:1/zero?master=m", "cannot be used"),
+            ("http://u:s3cret@a", "cannot be used"),
+            ("s3cret", "cannot be used"),
+        ] {
+            let Err(error) = target(url) else { panic!("{url} was taken") };
+            assert_eq!(error.fault, Fault::Misconfigured);
+            assert!(error.message.contains(words) && !error.message.contains("s3cret"), "{url}: {error}");
+        }
+    }
+}

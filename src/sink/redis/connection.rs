@@ -1,0 +1,161 @@
+//! A connection, to one server or to a cluster.
+
+use std::time::Duration;
+
+use redis::aio::{ConnectionLike, MultiplexedConnection};
+use redis::cluster::ClusterClient;
+use redis::cluster_async::ClusterConnection;
+use redis::cluster_routing::{
+    MultipleNodeRoutingInfo, ResponsePolicy, Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr,
+};
+use redis::sentinel::{SentinelClient, SentinelServerType};
+use redis::{AsyncConnectionConfig, Client, Cmd, ConnectionInfo, Pipeline, RedisFuture, RedisResult, Script, Value};
+
+use super::address::{RedisAddress, Target};
+use super::fault::connect_error;
+use crate::event::PublishError;
+
+/// How long connecting may take, for each server.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the client library follows MOVED and ASK, and waits and asks again after TRYAGAIN, CLUSTERDOWN and the like,
+/// before that is the call's answer. Its own numbers make a call last ten minutes.
+const CLUSTER_RETRIES: u32 = 4;
+
+/// The longest wait between two of them, in milliseconds.
+const CLUSTER_RETRY_WAIT: u64 = 100;
+
+/// Slots of a cluster.
+const SLOTS: u16 = 16384;
+
+/// An open connection; clones share it.
+#[derive(Clone)]
+pub(super) enum Connection {
+    /// To one server.
+    Single(MultiplexedConnection),
+    /// To each node of a cluster.
+    Cluster(ClusterConnection),
+}
+
+impl Connection {
+    /// Connects. Secrets are read, and Sentinels asked, anew. `timeout` bounds the wait for any one answer.
+    pub(super) async fn open(address: &RedisAddress, timeout: Duration) -> Result<Self, PublishError> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(timeout));
+        match address.target()? {
+            Target::Single(info) => single(info, &config).await.map(Self::Single),
+            Target::Sentinel { sentinels, master, node, .. } => {
+                let client = SentinelClient::build(sentinels, master, Some(node), SentinelServerType::Master);
+                let connected = async { client?.get_async_connection_with_config(&config).await };
+                connected.await.map(Self::Single)
+            }
+            Target::Cluster(nodes) => {
+                let client = ClusterClient::builder(nodes.clone())
+                    .connection_timeout(CONNECT_TIMEOUT)
+                    .response_timeout(timeout)
+                    .retries(CLUSTER_RETRIES)
+                    .min_retry_wait(CLUSTER_RETRY_WAIT / 10)
+                    .max_retry_wait(CLUSTER_RETRY_WAIT)
+                    .build();
+                match async { client?.get_async_connection().await }.await {
+                    Ok(connection) => Ok(Self::Cluster(connection)),
+                    Err(error) => Err(reason(&nodes, &config).await.unwrap_or(error)),
+                }
+            }
+        }
+        .map_err(connect_error)
+    }
+
+    /// Whether events must be kept apart by the slot of their key.
+    pub(super) fn has_slots(&self) -> bool {
+        matches!(self, Self::Cluster(_))
+    }
+
+    /// Sends one command, in a cluster to the master of the slot `place`, and returns its answer. An error of the server
+    /// is one here.
+    pub(super) async fn call(&mut self, command: &Cmd, place: u16) -> RedisResult<Value> {
+        let answer = match self {
+            Self::Single(connection) => connection.send_packed_command(command).await,
+            Self::Cluster(connection) => {
+                let node = SingleNodeRoutingInfo::SpecificNode(Route::new(place, SlotAddr::Master));
+                connection.route_command(command.clone(), RoutingInfo::SingleNode(node)).await
+            }
+        };
+        answer.and_then(Value::extract_error)
+    }
+
+    /// Makes the script known to the server, or to every master of the cluster.
+    pub(super) async fn load(&mut self, script: &Script) -> RedisResult<()> {
+        match self {
+            Self::Single(connection) => script.load_async(connection).await.map(drop),
+            Self::Cluster(connection) => script.load_async(&mut EveryMaster(connection)).await.map(drop),
+        }
+    }
+}
+
+async fn single(info: ConnectionInfo, config: &AsyncConnectionConfig) -> RedisResult<MultiplexedConnection> {
+    Client::open(info)?.get_multiplexed_async_connection_with_config(config).await
+}
+
+/// Why no node of a cluster can be used, in the words of one that answers: the library tells only that none can.
+async fn reason(nodes: &[ConnectionInfo], config: &AsyncConnectionConfig) -> Option<redis::RedisError> {
+    for node in nodes {
+        match single(node.clone(), config).await {
+            Err(error) if !error.is_io_error() => return Some(error),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The library would load scripts into replicas too, and wait for one that is down or loading.
+struct EveryMaster<'a>(&'a mut ClusterConnection);
+
+impl ConnectionLike for EveryMaster<'_> {
+    fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
+        let masters = (MultipleNodeRoutingInfo::AllMasters, Some(ResponsePolicy::AllSucceeded));
+        Box::pin(self.0.route_command(command.clone(), RoutingInfo::MultiNode(masters)))
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        self.0.req_packed_commands(pipeline, offset, count)
+    }
+
+    fn get_db(&self) -> i64 {
+        0
+    }
+}
+
+/// The slot that a key lies in, in a cluster: the checksum (CRC-16/XMODEM) of what stands between its first `{` and the
+/// next `}`, or of all of it.
+pub(super) fn slot_of(key: &[u8]) -> u16 {
+    let tag = key.iter().position(|&byte| byte == b'{').and_then(|open| {
+        let rest = &key[open + 1..];
+        rest.iter().position(|&byte| byte == b'}').filter(|&length| length > 0).map(|length| &rest[..length])
+    });
+    let crc = tag.unwrap_or(key).iter().fold(0, |crc: u16, &byte| {
+        (0..8).fold(crc ^ u16::from(byte) << 8, |crc, _| if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x1021 })
+    });
+    crc % SLOTS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_the_one_that_redis_computes() {
+        assert_eq!(slot_of(b"123456789"), 0x31c3); // the example of Redis' cluster specification
+        for key in ["", "events", "{shop}:orders", "{shop}", "a{}b", "a{b", "a}{b}c}", "{a}{b}", "Ærø{é}"] {
+            let route = Route::with_key(key, SlotAddr::Master);
+            assert_eq!(Route::new(slot_of(key.as_bytes()), SlotAddr::Master), route, "{key:?}");
+        }
+        assert_eq!(slot_of(b"{shop}:orders"), slot_of(b"shop"));
+    }
+}
