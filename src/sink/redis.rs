@@ -2,12 +2,14 @@
 //!
 //! - `address`: one server, a cluster, or the master that Sentinels name.
 //! - `connection`: to any of them.
+//! - `alone`: finding the event on which Redis closes the connection.
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
 //! - `once`: what keeps an event that is published again from arriving twice.
 //! - `read`: reading a stream back.
 //! - `fault`: whose fault an error is.
 
 mod address;
+mod alone;
 mod connection;
 mod fault;
 mod once;
@@ -25,6 +27,7 @@ use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Published, Tenure};
 pub use address::RedisAddress;
+use alone::Suspects;
 use connection::{Connection, slot_of};
 use fault::{call_error, connect_error, server_error, wants_new_connection};
 use once::{ChunkStates, Dirty, Once};
@@ -43,12 +46,13 @@ pub(super) struct Redis {
     address: RedisAddress,
     timeout: Duration,
     connection: Mutex<Option<(u64, Connection)>>,
+    suspects: Suspects,
 }
 
 impl Redis {
     /// Nothing is connected yet. `timeout` bounds the wait for any one answer.
     pub(super) fn new(address: RedisAddress, timeout: Duration) -> Self {
-        Self { address, timeout, connection: Mutex::new(None) }
+        Self { address, timeout, connection: Mutex::new(None), suspects: Suspects::default() }
     }
 
     /// The connection and its number, by which it can be given up.
@@ -72,9 +76,8 @@ impl Redis {
         }
     }
 
-    /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish), and with a `tenure` of
-    /// [`Sink::publish_once`](crate::sink::Sink::publish_once).
-    pub(super) async fn publish(
+    /// Publishes `events` together, as far as their keys allow it.
+    async fn publish(
         &self,
         events: &[&Event],
         tenure: Option<&Tenure<'_>>,
@@ -130,6 +133,14 @@ impl Redis {
                             once.added(states);
                         }
                         replies.into_iter().map(|reply| outcome(reply, commands.one_key())).collect()
+                    }
+                    // It was added already, by a call whose answer was lost.
+                    Ok(Answer::Repeated) if chunk.len() == 1 => vec![Outcome::Delivered { message_id: None }],
+                    Ok(Answer::Repeated) => {
+                        if let Some(once) = &mut once {
+                            once.lost(states);
+                        }
+                        vec![Outcome::Failed(unexpected_reply()); chunk.len()]
                     }
                     Ok(Answer::Dirty(found)) => {
                         dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
@@ -251,6 +262,8 @@ fn place(event: &Event, commands: &dyn Commands) -> u16 {
 enum Answer {
     /// One for each event.
     Replies(Vec<Vec<u8>>),
+    /// Nothing was done: this very chunk has been added.
+    Repeated,
     /// Nothing was done: these states are to be looked into first.
     Dirty(Vec<Dirty>),
 }
@@ -277,6 +290,7 @@ async fn run(
         return Ok(Answer::Dirty(dirty));
     }
     match value {
+        Value::SimpleString(answer) if answer == "REPEATED" => Ok(Answer::Repeated),
         Value::Array(replies) if replies.len() == event_count => replies
             .into_iter()
             .map(|reply| match reply {

@@ -1,4 +1,6 @@
-//! Names made from an event: `{event_type}`, `{aggregate_type}`, `{source}` in a stream's or channel's name.
+//! Names made from an event: `{event_type}`, `{aggregate_type}`, `{source}` in a stream's or channel's name. A brace that
+//! is meant as one is written twice: `{{{source}}}:{event_type}` gives `{shop}:order.created`, whose place in a Redis
+//! Cluster depends on what stands in the braces alone.
 
 use std::borrow::Cow;
 
@@ -24,7 +26,7 @@ pub enum TemplateError {
     #[error("the name is empty")]
     Empty,
     /// A brace without its partner.
-    #[error("a {{ or }} without its partner in {0:?}")]
+    #[error("a {{ or }} without its partner in {0:?}; one that is meant as such is written twice")]
     Brace(String),
     /// No such placeholder.
     #[error("unknown placeholder {{{0}}}; there are {{event_type}}, {{aggregate_type}} and {{source}}")]
@@ -40,15 +42,22 @@ impl std::str::FromStr for Template {
         }
         let brace = || TemplateError::Brace(text.to_owned());
         let mut parts = Vec::new();
+        let mut literal = String::new();
         let mut rest = text;
         while !rest.is_empty() {
             let open = rest.find(['{', '}']).unwrap_or(rest.len());
-            if open > 0 {
-                parts.push(Part::Text(rest[..open].to_owned()));
-            }
+            literal.push_str(&rest[..open]);
             rest = &rest[open..];
             if rest.is_empty() {
                 break;
+            }
+            if rest.starts_with("{{") || rest.starts_with("}}") {
+                literal.push_str(&rest[..1]);
+                rest = &rest[2..];
+                continue;
+            }
+            if !literal.is_empty() {
+                parts.push(Part::Text(std::mem::take(&mut literal)));
             }
             let close = rest.find('}').filter(|_| rest.starts_with('{')).ok_or_else(brace)?;
             parts.push(match &rest[1..close] {
@@ -58,6 +67,9 @@ impl std::str::FromStr for Template {
                 other => return Err(TemplateError::Placeholder(other.to_owned())),
             });
             rest = &rest[close + 1..];
+        }
+        if !literal.is_empty() {
+            parts.push(Part::Text(literal));
         }
         Ok(Self(parts))
     }
@@ -105,6 +117,8 @@ mod tests {
         assert_eq!(template("events").render(&event, "s"), "events");
         assert_eq!(template("{event_type}").render(&event, "s"), "order.created");
         assert_eq!(template("a:{aggregate_type}/{source}!").render(&event, "s"), "a:order/s!");
+        assert_eq!(template("{{{source}}}:{event_type}").render(&event, "s"), "{s}:order.created");
+        assert_eq!(template("{{a}}").fixed(), Some("{a}"));
         assert_eq!(template("events").fixed(), Some("events"));
         assert_eq!(template("{source}").fixed(), None);
     }
@@ -113,8 +127,14 @@ mod tests {
     fn a_bad_template_says_what_is_wrong() {
         let error = |text: &str| text.parse::<Template>().expect_err(text).to_string();
         assert_eq!(error(""), "the name is empty");
-        assert_eq!(error("a{b"), r#"a { or } without its partner in "a{b""#);
-        assert_eq!(error("a}b{"), r#"a { or } without its partner in "a}b{""#);
+        assert_eq!(
+            error("a{b"),
+            r#"a { or } without its partner in "a{b"; one that is meant as such is written twice"#
+        );
+        assert_eq!(
+            error("a}b{"),
+            r#"a { or } without its partner in "a}b{"; one that is meant as such is written twice"#
+        );
         assert_eq!(error("a{key}"), "unknown placeholder {key}; there are {event_type}, {aggregate_type} and {source}");
     }
 }

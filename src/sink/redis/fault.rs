@@ -4,6 +4,9 @@ use redis::{ErrorKind, RedisError};
 
 use crate::event::{Fault, PublishError};
 
+/// The code of an unknown outcome: the connection was lost before the answer.
+pub(super) const CONNECTION_LOST: &str = "connection_lost";
+
 /// An error text of the server, as it stands behind the `-` of its protocol.
 pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
     let text = text.strip_prefix('-').unwrap_or(text);
@@ -54,9 +57,14 @@ pub(super) fn connect_error(error: RedisError) -> PublishError {
 
 /// An error of a call: the server's own, or a lost connection, after which nobody knows.
 pub(super) fn call_error(error: RedisError) -> PublishError {
+    let detail = error.detail().unwrap_or_default();
     match error.code() {
-        Some(code) => server_error(&format!("{code} {}", error.detail().unwrap_or_default()), true),
-        None => PublishError::new(Fault::Unknown, "connection_lost", error.to_string()),
+        // Its last words before it closes the connection.
+        Some("ERR") if detail.starts_with("Protocol error") => {
+            PublishError::new(Fault::Unknown, CONNECTION_LOST, detail)
+        }
+        Some(code) => server_error(&format!("{code} {detail}"), true),
+        None => PublishError::new(Fault::Unknown, CONNECTION_LOST, error.to_string()),
     }
 }
 
