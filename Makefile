@@ -2,9 +2,10 @@ PYTHON := target/venv/bin/python
 # For `make chaos`; without SEED a fresh one, which is printed.
 SECONDS ?= 60
 SEEDS ?= 10
+PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos bench bench-embedded check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures bench bench-embedded check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,10 @@ demo-servers: setup build ## the main job, shown on throwaway PostgreSQL, Redis 
 chaos: setup ## random faults for a while, then what arrived against what was promised: SECONDS=60 SEEDS=10 SEED=
 	CHAOS_SECONDS=$(SECONDS) CHAOS_SEEDS=$(SEEDS) CHAOS_SEED=$(SEED) \
 	    cargo test --locked --features failpoints --test it -- chaos::a_long_run --ignored --nocapture
+
+figures: setup ## what the README's reliability page says, one fault after the other: FIGURE=s7 PERCENT=10
+	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --release --features failpoints --test it -- \
+	    chaos::figures::$(FIGURE) --ignored --nocapture --test-threads 1
 
 bench: setup build ## how fast a backlog drains here
 	python3 tests/bench/drain.py

@@ -65,22 +65,34 @@ impl World {
         }
     }
 
+    /// A relay behind the proxies.
     fn relay(&self, args: &[&str], failpoints: &str) -> Running {
-        let (batch, timeout, once) =
-            (self.batch.to_string(), self.timeout_ms.to_string(), self.exactly_once.to_string());
-        let variables = [
-            ("DATABASE_URL", self.database_url.as_str()),
-            ("REDIS_URL", &self.redis_url),
-            ("RELAY_REDIS_STREAM", STREAM),
-            ("RELAY_REDIS_EXACTLY_ONCE", &once),
-            ("EVENT_OUTBOX_BATCH_SIZE", &batch),
-            ("EVENT_OUTBOX_POLLING_INTERVAL", "250"),
-            ("EVENT_DEFAULT_TIMEOUT", &timeout),
-            ("EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "200"),
-            ("RELAY_LOG", "warn"),
-            ("FAILPOINTS", failpoints),
-        ];
-        Running::start(relay(args, &variables))
+        self.relay_at(&self.database_url, &self.redis_url, args, failpoints)
+    }
+
+    fn relay_at(&self, database_url: &str, redis_url: &str, args: &[&str], failpoints: &str) -> Running {
+        let mut command = relay(args, &[("DATABASE_URL", database_url), ("REDIS_URL", redis_url)]);
+        command.envs(self.settings()).env("FAILPOINTS", failpoints);
+        Running::start(command)
+    }
+
+    /// A relay with further settings, and another stream.
+    fn relay_with(&self, variables: &[(&str, &str)], stream: &str) -> Running {
+        let mut command = relay(&["run"], &[("DATABASE_URL", &self.database_url), ("REDIS_URL", &self.redis_url)]);
+        command.envs(self.settings()).env("RELAY_REDIS_STREAM", stream).envs(variables.iter().copied());
+        Running::start(command)
+    }
+
+    fn settings(&self) -> [(&'static str, String); 7] {
+        [
+            ("RELAY_REDIS_STREAM", STREAM.to_owned()),
+            ("RELAY_REDIS_EXACTLY_ONCE", self.exactly_once.to_string()),
+            ("EVENT_OUTBOX_BATCH_SIZE", self.batch.to_string()),
+            ("EVENT_OUTBOX_POLLING_INTERVAL", "250".to_owned()),
+            ("EVENT_DEFAULT_TIMEOUT", self.timeout_ms.to_string()),
+            ("EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "200".to_owned()),
+            ("RELAY_LOG", "warn".to_owned()),
+        ]
     }
 
     /// Entries in the stream; `None` while Redis does not answer.

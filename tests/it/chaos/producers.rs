@@ -1,6 +1,6 @@
 //! Producers that write down what they have promised.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,14 +13,12 @@ pub(super) struct Producers {
     stop: Arc<AtomicBool>,
     obligations: Arc<Mutex<Vec<Obligation>>>,
     threads: Vec<std::thread::JoinHandle<()>>,
-    committed: Arc<AtomicU64>,
 }
 
 impl Producers {
     /// `pause_ms`: at most so long between two transactions of one of them.
     pub(super) fn start(url: &str, seed: u64, count: u64, pause_ms: u64) -> Self {
         let (stop, obligations) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<Obligation>>>::default());
-        let committed = Arc::<AtomicU64>::default();
         let threads = (0..count)
             .map(|number| {
                 let producer = Producer {
@@ -31,7 +29,6 @@ impl Producers {
                     pause_ms,
                     stop: Arc::clone(&stop),
                     obligations: Arc::clone(&obligations),
-                    committed: Arc::clone(&committed),
                 };
                 std::thread::spawn(move || {
                     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -39,12 +36,7 @@ impl Producers {
                 })
             })
             .collect();
-        Self { stop, obligations, threads, committed }
-    }
-
-    /// Events committed so far.
-    pub(super) fn committed(&self) -> u64 {
-        self.committed.load(Ordering::SeqCst)
+        Self { stop, obligations, threads }
     }
 
     /// Ends them, and returns what they have promised.
@@ -64,7 +56,6 @@ struct Producer {
     pause_ms: u64,
     stop: Arc<AtomicBool>,
     obligations: Arc<Mutex<Vec<Obligation>>>,
-    committed: Arc<AtomicU64>,
 }
 
 impl Producer {
@@ -118,9 +109,6 @@ impl Producer {
         let rolled_back = self.random.u32(0..10) == 0;
         let ended = if rolled_back { transaction.rollback().await } else { transaction.commit().await };
         let known = ended.is_ok();
-        if known && !rolled_back {
-            self.committed.fetch_add(promised.len() as u64, Ordering::SeqCst);
-        }
         for obligation in &mut promised {
             // A rollback is one, whether the server heard of it or not.
             obligation.committed = if rolled_back { Some(false) } else { known.then_some(true) };
