@@ -1,10 +1,17 @@
 #!/usr/bin/env python3
-"""One throwaway server, supervised through standard input.
+"""One throwaway server, or a group of them, supervised through standard input.
 
-    python3 tests/servers.py postgres|redis|moto [--set NAME=VALUE]... [--fast] [--bin DIRECTORY]
+    python3 tests/servers.py postgres|redis|redis-cluster|redis-sentinel|pgbouncer|moto
+        [--set NAME=VALUE]... [--fast] [--tls] [--bin DIRECTORY] [--server URL]
 
 starts the server on a free port of 127.0.0.1 in a new temporary folder and prints one line of JSON when it is ready:
-{"kind", "pid", "host", "port", "url", "dir", "log", "bin"} ("bin" is the folder of its programs).
+{"kind", "pid", "host", "port", "ports", "url", "dir", "log", "bin"} ("bin" is the folder of its programs; "ports" has
+one port for each node of a group). With --tls also "ca", who signed its certificate, and "other_ca", who did not.
+
+- redis-cluster: nodes 0 to 2 are masters, each with a third of the slots, and 3 to 5 their replicas
+- redis-sentinel: node 0 is the master that the Sentinels call "main", 1 and 2 are its replicas, 3 to 5 the Sentinels
+- pgbouncer: in transaction mode before the PostgreSQL of --server, with two connections to it
+
 Then every line of standard input is a command, answered by one line, {"ok": true, "pid": 1} or {"ok": false, "error": "..."}:
 
     stop      ends it in good order; its data and its port are kept
@@ -14,6 +21,8 @@ Then every line of standard input is a command, answered by one line, {"ok": tru
     pause     SIGSTOP for all its processes: connections stay open, nothing answers
     resume    SIGCONT
     quit      ends the server and this program
+
+In a group each of them but `quit` is for all nodes, or with a number behind it (`kill 0`) for that one.
 
 At the end of standard input, on SIGINT, SIGTERM and SIGHUP: as `quit`. So the server goes when its user goes, however
 that one ends. Only the standard library, Python 3.9 or newer.
@@ -29,12 +38,13 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
@@ -119,17 +129,37 @@ def wait_until(condition, seconds):
     return True
 
 
+def openssl(folder, *arguments):
+    try:
+        made = subprocess.run(["openssl", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except FileNotFoundError:
+        raise Failure("openssl is not installed: run tests/setup") from None
+    if made.returncode != 0:
+        raise Failure(f"openssl {arguments[0]} failed:\n{made.stdout[-3000:]}")
+
+
+def make_certificates(folder):
+    """ca.pem, other-ca.pem, and server.pem with server.key, signed by the first."""
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    for name in ["ca", "other-ca"]:
+        openssl(folder, *new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+    signed = ["-subj", "/CN=localhost", "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", "server.key", "-out", "server.pem"]
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
+    openssl(folder, *new, *signed, *names)
+
+
 class Server:
-    """What the three kinds have in common. A kind says how it is prepared, started, and known to be ready."""
+    """What the kinds have in common. A kind says how it is prepared, started, and known to be ready."""
 
     stop_signal = signal.SIGTERM
     # To the server when this supervisor itself is killed and can no longer do it.
     orphan_signal = signal.SIGKILL
     account = None
 
-    def __init__(self, options):
+    def __init__(self, options, folder=None):
         self.options = options
-        self.dir = Path(tempfile.mkdtemp(prefix=f"outbox-relay-{options.kind}-"))
+        self.dir = folder or Path(tempfile.mkdtemp(prefix=f"outbox-relay-{options.kind}-"))
+        self.dir.mkdir(exist_ok=True)
         self.log = self.dir / "log"
         self.log.touch()
         self.port = None
@@ -278,12 +308,46 @@ class Server:
         shutil.rmtree(self.dir, ignore_errors=True)
         return not self.dir.exists()
 
+    def drop_root(self, name_of_program):
+        """Chooses an account for a program that refuses to run as root."""
+        for name in ["postgres", "nobody"]:
+            try:
+                self.account = pwd.getpwnam(name)
+                break
+            except KeyError:
+                continue
+        else:
+            raise Failure(f"{name_of_program} cannot run as root, and there is no user `postgres` or `nobody` to run it as")
+        for folder in [*self.dir.parents, *self.bin.parents]:
+            if not folder.stat().st_mode & 0o001:
+                raise Failure(
+                    f"user `{self.account.pw_name}`, as whom {name_of_program} runs, cannot pass through {folder}: "
+                    f"run chmod o+x {folder}, or let TMPDIR name a folder that is open to all"
+                )
+
+    def give(self, *paths):
+        if self.account is not None:
+            for path in paths:
+                os.chown(path, self.account.pw_uid, self.account.pw_gid)
+
+    def choose(self, node):
+        if node is not None:
+            raise Failure(f"{self.options.kind} has no nodes to choose from")
+        return [self]
+
+    def certificates(self):
+        if not self.options.tls:
+            return {}
+        return {"ca": str(self.dir / "ca.pem"), "other_ca": str(self.dir / "other-ca.pem")}
+
     def info(self):
         return {
             "kind": self.options.kind,
             "pid": self.process.pid,
             "host": "127.0.0.1",
             "port": self.port,
+            "ports": [self.port],
+            **self.certificates(),
             "url": self.url(),
             "dir": str(self.dir),
             "log": str(self.log),
@@ -300,13 +364,11 @@ class Postgres(Server):
         self.data = self.dir / "data"
         self.password = secrets.token_hex(12)
         if os.getuid() == 0:
-            self.drop_root()
+            self.drop_root("PostgreSQL")
 
         password_file = self.dir / "password"
         password_file.write_text(self.password)
-        if self.account is not None:
-            for path in [self.dir, self.log, password_file]:
-                os.chown(path, self.account.pw_uid, self.account.pw_gid)
+        self.give(self.dir, self.log, password_file)
         made = subprocess.run(
             # Without --no-sync, two thirds of the time would go into syncing files that are thrown away anyway.
             [str(self.bin / "initdb"), "-D", str(self.data), "-U", "postgres", f"--pwfile={password_file}"]
@@ -334,6 +396,10 @@ class Postgres(Server):
         }
         if self.options.fast:
             settings.update(fsync="off", full_page_writes="off")
+        if self.options.tls:
+            make_certificates(self.dir)
+            self.give(self.dir / "server.key")
+            settings.update(ssl="on", ssl_cert_file=str(self.dir / "server.pem"), ssl_key_file=str(self.dir / "server.key"))
         settings.update(dict(self.options.set))
         # Into the file, not onto the command line, so that a test can still `alter system set`.
         with open(self.data / "postgresql.conf", "a") as conf:
@@ -356,23 +422,6 @@ class Postgres(Server):
         if not by_version:
             raise Failure("PostgreSQL is not installed (no initdb on the PATH or in /usr/lib/postgresql): run tests/setup")
         return by_version[max(by_version)]
-
-    def drop_root(self):
-        # PostgreSQL refuses to run as root.
-        for name in ["postgres", "nobody"]:
-            try:
-                self.account = pwd.getpwnam(name)
-                break
-            except KeyError:
-                continue
-        else:
-            raise Failure("PostgreSQL cannot run as root, and there is no user `postgres` or `nobody` to run it as")
-        for folder in [*self.dir.parents, *self.bin.parents]:
-            if not folder.stat().st_mode & 0o001:
-                raise Failure(
-                    f"user `{self.account.pw_name}`, as whom PostgreSQL runs, cannot pass through {folder}: "
-                    f"run chmod o+x {folder}, or let TMPDIR name a folder that is open to all"
-                )
 
     def environment(self):
         return {name: value for name, value in super().environment().items() if not name.startswith("PG")}
@@ -402,6 +451,13 @@ class Postgres(Server):
 
 
 class Redis(Server):
+    def __init__(self, options, folder=None, own=()):
+        """`own` are the settings of a node of a group."""
+        super().__init__(options, folder)
+        self.own = dict(own)
+        self.given = dict(options.set)
+        self.arguments = []
+
     def prepare(self):
         folder = self.options.bin
         self.program = shutil.which("redis-server", path=folder) or shutil.which("valkey-server", path=folder)
@@ -410,21 +466,269 @@ class Redis(Server):
         if self.program is None:
             raise Failure("Redis is not installed (no redis-server on the PATH): run tests/setup")
         self.bin = Path(self.program).parent
-        defaults = {"bind": "127.0.0.1", "daemonize": "no", "appendonly": "no", "save": '""'}
-        given = {name for name, _ in self.options.set}
-        settings = [pair for pair in defaults.items() if pair[0] not in given] + self.options.set
+        settings = {"bind": "127.0.0.1", "daemonize": "no", "appendonly": "no", "save": '""', **self.own, **self.given}
+        if self.options.tls:
+            if not (self.dir / "ca.pem").exists():
+                make_certificates(self.dir)
+            files = {"cert": "server.pem", "key": "server.key", "ca-cert": "ca.pem"}
+            settings.update({f"tls-{setting}-file": self.dir / name for setting, name in files.items()})
+            settings["tls-auth-clients"] = "no"
         self.config = self.dir / "redis.conf"
-        self.config.write_text("".join(f"{name} {value}\n" for name, value in settings))
+        self.config.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
 
     def command(self):
-        return [self.program, self.config, "--port", self.port]
+        port = ["--port", 0, "--tls-port", self.port] if self.options.tls else ["--port", self.port]
+        return [self.program, self.config, *port, *self.arguments]
 
     def is_ready(self):
         return "Ready to accept connections" in self.new_log()
 
+    def user(self):
+        password = self.given.get("requirepass")
+        return f":{quote(password)}@" if password else ""
+
     def url(self):
+        scheme, host = ("rediss", "localhost") if self.options.tls else ("redis", "127.0.0.1")
+        return f"{scheme}://{self.user()}{host}:{self.port}/0"
+
+    def ask(self, *words):
+        """Its answer to a command: text, a number, None, a list of those, or a Failure."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        if self.options.tls:
+            context = ssl.create_default_context(cafile=self.dir / "ca.pem")
+            connection = context.wrap_socket(connection, server_hostname="localhost")
+        with connection, connection.makefile("rwb") as stream:
+            password = self.given.get("requirepass")
+            if password and "--sentinel" not in self.arguments:
+                exchange(stream, "AUTH", password)
+            return exchange(stream, *words)
+
+
+def exchange(stream, *words):
+    words = [str(word).encode() for word in words]
+    stream.write(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words))
+    stream.flush()
+    return answer(stream)
+
+
+def answer(stream):
+    line = stream.readline().decode().rstrip("\r\n")
+    kind, rest = line[:1], line[1:]
+    if kind == "-":
+        return Failure(rest)
+    if kind == "+":
+        return rest
+    if kind == ":":
+        return int(rest)
+    if kind == "$":
+        return None if rest == "-1" else stream.read(int(rest) + 2)[:-2].decode()
+    if kind == "*":
+        return [answer(stream) for _ in range(int(rest))]
+    raise Failure(f"no answer of a Redis: {line!r}")
+
+
+def fields(text):
+    """Of `INFO` and `CLUSTER INFO`."""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+class Group:
+    """Several Redis servers that belong together. A kind says which, and how they are joined."""
+
+    def __init__(self, options):
+        self.options = options
+        self.dir = Path(tempfile.mkdtemp(prefix=f"outbox-relay-{options.kind}-"))
+        if options.tls:
+            make_certificates(self.dir)
+        self.nodes = []
+
+    def add(self, own=None, given=()):
+        node = Redis(self.options, self.dir / f"node-{len(self.nodes)}", own or {})
+        node.given.update(given)
+        if self.options.tls:
+            for name in ["ca.pem", "server.pem", "server.key"]:
+                shutil.copy(self.dir / name, node.dir)
+        self.nodes.append(node)
+        return node
+
+    def start_first(self):
+        self.create()
+        if not wait_until(self.is_joined, START_TIMEOUT):
+            logs = "".join(f"\nnode {number}:\n{node.new_log()[-1000:]}" for number, node in enumerate(self.nodes))
+            raise Failure(f"{self.options.kind} was not ready after {START_TIMEOUT:.0f} s; the logs of its nodes end:{logs}")
+
+    def choose(self, node):
+        if node is None:
+            return self.nodes
+        if not node.isdigit() or int(node) >= len(self.nodes):
+            raise Failure(f"{self.options.kind} has nodes 0 to {len(self.nodes) - 1}, none is called {node!r}")
+        return [self.nodes[int(node)]]
+
+    @property
+    def process(self):
+        return self.nodes[0].process
+
+    def close(self):
+        for node in self.nodes:
+            if node.is_running():
+                node.kill()  # nobody needs its data
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def authority(self, nodes):
+        return self.nodes[0].user() + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+
+    def info(self):
+        first = self.nodes[0]
+        return {
+            **first.info(),
+            "ports": [node.port for node in self.nodes],
+            "url": self.url(),
+            "dir": str(self.dir),
+            **({"ca": str(self.dir / "ca.pem"), "other_ca": str(self.dir / "other-ca.pem")} if self.options.tls else {}),
+        }
+
+
+def replication(password, tls):
+    """Settings of every server that has, or is, a replica."""
+    settings = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1", "repl-timeout": "10"}
+    if password:
+        settings["masterauth"] = password
+    if tls:
+        settings["tls-replication"] = "yes"
+    return settings
+
+
+def has_replicas(node, count):
+    state = fields(node.ask("INFO", "replication"))
+    online = sum("state=online" in state.get(f"slave{number}", "") for number in range(count))
+    return state["role"] == "master" and online == count
+
+
+class RedisCluster(Group):
+    MASTERS = 3
+    SLOTS = 16384
+
+    def create(self):
+        for _ in range(2 * self.MASTERS):
+            own = {
+                "cluster-enabled": "yes",
+                "cluster-node-timeout": "1000",
+                "cluster-port": free_port(),  # else 10000 above the other, where outgoing connections are
+                **replication(dict(self.options.set).get("requirepass"), self.options.tls),
+            }
+            if self.options.tls:
+                own["tls-cluster"] = "yes"
+            self.add(own).start_first()
+        masters, replicas = self.nodes[: self.MASTERS], self.nodes[self.MASTERS :]
+        share = -(-self.SLOTS // self.MASTERS)
+        for number, node in enumerate(masters):
+            last = min((number + 1) * share, self.SLOTS) - 1
+            self.tell(node, "CLUSTER", "ADDSLOTSRANGE", number * share, last)
+        for number, node in enumerate(self.nodes):
+            self.tell(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            first = self.nodes[0]
+            if node is not first:
+                self.tell(node, "CLUSTER", "MEET", "127.0.0.1", first.port, first.own["cluster-port"])
+        for master, replica in zip(masters, replicas):
+            name = master.ask("CLUSTER", "MYID")
+            # It must have heard of its master first.
+            wait_until(lambda: replica.ask("CLUSTER", "REPLICATE", name) == "OK", START_TIMEOUT)
+
+    def tell(self, node, *words):
+        told = node.ask(*words)
+        if isinstance(told, Failure):
+            raise Failure(f"{' '.join(map(str, words))}: {told}")
+
+    def is_joined(self):
+        for node in self.nodes:
+            state = fields(node.ask("CLUSTER", "INFO"))
+            if state["cluster_state"] != "ok" or state["cluster_known_nodes"] != str(len(self.nodes)):
+                return False
+        return all(has_replicas(node, 1) for node in self.nodes[: self.MASTERS])
+
+    def url(self):
+        scheme = "rediss-cluster" if self.options.tls else "redis-cluster"
+        return f"{scheme}://{self.authority(self.nodes)}"
+
+
+class RedisSentinel(Group):
+    REPLICAS = 2
+    SENTINELS = 3
+
+    def create(self):
         password = dict(self.options.set).get("requirepass")
-        return f"redis://{f':{quote(password)}@' if password else ''}127.0.0.1:{self.port}/0"
+        settings = replication(password, self.options.tls)
+        master = self.add(settings)
+        master.start_first()
+        for _ in range(self.REPLICAS):
+            self.add({**settings, "replicaof": f"127.0.0.1 {master.port}"}).start_first()
+        for _ in range(self.SENTINELS):
+            sentinel = self.add()
+            sentinel.given = {
+                "sentinel monitor main": f"127.0.0.1 {master.port} {self.SENTINELS // 2 + 1}",
+                "sentinel down-after-milliseconds main": "1000",
+                "sentinel failover-timeout main": "5000",
+                "sentinel parallel-syncs main": "2",
+                **({"sentinel auth-pass main": password} if password else {}),
+                **({"tls-replication": "yes"} if self.options.tls else {}),
+            }
+            sentinel.arguments = ["--sentinel"]
+            sentinel.is_ready = lambda sentinel=sentinel: "+monitor master" in sentinel.new_log()
+            sentinel.start_first()
+
+    def is_joined(self):
+        if not has_replicas(self.nodes[0], self.REPLICAS):
+            return False
+        for sentinel in self.nodes[1 + self.REPLICAS :]:
+            told = sentinel.ask("SENTINEL", "MASTER", "main")
+            state = dict(zip(told[::2], told[1::2]))
+            known = (int(state["num-slaves"]), int(state["num-other-sentinels"]))
+            if known != (self.REPLICAS, self.SENTINELS - 1) or state["flags"] != "master":
+                return False
+        return True
+
+    def url(self):
+        scheme = "rediss-sentinel" if self.options.tls else "redis-sentinel"
+        return f"{scheme}://{self.authority(self.nodes[1 + self.REPLICAS :])}/0?master=main"
+
+
+class PgBouncer(Server):
+    stop_signal = signal.SIGINT  # lets transactions end first
+
+    def prepare(self):
+        self.program = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+        if self.program is None:
+            raise Failure("PgBouncer is not installed (no pgbouncer on the PATH or in /usr/sbin): run tests/setup")
+        self.bin = Path(self.program).parent
+        if os.getuid() == 0:
+            self.drop_root("PgBouncer")
+        self.server = urlsplit(self.options.server)
+        self.config = self.dir / "pgbouncer.ini"
+
+    def command(self):
+        server = self.server
+        settings = {
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": "",
+            "auth_type": "any",
+            "pool_mode": "transaction",
+            "default_pool_size": "2",
+            "max_client_conn": "100",
+            "ignore_startup_parameters": "extra_float_digits",
+            **dict(self.options.set),
+        }
+        target = f"* = host={server.hostname} port={server.port} user={server.username} password={server.password}"
+        lines = [f"{name} = {value}" for name, value in settings.items()]
+        self.config.write_text("\n".join(["[databases]", target, "[pgbouncer]", *lines, ""]))
+        self.give(self.dir, self.log, self.config)
+        return [self.program, self.config]
+
+    def is_ready(self):
+        return "process up" in self.new_log()
+
+    def url(self):
+        return f"postgres://{self.server.username}@127.0.0.1:{self.port}{self.server.path}"
 
 
 class Moto(Server):
@@ -444,7 +748,14 @@ class Moto(Server):
         return f"http://127.0.0.1:{self.port}"
 
 
-KINDS = {"postgres": Postgres, "redis": Redis, "moto": Moto}
+KINDS = {
+    "postgres": Postgres,
+    "redis": Redis,
+    "redis-cluster": RedisCluster,
+    "redis-sentinel": RedisSentinel,
+    "pgbouncer": PgBouncer,
+    "moto": Moto,
+}
 COMMANDS = ["stop", "kill", "start", "restart", "pause", "resume"]
 
 
@@ -460,8 +771,14 @@ def parse(arguments):
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the server's own")
     parser.add_argument("--fast", action="store_true", help="postgres: no fsync; survives `kill`, not a power cut")
-    parser.add_argument("--bin", type=Path, help="postgres, redis: the folder with another version's programs")
+    parser.add_argument("--tls", action="store_true", help="postgres, redis...: with certificates made for it")
+    parser.add_argument("--bin", type=Path, help="postgres, redis...: the folder with another version's programs")
+    parser.add_argument("--server", metavar="URL", help="pgbouncer: the PostgreSQL behind it")
     options = parser.parse_args(arguments)
+    if (options.server is not None) != (options.kind == "pgbouncer"):
+        parser.error("--server goes with pgbouncer, and pgbouncer with --server")
+    if options.tls and options.kind in ["pgbouncer", "moto"]:
+        parser.error(f"--tls is not for {options.kind}")
     if options.fast and options.kind != "postgres":
         parser.error(f"--fast is for postgres only, not for {options.kind}")
     if (options.set or options.bin) and options.kind == "moto":
@@ -480,13 +797,14 @@ def end_on_signal(number, _frame):
 def obey(server):
     """Returns at `quit` or at the end of standard input; whether it was `quit`."""
     for line in sys.stdin:
-        command = line.strip()
+        command, _, node = line.strip().partition(" ")
         if command == "quit":
             return True
         try:
             if command not in COMMANDS:
                 raise Failure(f"unknown command '{command}': there are {', '.join(COMMANDS)} and quit")
-            getattr(server, command)()
+            for chosen in server.choose(node or None):
+                getattr(chosen, command)()
             say({"ok": True, "pid": server.process.pid})
         except Failure as failure:
             say({"ok": False, "error": str(failure)})

@@ -16,6 +16,7 @@ mod engine;
 mod eventbridge;
 mod exactly_once;
 mod ghost;
+mod faults_redis;
 mod harness;
 mod model;
 mod moto;

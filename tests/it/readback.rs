@@ -18,7 +18,16 @@ pub(crate) struct Entry {
 
 impl RedisClient {
     pub(crate) fn connect(server: &Server) -> Self {
-        let connection = redis::Client::open(server.url()).unwrap().get_connection().unwrap();
+        Self::open(server.url())
+    }
+
+    /// To the server on this port of this host.
+    pub(crate) fn at(port: u16) -> Self {
+        Self::open(&format!("redis://127.0.0.1:{port}"))
+    }
+
+    fn open(url: &str) -> Self {
+        let connection = redis::Client::open(url).unwrap().get_connection().unwrap();
         // Long enough for any answer, so that a test that waits in vain ends.
         connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         Self(connection)

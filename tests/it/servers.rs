@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{OnceCell, oneshot};
 
-/// A PostgreSQL, Redis or moto server on a port of its own. Its calls block until the server has done as told; one that
+/// A server on a port of its own, or a group of them. Its calls block until the server has done as told; one that
 /// fails panics with the server's log. Dropping it ends the server and removes its folder.
 #[derive(Debug)]
 pub(crate) struct Server {
@@ -28,7 +28,10 @@ struct Info {
     kind: String,
     pid: u32,
     port: u16,
+    ports: Vec<u16>,
     url: String,
+    ca: Option<String>,
+    other_ca: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -39,7 +42,7 @@ struct Answer {
 }
 
 impl Server {
-    /// Starts a `postgres`, `redis` or `moto`; `options` are those of tests/servers.py (`--set name=value`, `--fast`).
+    /// Starts a server of this kind; kinds and options are those of tests/servers.py.
     pub(crate) fn start(kind: &str, options: &[&str]) -> Self {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers.py");
         let mut child = Command::new("python3")
@@ -72,6 +75,21 @@ impl Server {
     /// Its port on 127.0.0.1; the same after every restart.
     pub(crate) fn port(&self) -> u16 {
         self.info.port
+    }
+
+    /// The port of each node of a group.
+    pub(crate) fn ports(&self) -> &[u16] {
+        &self.info.ports
+    }
+
+    /// The file of the authority that signed the certificate of a server with `--tls`.
+    pub(crate) fn ca(&self) -> &str {
+        self.info.ca.as_deref().expect("started with --tls")
+    }
+
+    /// That of one that did not.
+    pub(crate) fn other_ca(&self) -> &str {
+        self.info.other_ca.as_deref().expect("started with --tls")
     }
 
     /// The server's own process, not the supervisor's.
@@ -109,6 +127,16 @@ impl Server {
         self.tell("resume");
     }
 
+    /// [`Self::kill`] for one node of a group.
+    pub(crate) fn kill_node(&mut self, node: usize) {
+        self.tell(&format!("kill {node}"));
+    }
+
+    /// [`Self::start_again`] for one node of a group.
+    pub(crate) fn start_node(&mut self, node: usize) {
+        self.tell(&format!("start {node}"));
+    }
+
     fn tell(&mut self, command: &str) {
         let stdin = self.stdin.as_mut().expect("open until dropped");
         writeln!(stdin, "{command}").unwrap();
@@ -127,6 +155,11 @@ impl Drop for Server {
         self.stdin = None;
         self.child.wait().ok();
     }
+}
+
+/// A PgBouncer of two connections before `server`, in transaction mode.
+pub(crate) fn pgbouncer(server: &Server) -> Server {
+    Server::start("pgbouncer", &["--server", server.url()])
 }
 
 /// The server that tests share. Being shared, it cannot be stopped: a test that wants to starts one of its own.
