@@ -24,12 +24,12 @@ pub(crate) fn connect(url: &str) -> redis::Connection {
 }
 
 /// How many entries there are.
-pub(crate) fn length(connection: &mut redis::Connection, stream: &str) -> usize {
+pub(crate) fn length(connection: &mut impl redis::ConnectionLike, stream: &str) -> usize {
     redis::cmd("XLEN").arg(stream).query(connection).unwrap()
 }
 
 /// All of them, in order.
-pub(crate) fn entries(connection: &mut redis::Connection, stream: &str) -> Vec<Entry> {
+pub(crate) fn entries(connection: &mut impl redis::ConnectionLike, stream: &str) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     loop {
         let from = entries.last().map_or("-".to_owned(), |last| format!("({}", last.id));

@@ -1,0 +1,250 @@
+//! F36: a Redis Cluster whose slots move and whose masters die.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use outbox_relay::event::{Event, Fault};
+use outbox_relay::secret::Secret;
+use outbox_relay::sink::redis::RedisAddress;
+use outbox_relay::sink::redis_pubsub::RedisPubSub;
+use outbox_relay::sink::{Format, Sink};
+use redis::cluster::ClusterConnection;
+
+use super::failover::hold_until_replicated;
+use crate::faults_redis::{Load, TIMEOUT, TYPES, assert_once_and_in_order, at, numbers, relay, sink};
+use crate::harness::eventually;
+use crate::readback::RedisClient;
+use crate::servers::{Server, database, redis};
+use crate::stream::{self, Entry};
+use crate::support::{assert_all_delivered, assert_all_failed, event, is_uncharged, keyed, publish};
+
+/// Of nodes 0 to 2, by which this cluster's slots are owned at first.
+const MASTERS: usize = 3;
+
+fn connect(server: &Server) -> ClusterConnection {
+    let nodes = server.ports().iter().map(|port| format!("redis://127.0.0.1:{port}"));
+    redis::cluster::ClusterClient::new(nodes).unwrap().get_connection().unwrap()
+}
+
+/// All entries of a load's streams, those of each stream in its order.
+fn load_entries(cluster: &mut ClusterConnection) -> Vec<Entry> {
+    (0..TYPES).flat_map(|number| stream::entries(cluster, &format!("events:type{number}"))).collect()
+}
+
+fn arrived(cluster: &mut ClusterConnection) -> usize {
+    (0..TYPES).map(|number| stream::length(cluster, &format!("events:type{number}"))).sum()
+}
+
+/// Moves a slot with all its keys, as `redis-cli --cluster reshard` does.
+fn move_slot(server: &Server, slot: u16, from: usize, to: usize) {
+    let mut nodes: Vec<RedisClient> = server.ports()[..MASTERS].iter().map(|port| RedisClient::at(*port)).collect();
+    let (source, target): (String, String) = (nodes[from].ask("CLUSTER MYID"), nodes[to].ask("CLUSTER MYID"));
+    nodes[to].tell(&format!("CLUSTER SETSLOT {slot} IMPORTING {source}"));
+    nodes[from].tell(&format!("CLUSTER SETSLOT {slot} MIGRATING {target}"));
+    let mut connection = stream::connect(&format!("redis://127.0.0.1:{}", server.ports()[from]));
+    loop {
+        let keys: Vec<String> = nodes[from].ask(&format!("CLUSTER GETKEYSINSLOT {slot} 1"));
+        if keys.is_empty() {
+            break;
+        }
+        let mut migrate = redis::cmd("MIGRATE");
+        migrate.arg("127.0.0.1").arg(server.ports()[to]).arg("").arg(0).arg(10_000).arg("KEYS").arg(&keys);
+        migrate.exec(&mut connection).unwrap();
+    }
+    for node in [to, from, 3 - from - to] {
+        nodes[node].tell(&format!("CLUSTER SETSLOT {slot} NODE {target}"));
+    }
+}
+
+/// Which of the first three nodes owns a slot.
+fn owner(server: &Server, slot: u16) -> usize {
+    let owns = |port: &u16| {
+        let slots: Vec<(u16, u16, redis::Value)> = {
+            let rows: Vec<Vec<redis::Value>> = RedisClient::at(*port).ask("CLUSTER SLOTS");
+            rows.into_iter()
+                .map(|mut row| {
+                    let master = row.swap_remove(2);
+                    let number = |value: &redis::Value| redis::from_redis_value(value.clone()).unwrap();
+                    (number(&row[0]), number(&row[1]), master)
+                })
+                .collect()
+        };
+        slots.into_iter().any(|(first, last, master)| {
+            let redis::Value::Array(master) = master else { panic!("no node: {master:?}") };
+            (first..=last).contains(&slot) && master[1] == redis::Value::Int((*port).into())
+        })
+    };
+    server.ports()[..MASTERS].iter().position(owns).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_streams_whose_slots_move_under_load_get_everything_once_and_in_order() {
+    let server = Server::start("redis-cluster", &[]);
+    let database = database().await;
+    let sink = sink(server.url(), "events:{event_type}");
+    let nodes = server.ports().iter().map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>().join(", ");
+    assert_eq!(sink.check().await.unwrap(), format!("cluster of {nodes}, streams by template"));
+    let running = relay(&database, sink);
+    let load = Load::start(&database).await;
+    let mut cluster = connect(&server);
+    eventually("a part has arrived", async || arrived(&mut cluster) > 1000).await;
+    for number in 0..TYPES {
+        let slot: u16 = RedisClient::at(server.ports()[0]).ask(&format!("CLUSTER KEYSLOT events:type{number}"));
+        let from = owner(&server, slot);
+        tokio::task::block_in_place(|| move_slot(&server, slot, from, (from + 1) % MASTERS));
+    }
+    let before = arrived(&mut cluster);
+    eventually("it goes on", async || arrived(&mut cluster) > before + 500).await;
+    let events = load.drained(&database).await;
+    running.stop().await;
+    assert_once_and_in_order(numbers(&load_entries(&mut connect(&server))), events);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_a_killed_master_is_replaced_and_what_its_replica_has_is_neither_lost_nor_repeated() {
+    let mut server = Server::start("redis-cluster", &[]);
+    let database = database().await;
+    let running = relay(&database, sink(server.url(), "events:{event_type}"));
+    let load = Load::start(&database).await;
+    let mut cluster = connect(&server);
+    eventually("a part has arrived", async || arrived(&mut cluster) > 1000).await;
+    drop(cluster);
+    hold_until_replicated(server.ports()[0]).await;
+    server.kill_node(0);
+    let mut replica = RedisClient::at(server.ports()[3]);
+    eventually("its replica is the master", async || {
+        let info: String = replica.ask("INFO replication");
+        let cluster: String = replica.ask("CLUSTER INFO");
+        info.contains("role:master") && cluster.contains("cluster_state:ok")
+    })
+    .await;
+    let mut cluster = connect(&server);
+    let before = arrived(&mut cluster);
+    eventually("it goes on", async || arrived(&mut cluster) > before + 500).await;
+    server.start_node(0);
+    let events = load.drained(&database).await;
+    running.stop().await;
+    assert_once_and_in_order(numbers(&load_entries(&mut connect(&server))), events);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_a_key_whose_events_go_to_several_slots_keeps_its_order_in_time() {
+    let server = Server::start("redis-cluster", &[]);
+    let sink = sink(server.url(), "{event_type}");
+    let batch: Vec<Event> = (1..=300)
+        .map(|id| Event { event_type: format!("type{}", id % 7), ..keyed(id, if id % 2 == 0 { "a" } else { "b" }) })
+        .collect();
+    assert_all_delivered(&publish(&*sink, &batch).await);
+    let mut cluster = connect(&server);
+    let mut times: HashMap<i64, u64> = HashMap::new();
+    for number in 0..7 {
+        for entry in stream::entries(&mut cluster, &format!("type{number}")) {
+            times.insert(entry.sequence(), entry.id.split('-').next().unwrap().parse().unwrap());
+        }
+    }
+    assert_eq!(times.len(), 300);
+    for first in 1..=298 {
+        assert!(times[&first] <= times[&(first + 2)], "{} overtook {first} of its key", first + 2);
+    }
+    // What stands in braces alone decides where a stream lies: all in one slot, one request.
+    let tagged = at(RedisAddress::Url(Secret::inline(server.url())), "{{{source}}}:{event_type}");
+    assert_all_delivered(&publish(&*tagged, &batch).await);
+    let mut slots: Vec<u16> = (0..7)
+        .map(|number| RedisClient::at(server.ports()[0]).ask(&format!("CLUSTER KEYSLOT {{shop}}:type{number}")))
+        .collect();
+    slots.dedup();
+    assert_eq!(slots.len(), 1);
+    assert_eq!(stream::length(&mut cluster, "{shop}:type3"), 43);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_a_message_reaches_subscribers_of_every_node_in_order() {
+    let server = Server::start("redis-cluster", &[]);
+    let address = RedisAddress::Url(Secret::inline(server.url()));
+    let sink = RedisPubSub::new(address, "{event_type}".parse().unwrap(), Format::Payload, "o".into(), TIMEOUT, true);
+    let clients = [1, 4].map(|node| stream::connect(&format!("redis://127.0.0.1:{}", server.ports()[node])));
+    let mut subscribers = clients.map(|mut client| {
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
+        redis::cmd("PSUBSCRIBE").arg("order.*").exec(&mut client).unwrap();
+        client
+    });
+    // The other nodes hear of subscribers through nobody: messages go to all of them.
+    for part in 0..4 {
+        let events: Vec<Event> = (part * 50 + 1..=part * 50 + 50).map(|id| keyed(id, "a")).collect();
+        assert_all_delivered(&publish(&sink, &events).await);
+    }
+    for subscriber in &mut subscribers {
+        for number in 1..=200 {
+            let message: (String, String, String, String) =
+                redis::from_redis_value(subscriber.recv_response().unwrap()).unwrap();
+            assert_eq!(message.3, format!("{{\"n\": {number}}}"));
+        }
+    }
+    assert!(sink.check().await.unwrap().starts_with("cluster of "));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_a_rotated_password_of_a_cluster_is_read_at_the_next_connection() {
+    let server = Server::start("redis-cluster", &["--set", "requirepass=s3cret"]);
+    let url = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&url, format!("{}\n", server.url())).unwrap();
+    let sink = at(RedisAddress::Url(Secret::File(url.path().into())), "events:{event_type}");
+    let typed = |id| Event { event_type: format!("type{id}"), ..event(id) };
+    assert_all_delivered(&publish(&*sink, &(1..=20).map(typed).collect::<Vec<_>>()).await);
+    for port in server.ports() {
+        let mut client = stream::connect(&format!("redis://:s3cret@127.0.0.1:{port}"));
+        redis::cmd("CONFIG").arg(&["SET", "masterauth", "hunter2"]).exec(&mut client).unwrap();
+        redis::cmd("CONFIG").arg(&["SET", "requirepass", "hunter2"]).exec(&mut client).unwrap();
+        redis::cmd("CLIENT").arg(&["KILL", "TYPE", "normal", "SKIPME", "yes"]).exec(&mut client).unwrap();
+    }
+    eventually("the old password is refused", async || {
+        let outcomes = publish(&*sink, &[event(21)]).await;
+        assert!(outcomes.iter().all(is_uncharged), "{outcomes:?}");
+        let told = format!("{outcomes:?}");
+        assert!(!told.contains("s3cret"), "{told}");
+        told.contains("Misconfigured") && told.contains("WRONGPASS")
+    })
+    .await;
+    std::fs::write(&url, format!("{}\n", server.url().replace("s3cret", "hunter2"))).unwrap();
+    assert_all_delivered(&publish(&*sink, &[event(21)]).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f36_a_cluster_without_all_its_slots_is_waited_for() {
+    let mut server = Server::start("redis-cluster", &[]);
+    let sink = sink(server.url(), "events:{event_type}");
+    let typed = |id| Event { event_type: format!("type{id}"), ..event(id) };
+    let batch: Vec<Event> = (1..=20).map(typed).collect();
+    assert_all_delivered(&publish(&*sink, &batch).await);
+    // A master and its replica: nobody is left to take over.
+    server.kill_node(0);
+    server.kill_node(3);
+    let begun = std::time::Instant::now();
+    for _ in 0..5 {
+        let outcomes = publish(&*sink, &batch).await;
+        assert!(outcomes.iter().any(is_uncharged), "{outcomes:?}");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert!(begun.elapsed() < TIMEOUT, "a call ends by itself long before its deadline: {:?}", begun.elapsed());
+    server.start_node(0);
+    crate::support::publish_until_delivered(&*sink, &batch).await;
+}
+
+#[tokio::test]
+async fn f36_a_single_server_is_no_cluster() {
+    let url = redis().url().replace("redis://", "redis-cluster://");
+    let outcomes = publish(&*sink(&url, "events"), &[event(1)]).await;
+    assert_all_failed(&outcomes, Fault::Misconfigured, "ERR");
+    let gone = sink("redis-cluster://127.0.0.1:1,127.0.0.1:2", "events");
+    assert_all_failed(&publish(&*gone, &[event(1)]).await, Fault::Destination, "connect");
+}
+
+#[tokio::test]
+async fn f36_streams_in_several_slots_are_a_misconfiguration_for_whoever_knows_of_no_cluster() {
+    let server = Server::start("redis", &["--set", "cluster-enabled=yes"]);
+    RedisClient::connect(&server).tell("CLUSTER ADDSLOTSRANGE 0 16383");
+    crate::support::publish_until_delivered(&*sink(server.url(), "events"), &[event(1)]).await;
+    let batch = [event(1), Event { event_type: "other".into(), ..event(2) }];
+    let outcomes = publish(&*sink(server.url(), "{event_type}"), &batch).await;
+    assert_all_failed(&outcomes, Fault::Misconfigured, "CROSSSLOT");
+}
