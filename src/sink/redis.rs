@@ -76,9 +76,10 @@ impl Redis {
         }
     }
 
-    /// Publishes `events` together, as far as their keys allow it.
-    async fn publish(
+    /// Publishes `events` in chunks within `limits`.
+    async fn publish_within(
         &self,
+        limits: Limits,
         events: &[&Event],
         tenure: Option<&Tenure<'_>>,
         deadline: Instant,
@@ -98,7 +99,7 @@ impl Redis {
         // As if it were oversize, an event that is not to be sent rides alone: its turn comes when the earlier events of
         // its key have their answers.
         let size = |index: usize| match refusal(events[index]) {
-            Some(_) => LIMITS.request_bytes + 1,
+            Some(_) => limits.request_bytes + 1,
             None => events[index].payload.len() + 512,
         };
         if connection.has_slots() {
@@ -107,7 +108,7 @@ impl Redis {
         let mut once = tenure.map(Once::new);
         let mut lost = false;
         while Instant::now() < deadline {
-            let chunks = rounds.next(LIMITS, size);
+            let chunks = rounds.next(limits, size);
             if chunks.is_empty() {
                 break;
             }
@@ -133,14 +134,6 @@ impl Redis {
                             once.added(states);
                         }
                         replies.into_iter().map(|reply| outcome(reply, commands.one_key())).collect()
-                    }
-                    // It was added already, by a call whose answer was lost.
-                    Ok(Answer::Repeated) if chunk.len() == 1 => vec![Outcome::Delivered { message_id: None }],
-                    Ok(Answer::Repeated) => {
-                        if let Some(once) = &mut once {
-                            once.lost(states);
-                        }
-                        vec![Outcome::Failed(unexpected_reply()); chunk.len()]
                     }
                     Ok(Answer::Dirty(found)) => {
                         dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
@@ -262,8 +255,6 @@ fn place(event: &Event, commands: &dyn Commands) -> u16 {
 enum Answer {
     /// One for each event.
     Replies(Vec<Vec<u8>>),
-    /// Nothing was done: this very chunk has been added.
-    Repeated,
     /// Nothing was done: these states are to be looked into first.
     Dirty(Vec<Dirty>),
 }
@@ -290,7 +281,6 @@ async fn run(
         return Ok(Answer::Dirty(dirty));
     }
     match value {
-        Value::SimpleString(answer) if answer == "REPEATED" => Ok(Answer::Repeated),
         Value::Array(replies) if replies.len() == event_count => replies
             .into_iter()
             .map(|reply| match reply {

@@ -61,11 +61,11 @@ impl Commands for Messages {
 #[async_trait]
 impl Sink for RedisPubSub {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        without_ids(self.redis.deliver(events, None, deadline, &self.messages).await).outcomes
+        without_ids(self.redis.publish(events, None, deadline, &self.messages).await).outcomes
     }
 
     async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
-        without_ids(self.redis.deliver(events, self.exactly_once.then_some(tenure), deadline, &self.messages).await)
+        without_ids(self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.messages).await)
     }
 
     async fn check(&self) -> Result<String, PublishError> {

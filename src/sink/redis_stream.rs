@@ -90,11 +90,11 @@ impl Commands for Entries {
 #[async_trait]
 impl Sink for RedisStream {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        self.redis.deliver(events, None, deadline, &self.entries).await.outcomes
+        self.redis.publish(events, None, deadline, &self.entries).await.outcomes
     }
 
     async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
-        self.redis.deliver(events, self.exactly_once.then_some(tenure), deadline, &self.entries).await
+        self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.entries).await
     }
 
     async fn check(&self) -> Result<String, PublishError> {

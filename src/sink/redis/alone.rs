@@ -5,46 +5,71 @@
 //! would be an outage for ever. So an event that was in flight at several lost connections is published alone, on a
 //! connection of its own; when that is closed each time, while the server answers in between, the event is charged.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use uuid::Uuid;
 
-use super::{Commands, Redis};
+use super::{Commands, LIMITS, Redis};
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::redis::fault::CONNECTION_LOST;
+use crate::sink::rounds::Limits;
 use crate::sink::{Published, Tenure};
 
-/// After so many lost connections an event goes alone; after so many more it is charged.
+/// After so many lost connections an event goes alone; after so many more it is charged each time.
 const LOSSES: u8 = 3;
 
 /// More events than can be in flight. Who is forgotten is counted again.
 const MAX_SUSPECTS: usize = 100_000;
 
-/// The events that were in flight when connections were lost, and how often, until they are answered.
+/// One event in flight.
+const ALONE: Limits = Limits { request_events: 1, requests: 1, ..LIMITS };
+
+/// The events that were in flight when connections were lost, until they are delivered.
 #[derive(Default)]
-pub(super) struct Suspects(Mutex<HashMap<Uuid, u8>>);
+pub(super) struct Suspects(Mutex<HashMap<Uuid, Losses>>);
+
+/// How often.
+#[derive(Default)]
+struct Losses {
+    together: u8,
+    alone: u8,
+}
 
 impl Suspects {
     fn are_among(&self, events: &[&Event]) -> bool {
-        let losses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        !losses.is_empty() && events.iter().any(|event| losses.get(&event.event_id).is_some_and(|&lost| lost >= LOSSES))
+        let losses = self.lock();
+        let must_go_alone =
+            |event: &&Event| losses.get(&event.event_id).is_some_and(|losses| losses.together >= LOSSES);
+        !losses.is_empty() && events.iter().any(must_go_alone)
     }
 
     fn note(&self, events: &[&Event], outcomes: &[Outcome]) {
-        let mut losses = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut losses = self.lock();
         if losses.len() > MAX_SUSPECTS {
             losses.clear();
         }
         for (event, outcome) in events.iter().zip(outcomes) {
             if is_lost(outcome) {
-                let lost = losses.entry(event.event_id).or_default();
-                *lost = lost.saturating_add(1);
+                let losses = losses.entry(event.event_id).or_default();
+                losses.together = losses.together.saturating_add(1);
             } else if matches!(outcome, Outcome::Delivered { .. }) && !losses.is_empty() {
                 losses.remove(&event.event_id);
             }
         }
+    }
+
+    /// One more loss of an event that went alone; whether that is enough to charge it.
+    fn lost_alone(&self, event: &Event) -> bool {
+        let mut losses = self.lock();
+        let losses = losses.entry(event.event_id).or_default();
+        losses.alone = losses.alone.saturating_add(1);
+        losses.alone >= LOSSES
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Losses>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -55,7 +80,7 @@ fn is_lost(outcome: &Outcome) -> bool {
 impl Redis {
     /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish), and with a `tenure` of
     /// [`Sink::publish_once`](crate::sink::Sink::publish_once).
-    pub(in crate::sink) async fn deliver(
+    pub(in crate::sink) async fn publish(
         &self,
         events: &[&Event],
         tenure: Option<&Tenure<'_>>,
@@ -65,12 +90,13 @@ impl Redis {
         let published = if self.suspects.are_among(events) {
             self.publish_one_by_one(events, tenure, deadline, commands).await
         } else {
-            self.publish(events, tenure, deadline, commands).await
+            self.publish_within(LIMITS, events, tenure, deadline, commands).await
         };
         self.suspects.note(events, &published.outcomes);
         published
     }
 
+    /// Ends at the first loss.
     async fn publish_one_by_one(
         &self,
         events: &[&Event],
@@ -79,46 +105,17 @@ impl Redis {
         commands: &dyn Commands,
     ) -> Published {
         // Nobody else's event can close its connection.
-        let alone = Self::new(self.address.clone(), self.timeout);
-        let mut outcomes = vec![Outcome::Held; events.len()];
-        let mut stopped = HashSet::new();
-        for (event, outcome) in events.iter().zip(&mut outcomes) {
-            let key = event.key();
-            if key.is_some_and(|key| stopped.contains(&key)) {
-                continue;
-            }
-            *outcome = alone.publish_alone(event, tenure, deadline, commands).await;
-            match outcome {
-                Outcome::Delivered { .. } => {}
-                Outcome::Failed(error) if error.fault.charges_event() => stopped.extend(key),
-                Outcome::Failed(_) | Outcome::Held => break,
-            }
-        }
-        // Each call knew only its own chunk: the next claim looks into what they left noted.
-        Published::of(outcomes)
-    }
-
-    async fn publish_alone(
-        &self,
-        event: &Event,
-        tenure: Option<&Tenure<'_>>,
-        deadline: Instant,
-        commands: &dyn Commands,
-    ) -> Outcome {
-        for _ in 0..LOSSES {
-            let published = self.publish(&[event], tenure, deadline, commands).await;
-            let outcome = published.outcomes.into_iter().next().unwrap_or(Outcome::Held);
-            if !is_lost(&outcome) {
-                return outcome;
-            }
+        let own = Self::new(self.address.clone(), self.timeout);
+        let mut published = own.publish_within(ALONE, events, tenure, deadline, commands).await;
+        if let Some(at) = published.outcomes.iter().position(is_lost)
             // That it answers when nothing is published is what makes the loss this event's doing.
-            match tokio::time::timeout_at(deadline.into(), self.check()).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) | Err(_) => return outcome,
-            }
+            && matches!(tokio::time::timeout_at(deadline.into(), own.check()).await, Ok(Ok(_)))
+            && self.suspects.lost_alone(events[at])
+        {
+            let message = "Redis closes the connection on this event alone: is it larger than its proto-max-bulk-len?";
+            published.outcomes[at] = Outcome::Failed(PublishError::new(Fault::Event, "connection_closed", message));
         }
-        let message = "Redis closes the connection on this event alone: is it larger than its proto-max-bulk-len?";
-        Outcome::Failed(PublishError::new(Fault::Event, "connection_closed", message))
+        published
     }
 }
 
@@ -140,7 +137,8 @@ mod tests {
         assert!(suspects.are_among(&[&other, &one]) && !suspects.are_among(&[&other]));
         suspects.note(&[&one], &[Outcome::Held]);
         assert!(suspects.are_among(&[&one]));
+        assert_eq!([(); 4].map(|()| suspects.lost_alone(&one)), [false, false, true, true]);
         suspects.note(&[&one], &[Outcome::Delivered { message_id: None }]);
-        assert!(!suspects.are_among(&[&one]));
+        assert!(!suspects.are_among(&[&one]) && !suspects.lost_alone(&one));
     }
 }

@@ -1,7 +1,7 @@
 //! Exactly once: what keeps an event that is published again, after a crash or an answer that was lost, from arriving twice.
 //!
 //! Beside each stream lies a small hash, its *state*, one for each partition of the outbox: which claim published last
-//! (`owner`: its epoch and token), what each chunk of that claim added (a field for each: sequence, id and reply of each
+//! (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...: sequence, id and reply of each
 //! event), and what of earlier claims is still unsettled (`carried`). The script of a chunk writes the state together with
 //! the stream, so each is as old as the other whatever happens to Redis.
 //!
@@ -56,8 +56,8 @@ return redis.status_reply('OK')";
 /// The states that a chunk writes to.
 #[derive(Default)]
 pub(super) struct ChunkStates {
-    /// Tells the chunk from others of its claim, and is the same when it is sent again: its first event.
-    pub(super) chunk: String,
+    /// The chunk's number within its claim, by which one that is sent twice is known.
+    pub(super) chunk: usize,
     pub(super) keys: Vec<String>,
     /// The state of each of its events, as an index into `keys`.
     pub(super) of: Vec<usize>,
@@ -83,6 +83,7 @@ struct Added {
 /// What one publish call knows of the states it writes to.
 pub(super) struct Once<'a> {
     tenure: &'a Tenure<'a>,
+    chunks: usize,
     states: HashMap<String, State>,
 }
 
@@ -100,7 +101,7 @@ struct State {
 
 impl<'a> Once<'a> {
     pub(super) fn new(tenure: &'a Tenure<'a>) -> Self {
-        Self { tenure, states: HashMap::new() }
+        Self { tenure, chunks: 0, states: HashMap::new() }
     }
 
     pub(super) fn token(&self) -> u64 {
@@ -123,9 +124,8 @@ impl<'a> Once<'a> {
 
     /// The states of the next chunk.
     pub(super) fn chunk(&mut self, events: &[&Event], chunk: &[usize], commands: &dyn Commands) -> ChunkStates {
-        let first = &events[chunk[0]].row;
-        let chunk_name = format!("{}/{}", first.id, first.destination);
-        let mut states = ChunkStates { chunk: chunk_name, ..ChunkStates::default() };
+        self.chunks += 1;
+        let mut states = ChunkStates { chunk: self.chunks, ..ChunkStates::default() };
         let mut last: Option<(i16, Option<String>, usize)> = None;
         for &index in chunk {
             let event = events[index];

@@ -11,7 +11,7 @@ use crate::sink::redis::once::{ChunkStates, Once};
 /// Runs each event's command. A pipeline of bare commands could invert a key: an error on one, success on the next.
 ///
 /// KEYS: those that events are written to, then the states (see [`once`](super::once)). ARGV: the claim's token; the
-/// chunk's name; the number of states, and an epoch for each; the number of shapes; for each the numbers of its words and
+/// chunk's number; the number of states, and an epoch for each; the number of shapes; for each the numbers of its words and
 /// values, at which of them stand the event's id and sequence, and the words, an empty one where a value goes; then for each
 /// event the number of its key (0: none), its shape and state, and its values.
 ///
@@ -196,7 +196,7 @@ pub(super) fn eval(
     for key in &states.keys {
         cmd.arg(key.as_bytes());
     }
-    cmd.arg(once.map_or(0, Once::token)).arg(&states.chunk).arg(states.keys.len());
+    cmd.arg(once.map_or(0, Once::token)).arg(states.chunk).arg(states.keys.len());
     for key in &states.keys {
         cmd.arg(once.map_or(0, |once| once.epoch(key)));
     }
