@@ -14,7 +14,7 @@ async fn sqlstate(scene: &mut Scene<Postgres>, payload: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_payload_is_as_large_as_its_text_however_small_it_is_stored() {
+async fn f29_a_payload_is_as_large_as_its_text_however_small_it_is_stored() {
     let mut scene = Scene::<Postgres>::with(|config| config.max_payload = 100_000, vec![]).await;
     // They need few bytes anywhere but in text.
     let numbers = format!(r#"{{"a": [{}]}}"#, ["1e100000"; 10].join(", "));
@@ -27,7 +27,7 @@ async fn a_payload_is_as_large_as_its_text_however_small_it_is_stored() {
 }
 
 #[tokio::test]
-async fn nesting_has_the_limits_of_eventbridge_and_of_postgres() {
+async fn f49_nesting_has_the_limits_of_eventbridge_and_of_postgres() {
     for levels in [1001, 6000] {
         let mut scene = Scene::<Postgres>::start().await;
         scene.emit_among_healthy(NewEvent::from_json("sick", deep(levels))).await;
@@ -42,7 +42,7 @@ async fn nesting_has_the_limits_of_eventbridge_and_of_postgres() {
 }
 
 #[tokio::test]
-async fn a_payload_that_postgres_could_not_print_is_refused_at_insert() {
+async fn f29_a_payload_that_postgres_could_not_print_is_refused_at_insert() {
     let mut scene = Scene::<Postgres>::start().await;
     // 1.2 GB of text: PostgreSQL makes no more than 1 GB.
     let numbers = format!("'[{}]'", ["1e131071"; 9000].join(","));
@@ -68,7 +68,7 @@ async fn numbers_arrive_with_every_digit() {
 }
 
 #[tokio::test]
-async fn what_jsonb_cannot_store_is_refused_before_it_ends_a_transaction() {
+async fn f29_what_jsonb_cannot_store_is_refused_before_it_ends_a_transaction() {
     let mut scene = Scene::<Postgres>::start().await;
     sql(&mut scene.connection, "begin").await;
     for payload in [r#""\u0000""#, r#"{"\u0000": 1}"#, r#""\ud83d""#, r#""\ude80 \ud83e""#] {

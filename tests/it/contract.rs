@@ -39,7 +39,7 @@ contract! {
         urgent_events_are_claimed_first;
     trouble:
         a_poison_event_is_dead_lettered_after_its_retries_and_its_key_goes_on
-        an_outage_costs_time_and_never_attempts
+        f58_an_outage_costs_time_and_never_attempts
         a_misconfigured_destination_pauses_at_the_first_failure_and_charges_nobody
         an_unknown_outcome_leaves_the_event_pending_and_repeats_it
         a_clock_that_was_set_back_during_retries_stalls_nobody;
@@ -57,23 +57,23 @@ contract! {
         a_plain_insert_is_enough
         an_event_is_part_of_its_transaction
         the_queries_of_the_documentation_work_as_written
-        a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only
+        f60_a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only
         the_views_count_and_show_no_payload;
     bad_input:
-        a_payload_over_the_limit_is_dead_lettered_whole_and_one_at_the_limit_is_not
+        f29_a_payload_over_the_limit_is_dead_lettered_whole_and_one_at_the_limit_is_not
         a_thousand_levels_of_nesting_reach_redis_and_eventbridge
         a_bare_payload_that_is_no_object_is_dead_lettered_for_eventbridge_only
         an_event_type_has_128_characters_at_most
         headers_are_a_flat_map_of_strings_without_reserved_names
         a_key_may_be_long_or_empty
         a_thousand_events_of_one_key_and_ten_thousand_keys_arrive_in_order
-        an_event_without_a_route_is_dead_lettered_or_by_setting_dropped
+        f54_an_event_without_a_route_is_dead_lettered_or_by_setting_dropped
         an_event_owed_to_a_destination_that_nobody_configured_waits_and_holds_up_nobody;
     crash:
-        dead_lettering_is_one_transaction_with_the_outbox
-        rows_deleted_by_an_operator_during_a_publish_are_no_trouble
-        a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on
-        twenty_restarts_under_load_repeat_nothing;
+        f05_dead_lettering_is_one_transaction_with_the_outbox
+        f61_rows_deleted_by_an_operator_during_a_publish_are_no_trouble
+        f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on
+        f06_twenty_restarts_under_load_repeat_nothing;
 }
 
 /// The log as `type destination status attempt`, in the order of events and attempts.

@@ -52,7 +52,7 @@ async fn until_empty(database: &Database) {
 }
 
 #[tokio::test]
-async fn three_relays_and_a_drain_deliver_100000_events_once_and_in_order() {
+async fn f12_a_drain_beside_three_relays_delivers_100000_events_once_and_in_order() {
     const EVENTS: i64 = 100_000;
     let database = database().await;
     emit(&database, 0, EVENTS).await;
@@ -76,7 +76,7 @@ async fn three_relays_and_a_drain_deliver_100000_events_once_and_in_order() {
 }
 
 #[tokio::test]
-async fn of_three_relays_one_is_killed_and_at_most_what_it_had_in_flight_is_repeated() {
+async fn f02_of_three_relays_one_is_killed_and_at_most_what_it_had_in_flight_is_repeated() {
     const EVENTS: i64 = 100_000;
     const LANES: usize = 3;
     const BATCH: usize = 500;

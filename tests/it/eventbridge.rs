@@ -85,12 +85,12 @@ async fn the_payloads_bytes_arrive_as_they_were() {
 }
 
 #[tokio::test]
-async fn a_throttled_request_is_the_destinations_fault() {
+async fn f46_a_throttled_request_is_the_destinations_fault() {
     assert_all_failed(&publish_three(Reply::ThrottleRequest).await, Fault::Destination, "ThrottlingException");
 }
 
 #[tokio::test]
-async fn after_a_throttled_request_no_further_round_begins() {
+async fn f46_after_a_throttled_request_no_further_round_begins() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::ThrottleRequest]);
     let outcomes = publish(&with(&stub, |config| config.requests_in_flight = 1), &events(1..=30)).await;
@@ -100,7 +100,7 @@ async fn after_a_throttled_request_no_further_round_begins() {
 }
 
 #[tokio::test]
-async fn throttled_entries_fail_alone_and_the_others_are_delivered() {
+async fn f46_throttled_entries_fail_alone_and_the_others_are_delivered() {
     let stub = EventBridgeStub::start().await;
     let throttled = EntryReply::Failed("ThrottlingException");
     stub.script([Reply::Entries(vec![EntryReply::Accepted, throttled, EntryReply::Accepted, throttled])]);
@@ -110,7 +110,7 @@ async fn throttled_entries_fail_alone_and_the_others_are_delivered() {
 }
 
 #[tokio::test]
-async fn an_internal_failure_of_the_third_of_ten_entries_is_its_own() {
+async fn f47_an_internal_failure_of_the_third_of_ten_entries_is_its_own() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::FailEntry(2, "InternalFailure")]);
     let outcomes = publish(&sink(&stub), &events(1..=10)).await;
@@ -119,7 +119,7 @@ async fn an_internal_failure_of_the_third_of_ten_entries_is_its_own() {
 }
 
 #[tokio::test]
-async fn a_malformed_entry_is_charged_and_stops_only_its_key() {
+async fn f47_a_malformed_entry_is_charged_and_stops_only_its_key() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::FailEntry(0, "MalformedDetail")]);
     let batch: Vec<Event> = (1..=11).map(|id| keyed(id, "a")).chain((12..=23).map(|id| keyed(id, "b"))).collect();
@@ -130,7 +130,7 @@ async fn a_malformed_entry_is_charged_and_stops_only_its_key() {
 }
 
 #[tokio::test]
-async fn eleven_events_are_two_requests_and_never_one() {
+async fn f49_eleven_events_are_two_requests_and_never_one() {
     let stub = EventBridgeStub::start().await;
     let outcomes = publish(&sink(&stub), &events(1..=11)).await;
     assert!(outcomes.iter().all(delivered));
@@ -140,7 +140,7 @@ async fn eleven_events_are_two_requests_and_never_one() {
 }
 
 #[tokio::test]
-async fn a_request_holds_no_more_bytes_than_the_limit() {
+async fn f49_a_request_holds_no_more_bytes_than_the_limit() {
     let stub = EventBridgeStub::start().await;
     let large = |id| Event { payload: format!("{{\"a\":\"{}\"}}", "x".repeat(400)).into(), ..event(id) };
     let batch: Vec<Event> = (1..=4).map(large).collect();
@@ -153,7 +153,7 @@ async fn a_request_holds_no_more_bytes_than_the_limit() {
 }
 
 #[tokio::test]
-async fn an_oversize_entry_is_refused_alone_and_never_sent() {
+async fn f49_an_oversize_entry_is_refused_alone_and_never_sent() {
     let stub = EventBridgeStub::start().await;
     let payload = format!("{{\"a\":\"{}\"}}", CANARY.repeat(200)).into_bytes();
     let large = Event { payload, ..keyed(2, "a") };
@@ -186,7 +186,7 @@ async fn a_bare_payload_that_is_no_object_is_refused_and_never_sent() {
 }
 
 #[tokio::test]
-async fn no_answer_within_the_timeout_is_an_unknown_outcome() {
+async fn f51_no_answer_within_the_timeout_is_an_unknown_outcome() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::Slow(Duration::from_secs(600))]);
     let outcomes = publish(&with(&stub, |config| config.timeout = Duration::from_millis(300)), &events(1..=3)).await;
@@ -194,17 +194,17 @@ async fn no_answer_within_the_timeout_is_an_unknown_outcome() {
 }
 
 #[tokio::test]
-async fn a_connection_closed_after_the_request_is_an_unknown_outcome() {
+async fn f51_a_connection_closed_after_the_request_is_an_unknown_outcome() {
     assert_all_failed(&publish_three(Reply::CutAfterRequest).await, Fault::Unknown, "connection_lost");
 }
 
 #[tokio::test]
-async fn a_connection_reset_after_the_request_is_an_unknown_outcome() {
+async fn f51_a_connection_reset_after_the_request_is_an_unknown_outcome() {
     assert_all_failed(&publish_three(Reply::ResetAfterRequest).await, Fault::Unknown, "connection_lost");
 }
 
 #[tokio::test]
-async fn a_reused_connection_cut_after_the_request_is_an_unknown_outcome_too() {
+async fn f51_a_reused_connection_cut_after_the_request_is_an_unknown_outcome_too() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::Ok, Reply::CutAfterRequest, Reply::Ok, Reply::ResetAfterRequest]);
     let sink = sink(&stub);
@@ -216,12 +216,12 @@ async fn a_reused_connection_cut_after_the_request_is_an_unknown_outcome_too() {
 }
 
 #[tokio::test]
-async fn an_answer_cut_short_is_an_unknown_outcome() {
+async fn f53_an_answer_cut_short_is_an_unknown_outcome() {
     assert_all_failed(&publish_three(Reply::Truncated).await, Fault::Unknown, "unreadable_answer");
 }
 
 #[tokio::test]
-async fn a_garbled_success_is_an_unknown_outcome_and_its_body_is_not_quoted() {
+async fn f53_a_garbled_success_is_an_unknown_outcome_and_its_body_is_not_quoted() {
     let stub = EventBridgeStub::start().await;
     stub.script([Reply::Garbled]);
     let event = Event { payload: format!("{{\"card\":\"{CANARY}\"}}").into(), ..event(1) };
@@ -231,14 +231,14 @@ async fn a_garbled_success_is_an_unknown_outcome_and_its_body_is_not_quoted() {
 }
 
 #[tokio::test]
-async fn a_wrong_number_of_answers_is_an_unknown_outcome_for_all() {
+async fn f53_a_wrong_number_of_answers_is_an_unknown_outcome_for_all() {
     assert_all_failed(&publish_three(Reply::WrongCount).await, Fault::Unknown, "wrong_entry_count");
     let four = Reply::Entries(vec![EntryReply::Accepted; 4]);
     assert_all_failed(&publish_three(four).await, Fault::Unknown, "wrong_entry_count");
 }
 
 #[tokio::test]
-async fn an_answer_without_id_and_code_is_an_unknown_outcome() {
+async fn f53_an_answer_without_id_and_code_is_an_unknown_outcome() {
     let outcomes = publish_three(Reply::Entries(vec![EntryReply::Accepted, EntryReply::Blank, EntryReply::Accepted]));
     let outcomes = outcomes.await;
     assert!(delivered(&outcomes[0]) && delivered(&outcomes[2]));
@@ -251,7 +251,7 @@ async fn a_server_error_is_the_destinations_fault() {
 }
 
 #[tokio::test]
-async fn a_refused_connection_is_the_destinations_fault() {
+async fn f50_a_refused_connection_is_the_destinations_fault() {
     let stub = EventBridgeStub::start().await;
     let sink = sink(&stub);
     drop(stub);
@@ -261,7 +261,7 @@ async fn a_refused_connection_is_the_destinations_fault() {
 }
 
 #[tokio::test]
-async fn a_name_that_does_not_resolve_and_a_failed_tls_handshake_are_the_destinations_fault() {
+async fn f50_a_name_that_does_not_resolve_and_a_failed_tls_handshake_are_the_destinations_fault() {
     let stub = EventBridgeStub::start().await;
     for url in ["http://nowhere.invalid", &stub.url().replace("http:", "https:")] {
         let sink = EventBridge::with_sdk_config(&sdk(), config(url));
@@ -270,12 +270,12 @@ async fn a_name_that_does_not_resolve_and_a_failed_tls_handshake_are_the_destina
 }
 
 #[tokio::test]
-async fn access_denied_is_a_misconfiguration() {
+async fn f48_access_denied_is_a_misconfiguration() {
     assert_all_failed(&publish_three(Reply::AccessDenied).await, Fault::Misconfigured, "AccessDeniedException");
 }
 
 #[tokio::test]
-async fn missing_credentials_are_a_misconfiguration_and_nothing_is_sent() {
+async fn f48_missing_credentials_are_a_misconfiguration_and_nothing_is_sent() {
     let stub = EventBridgeStub::start().await;
     let none =
         SdkConfig::builder().behavior_version(BehaviorVersion::latest()).region(Region::new("eu-west-1")).build();
@@ -368,7 +368,7 @@ async fn a_check_names_the_bus_and_sends_no_event() {
 }
 
 #[tokio::test]
-async fn a_check_of_a_missing_bus_says_what_to_do() {
+async fn f52_a_check_of_a_missing_bus_says_what_to_do() {
     let stub = EventBridgeStub::start().await;
     let error = with(&stub, |config| config.bus = "oders".into()).check().await.unwrap_err();
     assert_eq!((error.fault, error.code.as_str()), (Fault::Misconfigured, "ResourceNotFoundException"));
@@ -378,7 +378,7 @@ async fn a_check_of_a_missing_bus_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn nothing_is_put_on_a_bus_that_does_not_exist_though_aws_would_answer_with_success() {
+async fn f52_nothing_is_put_on_a_bus_that_does_not_exist_though_aws_would_answer_with_success() {
     let stub = EventBridgeStub::start().await;
     let sink = with(&stub, |config| config.bus = "oders".into());
     assert_all_failed(&publish(&sink, &events(1..=3)).await, Fault::Misconfigured, "ResourceNotFoundException");

@@ -118,7 +118,7 @@ async fn a_destination_that_is_set_up_wrongly_ends_it_with_3() {
 }
 
 #[tokio::test]
-async fn two_at_a_time_share_the_work() {
+async fn f12_two_drains_at_a_time_share_the_work() {
     let database = database().await;
     let mut connection = database.connect().await;
     sql(&mut connection, emit(5000)).await;

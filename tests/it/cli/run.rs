@@ -155,7 +155,7 @@ const CLAIMED: &str = "pg_locks where locktype = 'advisory' and classid = 'event
                        and objsubid = 2 and database = (select oid from pg_database where datname = current_database())";
 
 #[tokio::test]
-async fn a_second_signal_ends_it_at_once() {
+async fn f06_a_second_signal_ends_it_at_once() {
     let database = database().await;
     let mut connection = database.connect().await;
     let mut hangs = Server::start("redis", &[]);

@@ -48,7 +48,7 @@ async fn missing_privileges_are_told() {
 }
 
 #[tokio::test]
-async fn a_read_only_database_is_told() {
+async fn f19_a_read_only_database_is_told() {
     let database = database().await;
     let (_, name) = database.url().rsplit_once('/').unwrap();
     sql(&mut database.connect().await, format!("alter database {name} set default_transaction_read_only = on")).await;

@@ -129,7 +129,7 @@ fn route(event_type: &str, destinations: &[usize]) -> Route {
     Route { event_type: Some(WildMatch::new(event_type)), source: None, headers, destinations: destinations.to_vec() }
 }
 
-pub(super) async fn a_payload_over_the_limit_is_dead_lettered_whole_and_one_at_the_limit_is_not<S: Store>() {
+pub(super) async fn f29_a_payload_over_the_limit_is_dead_lettered_whole_and_one_at_the_limit_is_not<S: Store>() {
     let mut scene = Scene::<S>::with(|config| config.max_payload = 100_000, vec![]).await;
     scene.emit(NewEvent::from_json("fits", text_of(100_000))).await;
     scene.emit_among_healthy(NewEvent::from_json("sick", text_of(100_001))).await;
@@ -263,7 +263,7 @@ pub(super) async fn a_thousand_events_of_one_key_and_ten_thousand_keys_arrive_in
     }
 }
 
-pub(super) async fn an_event_without_a_route_is_dead_lettered_or_by_setting_dropped<S: Store>() {
+pub(super) async fn f54_an_event_without_a_route_is_dead_lettered_or_by_setting_dropped<S: Store>() {
     let known = || ["before", "after", "other", "keyless"].map(|event_type| route(event_type, &[0, 1])).to_vec();
     let mut scene = Scene::<S>::with(|_| {}, known()).await;
     scene.emit_among_healthy(NewEvent::from_json("sick", r#"{"a": 1}"#)).await;

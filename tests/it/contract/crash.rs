@@ -10,7 +10,7 @@ use crate::stores::Store;
 use crate::stream::{self, Entry};
 use crate::support::unique;
 
-pub(super) async fn dead_lettering_is_one_transaction_with_the_outbox<S: Store>() {
+pub(super) async fn f05_dead_lettering_is_one_transaction_with_the_outbox<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
     sql(&mut connection, S::refuse("delete on event_outbox")).await;
@@ -30,7 +30,7 @@ pub(super) async fn dead_lettering_is_one_transaction_with_the_outbox<S: Store>(
     assert_eq!(column(&mut connection, rows).await, ["0 1 1"]);
 }
 
-pub(super) async fn rows_deleted_by_an_operator_during_a_publish_are_no_trouble<S: Store>() {
+pub(super) async fn f61_rows_deleted_by_an_operator_during_a_publish_are_no_trouble<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
     for index in 0..5 {
@@ -76,7 +76,7 @@ fn assert_complete_and_in_order(mut sequences: Vec<i64>, events: i64) {
     assert_eq!(sequences, (1..=events).collect::<Vec<_>>());
 }
 
-pub(super) async fn a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on<S: Store>() {
+pub(super) async fn f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on<S: Store>() {
     const EVENTS: i64 = 5000;
     const BATCH: usize = 50;
     let store = S::new().await;
@@ -122,7 +122,7 @@ pub(super) async fn a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_a
     assert_eq!(column(&mut connection, log).await, [format!("{EVENTS} {EVENTS} 2 published")]);
 }
 
-pub(super) async fn twenty_restarts_under_load_repeat_nothing<S: Store>() {
+pub(super) async fn f06_twenty_restarts_under_load_repeat_nothing<S: Store>() {
     const RESTARTS: i64 = 20;
     const EVENTS: i64 = 3000; // for each
     let store = S::new().await;

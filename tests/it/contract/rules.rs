@@ -107,7 +107,7 @@ pub(super) async fn the_queries_of_the_documentation_work_as_written<S: Store>()
     assert_eq!(column(&mut connection, &newest_first).await, ["0", "1"]);
 }
 
-pub(super) async fn a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only<S: Store>() {
+pub(super) async fn f60_a_redriven_dead_letter_is_the_same_event_owed_to_its_destination_only<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
     let event = NewEvent::from_json("order.created", r#"{"n": 1}"#).key("order", "42").source("shop");

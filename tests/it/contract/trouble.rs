@@ -36,7 +36,7 @@ pub(super) async fn a_poison_event_is_dead_lettered_after_its_retries_and_its_ke
     assert_eq!(count(&mut connection, "event_outbox").await, 0);
 }
 
-pub(super) async fn an_outage_costs_time_and_never_attempts<S: Store>() {
+pub(super) async fn f58_an_outage_costs_time_and_never_attempts<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
     for index in 0..20 {

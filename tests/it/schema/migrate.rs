@@ -75,7 +75,7 @@ async fn a_migration_that_waited_for_another_sees_what_that_one_did() {
 }
 
 #[tokio::test]
-async fn a_relay_waits_for_the_first_migration_and_works_through_the_next() {
+async fn f22_a_relay_waits_for_the_first_migration_and_works_through_the_next() {
     let database = empty_database().await;
     let mut connection = database.connect().await;
     let variables =

@@ -213,7 +213,7 @@ async fn relay_operator_reads_everything_and_redrives() {
 }
 
 #[tokio::test]
-async fn a_check_names_each_grant_that_is_missing() {
+async fn f28_a_check_names_each_grant_that_is_missing() {
     let database = database().await;
     let mut owner = with_roles(&database).await;
     let url = login(&database, &mut owner, "relay_worker").await;

@@ -47,7 +47,7 @@ async fn producers_notify_only_while_a_relay_holds_the_sleepers_lock() {
 }
 
 #[tokio::test]
-async fn a_relay_cannot_fall_asleep_between_an_insert_and_its_commit() {
+async fn f24_a_relay_cannot_fall_asleep_between_an_insert_and_its_commit() {
     let database = database().await;
     let (mut relay, mut producer) = (database.connect().await, database.connect().await);
     let fall_asleep = format!("select pg_try_advisory_lock({SLEEPERS_LOCK})");
