@@ -366,24 +366,10 @@ class Postgres(Server):
         if os.getuid() == 0:
             self.drop_root("PostgreSQL")
 
-        password_file = self.dir / "password"
-        password_file.write_text(self.password)
-        self.give(self.dir, self.log, password_file)
-        made = subprocess.run(
-            # Without --no-sync, two thirds of the time would go into syncing files that are thrown away anyway.
-            [str(self.bin / "initdb"), "-D", str(self.data), "-U", "postgres", f"--pwfile={password_file}"]
-            + ["--auth-host=scram-sha-256", "--auth-local=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"],
-            cwd=self.dir,
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **self.run_as(),
-        )
-        password_file.unlink()
-        if made.returncode != 0:
-            raise Failure(f"{self.bin / 'initdb'} failed:\n{made.stdout[-3000:]}")
+        if self.options.standby_of:
+            self.copy_primary()
+        else:
+            self.make_cluster()
 
         settings = {
             "listen_addresses": "127.0.0.1",
@@ -406,6 +392,38 @@ class Postgres(Server):
             for name, value in settings.items():
                 quoted = value.replace("'", "''")
                 conf.write(f"{name} = '{quoted}'\n")
+
+    def make_cluster(self):
+        password_file = self.dir / "password"
+        password_file.write_text(self.password)
+        self.give(self.dir, self.log, password_file)
+        # Without --no-sync, two thirds of the time would go into syncing files that are thrown away anyway.
+        arguments = ["-D", self.data, "-U", "postgres", f"--pwfile={password_file}", "--auth-host=scram-sha-256"]
+        arguments += ["--auth-local=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
+        self.run_program("initdb", *arguments)
+        password_file.unlink()
+
+    def copy_primary(self):
+        """A hot standby that streams from a server that runs; its password is that one's."""
+        self.password = urlsplit(self.options.standby_of).password
+        self.give(self.dir, self.log)
+        self.run_program(
+            "pg_basebackup", "-D", self.data, "-d", self.options.standby_of, "-R", "-X", "stream", "-c", "fast", "--no-sync"
+        )
+
+    def run_program(self, name, *arguments):
+        made = subprocess.run(
+            [str(part) for part in [self.bin / name, *arguments]],
+            cwd=self.dir,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **self.run_as(),
+        )
+        if made.returncode != 0:
+            raise Failure(f"{self.bin / name} failed:\n{made.stdout[-3000:]}")
 
     def find_bin(self):
         if self.options.bin:
@@ -434,7 +452,7 @@ class Postgres(Server):
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
-        return len(lines) >= 8 and lines[0] == str(self.process.pid) and lines[7].strip() == "ready"
+        return len(lines) >= 8 and lines[0] == str(self.process.pid) and lines[7].strip() in ["ready", "standby"]
 
     def remove_dir(self):
         # A killed server leaves one small System V segment, by which PostgreSQL keeps two servers off one data
@@ -774,6 +792,7 @@ def parse(arguments):
     parser.add_argument("--tls", action="store_true", help="postgres, redis...: with certificates made for it")
     parser.add_argument("--bin", type=Path, help="postgres, redis...: the folder with another version's programs")
     parser.add_argument("--server", metavar="URL", help="pgbouncer: the PostgreSQL behind it")
+    parser.add_argument("--standby-of", metavar="URL", help="postgres: a hot standby that streams from the server at this URL")
     options = parser.parse_args(arguments)
     if (options.server is not None) != (options.kind == "pgbouncer"):
         parser.error("--server goes with pgbouncer, and pgbouncer with --server")
@@ -781,6 +800,8 @@ def parse(arguments):
         parser.error(f"--tls is not for {options.kind}")
     if options.fast and options.kind != "postgres":
         parser.error(f"--fast is for postgres only, not for {options.kind}")
+    if options.standby_of and options.kind != "postgres":
+        parser.error(f"--standby-of is for postgres only, not for {options.kind}")
     if (options.set or options.bin) and options.kind == "moto":
         parser.error("moto takes neither --set nor --bin")
     return options

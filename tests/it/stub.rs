@@ -33,6 +33,10 @@ pub(crate) enum Reply {
     Slow(Duration),
     ThrottleRequest,
     AccessDenied,
+    /// The request is refused with this code and message.
+    Refused(&'static str, &'static str),
+    /// Refused as expired while it is signed with this access key, else accepted.
+    Expired(&'static str),
     /// `ValidationException` with this message.
     Invalid(&'static str),
     ServerError,
@@ -44,6 +48,8 @@ pub(crate) enum Reply {
     WrongCount,
     /// 200 with broken JSON that quotes the request.
     Garbled,
+    /// 200 with this body.
+    Body(String),
     /// 200 that ends before its `Content-Length`.
     Truncated,
     /// The request is read, and the connection closed without an answer.
@@ -170,16 +176,21 @@ async fn serve(
         Reply::Slow(duration) => tokio::time::sleep(*duration).await,
         Reply::ThrottleRequest => return error(400, "ThrottlingException", "Rate exceeded"),
         Reply::AccessDenied => return error(400, "AccessDeniedException", "User is not authorized"),
+        Reply::Refused(code, message) => return error(400, code, message),
+        Reply::Expired(key) if headers["authorization"].to_str().unwrap().contains(&format!("Credential={key}/")) => {
+            return error(400, "ExpiredTokenException", "The security token included in the request is expired");
+        }
         Reply::Invalid(message) => return error(400, "ValidationException", message),
         Reply::ServerError => return response(503, "<html>Service Unavailable</html>"),
         Reply::Garbled => return response(200, &String::from_utf8_lossy(&body)[..body.len() - 1]),
+        Reply::Body(body) => return response(200, body),
         Reply::Truncated => connection.truncate.store(true, Ordering::SeqCst),
         Reply::CutAfterRequest => connection.cut.store(true, Ordering::SeqCst),
         Reply::ResetAfterRequest => {
             connection.reset.store(true, Ordering::SeqCst);
             connection.cut.store(true, Ordering::SeqCst);
         }
-        Reply::Ok | Reply::Entries(_) | Reply::FailEntry(..) | Reply::WrongCount => {}
+        Reply::Ok | Reply::Expired(_) | Reply::Entries(_) | Reply::FailEntry(..) | Reply::WrongCount => {}
     }
     match entries {
         Some(entries) => response(200, script.answer(entries.len(), &reply)),
