@@ -116,7 +116,10 @@ async fn footprint(connection: &mut sqlx::PgConnection) -> (i64, i64) {
 
 #[tokio::test]
 async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_one_for_each_batch() {
-    let server = Server::start("postgres", &["--fast", "--set", "autovacuum=off", "--set", "wal_level=minimal", "--set", "max_wal_senders=0"]);
+    let server = Server::start(
+        "postgres",
+        &["--fast", "--set", "autovacuum=off", "--set", "wal_level=minimal", "--set", "max_wal_senders=0"],
+    );
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
     let sink = ScriptedSink::accepting();
@@ -174,11 +177,9 @@ async fn f28_a_right_taken_away_at_run_time_stops_the_relay_with_words_and_charg
     setup.relay.lanes = 1;
     let mut running = setup.run();
     let mut expected = 0;
-    for (right, repeated) in [
-        ("select on event_outbox", false),
-        ("delete on event_outbox", true),
-        ("insert on event_processing_log", true),
-    ] {
+    for (right, repeated) in
+        [("select on event_outbox", false), ("delete on event_outbox", true), ("insert on event_processing_log", true)]
+    {
         load(&mut connection, 10, 2).await;
         until_empty(&mut connection).await;
         sql(&mut connection, format!("revoke {right} from relay_worker")).await;
