@@ -54,13 +54,18 @@ impl PgOutbox {
         hit("connect")?;
         let options = connect_options(&self.config.url, self.config.pooled)?;
         let mut connection = connect(&options).await?;
-        let read_only: bool = answered("look whether the database is read-only", STATEMENT_TIMEOUT, async {
-            sqlx::query_scalar("select pg_is_in_recovery() or current_setting('transaction_read_only')::boolean")
-                .persistent(false)
-                .fetch_one(&mut connection)
-                .await
-        })
-        .await?;
+        // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what
+        // it has. (PgBouncer carries this setting from server to server.)
+        let look = "
+            select pg_is_in_recovery() or current_setting('transaction_read_only')::boolean,
+                   case current_setting('server_encoding')
+                       when 'SQL_ASCII' then set_config('client_encoding', 'SQL_ASCII', false)
+                   end";
+        let (read_only, _): (bool, Option<String>) =
+            answered("look whether the database is read-only", STATEMENT_TIMEOUT, async {
+                sqlx::query_as(look).persistent(false).fetch_one(&mut connection).await
+            })
+            .await?;
         if read_only { Err(schema::read_only()) } else { Ok(connection) }
     }
 

@@ -222,6 +222,11 @@ pub(crate) async fn database_on(server: &Server) -> Database {
 }
 
 impl Database {
+    /// One that the test has made by itself, and that goes with its server.
+    pub(crate) fn at(url: &str) -> Self {
+        Self { name: String::new(), url: url.to_owned(), shared: false }
+    }
+
     /// For whoever connects by itself: the relay, psql.
     pub(crate) fn url(&self) -> &str {
         &self.url

@@ -4,11 +4,13 @@
 //! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
+use time::OffsetDateTime;
 
 use crate::event::{Event, Fault, Noted, PublishError, Renewed, RowKey, Term};
 use crate::failpoint::hit;
@@ -56,16 +58,20 @@ select array(
 /// `$1` partitions; of each of them at most `$2` events and about `$3` bytes, so that nothing need be sorted; `$4` payload
 /// limit; `$5` destinations. A payload's text is measured only where it may be large, which its stored size does not tell:
 /// it may be compressed a hundredfold, and `#> '{}'` is the payload uncompressed. What waits behind a failed event of its
-/// key is asked per row only where anything waits at all.
+/// key is asked per row only where anything waits at all. Of times, those that no calendar has are null: a driver panics
+/// at them; and `infinity` cannot be subtracted from.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
        case when o.size <= $4 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
-       o.schema_version, o.created_at, o.attempts, o.available_at <= statement_timestamp(), o.size,
+       o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
+       o.attempts, o.available_at <= statement_timestamp(), o.size,
        case when waiting.any and o.aggregate_id is not null then (
            select jsonb_object_agg(d.destination, head.remaining_ms)
            from unnest(case o.destination when '' then $5::text[] else array[o.destination] end) d(destination)
            cross join lateral (
-               select greatest(0, extract(epoch from w.available_at - statement_timestamp()) * 1000)::bigint as remaining_ms
+               select (extract(epoch from
+                          least(greatest(w.available_at, statement_timestamp()), statement_timestamp() + interval '1 year')
+                          - statement_timestamp()) * 1000)::bigint as remaining_ms
                from event_outbox w
                where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
                  and w.aggregate_id is not null
@@ -124,7 +130,8 @@ with due as materialized (
     returning 1
 )
 select (select count(*) from promoted), (
-    select (extract(epoch from min(e.available_at) - statement_timestamp()) * 1000)::bigint
+    select (extract(epoch from min(least(e.available_at, statement_timestamp() + interval '1 year')) - statement_timestamp())
+            * 1000)::bigint
     from unnest($1::text[]) d(destination)
     cross join lateral (
         select available_at from event_outbox
@@ -407,6 +414,20 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
         None => BTreeMap::new(),
         Some(json) => serde_json::from_slice(json).map_err(|error| sqlx::Error::Decode(error.into()))?,
     };
+    let created_at: Option<OffsetDateTime> = row.try_get(14)?;
+    if created_at.is_none() {
+        let message = "created_at is infinite, or lies before the year 1 or after 9999";
+        defect = Some(PublishError::new(Fault::Unfit, "created_at_invalid", message));
+    }
+    let mut text = |index| {
+        let (text, is_utf8) = text(row, index)?;
+        if !is_utf8 {
+            defect = Some(PublishError::new(Fault::Unfit, "not_utf8", "a name, key or id of the event is not UTF-8"));
+        }
+        Ok::<_, sqlx::Error>(text)
+    };
+    let (event_type, source) = (text(5)?.unwrap_or_default(), text(6)?.unwrap_or_default());
+    let (aggregate_type, aggregate_id, correlation_id, causation_id) = (text(7)?, text(8)?, text(11)?, text(12)?);
     let remaining = |(destination, ms)| Behind { destination, remaining: Duration::from_millis(ms) };
     let claimed = Claimed {
         event: Event {
@@ -417,16 +438,16 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
                 destination: row.try_get(3)?,
             },
             event_id: row.try_get(4)?,
-            event_type: row.try_get(5)?,
-            source: row.try_get(6)?,
-            aggregate_type: row.try_get(7)?,
-            aggregate_id: row.try_get(8)?,
+            event_type,
+            source,
+            aggregate_type,
+            aggregate_id,
             payload: payload.unwrap_or_default().to_vec(),
             headers,
-            correlation_id: row.try_get(11)?,
-            causation_id: row.try_get(12)?,
+            correlation_id,
+            causation_id,
             schema_version: row.try_get(13)?,
-            created_at: row.try_get(14)?,
+            created_at: created_at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
             attempts: row.try_get(15)?,
         },
         due: row.try_get(16)?,
@@ -434,6 +455,19 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
         behind: behind.into_iter().map(remaining).collect(),
     };
     Ok((claimed, size))
+}
+
+/// A text column, and whether it is UTF-8, which in a database without an encoding (SQL_ASCII) nobody guarantees: that is the
+/// row's defect, and must not fail the batch.
+fn text(row: &PgRow, index: usize) -> Result<(Option<String>, bool), sqlx::Error> {
+    let value = row.try_get_raw(index)?;
+    if value.is_null() {
+        return Ok((None, true));
+    }
+    let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
+    let text = String::from_utf8_lossy(bytes);
+    let is_utf8 = matches!(text, Cow::Borrowed(_));
+    Ok((Some(text.into_owned()), is_utf8))
 }
 
 /// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
