@@ -76,7 +76,9 @@ fn assert_complete_and_in_order(mut sequences: Vec<i64>, events: i64) {
     assert_eq!(sequences, (1..=events).collect::<Vec<_>>());
 }
 
-pub(super) async fn f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on<S: Store>() {
+pub(super) async fn f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on<
+    S: Store,
+>() {
     const EVENTS: i64 = 5000;
     const BATCH: usize = 50;
     let store = S::new().await;
