@@ -117,6 +117,13 @@ impl Server {
         self.tell("restart");
     }
 
+    /// The same for a server that may be too busy to stop in time: it is killed then, as a process manager does.
+    pub(crate) fn restart_or_kill(&mut self) {
+        if self.try_tell("restart").is_err() {
+            self.tell("start");
+        }
+    }
+
     /// Freezes all its processes: connections stay open, nothing answers.
     pub(crate) fn pause(&mut self) {
         self.tell("pause");
@@ -138,6 +145,12 @@ impl Server {
     }
 
     fn tell(&mut self, command: &str) {
+        if let Err(error) = self.try_tell(command) {
+            panic!("{command} {}: {error}", self.info.kind);
+        }
+    }
+
+    fn try_tell(&mut self, command: &str) -> Result<(), String> {
         let stdin = self.stdin.as_mut().expect("open until dropped");
         writeln!(stdin, "{command}").unwrap();
         let mut line = String::new();
@@ -145,8 +158,8 @@ impl Server {
         let answer: Answer = serde_json::from_str(&line).unwrap_or_else(|_| {
             panic!("the supervisor of {} is gone: it answered {command:?} with {line:?}", self.info.kind)
         });
-        assert!(answer.ok, "{command} {}: {}", self.info.kind, answer.error.unwrap_or_default());
         self.info.pid = answer.pid.unwrap_or(self.info.pid);
+        if answer.ok { Ok(()) } else { Err(answer.error.unwrap_or_default()) }
     }
 }
 

@@ -11,7 +11,7 @@ use sqlx::{Connection, PgConnection};
 
 use crate::binary::until;
 use crate::harness::{Setup, count, emit, eventually, sql};
-use crate::proxy::{Mode, Protocol, Proxy};
+use crate::proxy::Proxy;
 use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Database, Server, database, database_on, postgres};
 use crate::stores::Client;
@@ -458,8 +458,8 @@ async fn f24_what_is_committed_late_with_a_low_id_is_picked_up() {
 async fn f31_a_host_that_vanished_without_a_word_is_replaced_after_the_servers_timeout() {
     let line = Line::new().await;
     let mut connection = line.connect().await;
-    let proxy = Proxy::start(postgres().port(), Protocol::Postgres, 31);
-    let through = proxy.before(line.database.url());
+    let proxy = Proxy::to(postgres().port());
+    let through = proxy.url(line.database.url(), postgres().port());
     let settings = [("EVENT_DEFAULT_TIMEOUT", "1000"), ("RELAY_LANES", "1")];
     let mut vanished = line.start(&[
         settings[0],
@@ -470,14 +470,14 @@ async fn f31_a_host_that_vanished_without_a_word_is_replaced_after_the_servers_t
     vanished.until_log("\"message\":\"ready\"");
     load(&mut connection, 50, 5).await;
     eventually("it holds a claim", async || count(&mut connection, CLAIMED).await > 0).await;
-    proxy.set(Mode::Blackhole);
+    proxy.stall(true);
     let (since, heir) = (Instant::now(), line.start(&settings));
     until_empty(&mut connection).await;
     println!("F31: taken over {:?} after the host vanished, by the server's timeout of 16 s", since.elapsed());
     let worker = format!("event_processing_log where worker like '%:{}'", vanished.id());
     assert_eq!(count(&mut connection, &worker).await, 0, "settled by whom nobody can reach");
     // It is back, and finds its connections dead.
-    proxy.calm();
+    proxy.heal();
     load(&mut connection, 50, 5).await;
     until_empty(&mut connection).await;
     stop(vanished);

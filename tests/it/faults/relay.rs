@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{CLAIMED, Line, load, stop, until_empty};
 use crate::binary::until;
 use crate::harness::{Setup, column, count, emit, eventually, sql};
-use crate::proxy::{Cut, Protocol, Proxy};
+use crate::proxy::Proxy;
 use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Server, database, postgres, redis};
 use crate::stream;
@@ -86,20 +86,20 @@ async fn f03_into_a_stream_at_most_the_batch_that_was_answered_is_repeated() {
 async fn f04_a_commit_whose_answer_is_lost_is_found_out_by_reading_again() {
     let database = database().await;
     let mut connection = database.connect().await;
-    let proxy = Proxy::start(postgres().port(), Protocol::Postgres, 4);
+    let proxy = Proxy::to(postgres().port());
     load(&mut connection, 20, 3).await;
     let (sink, gate) = (ScriptedSink::accepting(), Gate::new());
     sink.hold_at(&gate);
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     setup.relay.lanes = 1;
-    setup.outbox.url = outbox_relay::secret::Secret::inline(&proxy.before(database.url()));
+    setup.outbox.url = outbox_relay::secret::Secret::inline(&proxy.url(database.url(), postgres().port()));
     let mut running = setup.run();
     gate.entered().await;
     // The next statement of this text is the settle's.
-    proxy.cut([Cut::AnswerTo(b"commit\0")]);
+    proxy.drop_answers(1, "commit\0");
     gate.open(1000);
     running.until_not_ready("settle").await;
-    assert_eq!(proxy.cuts_left(), 0);
+    assert_eq!(proxy.count(), 1);
     until_empty(&mut connection).await;
     emit(&mut connection, "next", "k").await;
     until_empty(&mut connection).await;
@@ -112,13 +112,13 @@ async fn f04_a_commit_whose_answer_is_lost_is_found_out_by_reading_again() {
 async fn f04_a_commit_that_never_arrived_is_found_out_by_reading_again() {
     let line = Line::new().await;
     let mut connection = line.connect().await;
-    let proxy = Proxy::start(postgres().port(), Protocol::Postgres, 4);
+    let proxy = Proxy::to(postgres().port());
     load(&mut connection, 20, 3).await;
-    let through = proxy.before(line.database.url());
+    let through = proxy.url(line.database.url(), postgres().port());
     let settings = [("DATABASE_URL", through.as_str()), ("FAILPOINTS", "before_commit=1*sleep(2000)")];
     let mut running = line.start(&settings);
     eventually("it has written, and not committed", async || count(&mut connection, SETTLING).await > 0).await;
-    proxy.cut_all();
+    proxy.cut();
     running.until_log("cannot settle");
     until_empty(&mut connection).await;
     stop(running);

@@ -120,7 +120,8 @@ const CORPUS: [&str; 14] = [
 async fn arrived(database: &Database) -> (HashMap<i64, Vec<u8>>, HashMap<i64, Vec<u8>>) {
     let (stream, bus) = (unique("corpus"), EventBridgeStub::start().await);
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let to_redis = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30));
+    let to_redis =
+        RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
     let to_bus = EventBridgeConfig { format: Format::CloudEvents, ..eventbridge_config(bus.url()) };
     let sinks: Vec<(&str, Arc<dyn Sink>)> =
         vec![("redis", Arc::new(to_redis)), ("bus", Arc::new(EventBridge::with_sdk_config(&sdk(), to_bus)))];
