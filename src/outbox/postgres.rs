@@ -202,6 +202,11 @@ fn query_failed(operation: &'static str, source: sqlx::Error) -> OutboxError {
 fn advice(error: &sqlx::Error) -> Option<&'static str> {
     let sqlstate = match error {
         sqlx::Error::Database(error) => error.code()?,
+        sqlx::Error::Io(error) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
+            return Some(
+                "is its certificate signed by whom sslrootcert in DATABASE_URL names, and for the host there?",
+            );
+        }
         sqlx::Error::Io(_) => return Some("is the server up, and are host and port in DATABASE_URL right?"),
         sqlx::Error::Tls(_) => return Some("check sslmode and sslrootcert in DATABASE_URL"),
         _ => return None,

@@ -111,11 +111,14 @@ async fn f36_a_killed_master_is_replaced_and_what_its_replica_has_is_neither_los
     drop(cluster);
     hold_until_replicated(server.ports()[0]).await;
     server.kill_node(0);
-    let mut replica = RedisClient::at(server.ports()[3]);
-    eventually("its replica is the master", async || {
-        let info: String = replica.ask("INFO replication");
-        let cluster: String = replica.ask("CLUSTER INFO");
-        info.contains("role:master") && cluster.contains("cluster_state:ok")
+    let promoted = format!("127.0.0.1:{}@", server.ports()[3]);
+    eventually("all have heard that its replica is the master", async || {
+        server.ports()[1..].iter().all(|port| {
+            let nodes: String = RedisClient::at(*port).ask("CLUSTER NODES");
+            let state: String = RedisClient::at(*port).ask("CLUSTER INFO");
+            let is_master = |line: &str| line.contains(&promoted) && line.contains("master");
+            nodes.lines().any(is_master) && state.contains("cluster_state:ok")
+        })
     })
     .await;
     let mut cluster = connect(&server);

@@ -47,7 +47,7 @@ async fn f37_troubles_of_the_server_are_the_destinations_fault_and_pass() {
 
 #[tokio::test]
 async fn f37_a_server_that_cannot_save_its_data_or_reach_its_master_is_waited_for() {
-    let server = Server::start("redis", &["--set", "save=3600 1"]);
+    let server = Server::start("redis", &["--set", "save=3600 1", "--set", "enable-protected-configs=yes"]);
     let mut client = RedisClient::connect(&server);
     let sink = sink(server.url(), "events");
     assert_all_delivered(&publish(&sink, &[event(1)]).await);
