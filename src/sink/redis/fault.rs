@@ -13,7 +13,11 @@ pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
     // An unknown command is answered with its arguments, which are the event.
     let text = text.split(", with args beginning with").next().unwrap_or(text);
     let (code, message) = text.split_once(' ').unwrap_or((text, ""));
-    PublishError::new(classify(code, message, one_key), code, message)
+    let fault = classify(code, message, one_key);
+    if code == "MOVED" {
+        return PublishError::new(fault, code, format!("{message}; of a cluster the URL begins with redis-cluster://"));
+    }
+    PublishError::new(fault, code, message)
 }
 
 /// Whose fault an error of the server is. Total: what nobody has classified pauses the destination.

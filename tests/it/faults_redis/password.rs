@@ -4,9 +4,10 @@ use outbox_relay::event::Fault;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
 
+use crate::binary::finished;
 use crate::readback::RedisClient;
 use crate::redis::{at, sink, url_as};
-use crate::servers::Server;
+use crate::servers::{Server, database};
 use crate::support::{assert_all_delivered, assert_all_failed, error, event, is_uncharged, publish};
 
 #[tokio::test]
@@ -79,4 +80,41 @@ async fn f38_a_user_without_permission_is_a_misconfiguration_until_it_is_granted
         client.tell(&format!("ACL SETUSER relay +{command}"));
         assert_all_delivered(&publish(&new, &[event(2)]).await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f38_sentinels_have_a_user_and_a_password_of_their_own() {
+    let server = Server::start("redis-sentinel", &["--set", "requirepass=s3cret"]);
+    for port in &server.ports()[3..] {
+        let mut sentinel = RedisClient::at(*port);
+        sentinel.tell("ACL SETUSER watcher on >hunter2 ~* &* +@all");
+        sentinel.tell("ACL SETUSER default off");
+        sentinel.tell("CLIENT KILL TYPE normal");
+    }
+    let refused = publish(&sink(server.url(), "events"), &[event(1)]).await;
+    assert_all_failed(&refused, Fault::Misconfigured, "NOAUTH");
+    let with = |user: &str, password: &str| {
+        sink(&format!("{}&sentinel_username={user}&sentinel_password={password}", server.url()), "events")
+    };
+    assert_all_failed(&publish(&with("watcher", "wrong"), &[event(1)]).await, Fault::Misconfigured, "WRONGPASS");
+    assert_all_delivered(&publish(&with("watcher", "hunter2"), &[event(1)]).await);
+}
+
+#[tokio::test]
+async fn f38_no_password_of_a_cluster_or_of_sentinels_is_shown() {
+    let database = database().await;
+    let shown = |url: &str, code: i32| {
+        let variables = [("DATABASE_URL", database.url()), ("REDIS_URL", url)];
+        let checked = finished(&["check"], &variables).exited(code);
+        let said = checked.stdout + &checked.stderr;
+        assert!(!said.contains("s3cret") && !said.contains("hunter2"), "{said}");
+        said
+    };
+    let cluster = shown("redis-cluster://app:s3cret@127.0.0.1:1,127.0.0.1:2", 1);
+    assert!(cluster.contains("  redis-cluster://app:***@127.0.0.1:1,127.0.0.1:2  ("), "{cluster}");
+    let url = "redis-sentinel://app:s3cret@127.0.0.1:1,127.0.0.1:2/0?master=main&sentinel_password=hunter2";
+    let sentinels = shown(url, 1);
+    assert!(sentinels.contains("  redis-sentinel://app:***@127.0.0.1:1,127.0.0.1:2/0  ("), "{sentinels}");
+    let wrong = shown("redis-cluster://app:s3cret@127.0.0.1:1,127.0.0.1:2/1", 2);
+    assert!(wrong.contains("REDIS_URL") && wrong.contains("a cluster has database 0 only"), "{wrong}");
 }
