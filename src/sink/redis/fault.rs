@@ -29,6 +29,7 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
                 "unknown command",
                 "Unknown Redis command called from script",
                 "The user executing the script can't ", // NOPERM, in Redis up to 7.0
+                "ACL failure in script",                // NOPERM, in Valkey
                 "invalid DB index",
                 "AUTH ",
                 "DB index is out of range",
@@ -105,6 +106,10 @@ mod tests {
             ("NOPERM this user has no permissions to run the 'xadd' command", Fault::Misconfigured),
             ("CROSSSLOT Keys in request don't hash to the same slot", Fault::Misconfigured),
             ("ERR The user executing the script can't run this command or subcommand", Fault::Misconfigured),
+            (
+                "ERR ACL failure in script: User relay has no permissions to run the 'xadd' command",
+                Fault::Misconfigured,
+            ),
             ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
             ("ERR Unknown Redis command called from script", Fault::Misconfigured),
             ("ERR DB index is out of range", Fault::Misconfigured),
