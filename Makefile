@@ -41,7 +41,7 @@ chaos: setup ## random faults for a while, then what arrived against what was pr
 	    cargo test --locked --features failpoints --test it -- chaos::a_long_run --ignored --nocapture
 
 figures: setup ## what the README's reliability page says, one fault after the other: FIGURE=s7 PERCENT=10
-	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --release --features failpoints --test it -- \
+	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
 	    chaos::figures::$(FIGURE) --ignored --nocapture --test-threads 1
 
 bench: setup build ## how fast a backlog drains here
