@@ -3,27 +3,25 @@
 //! Every entry has its own answer, and HTTP 200 says nothing about any of them. EventBridge keeps no order and drops no
 //! repeats; what order there is comes from sending a key's events in turn.
 //!
+//! - `client`: the AWS client and its credentials.
 //! - `fault`: whose fault a failure is.
 
+mod client;
 mod fault;
 
-use std::env;
 use std::error::Error;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use aws_config::{BehaviorVersion, Region, SdkConfig};
-use aws_sdk_eventbridge::Client;
+use aws_config::{Region, SdkConfig};
 use aws_sdk_eventbridge::config::http::HttpResponse;
-use aws_sdk_eventbridge::config::retry::RetryConfig;
-use aws_sdk_eventbridge::config::timeout::TimeoutConfig;
-use aws_sdk_eventbridge::config::{SharedHttpClient, StalledStreamProtectionConfig};
 use aws_sdk_eventbridge::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_eventbridge::primitives::DateTime;
 use aws_sdk_eventbridge::types::PutEventsRequestEntry;
-use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use futures_util::future::join_all;
+
+use client::CurrentClient;
 
 use crate::event::{Event, Fault, MAX_EVENT_TYPE_CHARS, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
@@ -39,10 +37,6 @@ const MAX_TRACE_HEADER_CHARS: usize = 500;
 const MAX_DEPTH: usize = 1000;
 /// What a `Time` counts in the size of an entry.
 const TIME_BYTES: usize = 14;
-/// Shorter than a publish call's timeout, so that an unreachable endpoint is seen as just that: nothing was sent.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A request that meets the server closing an idle connection has an unknown fate, so we close first.
-const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 /// Becomes an event's `TraceHeader`. `traceparent` does not: EventBridge takes X-Ray's format only.
 const TRACE_HEADER: &str = "x-amzn-trace-id";
 
@@ -77,7 +71,7 @@ const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 
 /// The sink. Clients, connections and credentials are shared by all calls.
 pub struct EventBridge {
-    client: Client,
+    client: CurrentClient,
     config: EventBridgeConfig,
     /// When the bus was last seen.
     verified: Mutex<Option<Instant>>,
@@ -87,34 +81,13 @@ impl EventBridge {
     /// A sink with credentials, region and endpoint from AWS's usual places. Missing ones show at the first call, as
     /// [`Fault::Misconfigured`].
     pub async fn new(config: EventBridgeConfig) -> Self {
-        let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http_client());
-        if let Some(region) = &config.region {
-            loader = loader.region(Region::new(region.clone()));
-        }
-        Self::with_sdk_config(&loader.load().await, config)
+        let client = CurrentClient::from_environment(&config).await;
+        Self { client, config, verified: Mutex::new(None) }
     }
 
     /// A sink with what `sdk` holds, where `config` does not override it. Retries and timeouts of `sdk` are ignored.
     pub fn with_sdk_config(sdk: &SdkConfig, config: EventBridgeConfig) -> Self {
-        let mut builder = aws_sdk_eventbridge::config::Builder::from(sdk)
-            // The engine owns the retries; the SDK's own would multiply them, and repeat what has an unknown outcome.
-            .retry_config(RetryConfig::disabled())
-            // Whole calls are bounded in `call`, by the deadline too.
-            .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
-        if sdk.http_client().is_none() {
-            builder = builder.http_client(http_client());
-        }
-        if let Some(region) = &config.region {
-            builder = builder.region(Region::new(region.clone()));
-        }
-        // `AWS_ENDPOINT_URL=` is how unit files write "none", and the SDK's requests panic over an empty URL.
-        let variables = ["AWS_ENDPOINT_URL_EVENTBRIDGE", "AWS_ENDPOINT_URL"];
-        let empty = || variables.iter().find_map(|name| env::var(name).ok()).is_some_and(|url| url.is_empty());
-        if config.endpoint_url.is_some() || empty() {
-            builder.set_endpoint_url(config.endpoint_url.clone().filter(|url| !url.is_empty()));
-        }
-        Self { client: Client::from_conf(builder.build()), config, verified: Mutex::new(None) }
+        Self { client: CurrentClient::with_sdk_config(sdk, &config), config, verified: Mutex::new(None) }
     }
 
     /// The event's `Detail`, if EventBridge can take the event at all.
@@ -187,7 +160,7 @@ impl EventBridge {
         if Instant::now() >= deadline {
             return Ok(vec![Outcome::Held; sent]); // the round began in time, and building its other requests took the rest
         }
-        let request = self.client.put_events().set_entries(Some(entries)).send();
+        let request = self.client.get().put_events().set_entries(Some(entries)).send();
         let answers = self.call(request, deadline).await?.entries.unwrap_or_default();
         if answers.len() != sent {
             let message = format!("{sent} entries were sent, and {} answers came back", answers.len());
@@ -204,7 +177,11 @@ impl EventBridge {
     ) -> Result<T, PublishError> {
         let until = deadline.min(Instant::now() + self.config.timeout);
         match tokio::time::timeout_at(until.into(), request).await {
-            Ok(answer) => answer.map_err(fault::of_request),
+            Ok(answer) => answer.map_err(fault::of_request).inspect_err(|error| {
+                if error.fault == Fault::Misconfigured {
+                    self.client.refused();
+                }
+            }),
             Err(_) => Err(PublishError::new(Fault::Unknown, "timeout", "no answer in time")),
         }
     }
@@ -213,6 +190,8 @@ impl EventBridge {
 #[async_trait]
 impl Sink for EventBridge {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
+        // Without an answer from the places of credentials the old ones are tried.
+        tokio::time::timeout_at(deadline.into(), self.client.renew_if_refused(&self.config)).await.ok();
         let (mut details, mut refusals): (Vec<String>, Vec<Option<PublishError>>) = events
             .iter()
             .map(|event| self.detail(event).map_or_else(|error| (String::new(), Some(error)), |detail| (detail, None)))
@@ -307,8 +286,9 @@ impl EventBridge {
     /// Asks for the bus itself.
     async fn describe(&self, deadline: Instant) -> Result<String, PublishError> {
         let bus = &self.config.bus;
-        let region = self.client.config().region().map_or("no region", Region::as_ref);
-        let request = self.client.describe_event_bus().name(bus).send();
+        let client = self.client.get();
+        let region = client.config().region().map_or("no region", Region::as_ref);
+        let request = client.describe_event_bus().name(bus).send();
         let Err(mut error) = self.call(request, deadline).await else {
             return Ok(format!("event bus {bus:?} in {region}"));
         };
@@ -326,14 +306,6 @@ impl EventBridge {
         }
         Err(error)
     }
-}
-
-/// One client for EventBridge and for the credential providers: rustls with ring, and plain `http://` as well.
-fn http_client() -> SharedHttpClient {
-    aws_smithy_http_client::Builder::new()
-        .tls_provider(Provider::Rustls(CryptoMode::Ring))
-        .pool_idle_timeout(IDLE_CONNECTION)
-        .build_https()
 }
 
 /// Records an answer. Every failure but an event's own ends the call after its round: the next request would fare no
