@@ -16,7 +16,7 @@ use crate::servers::{Server, database};
 use crate::support::{assert_all_failed, error, event, publish};
 
 /// A Redis that speaks nothing but TLS, its certificate signed by `ca.pem`.
-struct TlsRedis {
+pub(crate) struct TlsRedis {
     folder: tempfile::TempDir,
     server: Server,
     /// Connected before it stopped speaking anything else.
@@ -24,7 +24,7 @@ struct TlsRedis {
 }
 
 impl TlsRedis {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let new_key = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"];
         openssl(folder.path(), &new_key, "-subj /CN=test-ca -keyout ca.key -out ca.pem");
@@ -45,7 +45,7 @@ impl TlsRedis {
         Self { folder, server, client }
     }
 
-    fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("rediss://localhost:{}/0", self.server.port())
     }
 }
