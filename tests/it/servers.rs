@@ -144,6 +144,16 @@ impl Server {
         self.tell(&format!("start {node}"));
     }
 
+    /// [`Self::pause`] for one node of a group.
+    pub(crate) fn pause_node(&mut self, node: usize) {
+        self.tell(&format!("pause {node}"));
+    }
+
+    /// [`Self::resume`] for one node of a group.
+    pub(crate) fn resume_node(&mut self, node: usize) {
+        self.tell(&format!("resume {node}"));
+    }
+
     fn tell(&mut self, command: &str) {
         if let Err(error) = self.try_tell(command) {
             panic!("{command} {}: {error}", self.info.kind);
