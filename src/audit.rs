@@ -1,10 +1,10 @@
 //! Whether what arrived in a stream is what was emitted: the checker behind `relay audit` and the chaos tests.
 //!
-//! It is fed with the stream first and the database afterwards, in one snapshot. So a running relay gives no false alarm: an
-//! event that is in the stream is, later, either still in the outbox or recorded; one that is recorded as published must be
-//! in the stream unless its entry is younger than the reading of the stream.
+//! It is fed with the stream, then with the database, in one snapshot, then with what came into the stream meanwhile. So a
+//! running relay gives no false alarm: an event of the first reading is, later, either still in the outbox or recorded; one
+//! that is recorded as published was in the stream before, and so is in one of the two readings.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -65,6 +65,8 @@ pub enum Known {
     Published(Option<EntryId>),
     /// It is dead-lettered, and was not put back.
     DeadLetter,
+    /// It was dead-lettered and put back: it may come after later events of its key.
+    Redriven,
     /// The history keeps its payload; that says nothing about where it is.
     Kept,
 }
@@ -96,7 +98,7 @@ pub enum Finding {
     Inversion,
     /// Its payload is another one's.
     Changed,
-    /// In the outbox and recorded as published, or in the stream and recorded nowhere, or recorded as another's entry.
+    /// In two tables at once, recorded twice, in the stream and recorded nowhere, or recorded as another's entry.
     Disagreement,
 }
 
@@ -109,6 +111,8 @@ pub struct Report {
     pub events: u64,
     /// Entries of events that had arrived before: allowed, unless exactly once is promised.
     pub repeats: u64,
+    /// Entries that no relay made; they are left out.
+    pub foreign: u64,
     /// Events still owed.
     pub pending: u64,
     /// Dead letters.
@@ -142,29 +146,30 @@ impl Report {
 #[derive(Debug)]
 struct Seen {
     first: EntryId,
-    /// Which of all first occurrences it was.
-    place: u64,
     sequence: i64,
+    key: Option<u32>,
     checksum: Checksum,
     /// Entries after the first, where there are any: a repeat may be recorded instead of it.
     others: Vec<EntryId>,
     known: bool,
 }
 
-/// See the module. First every [`entry`](Self::entry), then every [`known`](Self::known), then every
-/// [`obligation`](Self::obligation) or none, then [`finish`](Self::finish).
+/// See the module. First every [`entry`](Self::entry), then every [`known`](Self::known), then what came into the stream
+/// meanwhile ([`later_entry`](Self::later_entry)), then every [`obligation`](Self::obligation) or none, then
+/// [`finish`](Self::finish).
 #[derive(Debug, Default)]
 pub struct Audit {
     seen: HashMap<Uuid, Seen>,
-    /// The highest sequence of each key so far.
-    keys: HashMap<Box<str>, i64>,
+    later: HashSet<Uuid>,
+    keys: HashMap<Box<str>, u32>,
     /// What the database says, where it matters later.
     stated: HashMap<Uuid, Stated>,
+    /// Recorded as published, and not in the first reading.
+    missing: Vec<(Option<EntryId>, Uuid, i64)>,
     first_entry: Option<EntryId>,
-    last_entry: Option<EntryId>,
     has_obligations: bool,
-    /// By key, the last sequence promised and the place it took.
-    promised: HashMap<String, Vec<(i64, u64, Uuid)>>,
+    /// By key, the sequence promised and where it arrived.
+    promised: HashMap<String, Vec<(i64, EntryId, Uuid)>>,
     report: Report,
 }
 
@@ -173,15 +178,26 @@ struct Stated {
     pending: bool,
     published: bool,
     dead: bool,
+    redriven: bool,
+}
+
+/// How an audit judges.
+#[derive(Debug, Clone, Copy)]
+pub struct Judgement {
+    /// Entries before it may be older than what the log still has.
+    pub recorded_since: EntryId,
+    /// So many entries have been trimmed or deleted from the stream.
+    pub trimmed: u64,
+    /// Whether the sequence gives the order of a key, where no obligations do: not where events are delayed, or those of a
+    /// key have several priorities.
+    pub in_sequence: bool,
 }
 
 impl Audit {
-    /// The next entry of the stream, in its order. Where obligations follow, they decide about the order, otherwise the
-    /// sequence does.
+    /// The next entry of the stream, in its order.
     pub fn entry(&mut self, entry: &Entry<'_>) {
         self.report.entries += 1;
         self.first_entry.get_or_insert(entry.id);
-        self.last_entry = Some(entry.id);
         if let Some(seen) = self.seen.get_mut(&entry.event_id) {
             self.report.repeats += 1;
             seen.others.push(entry.id);
@@ -190,99 +206,92 @@ impl Audit {
             }
             return;
         }
-        let place = self.report.events;
         self.report.events += 1;
-        let (first, sequence, checksum) = (entry.id, entry.sequence, entry.checksum);
-        let seen = Seen { first, place, sequence, checksum, others: Vec::new(), known: false };
-        self.seen.insert(entry.event_id, seen);
-        if let Some(key) = entry.key {
-            match self.keys.get_mut(key) {
-                Some(last) if *last > sequence => {
-                    let last = *last;
-                    self.report.add(Finding::Inversion, || {
-                        format!(
-                            "inversion: {} of key {key:?} has sequence {sequence} and came after {last}",
-                            entry.event_id
-                        )
-                    });
-                }
-                Some(last) => *last = sequence,
-                None => {
-                    self.keys.insert(key.into(), sequence);
-                }
+        let key = entry.key.map(|key| match self.keys.get(key) {
+            Some(number) => *number,
+            None => {
+                let number = u32::try_from(self.keys.len()).unwrap_or(u32::MAX);
+                self.keys.insert(key.into(), number);
+                number
             }
-        }
+        });
+        let (first, sequence, checksum) = (entry.id, entry.sequence, entry.checksum);
+        self.seen.insert(entry.event_id, Seen { first, sequence, key, checksum, others: Vec::new(), known: false });
+    }
+
+    /// An entry of the stream that no relay made.
+    pub fn foreign_entry(&mut self) {
+        self.report.foreign += 1;
     }
 
     /// Something the database knows; `checksum` where it has the payload.
     pub fn known(&mut self, event_id: Uuid, sequence: i64, known: Known, checksum: Option<Checksum>) {
-        let seen = self.seen.get_mut(&event_id);
-        let arrived = seen.is_some();
-        let recorded_elsewhere = match (&seen, known) {
-            (Some(seen), Known::Published(Some(entry))) => seen.first != entry && !seen.others.contains(&entry),
-            _ => false,
-        };
-        if let Some(seen) = seen {
-            seen.known |= known != Known::Kept;
-            if checksum.is_some_and(|checksum| checksum != seen.checksum) {
-                self.report.add(Finding::Changed, || {
-                    format!("changed: the payload of {event_id} (sequence {sequence}) is not what arrived")
-                });
-            }
-            if seen.sequence != sequence {
-                let arrived_as = seen.sequence;
-                self.report.add(Finding::Disagreement, || {
-                    format!("disagreement: {event_id} is {sequence} in the database and {arrived_as} in the stream")
-                });
-            }
-        }
-        match known {
-            Known::Pending => self.report.pending += 1,
-            Known::DeadLetter => self.report.dead_letters += 1,
-            Known::Published(entry) => {
-                // What was trimmed cannot be looked for, and what came later was not read.
-                let in_reach = entry.is_some_and(|entry| {
-                    self.first_entry.is_some_and(|first| entry >= first)
-                        && self.last_entry.is_some_and(|last| entry <= last)
-                });
-                if in_reach && !arrived {
-                    self.report.add(Finding::Lost, || {
-                        format!("lost: {event_id} (sequence {sequence}) is recorded as published and not in the stream")
+        match self.seen.get_mut(&event_id) {
+            Some(seen) => {
+                seen.known |= !matches!(known, Known::Kept | Known::Redriven);
+                if checksum.is_some_and(|checksum| checksum != seen.checksum) {
+                    self.report.add(Finding::Changed, || {
+                        format!("changed: the payload of {event_id} (sequence {sequence}) is not what arrived")
                     });
                 }
-                if in_reach && recorded_elsewhere {
+                if seen.sequence != sequence {
+                    let arrived_as = seen.sequence;
                     self.report.add(Finding::Disagreement, || {
-                        format!(
-                            "disagreement: {event_id} (sequence {sequence}) is recorded as an entry that is not its own"
-                        )
+                        format!("disagreement: {event_id} is {sequence} in the database and {arrived_as} in the stream")
+                    });
+                }
+                if let Known::Published(Some(entry)) = known
+                    && self.first_entry.is_some_and(|first| entry >= first)
+                    && seen.first != entry
+                    && !seen.others.contains(&entry)
+                {
+                    self.report.add(Finding::Disagreement, || {
+                        format!("disagreement: {event_id} (sequence {sequence}) is recorded as an entry not its own")
                     });
                 }
             }
-            Known::Kept => return,
+            None => {
+                if let Known::Published(entry) = known {
+                    self.missing.push((entry, event_id, sequence));
+                }
+            }
         }
         let stated = self.stated.entry(event_id).or_default();
-        stated.pending |= known == Known::Pending;
-        stated.dead |= known == Known::DeadLetter;
-        stated.published |= matches!(known, Known::Published(_));
-        if stated.pending && (stated.published || stated.dead) {
+        let twice = stated.published && matches!(known, Known::Published(_));
+        match known {
+            Known::Pending => {
+                self.report.pending += 1;
+                stated.pending = true;
+            }
+            Known::DeadLetter => {
+                self.report.dead_letters += 1;
+                stated.dead = true;
+            }
+            Known::Published(_) => stated.published = true,
+            Known::Redriven => stated.redriven = true,
+            Known::Kept => return,
+        }
+        if twice || u8::from(stated.pending) + u8::from(stated.dead) + u8::from(stated.published) > 1 {
             self.report.add(Finding::Disagreement, || {
-                format!("disagreement: {event_id} (sequence {sequence}) is in the outbox and recorded as done")
+                format!("disagreement: {event_id} (sequence {sequence}) is recorded twice, or in two tables")
             });
         }
     }
 
+    /// An entry that came after the first reading.
+    pub fn later_entry(&mut self, event_id: Uuid) {
+        self.later.insert(event_id);
+    }
+
     /// What a producer promised.
     pub fn obligation(&mut self, promised: &Obligation) {
-        if !self.has_obligations {
-            self.has_obligations = true;
-            // The producers' own order is the better judge of it.
-            self.report.counts.remove(&Finding::Inversion);
-            self.report.examples.retain(|example| !example.starts_with("inversion"));
-        }
+        self.has_obligations = true;
         let id = promised.event_id;
         let stated = self.stated.get(&id).copied().unwrap_or_default();
         let Some(seen) = self.seen.get_mut(&id) else {
-            if promised.committed == Some(true) && !stated.pending && !stated.dead {
+            // One that is recorded as published is looked for by its entry.
+            let somewhere = stated.pending || stated.dead || stated.published || self.later.contains(&id);
+            if promised.committed == Some(true) && !somewhere {
                 self.report.add(Finding::Lost, || format!("lost: {id} was committed and is nowhere"));
             }
             return;
@@ -295,8 +304,10 @@ impl Audit {
         if digest.is_some_and(|digest| Checksum::from_sha256(&digest) != Some(seen.checksum)) {
             self.report.add(Finding::Changed, || format!("changed: the payload of {id} is not what was emitted"));
         }
-        if let Some(key) = &promised.key {
-            self.promised.entry(key.clone()).or_default().push((promised.sequence, seen.place, id));
+        if let Some(key) = &promised.key
+            && !stated.redriven
+        {
+            self.promised.entry(key.clone()).or_default().push((promised.sequence, seen.first, id));
         }
         if !seen.known {
             self.report
@@ -305,30 +316,66 @@ impl Audit {
         seen.known = true;
     }
 
-    /// The verdict. `recorded_since`: entries before it may be older than what the log still has.
-    pub fn finish(mut self, recorded_since: EntryId) -> Report {
+    /// The verdict.
+    pub fn finish(mut self, judgement: Judgement) -> Report {
+        self.find_losses(judgement.trimmed);
         for (id, seen) in &self.seen {
-            if !seen.known && (self.has_obligations || seen.first >= recorded_since) {
+            if !seen.known && (self.has_obligations || seen.first >= judgement.recorded_since) {
                 let sequence = seen.sequence;
                 self.report.add(Finding::Ghost, || {
                     format!("ghost: {id} (sequence {sequence}) arrived and is known to nobody")
                 });
             }
         }
-        for (key, mut arrived) in self.promised {
-            arrived.sort_unstable();
-            let mut last = None;
-            for (sequence, place, id) in arrived {
-                if last.is_some_and(|last| place < last) {
-                    self.report.add(Finding::Inversion, || {
-                        format!("inversion: {id} is number {sequence} of key {key:?} and came before an earlier one")
-                    });
+        if self.has_obligations {
+            // The producers' own order is the better judge.
+            let promised = std::mem::take(&mut self.promised);
+            promised.into_iter().for_each(|(key, arrived)| self.find_inversions(&key, arrived));
+        } else if judgement.in_sequence {
+            let mut keys: HashMap<u32, Vec<(i64, EntryId, Uuid)>> = HashMap::new();
+            for (id, seen) in &self.seen {
+                if let Some(key) = seen.key
+                    && !self.stated.get(id).is_some_and(|stated| stated.redriven)
+                {
+                    keys.entry(key).or_default().push((seen.sequence, seen.first, *id));
                 }
-                last = last.max(Some(place));
             }
+            let names: HashMap<u32, Box<str>> = self.keys.drain().map(|(name, number)| (number, name)).collect();
+            keys.into_iter().for_each(|(key, arrived)| self.find_inversions(&names[&key], arrived));
         }
         self.report.examples.sort();
         self.report
+    }
+
+    /// What is recorded as published must have been in the stream before that was recorded: if it is in neither reading, it
+    /// was trimmed from the stream's beginning, or lost.
+    fn find_losses(&mut self, trimmed: u64) {
+        self.missing.retain(|(_, id, _)| !self.later.contains(id));
+        self.missing.sort_unstable();
+        let mut excused = trimmed;
+        for (entry, id, sequence) in std::mem::take(&mut self.missing) {
+            let before = entry.zip(self.first_entry).is_none_or(|(entry, first)| entry < first);
+            if before && excused > 0 {
+                excused -= 1;
+                continue;
+            }
+            self.report.add(Finding::Lost, || {
+                format!("lost: {id} (sequence {sequence}) is recorded as published and not in the stream")
+            });
+        }
+    }
+
+    fn find_inversions(&mut self, key: &str, mut arrived: Vec<(i64, EntryId, Uuid)>) {
+        arrived.sort_unstable();
+        let mut last = None;
+        for (sequence, place, id) in arrived {
+            if last.is_some_and(|last| place < last) {
+                self.report.add(Finding::Inversion, || {
+                    format!("inversion: {id}, number {sequence} of key {key:?}, came before an earlier one")
+                });
+            }
+            last = last.max(Some(place));
+        }
     }
 }
 
@@ -340,7 +387,7 @@ fn hexadecimal(text: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    const LONG_AGO: EntryId = EntryId(0, 0);
+    const JUDGEMENT: Judgement = Judgement { recorded_since: EntryId(0, 0), trimmed: 0, in_sequence: true };
 
     fn id(sequence: i64) -> Uuid {
         Uuid::from_u128(sequence.unsigned_abs().into())
@@ -382,7 +429,7 @@ mod tests {
         entries.iter().for_each(|entry| audit.entry(entry));
         known.into_iter().for_each(|(sequence, known)| audit.known(id(sequence), sequence, known, None));
         promises.iter().for_each(|promise| audit.obligation(promise));
-        audit.finish(LONG_AGO)
+        audit.finish(JUDGEMENT)
     }
 
     fn nothing<T>(_: &mut T) {}
@@ -448,7 +495,7 @@ mod tests {
         let mut audit = Audit::default();
         audit.entry(&entry(1, 1));
         audit.known(id(1), 1, Known::Published(Some(EntryId(1000, 1))), Some(Checksum::of(b"2")));
-        only(&audit.finish(LONG_AGO), Finding::Changed);
+        only(&audit.finish(JUDGEMENT), Finding::Changed);
     }
 
     #[test]
@@ -463,10 +510,53 @@ mod tests {
     }
 
     #[test]
-    fn what_was_trimmed_or_came_later_is_not_missed() {
-        let report = audit(|entries| drop(entries.drain(..2)), nothing, Vec::clear);
-        assert!(report.is_clean(), "{report:?}");
+    fn a_lost_tail_and_a_lost_stream_are_found_and_what_came_later_is_not_missed() {
         let report = audit(|entries| entries.truncate(3), nothing, Vec::clear);
-        assert!(report.is_clean(), "{report:?}");
+        assert_eq!(report.count(Finding::Lost), 2, "{report:?}");
+        let report = audit(Vec::clear, nothing, Vec::clear);
+        assert_eq!(report.count(Finding::Lost), 5, "{report:?}");
+        let mut audit = Audit::default();
+        audit.entry(&entry(1, 1));
+        for sequence in 1..=2_i64 {
+            audit.known(id(sequence), sequence, Known::Published(Some(EntryId(1000, sequence.unsigned_abs()))), None);
+        }
+        audit.later_entry(id(2));
+        assert!(audit.finish(JUDGEMENT).is_clean());
+    }
+
+    #[test]
+    fn what_was_trimmed_is_not_lost_and_no_more_than_that() {
+        for (trimmed, lost) in [(2, 0), (1, 1)] {
+            let mut audit = Audit::default();
+            (3..=5).for_each(|sequence: i64| audit.entry(&entry(sequence.unsigned_abs(), sequence)));
+            for sequence in 1..=5_i64 {
+                audit.known(
+                    id(sequence),
+                    sequence,
+                    Known::Published(Some(EntryId(1000, sequence.unsigned_abs()))),
+                    None,
+                );
+            }
+            (1..=5).for_each(|sequence| audit.obligation(&promise(sequence)));
+            let report = audit.finish(Judgement { trimmed, ..JUDGEMENT });
+            assert_eq!(report.count(Finding::Lost), lost, "{report:?}");
+        }
+    }
+
+    #[test]
+    fn a_redriven_event_may_come_late_and_being_recorded_twice_is_found() {
+        let late = |entries: &mut Vec<Entry<'static>>| {
+            let first = entries.remove(0);
+            entries.push(Entry { id: EntryId(1000, 9), ..first });
+        };
+        let recorded = |known: &mut Vec<(i64, Known)>| known[0].1 = Known::Published(Some(EntryId(1000, 9)));
+        let redriven = |known: &mut Vec<(i64, Known)>| {
+            recorded(known);
+            known.push((1, Known::Redriven));
+        };
+        assert!(audit(late, redriven, Vec::clear).is_clean());
+        assert!(audit(late, recorded, Vec::clear).count(Finding::Inversion) > 0);
+        only(&audit(nothing, |known| known.push(known[1]), nothing), Finding::Disagreement);
+        only(&audit(nothing, |known| known.push((2, Known::DeadLetter)), nothing), Finding::Disagreement);
     }
 }

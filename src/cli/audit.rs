@@ -5,18 +5,17 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
-
-use crate::audit::{Audit, Finding, Obligation, Report};
+use crate::audit::{Audit, Finding, Judgement, Obligation, Report};
 use crate::cli::run::explained;
 use crate::cli::{database, runtime};
 use crate::config::ConfigError;
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
+use crate::event::PublishError;
 use crate::outbox::database::Kind;
 use crate::outbox::postgres;
-use crate::sink::redis::read_entries;
+use crate::sink::redis::StreamReader;
 
 #[derive(clap::Args)]
 pub(super) struct AuditArgs {
@@ -29,6 +28,9 @@ pub(super) struct AuditArgs {
     /// Fail where an event arrived more than once, too.
     #[arg(long)]
     exactly_once: bool,
+    /// Do not judge the order by the sequence: where events are delayed, or those of a key have several priorities.
+    #[arg(long)]
+    any_order: bool,
     /// Print one JSON document instead of text.
     #[arg(long)]
     json: bool,
@@ -50,14 +52,24 @@ pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) ->
         let reason = "name one destination that is a stream of a fixed name, by --destination".to_owned();
         return Err(ConfigError::Contradiction(reason).into());
     };
+    let obligations = args.obligations.as_deref().map(read_obligations).transpose()?.unwrap_or_default();
     let report = runtime(1)?.block_on(async {
+        let unreadable = |error: PublishError| anyhow::anyhow!("{error}");
         let mut audit = Audit::default();
-        read_entries(address, stream, |entry| audit.entry(entry)).await.map_err(|error| anyhow::anyhow!("{error}"))?;
-        let since = postgres::audit::read(database.url(), name, &mut audit).await.map_err(explained)?;
-        if let Some(path) = &args.obligations {
-            obligations(path, &mut audit)?;
+        let mut reader = StreamReader::open(address, stream).await.map_err(unreadable)?;
+        let first = reader.read(|entry| match entry {
+            Some(entry) => audit.entry(entry),
+            None => audit.foreign_entry(),
+        });
+        first.await.map_err(unreadable)?;
+        let recorded_since = postgres::audit::read(database.url(), name, &mut audit).await.map_err(explained)?;
+        let later = reader.read(|entry| entry.into_iter().for_each(|entry| audit.later_entry(entry.event_id)));
+        later.await.map_err(unreadable)?;
+        let trimmed = reader.trimmed().await.map_err(unreadable)?;
+        for obligation in &obligations {
+            audit.obligation(obligation);
         }
-        anyhow::Ok(audit.finish(since))
+        anyhow::Ok(audit.finish(Judgement { recorded_since, trimmed, in_sequence: !args.any_order }))
     })?;
     let repeated = args.exactly_once && report.repeats > 0;
     if args.json {
@@ -68,20 +80,20 @@ pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) ->
     Ok(if report.is_clean() && !repeated { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn obligations(path: &Path, audit: &mut Audit) -> anyhow::Result<()> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    for (number, line) in BufReader::new(file).lines().enumerate() {
-        let place = || format!("{}, line {}", path.display(), number + 1);
-        let obligation: Obligation = serde_json::from_str(&line.with_context(place)?).with_context(place)?;
-        audit.obligation(&obligation);
-    }
-    Ok(())
+fn read_obligations(path: &Path) -> Result<Vec<Obligation>, ConfigError> {
+    let invalid = |reason: String| ConfigError::Invalid { setting: "--obligations".to_owned(), reason };
+    let file = File::open(path).map_err(|error| invalid(format!("cannot open {}: {error}", path.display())))?;
+    let line = |(number, line): (usize, std::io::Result<String>)| {
+        let place = |error: String| invalid(format!("{}, line {}: {error}", path.display(), number + 1));
+        serde_json::from_str(&line.map_err(|error| place(error.to_string()))?).map_err(|error| place(error.to_string()))
+    };
+    BufReader::new(file).lines().enumerate().map(line).collect()
 }
 
 fn print(report: &Report) {
     println!(
-        "{} entries of {} events, {} repeats; {} still owed, {} dead letters",
-        report.entries, report.events, report.repeats, report.pending, report.dead_letters
+        "{} entries of {} events, {} repeats, {} entries of others; {} still owed, {} dead letters",
+        report.entries, report.events, report.repeats, report.foreign, report.pending, report.dead_letters
     );
     for (finding, words) in [
         (Finding::Lost, "lost"),

@@ -192,9 +192,8 @@ impl<O: Outbox> Lane<O> {
         let suspects = relay.caution.before(&relay.outbox, &mut batch).await?;
         let begun = Instant::now();
         hit("before_publish")?;
-        let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane) };
-        let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger).await;
-        drop(ledger);
+        let (deliveries, once_settled) =
+            relay.publish(&batch, &term, &ClaimLedger { lane: AsyncMutex::new(&mut self.lane) }).await;
         hit("acked")?;
         let published = begun.elapsed();
         let settled = self.lane.settle(&deliveries).await;

@@ -344,6 +344,7 @@ fn depth(json: &[u8]) -> usize {
 mod tests {
     use super::*;
     use crate::event::testing::event;
+    use aws_config::BehaviorVersion;
 
     const LIMIT: usize = DEFAULT_MAX_ENTRY_BYTES;
 

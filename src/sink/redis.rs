@@ -31,7 +31,7 @@ use alone::Suspects;
 use connection::{Connection, slot_of};
 use fault::{call_error, connect_error, server_error, wants_new_connection};
 use once::{ChunkStates, Dirty, Once};
-pub use read::read_entries;
+pub use read::StreamReader;
 pub(super) use script::{Command, Commands};
 use script::{SCRIPT, eval};
 

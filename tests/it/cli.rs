@@ -1,5 +1,6 @@
 //! The command line, as the built binary: what it says, and the code it ends with.
 
+mod audit;
 mod check;
 mod emit;
 mod once;

@@ -18,8 +18,8 @@ union all
 select 1, event_id, outbox_id, message_id, null
 from event_processing_log where destination = $1 and status = 'published'
 union all
-select 2, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
-from event_dead_letter where destination in ('', $1) and redriven_at is null
+select case when redriven_at is null then 2 else 4 end, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
+from event_dead_letter where destination in ('', $1)
 union all
 select 3, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
 from event_history where destination = $1";
@@ -55,6 +55,7 @@ async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audi
             0 => Known::Pending,
             1 => Known::Published(message.and_then(|message| message.parse().ok())),
             2 => Known::DeadLetter,
+            4 => Known::Redriven,
             _ => Known::Kept,
         };
         let checksum = row.try_get::<Option<&[u8]>, _>(4)?.and_then(Checksum::from_sha256);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use redis::streams::StreamRangeReply;
-use redis::{FromRedisValue, Value};
+use redis::{Cmd, FromRedisValue, Value};
 
 use crate::audit::{Checksum, Entry};
 use crate::event::{Fault, PublishError};
@@ -12,44 +12,89 @@ use crate::sink::redis::RedisAddress;
 use crate::sink::redis::connection::{Connection, slot_of};
 use crate::sink::redis::fault::call_error;
 
-/// Entries asked for at a time.
-const PAGE: usize = 1000;
+/// Entries asked for at a time; each may have a payload of a megabyte.
+const PAGE: usize = 100;
 
 /// How long one page may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Calls `each` with every entry of `stream`, from its first to the one that is its last when it is reached.
-///
-/// # Errors
-/// Redis cannot be read, or an entry is not one of ours.
-pub async fn read_entries(
-    address: &RedisAddress,
-    stream: &str,
-    mut each: impl FnMut(&Entry<'_>),
-) -> Result<(), PublishError> {
-    let mut connection = Connection::open(address, TIMEOUT).await?;
-    let place = slot_of(stream.as_bytes());
-    let mut from = "-".to_owned();
-    loop {
-        let mut range = redis::cmd("XRANGE");
-        range.arg(&[stream, &from, "+", "COUNT"]).arg(PAGE);
-        let answer = connection.call(&range, place).await.map_err(call_error)?;
-        let page = StreamRangeReply::from_redis_value(answer).map_err(|_| foreign(&from))?;
-        for entry in &page.ids {
-            read_entry(&entry.id, &entry.map, &mut each).ok_or_else(|| foreign(&entry.id))?;
+/// A stream that is read in order.
+pub struct StreamReader<'a> {
+    stream: &'a str,
+    connection: Connection,
+    /// The last entry that was read.
+    last: Option<String>,
+}
+
+impl<'a> StreamReader<'a> {
+    /// At the stream's beginning.
+    ///
+    /// # Errors
+    /// No connection.
+    pub async fn open(address: &RedisAddress, stream: &'a str) -> Result<Self, PublishError> {
+        Ok(Self { stream, connection: Connection::open(address, TIMEOUT).await?, last: None })
+    }
+
+    /// Calls `each` with every entry from where it stands to the one that is the last now; `None`: one that no relay made.
+    ///
+    /// # Errors
+    /// Redis cannot be read.
+    pub async fn read(&mut self, mut each: impl FnMut(Option<&Entry<'_>>)) -> Result<(), PublishError> {
+        let Some(end) = self.range("XREVRANGE", "+", "-", 1).await?.ids.pop() else { return Ok(()) };
+        loop {
+            let from = self.last.as_ref().map_or_else(|| "-".to_owned(), |last| format!("({last}"));
+            let page = self.range("XRANGE", &from, &end.id, PAGE).await?;
+            for entry in &page.ids {
+                if read_entry(&entry.id, &entry.map, |entry| each(Some(entry))).is_none() {
+                    each(None);
+                }
+            }
+            match page.ids.last() {
+                Some(last) => self.last = Some(last.id.clone()),
+                None => return Ok(()),
+            }
         }
-        match page.ids.last() {
-            Some(last) => from = format!("({}", last.id),
-            None => return Ok(()),
+    }
+
+    /// How many entries were trimmed from it or deleted.
+    ///
+    /// # Errors
+    /// Redis cannot be read.
+    pub async fn trimmed(&mut self) -> Result<u64, PublishError> {
+        if self.call(redis::cmd("EXISTS").arg(self.stream)).await? == Value::Int(0) {
+            return Ok(0);
         }
+        let answer = self.call(redis::cmd("XINFO").arg("STREAM").arg(self.stream)).await?;
+        let info: HashMap<String, Value> = HashMap::from_redis_value(answer).map_err(|_| unreadable(self.stream))?;
+        let number = |name: &str| match info.get(name) {
+            Some(Value::Int(number)) => u64::try_from(*number).ok(),
+            _ => None,
+        };
+        let (added, length) = number("entries-added").zip(number("length")).ok_or_else(|| unreadable(self.stream))?;
+        Ok(added.saturating_sub(length))
+    }
+
+    async fn range(
+        &mut self,
+        command: &str,
+        from: &str,
+        to: &str,
+        count: usize,
+    ) -> Result<StreamRangeReply, PublishError> {
+        let answer = self.call(redis::cmd(command).arg(&[self.stream, from, to, "COUNT"]).arg(count)).await?;
+        StreamRangeReply::from_redis_value(answer).map_err(|_| unreadable(self.stream))
+    }
+
+    async fn call(&mut self, command: &Cmd) -> Result<Value, PublishError> {
+        self.connection.call(command, slot_of(self.stream.as_bytes())).await.map_err(call_error)
     }
 }
 
-fn foreign(entry: &str) -> PublishError {
-    PublishError::new(Fault::Unfit, "foreign_entry", format!("the entry {entry} is not of a relay"))
+fn unreadable(stream: &str) -> PublishError {
+    PublishError::new(Fault::Misconfigured, "unreadable", format!("{stream:?} cannot be read as a stream"))
 }
 
-fn read_entry(id: &str, fields: &HashMap<String, Value>, each: &mut impl FnMut(&Entry<'_>)) -> Option<()> {
+fn read_entry(id: &str, fields: &HashMap<String, Value>, each: impl FnOnce(&Entry<'_>)) -> Option<()> {
     let text = |name: &str| match fields.get(name) {
         Some(Value::BulkString(bytes)) => std::str::from_utf8(bytes).ok(),
         _ => None,

@@ -12,7 +12,7 @@ use super::{assert_first_in_order, assert_logged_once, load, until_empty};
 use crate::binary::{Running, relay};
 use crate::harness::{Setup, count, eventually};
 use crate::moto::MotoBus;
-use crate::proxy::{Cut, Protocol, Proxy};
+use crate::proxy::Proxy;
 use crate::redis_tls::TlsRedis;
 use crate::servers::{database, moto};
 use crate::stub::{EntryReply, EventBridgeStub, Reply};
@@ -219,10 +219,10 @@ async fn f50_an_endpoint_that_no_authority_vouches_for_or_that_has_no_name_costs
 async fn f51_an_answer_that_is_lost_after_the_bus_took_the_entries_repeats_those_and_nobody_pays() {
     let stub = EventBridgeStub::start().await;
     let port = stub.url().rsplit_once(':').unwrap().1.parse().unwrap();
-    let proxy = Proxy::start(port, Protocol::Opaque, 51);
-    proxy.cut([Cut::AnswerTo(b"PutEvents"), Cut::AnswerTo(b"PutEvents"), Cut::AnswerTo(b"PutEvents")]);
-    let repeats = delivered_to(&stub, &proxy.before(stub.url())).await;
-    assert_eq!(proxy.cuts_left(), 0, "every answer was lost that should be");
+    let proxy = Proxy::to(port);
+    proxy.drop_answers(3, "PutEvents");
+    let repeats = delivered_to(&stub, &proxy.url(stub.url(), port)).await;
+    assert_eq!(proxy.count(), 3, "every answer was lost that should be");
     assert!((10..=30).contains(&repeats), "{repeats}: three requests of at most 10");
 }
 
