@@ -58,7 +58,7 @@ pub(crate) struct ScriptedSink {
     script: Mutex<Script>,
     gate: Mutex<Option<Arc<Gate>>>,
     accepted: Mutex<Vec<Event>>,
-    calls: Mutex<usize>,
+    calls: Mutex<Vec<usize>>,
 }
 
 impl ScriptedSink {
@@ -67,7 +67,7 @@ impl ScriptedSink {
             script: Mutex::new(Box::new(script)),
             gate: Mutex::new(None),
             accepted: Mutex::new(Vec::new()),
-            calls: Mutex::new(0),
+            calls: Mutex::default(),
         })
     }
 
@@ -95,14 +95,19 @@ impl ScriptedSink {
     }
 
     pub(crate) fn calls(&self) -> usize {
-        *self.calls.lock().unwrap()
+        self.calls.lock().unwrap().len()
+    }
+
+    /// With how many events each call came.
+    pub(crate) fn sizes(&self) -> Vec<usize> {
+        self.calls.lock().unwrap().clone()
     }
 }
 
 #[async_trait]
 impl Sink for ScriptedSink {
     async fn publish(&self, events: &[&Event], _: Instant) -> Vec<Outcome> {
-        *self.calls.lock().unwrap() += 1;
+        self.calls.lock().unwrap().push(events.len());
         let gate = self.gate.lock().unwrap().clone();
         if let Some(gate) = gate {
             gate.pass().await;
