@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Line, assert_first_in_order, assert_logged_once, load, stop, until_empty};
 use crate::binary::{Running, until};
 use crate::harness::{Setup, column, count, emit, eventually, sql};
-use crate::proxy::{Mode, Protocol, Proxy};
+use crate::proxy::Proxy;
 use crate::scripted::{Act, Gate, ScriptedSink};
 use crate::servers::{database, redis};
 use crate::stream;
@@ -154,9 +154,9 @@ async fn f59_a_destination_slower_than_its_producers_bounds_memory_and_transacti
     let large = "insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
                  select 'a', 'k', (i % 100)::text, to_jsonb(repeat(md5(i::text), 62)) from generate_series(1, 30000) i";
     sql(&mut connection, large).await;
-    let proxy = Proxy::start(redis().port(), Protocol::Resp, 59);
-    proxy.set(Mode::Slow(10_000));
-    let through = proxy.before(&line.redis_url);
+    let proxy = Proxy::to(redis().port());
+    proxy.slow_to(10_000);
+    let through = proxy.url(&line.redis_url, redis().port());
     let settings = [
         ("REDIS_URL", through.as_str()),
         ("EVENT_DEFAULT_TIMEOUT", "2000"),
@@ -179,7 +179,7 @@ async fn f59_a_destination_slower_than_its_producers_bounds_memory_and_transacti
     assert!(longest < 2000 + 3000, "a transaction was open for {longest} ms");
     assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
     assert_eq!(count(&mut connection, "event_outbox where attempts > 0").await, 0);
-    proxy.calm();
+    proxy.heal();
     until_empty(&mut connection).await;
     stop(running);
     line.assert_delivered(30_000).await;
