@@ -92,7 +92,7 @@ async fn f04_a_commit_whose_answer_is_lost_is_found_out_by_reading_again() {
     sink.hold_at(&gate);
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     setup.relay.lanes = 1;
-    setup.outbox.url = outbox_relay::secret::Secret::inline(&proxy.url(database.url(), postgres().port()));
+    setup.outbox.url = outbox_relay::secret::Secret::inline(proxy.url(database.url(), postgres().port()));
     let mut running = setup.run();
     gate.entered().await;
     // The next statement of this text is the settle's.
