@@ -12,6 +12,8 @@ create table event_relay_run (
 );
 
 comment on table event_relay_run is 'Relays that began to publish in the last minute, or died within one.';
+comment on column event_relay_run.run_id is 'Which relay: made anew at each start.';
+comment on column event_relay_run.begun_at is 'When it published for the first time.';
 comment on column event_relay_run.worker is 'Host name and process id.';
 
 create table event_crash_suspect (
@@ -23,6 +25,8 @@ create table event_crash_suspect (
 );
 
 comment on table event_crash_suspect is 'Events during whose publishing a relay died, or that one publishes with care right now.';
+comment on column event_crash_suspect.event_id is 'As in event_outbox.';
+comment on column event_crash_suspect.noted_at is 'When, by the clock of the database.';
 comment on column event_crash_suspect.run_id is 'Which relay; one that died three times was three.';
 comment on column event_crash_suspect.together is 'How many events were published together. Alone with three that died, it is dead-lettered.';
 
