@@ -168,12 +168,9 @@ async fn a_relay_that_lost_its_claim_adds_nothing_after_another_has() {
     setup.relay.lanes = 1;
     let running = setup.run();
     gate.entered().await;
-    sql(
-        &mut connection,
-        "select pg_terminate_backend(pid, 10000) from pg_stat_activity
-         where application_name = 'relay' and datname = current_database()",
-    )
-    .await;
+    let backends = "pg_stat_activity where application_name = 'relay' and datname = current_database()";
+    sql(&mut connection, format!("select pg_terminate_backend(pid) from {backends}")).await;
+    eventually("the zombie's claim is gone", async || count(&mut connection, backends).await == 0).await;
     drain(&database, Arc::new(sink(redis(), name)), 10).await;
     assert_eq!(arrived(name), ["e1", "e2"]);
     gate.open(1000);

@@ -128,7 +128,8 @@ impl Store for Postgres {
     }
 
     fn in_ms(ms: i64) -> String {
-        format!("clock_timestamp() + interval '{ms} milliseconds'")
+        // Not `interval '... milliseconds'`, which PostgreSQL 13 reads into 32 bits.
+        format!("clock_timestamp() + {ms} * interval '1 millisecond'")
     }
 
     fn numbers(last: i64) -> String {
