@@ -4,6 +4,7 @@
     python3 tests/servers.py postgres|redis|redis-cluster|redis-sentinel|pgbouncer|moto
         [--set NAME=VALUE]... [--fast] [--tls] [--bin DIRECTORY] [--server URL]
 
+(without --bin, POSTGRES_BIN and REDIS_BIN name the folder of the programs)
 starts the server on a free port of 127.0.0.1 in a new temporary folder and prints one line of JSON when it is ready:
 {"kind", "pid", "host", "port", "ports", "url", "dir", "log", "bin"} ("bin" is the folder of its programs; "ports" has
 one port for each node of a group). With --tls also "ca", who signed its certificate, and "other_ca", who did not.
@@ -798,6 +799,9 @@ def parse(arguments):
         parser.error("--server goes with pgbouncer, and pgbouncer with --server")
     if options.tls and options.kind in ["pgbouncer", "moto"]:
         parser.error(f"--tls is not for {options.kind}")
+    named = os.environ.get("POSTGRES_BIN" if options.kind == "postgres" else "REDIS_BIN")
+    if options.bin is None and named and options.kind not in ["pgbouncer", "moto"]:
+        options.bin = Path(named).resolve()
     if options.fast and options.kind != "postgres":
         parser.error(f"--fast is for postgres only, not for {options.kind}")
     if options.standby_of and options.kind != "postgres":
