@@ -1,11 +1,11 @@
 PYTHON := target/venv/bin/python
-# For `make chaos`; without SEED a fresh one, which is printed.
+# For `make chaos` and `make fuzz`; without SEED a fresh one, which is printed.
 SECONDS ?= 60
 SEEDS ?= 10
 PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures bench bench-embedded check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-embedded check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,16 @@ chaos: setup ## random faults for a while, then what arrived against what was pr
 figures: setup ## what the README's reliability page says, one fault after the other: FIGURE=s7 PERCENT=10
 	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
 	    chaos::figures::$(FIGURE) --ignored --nocapture --test-threads 1
+
+test-matrix: setup ## store, sinks and a short chaos run on every supported version of PostgreSQL, Redis and Valkey
+	python3 tests/matrix
+
+fuzz-build: ## the fuzz targets, without running them
+	@tests/setup fuzz
+	tests/fuzz/run build
+
+fuzz: fuzz-build ## what parses foreign bytes, each target for a while: SECONDS=60
+	tests/fuzz/run $(SECONDS)
 
 bench: setup build ## how fast a backlog drains here
 	python3 tests/bench/drain.py

@@ -12,6 +12,8 @@ mod address;
 mod alone;
 mod connection;
 mod fault;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod once;
 mod read;
 mod script;
@@ -277,7 +279,12 @@ async fn run(
         }
         answer => answer?,
     };
-    if let Some(dirty) = once::dirty(&value, &states.keys) {
+    answer(value, &states.keys, event_count)
+}
+
+/// What the script answered to a chunk of so many events, with states of these keys.
+fn answer(value: Value, keys: &[String], event_count: usize) -> Result<Answer, PublishError> {
+    if let Some(dirty) = once::dirty(&value, keys) {
         return Ok(Answer::Dirty(dirty));
     }
     match value {

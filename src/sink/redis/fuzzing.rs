@@ -1,0 +1,23 @@
+//! Ways in for tests/fuzz; compiled for nothing else.
+
+use super::fault::call_error;
+use super::{Answer, RedisAddress, answer, outcome};
+use crate::event::{Outcome, PublishError};
+
+/// What becomes of a chunk of `count` events whose script is answered with these bytes. `None`: it is to be looked into first.
+pub fn publish(bytes: &[u8], keys: &[String], count: usize, one_key: bool) -> Option<Vec<Outcome>> {
+    let value = redis::parse_redis_value(bytes).and_then(|value| value.extract_error().map_err(Into::into));
+    match value.map_err(call_error).and_then(|value| answer(value, keys, count)) {
+        Ok(Answer::Dirty(_)) => None,
+        Ok(Answer::Replies(replies)) => Some(replies.into_iter().map(|reply| outcome(reply, one_key)).collect()),
+        Err(error) => Some(vec![Outcome::Failed(error); count]),
+    }
+}
+
+/// An address as `relay check` shows it.
+///
+/// # Errors
+/// It cannot be used; what is shown then.
+pub fn shown(address: &RedisAddress) -> Result<String, PublishError> {
+    address.target().map(|target| target.to_string())
+}

@@ -1,0 +1,78 @@
+//! URLs with secrets in them: whatever is shown of one, the secret is not, not even of a URL that is none.
+#![no_main]
+
+use libfuzzer_sys::arbitrary::{Result, Unstructured};
+use libfuzzer_sys::fuzz_target;
+use outbox_relay::config::settings::hide;
+use outbox_relay::outbox::database::Database;
+use outbox_relay::secret::Secret;
+use outbox_relay::sink::redis::RedisAddress;
+use outbox_relay::sink::redis::fuzzing::shown;
+
+/// A word that comes up nowhere by itself.
+const CANARY: &str = "Hunter2Canary";
+
+const SCHEMES: [&str; 12] = [
+    "postgres://",
+    "postgresql://",
+    "redis://",
+    "rediss://",
+    "redis+unix://",
+    "redis-cluster://",
+    "rediss-cluster://",
+    "redis-sentinel://",
+    "rediss-sentinel://",
+    "sqlite:",
+    "sqlite://",
+    "",
+];
+
+fn text(bytes: &mut Unstructured<'_>) -> Result<String> {
+    Ok(bytes.arbitrary::<&str>()?.chars().take(24).collect())
+}
+
+/// As a careful user writes it.
+fn encoded(text: &str) -> String {
+    let one = |byte: u8| if byte.is_ascii_alphanumeric() { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(one).collect()
+}
+
+fuzz_target!(|data: &[u8]| {
+    drop(run(&mut Unstructured::new(data)));
+});
+
+fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
+    let scheme = if bytes.ratio(1, 8)? { text(bytes)? } else { (*bytes.choose(&SCHEMES)?).to_owned() };
+    let mut password = format!("{}{CANARY}{}", text(bytes)?, text(bytes)?);
+    if bytes.arbitrary()? {
+        password = encoded(&password);
+    }
+    // In the place of the user too: a token is easily put there.
+    let user = if bytes.arbitrary()? { password.clone() } else { text(bytes)? };
+    let user_alone = bytes.ratio(1, 4)?;
+    let user = if user_alone && user == password { user } else { format!("{user}:{password}") };
+    let rest = text(bytes)?;
+    let url = format!("{scheme}{user}@{rest}");
+
+    let secret = Secret::inline(&url);
+    let (redis, database) = (RedisAddress::Url(secret.clone()), Database::new(secret.clone(), false));
+    let mut displayed = vec![
+        ("hide", hide(&url)),
+        ("Secret", format!("{secret:?}")),
+        ("RedisAddress", format!("{redis:?}")),
+        ("redis", shown(&redis).unwrap_or_else(|error| format!("{error} {error:?}"))),
+        ("validate", redis.validate().err().map(|error| error.to_string()).unwrap_or_default()),
+    ];
+    displayed.push(match database {
+        Ok(database) => ("Database", format!("{database:?}")),
+        Err(error) => ("database", format!("{} {error} {error:?}", error.explain())),
+    });
+    for (place, text) in displayed {
+        let lower = text.to_lowercase();
+        // A path of a file is no secret, though the user may have taken `sqlite:` for a URL with a password in it.
+        if !(url.starts_with("sqlite:") && place.to_lowercase() == "database") {
+            assert!(!lower.contains(&CANARY.to_lowercase()), "{place} of {url:?} shows {text:?}");
+        }
+    }
+    Ok(())
+}
