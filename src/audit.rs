@@ -366,15 +366,15 @@ impl Audit {
     }
 
     fn find_inversions(&mut self, key: &str, mut arrived: Vec<(i64, EntryId, Uuid)>) {
-        arrived.sort_unstable();
-        let mut last = None;
-        for (sequence, place, id) in arrived {
-            if last.is_some_and(|last| place < last) {
+        arrived.sort_unstable_by_key(|(_, place, _)| *place);
+        let mut highest = None;
+        for (sequence, _, id) in arrived {
+            if let Some(before) = highest.filter(|highest| sequence < *highest) {
                 self.report.add(Finding::Inversion, || {
-                    format!("inversion: {id}, number {sequence} of key {key:?}, came before an earlier one")
+                    format!("inversion: {id}, number {sequence} of key {key:?}, came after number {before}")
                 });
             }
-            last = last.max(Some(place));
+            highest = highest.max(Some(sequence));
         }
     }
 }
