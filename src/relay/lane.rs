@@ -173,8 +173,6 @@ impl<O: Outbox> Lane<O> {
                     return Err(error);
                 }
                 Err(error) => {
-                    // Whatever it held, it holds no more.
-                    self.lane = self.relay.outbox.lane();
                     self.eager = false;
                     self.relay.not_ready(error.explain());
                     if !sleep(backoff.next(), &self.stop).await {
@@ -189,7 +187,13 @@ impl<O: Outbox> Lane<O> {
     async fn pass(&mut self) -> Result<bool, OutboxError> {
         let Some(Work { mut batch, term, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
-        let suspects = relay.caution.before(&relay.outbox, &mut batch).await?;
+        let suspects = match relay.caution.before(&relay.outbox, &mut batch).await {
+            Ok(suspects) => suspects,
+            Err(error) => {
+                self.lane.settle(&[]).await?; // gives the claim up
+                return Err(error);
+            }
+        };
         let begun = Instant::now();
         hit("before_publish")?;
         let (deliveries, once_settled) =

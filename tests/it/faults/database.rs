@@ -149,7 +149,12 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     }
     let taken = footprint(&mut connection).await.0 - after.0;
     println!("F27: 20 inserts of 10 events: {taken} transaction ids, {} publish calls", sink.calls());
-    assert!(taken <= 20 + i64::try_from(sink.calls()).unwrap(), "{taken} for 20 inserts and {} batches", sink.calls());
+    // Relays that began together publish with care in their first minute: a note before each batch, and one after it.
+    assert!(
+        taken <= 20 + 3 * i64::try_from(sink.calls()).unwrap(),
+        "{taken} for 20 inserts and {} batches",
+        sink.calls()
+    );
     for relay in relays {
         relay.stop().await;
     }
