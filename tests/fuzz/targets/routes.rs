@@ -53,7 +53,7 @@ fn matches(glob: &[char], text: &[char]) -> bool {
 }
 
 fuzz_target!(|data: &[u8]| {
-    drop(run(&mut Unstructured::new(data)));
+    run(&mut Unstructured::new(data)).ok();
 });
 
 fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
@@ -62,12 +62,11 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     if let Ok(parsed) = template.parse::<Template>() {
         let source = if event.source.is_empty() { "default" } else { &event.source };
         let name = parsed.render(&event, "default");
-        assert_eq!(parsed.fixed().is_some(), !template.contains('{'));
         if parsed.fixed().is_some() {
-            assert_eq!(name, template);
+            assert_eq!(name, template.replace("{{", "{").replace("}}", "}"));
         }
         // One placeholder at a time: a value that looks like a placeholder is none.
-        if template.matches('{').count() == 1 {
+        if template.matches('{').count() == 1 && template.matches('}').count() == 1 {
             let expected = template
                 .split('{')
                 .enumerate()
