@@ -145,11 +145,15 @@ impl PublishError {
     /// The longest message that is stored, in characters.
     const MAX_MESSAGE_CHARS: usize = 500;
 
-    /// An error with its message cut to what is worth storing.
+    /// The same of a code.
+    const MAX_CODE_CHARS: usize = 100;
+
+    /// An error with code and message cut to what is worth storing.
     pub fn new(fault: Fault, code: impl Into<String>, message: impl AsRef<str>) -> Self {
         // PostgreSQL stores no NUL, and a destination's text is not ours to trust.
-        let message = message.as_ref().chars().filter(|c| *c != '\0').take(Self::MAX_MESSAGE_CHARS).collect();
-        Self { fault, code: code.into(), message }
+        let clean = |text: &str, length| text.chars().filter(|c| *c != '\0').take(length).collect();
+        let code = clean(&code.into(), Self::MAX_CODE_CHARS);
+        Self { fault, code, message: clean(message.as_ref(), Self::MAX_MESSAGE_CHARS) }
     }
 }
 
@@ -280,8 +284,8 @@ mod tests {
 
     #[test]
     fn a_message_is_cut_and_cleaned_before_it_is_stored() {
-        let error = PublishError::new(Fault::Event, "X", "é\0".repeat(600));
-        assert_eq!(error.message, "é".repeat(500));
+        let error = PublishError::new(Fault::Event, "X\0".repeat(600), "é\0".repeat(600));
+        assert_eq!((error.code, error.message), ("X".repeat(100), "é".repeat(500)));
     }
 }
 

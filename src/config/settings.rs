@@ -308,10 +308,12 @@ pub fn variable(id: &str) -> Option<String> {
 /// A secret as it may be shown: a URL without its password and parameters, anything else not at all.
 pub fn hide(value: &str) -> String {
     match Url::parse(value) {
-        Ok(url) if url.has_host() => {
+        // A user alone may be a token; an `@` in the path means that the password has a `/`, and goes on there.
+        Ok(url) if url.has_host() && !url.path().contains('@') => {
             let host = url.host_str().unwrap_or_default();
             let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-            let user = if url.username().is_empty() { String::new() } else { format!("{}:***@", url.username()) };
+            let named = !url.username().is_empty() && url.password().is_some_and(|password| !password.is_empty());
+            let user = if named { format!("{}:***@", url.username()) } else { String::new() };
             format!("{}://{user}{host}{port}{}", url.scheme(), url.path())
         }
         _ => match Hosts::parse(value) {
@@ -360,6 +362,9 @@ mod tests {
         assert_eq!(hide("redis-cluster://:s3cret@a:1,b"), "redis-cluster://a:1,b");
         assert_eq!(hide("redis-cluster://s3cret@a:1,b:2"), "redis-cluster://a:1,b:2");
         assert_eq!(hide("redis-cluster://app:s3/cret@a:1,b:2"), "***");
+        assert_eq!(hide("redis://s3cret@cache/0"), "redis://cache/0");
+        assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
+        assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
         assert_eq!(hide("s3cret"), "***");
         assert_eq!(hide("host=db password=s3cret"), "***");
     }

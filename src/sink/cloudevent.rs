@@ -18,7 +18,9 @@ pub fn attributes<'a>(event: &'a Event, default_source: &'a str, mut attribute: 
     if let Some(subject) = non_empty(event.aggregate_id.as_ref()) {
         attribute("subject", subject);
     }
-    attribute("time", &rfc3339(event.created_at));
+    if let Some(time) = rfc3339(event.created_at) {
+        attribute("time", &time);
+    }
     attribute("datacontenttype", "application/json");
     attribute("sequence", &event.row.id.to_string());
     if let Some(key) = non_empty(event.key().map(|key| key.to_string()).as_ref()) {
@@ -69,9 +71,9 @@ fn push_string(json: &mut Vec<u8>, text: &str) {
     serde_json::to_writer(json, text).expect("a string is JSON, and a Vec takes every byte");
 }
 
-/// The time as RFC 3339 in UTC, as `CloudEvents` wants it.
-fn rfc3339(at: OffsetDateTime) -> String {
-    at.format(&Rfc3339).unwrap_or_default() // fails only for years that RFC 3339 cannot write
+/// The time as RFC 3339 in UTC, as `CloudEvents` wants it; `None` for years before 0, which it cannot write.
+fn rfc3339(at: OffsetDateTime) -> Option<String> {
+    at.format(&Rfc3339).ok()
 }
 
 #[cfg(test)]
@@ -118,6 +120,8 @@ mod tests {
             names
         };
         assert!(names(&event).contains(&"partitionkey".to_owned()), "order: is a key");
+        event.created_at = OffsetDateTime::UNIX_EPOCH - time::Duration::days(800_000);
+        assert!(!names(&event).contains(&"time".to_owned()), "before the year 0");
         event.aggregate_type = None;
         assert!(!names(&event).contains(&"partitionkey".to_owned()));
     }
