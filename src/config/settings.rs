@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 use secrecy::SecretString;
-use url::Url;
+use url::{Position, Url};
 
 use crate::breaker::BreakerPolicy;
 use crate::hosts::Hosts;
@@ -308,8 +308,8 @@ pub fn variable(id: &str) -> Option<String> {
 /// A secret as it may be shown: a URL without its password and parameters, anything else not at all.
 pub fn hide(value: &str) -> String {
     match Url::parse(value) {
-        // A user alone may be a token; an `@` in the path means that the password has a `/`, and goes on there.
-        Ok(url) if url.has_host() && !url.path().contains('@') => {
+        // A user alone may be a token. An `@` after the host means that the password has a `/`, `?` or `#`, and goes on there.
+        Ok(url) if url.has_host() && !url[Position::AfterPort..].contains('@') => {
             let host = url.host_str().unwrap_or_default();
             let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
             let named = !url.username().is_empty() && url.password().is_some_and(|password| !password.is_empty());
@@ -365,6 +365,7 @@ mod tests {
         assert_eq!(hide("redis://s3cret@cache/0"), "redis://cache/0");
         assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
         assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
+        assert_eq!(hide("postgres://app:12@s3cret#34@db/shop"), "postgres://app:***@db/shop");
         assert_eq!(hide("s3cret"), "***");
         assert_eq!(hide("host=db password=s3cret"), "***");
     }
