@@ -105,16 +105,21 @@ impl<O: Outbox> Lane<O> {
         };
         let mut busy = Busy::new(Arc::clone(&self.shared));
         let claim = self.lane.claim(request).await?;
-        // Not only after a batch: a relay that has nothing to do is ready again too.
-        relay.ready();
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
             Claim::Batch { claimed: batch, term, .. } => {
                 busy.claimed = true;
                 Look::Found(Work { batch, term, busy })
             }
-            Claim::Busy => Look::Busy,
-            Claim::Empty => Look::Empty,
+            // Not only after a batch is settled: a relay that has nothing to do is ready again too.
+            Claim::Busy => {
+                relay.ready();
+                Look::Busy
+            }
+            Claim::Empty => {
+                relay.ready();
+                Look::Empty
+            }
         })
     }
 

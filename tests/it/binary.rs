@@ -120,13 +120,17 @@ impl Running {
     /// Waits until its log has this part; fails the test if it ends before.
     #[track_caller]
     pub(crate) fn until_log(&mut self, part: &str) {
-        until(part, || {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
             let ended = !self.is_running();
             let log = self.log();
-            let found = log.contains(part);
-            assert!(found || !ended, "it ended without {part:?}:\n{log}");
-            found
-        });
+            if log.contains(part) {
+                return;
+            }
+            assert!(!ended, "it ended without {part:?}:\n{log}");
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {part:?} in this log:\n{log}");
+            std::thread::sleep(LOOK_INTERVAL);
+        }
     }
 
     pub(crate) fn is_running(&mut self) -> bool {
