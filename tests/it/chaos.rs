@@ -91,7 +91,7 @@ impl World {
             ("EVENT_OUTBOX_POLLING_INTERVAL", "250".to_owned()),
             ("EVENT_DEFAULT_TIMEOUT", self.timeout_ms.to_string()),
             ("EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "200".to_owned()),
-            ("RELAY_LOG", "warn".to_owned()),
+            ("RELAY_LOG", std::env::var("CHAOS_LOG").unwrap_or_else(|_| "warn".to_owned())),
         ]
     }
 

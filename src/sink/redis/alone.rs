@@ -20,6 +20,10 @@ use crate::sink::{Published, Tenure};
 /// After so many lost connections an event goes alone; after so many more it is charged each time.
 const LOSSES: u8 = 3;
 
+/// Smaller events exceed no limit: of `proto-max-bulk-len` and `client-query-buffer-limit` the server takes none below
+/// 1 MiB, of which this leaves half to what goes with an event. A network that loses their answers is to blame, or a proxy.
+const LARGE: usize = 512 * 1024;
+
 /// More events than can be in flight. Who is forgotten is counted again.
 const MAX_SUSPECTS: usize = 100_000;
 
@@ -77,6 +81,11 @@ fn is_lost(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Failed(error) if error.code == CONNECTION_LOST)
 }
 
+fn is_large(event: &Event) -> bool {
+    let headers: usize = event.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+    event.payload.len() + headers >= LARGE
+}
+
 impl Redis {
     /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish), and with a `tenure` of
     /// [`Sink::publish_once`](crate::sink::Sink::publish_once).
@@ -108,6 +117,7 @@ impl Redis {
         let own = Self::new(self.address.clone(), self.timeout);
         let mut published = own.publish_within(ALONE, events, tenure, deadline, commands).await;
         if let Some(at) = published.outcomes.iter().position(is_lost)
+            && is_large(events[at])
             // That it answers when nothing is published is what makes the loss this event's doing.
             && matches!(tokio::time::timeout_at(deadline.into(), own.check()).await, Ok(Ok(_)))
             && self.suspects.lost_alone(events[at])

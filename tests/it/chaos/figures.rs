@@ -2,6 +2,7 @@
 //!
 //! `make figures` runs all of them; FIGURE names one, PERCENT makes them shorter.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use outbox_relay::audit::Obligation;
@@ -10,6 +11,7 @@ use super::{STREAM, World, parameter};
 use crate::binary::{Running, relay};
 use crate::harness::sql;
 use crate::proxy::Proxy;
+use crate::readback::Subscriber;
 use crate::stub::EventBridgeStub;
 
 fn scaled(count: u64) -> u64 {
@@ -111,10 +113,11 @@ async fn killed(name: &'static str, exactly_once: bool, events: u64, kills: u64)
         (done, world.require_clean(&promises, 0))
     })
     .await;
+    let repeats = report["repeats"].as_u64().unwrap();
+    assert!(repeats <= kills_done * 1000, "more than a batch for each kill: {repeats}");
     println!(
         "{name}: {kills_done} kill -9 over three relays, {events} events, exactly once {exactly_once}: \
-         lost 0, inversions 0, repeats {}",
-        report["repeats"]
+         lost 0, inversions 0, repeats {repeats}"
     );
 }
 
@@ -370,6 +373,14 @@ async fn s9_redis_restarts() {
     );
 }
 
+fn id_in(event: &str) -> String {
+    serde_json::from_str::<serde_json::Value>(event).unwrap()["id"].as_str().unwrap().to_owned()
+}
+
+fn assert_each_is_there(ids: Vec<String>, events: u64) {
+    assert_eq!(HashSet::<String>::from_iter(ids).len(), usize::try_from(events).unwrap());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "long: `make figures`"]
 async fn s11_destinations_down() {
@@ -397,6 +408,7 @@ async fn s11_destinations_down() {
             ("EVENT_DEFAULT_TIMEOUT", "3000"),
             ("RELAY_LOG", "error"),
         ];
+        let mut subscriber = Subscriber::new(&world.redis.lock().unwrap(), "");
         let running = Running::start(relay(&["run"], &variables));
         runtime.block_on(world.backlog(20));
         world.until_entries(10);
@@ -420,7 +432,11 @@ async fn s11_destinations_down() {
         };
         let published = number("select count(*) from event_processing_log where status = 'published'");
         assert_eq!(number("select count(*) from event_processing_log where attempt > 1"), 0, "charged");
-        assert_eq!(u64::try_from(published).unwrap(), 3 * world.entries());
+        let entries = world.entries();
+        assert_eq!(u64::try_from(published).unwrap(), 3 * entries);
+        let bus = stub.requests().concat().iter().map(|entry| id_in(entry["Detail"].as_str().unwrap())).collect();
+        assert_each_is_there(bus, entries);
+        assert_each_is_there(subscriber.messages().iter().map(|(_, message)| id_in(message)).collect(), entries);
         (published, number("select count(*) from event_dead_letter"))
     })
     .await;
@@ -521,5 +537,5 @@ async fn s15_poison() {
         "S15: 1 % poison: {with:.0} healthy events/s, {:.2} of {without:.0} without; dead letters exact",
         with / without
     );
-    assert!(with / without >= 0.9, "{rates:?}");
+    assert!(with / without >= 0.95, "{rates:?}");
 }

@@ -9,6 +9,7 @@ use outbox_relay::sink::redis_pubsub::RedisPubSub;
 use outbox_relay::sink::{Format, Sink};
 
 use crate::harness::{Setup, column, count, eventually, sql};
+use crate::proxy::Proxy;
 use crate::readback::RedisClient;
 use crate::redis::{TIMEOUT, sink};
 use crate::servers::{Database, Server, database, redis};
@@ -76,6 +77,22 @@ async fn f41_connections_that_are_lost_with_whatever_is_published_charge_nobody(
         server.start_again();
         crate::support::publish_until_delivered(&sink, &[event(4)]).await;
     }
+    assert_all_delivered(&publish(&sink, &batch).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f41_a_network_that_loses_every_answer_about_an_event_does_not_charge_it() {
+    // The events are sent, their answers never come; what sends no event is answered.
+    let proxy = Proxy::to(redis().port());
+    let sink = sink(&proxy.url(redis().url(), redis().port()), &unique("deaf"));
+    let batch = [keyed(1, "a"), keyed(2, "b")];
+    for _ in 0..12 {
+        proxy.drop_answers(1, &batch[0].event_type);
+        let outcomes = publish(&sink, &batch).await;
+        assert!(outcomes.iter().all(is_uncharged), "{outcomes:?}");
+    }
+    proxy.heal();
+    assert!(proxy.count() >= 12);
     assert_all_delivered(&publish(&sink, &batch).await);
 }
 
