@@ -1,6 +1,6 @@
 //! What a settle writes: verdicts turned into rows of the tables, the same for every store.
 
-use crate::event::{PublishError, RowKey, Verdict};
+use crate::event::{Event, PublishError, RowKey, Verdict};
 use crate::outbox::Delivery;
 
 /// Everything one settle writes. A store joins each record with the event's row, which is there until the end.
@@ -8,7 +8,6 @@ use crate::outbox::Delivery;
 pub(super) struct Records<'a> {
     /// The rows that go, because all or part of what they owed is decided.
     pub(super) rows: Vec<&'a RowKey>,
-    /// Grouped by row, in the order of `rows`; a row that only moves on has none.
     pub(super) log: Vec<LogEntry<'a>>,
     pub(super) dead_letters: Vec<DeadLetter<'a>>,
     pub(super) history: Vec<Kept<'a>>,
@@ -17,7 +16,7 @@ pub(super) struct Records<'a> {
 
 /// A row of the processing log.
 pub(super) struct LogEntry<'a> {
-    pub(super) row: &'a RowKey,
+    pub(super) event: &'a Event,
     pub(super) destination: &'a str,
     pub(super) status: &'static str,
     pub(super) message_id: Option<&'a str>,
@@ -90,6 +89,6 @@ impl<'a> Records<'a> {
             }
         };
         let duration_ms = i32::try_from(delivery.duration.as_millis()).unwrap_or(i32::MAX);
-        self.log.push(LogEntry { row, destination, status, message_id, error, duration_ms });
+        self.log.push(LogEntry { event: delivery.event, destination, status, message_id, error, duration_ms });
     }
 }

@@ -218,8 +218,7 @@ fn forget(
     timeout: Duration,
 ) -> Option<BoxFuture<'static, ()>> {
     let delivered = events.iter().zip(outcomes).filter(|(_, outcome)| matches!(outcome, Outcome::Delivered { .. }));
-    let delivered = delivered.map(|(event, _)| (event.row.id, event.event_id)).collect();
-    let marks = once.marks(&delivered, connection.has_slots());
+    let marks = once.marks(delivered.map(|(event, _)| *event), connection.has_slots());
     if marks.is_empty() {
         return None;
     }

@@ -41,12 +41,11 @@ impl RedisPubSub {
 impl Commands for Messages {
     fn write(&self, event: &Event, command: &mut Command) {
         command.word("PUBLISH");
-        command.value(self.channel.render(event, &self.source).as_bytes());
+        command.shared(self.channel.render(event, &self.source).as_bytes());
         match self.format {
             Format::CloudEvents => command.value(cloudevent::json(event, &self.source)),
             Format::Payload => command.value(&event.payload),
         }
-        command.identity(event);
     }
 
     fn key<'a>(&'a self, _: &'a Event) -> Option<Cow<'a, str>> {

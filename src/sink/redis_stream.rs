@@ -45,7 +45,7 @@ impl Commands for Entries {
         command.word("XADD");
         match self.stream.fixed() {
             Some(stream) => command.word(stream),
-            None => command.value(self.stream.render(event, &self.source).as_bytes()),
+            None => command.shared(self.stream.render(event, &self.source).as_bytes()),
         }
         if let Some(length) = self.max_length {
             command.word("MAXLEN");
@@ -63,13 +63,15 @@ impl Commands for Entries {
                     command.value(name); // a header without a name, which a word cannot be
                     command.value(value);
                 }
+                "source" | "type" | "schemaversion" => {
+                    command.word(name);
+                    command.shared(value);
+                }
                 _ => {
                     command.word(name);
                     command.value(value);
-                    match name {
-                        "id" => command.was_id(),
-                        "sequence" => command.was_sequence(),
-                        _ => {}
+                    if name == "partitionkey" {
+                        command.was_key();
                     }
                 }
             }

@@ -5,7 +5,7 @@
 //! destination has several places that one request cannot span, such as the slots of a Redis Cluster, a request holds
 //! events of one of them, and a key's events that go to another wait as well.
 
-use std::collections::{HashMap, HashSet};
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 
 use crate::event::{Event, Key, Outcome};
 

@@ -5,9 +5,10 @@
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
+use foldhash::{HashMap, HashMapExt};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{AssertSqlSafe, Executor, Row, ValueRef};
 use time::OffsetDateTime;
@@ -50,7 +51,7 @@ select array(
     ) pending
     where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
     limit $1
-), exists (select from event_outbox where partition < 640)";
+), exists (select from event_outbox where partition < 640), statement_timestamp()";
 
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
@@ -169,6 +170,21 @@ pub struct PgLane {
     rows: usize,
     /// A settle failed, and nothing was written since.
     unproven: bool,
+    clock: Clock,
+}
+
+/// The database's clock, as it was read last: what goes into its tables is told by no other.
+struct Clock {
+    read: OffsetDateTime,
+    at: Instant,
+}
+
+impl Clock {
+    /// In microseconds since 2000.
+    fn now(&self) -> i64 {
+        let microseconds = (self.read + self.at.elapsed()).unix_timestamp_nanos() / 1000 - 946_684_800_000_000;
+        i64::try_from(microseconds).unwrap_or(i64::MAX)
+    }
 }
 
 impl PgLane {
@@ -194,6 +210,7 @@ impl PgLane {
             last_taken: fastrand::i32(0..PARTITIONS),
             rows: MAX_ROWS,
             unproven: false,
+            clock: Clock { read: OffsetDateTime::UNIX_EPOCH, at: Instant::now() },
         }
     }
 
@@ -223,12 +240,13 @@ impl PgLane {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
-        let (taken, pending): (Vec<i32>, bool) = sqlx::query_as(TAKE_PARTITIONS)
+        let (taken, pending, now): (Vec<i32>, bool, OffsetDateTime) = sqlx::query_as(TAKE_PARTITIONS)
             .persistent(persistent)
             .bind(i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions))
             .bind(self.last_taken)
             .fetch_one(&mut *connection)
             .await?;
+        self.clock = Clock { read: now, at: Instant::now() };
         let Some(last) = taken.last() else {
             connection.execute("commit").await?;
             return Ok(if pending { Claim::Busy } else { Claim::Empty });
@@ -279,7 +297,8 @@ impl PgLane {
     async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.history);
-        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker };
+        let now = self.clock.now();
+        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker, now };
         let gone = settle.write(&records).await?;
         if gone != records.rows.len() {
             tracing::warn!(

@@ -25,16 +25,57 @@ fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
     records.iter().map(value).collect()
 }
 
+/// Rows as `COPY` takes them in its binary format.
+struct CopyRows(Vec<u8>);
+
+impl Default for CopyRows {
+    /// The signature, no flags, no extension.
+    fn default() -> Self {
+        Self(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0".to_vec())
+    }
+}
+
+impl CopyRows {
+    /// Begins a row of so many fields.
+    fn begin(&mut self, fields: i16) {
+        self.0.extend(fields.to_be_bytes());
+    }
+
+    /// A value as its type's receive function reads it.
+    fn field(&mut self, value: &[u8]) {
+        // A value of 2 GiB is refused by the server, whatever is said of its length.
+        self.0.extend(i32::try_from(value.len()).unwrap_or(i32::MAX).to_be_bytes());
+        self.0.extend_from_slice(value);
+    }
+
+    fn nullable(&mut self, value: Option<&[u8]>) {
+        match value {
+            Some(value) => self.field(value),
+            None => self.0.extend((-1_i32).to_be_bytes()),
+        }
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.0.extend((-1_i16).to_be_bytes());
+        self.0
+    }
+}
+
 /// How a lane sends its statements, and in whose name.
 pub(super) struct Settle<'c> {
     pub(super) connection: &'c mut PgConnection,
     /// Named statements, prepared once.
     pub(super) persistent: bool,
     pub(super) worker: &'c str,
+    /// The time by the database's clock, in microseconds since 2000, as it stores times.
+    pub(super) now: i64,
 }
 
 impl Settle<'_> {
     /// Writes all of `records`, but commits nothing. Returns how many of their rows were there.
+    ///
+    /// # Errors
+    /// Also where a row's place holds another by now.
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
         self.dead_letters(&records.dead_letters).await?;
         if !records.dead_letters.is_empty() {
@@ -42,85 +83,61 @@ impl Settle<'_> {
         }
         self.history(&records.history).await?;
         self.owed(&records.owed).await?;
-        // The first entry of a row is written as the row is deleted, which is nearly all there is.
-        let mut entries = records.log.iter().peekable();
-        let (mut first, mut more) = (Vec::with_capacity(records.rows.len()), Vec::new());
-        for row in &records.rows {
-            first.push(entries.next_if(|entry| std::ptr::eq(entry.row, *row)));
-            while let Some(entry) = entries.next_if(|entry| std::ptr::eq(entry.row, *row)) {
-                more.push(entry);
-            }
-        }
-        self.log(&more).await?;
-        self.delete_and_log(&records.rows, &first).await
+        self.log(&records.log).await?;
+        self.delete(&records.rows).await
     }
 
-    /// Deletes the rows, writes their log, and raises the epoch, in one statement.
-    async fn delete_and_log(
-        &mut self,
-        rows: &[&RowKey],
-        entries: &[Option<&LogEntry<'_>>],
-    ) -> Result<usize, sqlx::Error> {
-        if rows.is_empty() {
-            return Ok(0);
-        }
-        let query = "
-            with gone as (
-                delete from event_outbox o
-                using unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[])
-                    as r(tid, id, destination, status, message_id, error, duration_ms)
-                where o.ctid = r.tid and o.id = r.id
-                returning o.event_id, o.id, o.event_type, r.destination, r.status, o.attempts + 1, r.message_id, r.error,
-                    r.duration_ms
-            ), logged as (
-                insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id,
-                    error, duration_ms, worker, processed_at)
-                select gone.*, $8, statement_timestamp() from gone where gone.status is not null
-            )
-            select count(*), nextval('event_outbox_epoch') from gone";
-        let rows = Rows::from_iter(rows.iter().copied());
-        let (gone, _): (i64, i64) = sqlx::query_as(query)
-            .persistent(self.persistent)
-            .bind(rows.tids)
-            .bind(rows.ids)
-            .bind(column(entries, |entry| entry.map_or("", |entry| entry.destination)))
-            .bind(column(entries, |entry| entry.map(|entry| entry.status)))
-            .bind(column(entries, |entry| entry.and_then(|entry| entry.message_id)))
-            .bind(column(entries, |entry| entry.and_then(|entry| entry.error.as_deref())))
-            .bind(column(entries, |entry| entry.map_or(0, |entry| entry.duration_ms)))
-            .bind(self.worker)
-            .fetch_one(&mut *self.connection)
-            .await?;
-        Ok(usize::try_from(gone).unwrap_or_default())
-    }
-
-    /// The further deliveries of events with several destinations.
-    async fn log(&mut self, entries: &[&LogEntry<'_>]) -> Result<(), sqlx::Error> {
+    /// By COPY, which takes two thirds of what an insert does, and less of the write-ahead log.
+    async fn log(&mut self, entries: &[LogEntry<'_>]) -> Result<(), sqlx::Error> {
         if entries.is_empty() {
             return Ok(());
         }
+        let mut rows = CopyRows::default();
+        for entry in entries {
+            rows.begin(11);
+            rows.field(entry.event.event_id.as_bytes());
+            rows.field(&entry.event.row.id.to_be_bytes());
+            rows.field(entry.event.event_type.as_bytes());
+            rows.field(entry.destination.as_bytes());
+            rows.field(entry.status.as_bytes());
+            rows.field(&entry.event.attempts.saturating_add(1).to_be_bytes());
+            rows.nullable(entry.message_id.map(str::as_bytes));
+            rows.nullable(entry.error.as_deref().map(str::as_bytes));
+            rows.field(&entry.duration_ms.to_be_bytes());
+            rows.field(self.worker.as_bytes());
+            rows.field(&self.now.to_be_bytes());
+        }
         let query = "
-            insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id,
-                error, duration_ms, worker, processed_at)
-            select o.event_id, o.id, o.event_type, l.destination, l.status, o.attempts + 1, l.message_id, l.error,
-                l.duration_ms, $8, statement_timestamp()
-            from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[])
-                as l(tid, id, destination, status, message_id, error, duration_ms)
-            join event_outbox o on o.ctid = l.tid and o.id = l.id";
-        let rows: Rows = entries.iter().map(|entry| entry.row).collect();
-        sqlx::query(query)
-            .persistent(self.persistent)
-            .bind(rows.tids)
-            .bind(rows.ids)
-            .bind(column(entries, |entry| entry.destination))
-            .bind(column(entries, |entry| entry.status))
-            .bind(column(entries, |entry| entry.message_id))
-            .bind(column(entries, |entry| entry.error.as_deref()))
-            .bind(column(entries, |entry| entry.duration_ms))
-            .bind(self.worker)
-            .execute(&mut *self.connection)
-            .await
-            .map(drop)
+            copy event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
+                duration_ms, worker, processed_at)
+            from stdin (format binary)";
+        let mut copy = self.connection.copy_in_raw(query).await?;
+        copy.send(rows.finish()).await?;
+        copy.finish().await.map(drop)
+    }
+
+    /// Deletes the rows and raises the epoch.
+    async fn delete(&mut self, rows: &[&RowKey]) -> Result<usize, sqlx::Error> {
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        // What is gone is compared here: with a join by place and id it would take half as long again.
+        let query = "
+            with gone as (delete from event_outbox where ctid = any($1::text[]::tid[]) returning id)
+            select coalesce(array_agg(id), '{}'), nextval('event_outbox_epoch') from gone";
+        let Rows { tids, mut ids } = rows.iter().copied().collect();
+        let (mut gone, _): (Vec<i64>, i64) =
+            sqlx::query_as(query).persistent(self.persistent).bind(tids).fetch_one(&mut *self.connection).await?;
+        ids.sort_unstable();
+        gone.sort_unstable();
+        let mut expected = ids.into_iter();
+        if gone.iter().all(|id| expected.any(|known| known == *id)) {
+            Ok(gone.len())
+        } else {
+            let message =
+                "somebody else replaced rows of event_outbox while they were being published; nothing was recorded";
+            Err(sqlx::Error::Protocol(message.to_owned()))
+        }
     }
 
     async fn dead_letters(&mut self, letters: &[DeadLetter<'_>]) -> Result<(), sqlx::Error> {

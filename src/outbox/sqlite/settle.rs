@@ -98,7 +98,9 @@ impl Settle {
             owed: list(&records.owed, |owed| {
                 json!([owed.row.locator, owed.destination, owed.attempts, owed.delay_seconds, owed.error])
             }),
-            log: list(&log, |e| json!([e.row.locator, e.destination, e.status, e.message_id, e.error, e.duration_ms])),
+            log: list(&log, |e| {
+                json!([e.event.row.locator, e.destination, e.status, e.message_id, e.error, e.duration_ms])
+            }),
             published: object(&published),
             rows: list(&records.rows, |row| row.locator.into()),
             destination: common.0.to_owned(),
@@ -140,6 +142,6 @@ fn list<T>(records: &[T], row: impl Fn(&T) -> Value) -> String {
 
 /// The message of each row.
 fn object(entries: &[&LogEntry<'_>]) -> String {
-    let message = |entry: &&LogEntry<'_>| (entry.row.locator.to_string(), json!(entry.message_id));
+    let message = |entry: &&LogEntry<'_>| (entry.event.row.locator.to_string(), json!(entry.message_id));
     Value::from_iter(entries.iter().map(message)).to_string()
 }

@@ -1,8 +1,8 @@
 //! Exactly once: what keeps an event that is published again, after a crash or an answer that was lost, from arriving twice.
 //!
 //! Beside each stream lies a small hash, its *state*, one for each partition of the outbox: which claim published last
-//! (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...: sequence, id and reply of each
-//! event), and what of earlier claims is still unsettled (`carried`). The script of a chunk writes the state together with
+//! (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...: a line with sequence and id of
+//! each event, an empty one, and a line with each reply, empty where the event was not added), and what of earlier claims is still unsettled (`carried`). The script of a chunk writes the state together with
 //! the stream, so each is as old as the other whatever happens to Redis.
 //!
 //! 1. A chunk takes over a state whose list is empty, from an earlier epoch. Otherwise it adds nothing, and tells.
@@ -150,6 +150,11 @@ impl<'a> Once<'a> {
         states
     }
 
+    /// Adds an event to the list of a state.
+    pub(super) fn list(list: &mut String, event: &Event) {
+        list_event(list, event.row.id, event.event_id);
+    }
+
     /// A chunk was added.
     pub(super) fn added(&mut self, states: &ChunkStates) {
         for key in &states.keys {
@@ -192,7 +197,7 @@ impl<'a> Once<'a> {
             state.carried = carried;
             let mut call = redis::cmd("EVAL");
             call.arg(BEGIN).arg(1).arg(&seen.key).arg(seen.fields).arg(&seen.owner);
-            call.arg(self.owner(&seen.key)).arg(lines(&self.states[&seen.key].carried));
+            call.arg(self.owner(&seen.key)).arg(format_added(&self.states[&seen.key].carried));
             calls.push((seen.key, call));
         }
         Some(calls)
@@ -214,7 +219,10 @@ impl<'a> Once<'a> {
     }
 
     /// The calls that empty the lists once `delivered` are settled, one for each slot of a cluster, with that slot.
-    pub(super) fn marks(&self, delivered: &HashSet<(i64, Uuid)>, clustered: bool) -> Vec<(u16, Cmd)> {
+    pub(super) fn marks<'e>(&self, delivered: impl Iterator<Item = &'e Event>, clustered: bool) -> Vec<(u16, Cmd)> {
+        let carries = self.states.values().any(|state| !state.carried.is_empty());
+        let delivered: HashSet<(i64, Uuid)> =
+            delivered.filter(|_| carries).map(|event| (event.row.id, event.event_id)).collect();
         let mut places: HashMap<u16, Vec<&String>> = HashMap::new();
         for (key, state) in &self.states {
             if state.owned && !state.unknown {
@@ -231,7 +239,7 @@ impl<'a> Once<'a> {
             for key in keys {
                 let mut carried = self.states[key].carried.clone();
                 carried.retain(|added| !delivered.contains(&(added.sequence, added.event_id)));
-                call.arg(self.owner(key)).arg(lines(&carried));
+                call.arg(self.owner(key)).arg(format_added(&carried));
             }
             call
         };
@@ -279,30 +287,40 @@ fn dirty_state(state: &Value, keys: &[String]) -> Option<Dirty> {
     for field in fields.chunks_exact(2) {
         match text(&field[0])? {
             "owner" => owner = Some(text(&field[1])?.to_owned()),
-            _ => {
-                for line in text(&field[1])?.lines() {
-                    added.push(Added::parse(line)?);
-                }
-            }
+            _ => added.append(&mut parse_added(text(&field[1])?)?),
         }
     }
     Some(Dirty { key, fields: fields.len() / 2, owner: owner?, added })
 }
 
-impl Added {
-    fn parse(line: &str) -> Option<Self> {
-        let mut words = line.splitn(3, ' ');
-        Some(Self {
-            sequence: words.next()?.parse().ok()?,
-            event_id: words.next()?.parse().ok()?,
-            reply: words.next()?.to_owned(),
-        })
+fn parse_added(text: &str) -> Option<Vec<Added>> {
+    let (events, replies) = text.split_once("\n\n")?;
+    let (events, replies): (Vec<_>, Vec<_>) = (events.split('\n').collect(), replies.split('\n').collect());
+    if events.len() != replies.len() {
+        return None;
     }
+    let added = events.into_iter().zip(replies).filter(|(_, reply)| !reply.is_empty());
+    added
+        .map(|(event, reply)| {
+            let (sequence, event_id) = event.split_once(' ')?;
+            Some(Added { sequence: sequence.parse().ok()?, event_id: event_id.parse().ok()?, reply: reply.to_owned() })
+        })
+        .collect()
 }
 
-fn lines(added: &[Added]) -> String {
-    let line = |added: &Added| format!("{} {} {}", added.sequence, added.event_id, added.reply);
-    added.iter().map(line).collect::<Vec<_>>().join("\n")
+/// What [`parse_added`] reads; nothing for nothing.
+fn format_added(added: &[Added]) -> String {
+    if added.is_empty() {
+        return String::new();
+    }
+    let mut text = String::new();
+    added.iter().for_each(|added| list_event(&mut text, added.sequence, added.event_id));
+    added.iter().for_each(|added| text.extend(["\n", &added.reply]));
+    text
+}
+
+fn list_event(list: &mut String, sequence: i64, event_id: Uuid) {
+    list.extend([&sequence.to_string(), " ", event_id.hyphenated().encode_lower(&mut Uuid::encode_buffer()), "\n"]);
 }
 
 fn text(value: &Value) -> Option<&str> {
@@ -340,14 +358,17 @@ mod tests {
         };
         let keys = ["k".to_owned()];
         let id = Uuid::from_u128(7);
-        let line = format!("12 {id} 1-0");
+        let line = format!("12 {id}\n13 {id}\n\n1-0\n");
         let added = Added { sequence: 12, event_id: id, reply: "1-0".to_owned() };
         assert_eq!(
             dirty(&state(&["owner", "3 4", "1", &line]), &keys),
-            Some(vec![Dirty { key: "k".to_owned(), fields: 2, owner: "3 4".to_owned(), added: vec![added] }])
+            Some(vec![Dirty { key: "k".to_owned(), fields: 2, owner: "3 4".to_owned(), added: vec![added.clone()] }])
         );
+        let both = [Added { sequence: -1, event_id: id, reply: "2-0".to_owned() }, added.clone()];
+        assert_eq!(parse_added(&format_added(&both)), Some(both.to_vec()));
         assert_eq!(dirty(&state(&["1", &line]), &keys), None);
-        assert_eq!(dirty(&state(&["owner", "3 4", "1", "12 x 1-0"]), &keys), None);
+        assert_eq!(dirty(&state(&["owner", "3 4", "1", "12 x\n\n1-0"]), &keys), None);
+        assert_eq!(dirty(&state(&["owner", "3 4", "1", &format!("12 {id}\n\n1-0\n2-0")]), &keys), None);
         assert_eq!(dirty(&Value::Array(vec![bulk("1-0")]), &keys), None);
         assert_eq!(dirty(&Value::Nil, &keys), None);
     }
