@@ -55,8 +55,8 @@ fuzz: ## what parses foreign bytes, each target for a while: SECONDS=60
 	@tests/setup fuzz
 	tests/fuzz/run $(SECONDS)
 
-bench: setup build ## how fast a backlog drains here
-	python3 tests/bench/drain.py
+bench: setup build ## rates, latency and costs on PostgreSQL, for hours: SECTIONS="drain latency" OPTIONS="--short"
+	$(PYTHON) tests/bench/run.py $(SECTIONS) $(OPTIONS)
 
 bench-embedded: setup build ## the same from a SQLite file; latency, idle cost, and what the application's commits cost beside it
 	python3 tests/bench/embedded.py

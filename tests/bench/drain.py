@@ -1,125 +1,115 @@
-#!/usr/bin/env python3
-"""How fast a backlog drains from PostgreSQL into a Redis Stream, the processing log written: events/s and peak memory.
+"""How fast a backlog drains, the processing log written, and what an event costs each of those that work on it."""
+import dataclasses
 
-Beside it, in the same run, the floor: the same reads, deletes and log inserts done by as many server-side SQL loops as the
-relay has lanes, with no relay and no Redis. Their ratio holds where the machine is noisy; the times alone do not.
-Usage: python3 tests/bench/drain.py [--events 200000] [--runs 3] [--payload 200] [--keys 10000]
-"""
-import argparse
-import os
-import statistics
-import subprocess
-import sys
-import time
+import floor
+from backlog import check_books, clear, fill
+from common import Table, servers
+from processes import Relay, cpu_seconds
+from sinks import EventBridge, PubSub, Stdout, Stream
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from throwaway import RELAY, Server, psql, redis_cli  # noqa: E402
-
-LANES = 3
-
-FLOOR = """
-do $$
-declare
-    batch bigint[]; p smallint;
-begin
-    for p in select distinct partition from event_outbox where partition %% {lanes} = {lane} loop
-        loop
-            select array_agg(id) into batch from (
-                select id, payload::text from event_outbox where partition = p order by id limit 1000) b;
-            exit when batch is null;
-            with gone as (
-                delete from event_outbox o using unnest(batch) r(id)
-                where o.partition = p and o.id = r.id and o.destination = ''
-                returning o.event_id, o.id, o.event_type)
-            insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id,
-                duration_ms, worker, processed_at)
-            select event_id, id, event_type, 'redis', 'published', 1, '1700000000000-0', 1, 'floor', now() from gone;
-            commit;
-        end loop;
-    end loop;
-end $$""".replace("%%", "%")
+LANES = 3  # the default
 
 
-def fill(database, options):
-    psql(database, f"""
-        insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
-        select 'order.created', 'order', (i % {options.keys})::text,
-               jsonb_build_object('n', i, 'pad', repeat('x', {max(options.payload - 30, 0)}))
-        from generate_series(1, {options.events}) i""")
-    psql(database, "vacuum analyze event_outbox")
-    psql(database, "checkpoint")
+@dataclasses.dataclass
+class Variant:
+    label: str
+    sink: str = "stream"
+    settings: dict = dataclasses.field(default_factory=dict)
+    payload: int = 200
+    relays: int = 1
+    # Of the events: less where they are larger or slower.
+    share: float = 1.0
+    floor: bool = True
+
+    @property
+    def loops(self):
+        return self.relays * int(self.settings.get("RELAY_LANES", LANES))
 
 
-def drain(database, redis, options):
-    environment = {**os.environ, "DATABASE_URL": database.url, "REDIS_URL": redis.url, "RELAY_LOG": "warn", "RELAY_LANES": str(LANES)}
-    begun = time.monotonic()
-    relay = subprocess.Popen([RELAY, "--once"], env=environment)
-    _, status, usage = os.wait4(relay.pid, 0)
-    seconds = time.monotonic() - begun
-    if status != 0:
-        sys.exit(f"relay --once failed with status {status}")
-    return seconds, usage.ru_maxrss / 1024
+VARIANTS = [
+    Variant("Redis Stream"),
+    Variant("Redis Stream, 1 lane", settings={"RELAY_LANES": "1"}),
+    Variant("Redis Stream, 2 lanes", settings={"RELAY_LANES": "2"}),
+    Variant("Redis Stream, 4 lanes", settings={"RELAY_LANES": "4"}),
+    Variant("Redis Stream, two relays", relays=2),
+    Variant("Redis Stream, exactly-once off", settings={"RELAY_REDIS_EXACTLY_ONCE": "false"}),
+    Variant("Redis Stream, ghost barrier", settings={"RELAY_GHOST_BARRIER": "true"}),
+    Variant("Redis Stream, 1 kB", payload=1_000, share=0.5),
+    Variant("Redis Stream, 10 kB", payload=10_000, share=0.05),
+    Variant("Redis Pub/Sub, one subscriber", sink="pubsub"),
+    Variant("stdout to a file", sink="stdout"),
+    Variant("EventBridge, answers after 5 ms", sink="eventbridge-5", share=0.2, floor=False),
+    Variant("EventBridge, answers after 40 ms", sink="eventbridge-40", share=0.1, floor=False),
+]
 
 
-def floor(database):
-    begun = time.monotonic()
-    loops = [database.psql_process(FLOOR.format(lanes=LANES, lane=lane)) for lane in range(LANES)]
-    if any(loop.wait() for loop in loops):
-        sys.exit("a loop of the floor failed")
-    return time.monotonic() - begun
+def drain(database, redis, sink, settings=None, relays=1):
+    """Seconds, CPU seconds of each, and MiB of the largest relay, for all that is in the outbox."""
+    before = cpu_seconds(database.pid), cpu_seconds(redis.pid)
+    running = [
+        Relay(database, {**sink.environment, **(settings or {})}, "--once", stdout=sink.stdout) for _ in range(relays)
+    ]
+    for relay in running:
+        relay.wait()
+    after = cpu_seconds(database.pid), cpu_seconds(redis.pid)
+    return {
+        "seconds": max(relay.begun + relay.seconds for relay in running) - running[0].begun,
+        "relay": sum(relay.cpu for relay in running),
+        "postgres": after[0] - before[0],
+        "redis": after[1] - before[1],
+        "memory": max(relay.peak for relay in running),
+    }
 
 
-def check(database, redis, options):
-    """What arrived is what was emitted, once, in order per key."""
-    left = int(psql(database, "select count(*) from event_outbox"))
-    logged = int(psql(database, "select count(*) from event_processing_log where status = 'published' and worker <> 'floor'"))
-    length = int(redis_cli(redis, "xlen", "events"))
-    disorder = redis_cli(redis, "eval", """
-        local last, start, wrong = {}, '-', 0
-        while true do
-          local entries = redis.call('xrange', 'events', start, '+', 'count', 1000)
-          if #entries == 0 then return wrong end
-          for _, entry in ipairs(entries) do
-            local field = {}
-            for i = 1, #entry[2], 2 do field[entry[2][i]] = entry[2][i + 1] end
-            local key, sequence = field.partitionkey, tonumber(field.sequence)
-            if last[key] and last[key] >= sequence then wrong = wrong + 1 end
-            last[key] = sequence
-          end
-          start = '(' .. entries[#entries][1]
-        end""", "0")
-    if (left, logged, length, int(disorder)) != (0, options.events, options.events, 0):
-        sys.exit(f"wrong result: {left} left, {logged} logged, {length} in the stream, {disorder} out of order")
+def open_sink(name, redis):
+    if name.startswith("eventbridge-"):
+        return EventBridge(int(name.rpartition("-")[2]))
+    return {"stream": lambda: Stream(redis), "pubsub": lambda: PubSub(redis), "stdout": Stdout}[name]()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--payload", type=int, default=200, help="bytes")
-    parser.add_argument("--keys", type=int, default=10_000)
-    options = parser.parse_args()
-    rates, floors, memory = [], [], []
-    with Server("postgres") as database, Server("redis") as redis:
-        subprocess.run([RELAY, "migrate"], env={**os.environ, "DATABASE_URL": database.url}, check=True, stdout=subprocess.DEVNULL)
-        for run in range(options.runs + 1):
-            redis_cli(redis, "flushall")
-            psql(database, "truncate event_outbox, event_processing_log")
-            fill(database, options)
-            seconds, megabytes = drain(database, redis, options)
-            check(database, redis, options)
-            fill(database, options)
-            least = floor(database)
-            if run == 0:
-                continue  # a warm-up
-            rates.append(options.events / seconds)
-            floors.append(options.events / least)
-            memory.append(megabytes)
-            print(f"run {run}: {rates[-1]:8,.0f} events/s   floor {floors[-1]:8,.0f}   ratio {rates[-1] / floors[-1]:.2f}   {megabytes:.0f} MiB")
-    ratios = [rate / least for rate, least in zip(rates, floors)]
-    print(f"median: {statistics.median(rates):,.0f} events/s ({min(rates):,.0f} to {max(rates):,.0f}), "
-          f"{statistics.median(ratios):.2f} of the floor, at most {max(memory):.0f} MiB")
+def measure(database, redis, variant, events):
+    sink = open_sink(variant.sink, redis)
+    try:
+        clear(database)
+        sink.clear()
+        fill(database, events, variant.payload)
+        spent = drain(database, redis, sink, variant.settings, variant.relays)
+        check_books(variant.label, database, events)
+        sink.check(variant.label, events)
+    finally:
+        sink.close()
+    rate = events / spent["seconds"]
+    each = {name: spent[name] / events * 1e6 for name in ("relay", "postgres", "redis")}
+    found = {"events": events, "rate": rate, **each, "memory": spent["memory"]}
+    if variant.floor:
+        clear(database)
+        fill(database, events, variant.payload)
+        least = events / floor.seconds(database, variant.loops)
+        check_books(f"floor of {variant.label}", database, events)
+        found.update(floor=least, ratio=rate / least)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def run(options):
+    columns = {
+        "events": ("events", ",.0f"), "rate": ("events/s", ",.0f"), "floor": ("floor/s", ",.0f"), "ratio": ("of floor", ".2f"),
+        "relay": ("relay us", ".1f"), "postgres": ("postgres us", ".1f"), "redis": ("redis us", ".1f"), "memory": ("relay MiB", ".0f"),
+    }
+    notes = [
+        "us: CPU time an event, from the relay's start to its end; vacuum may go on after that. relay MiB: the most resident.",
+        "floor: the same reads, deletes and log inserts by as many SQL loops as there are lanes, in the same run.",
+        "The rate counts the relay's start and end. Redis keeps no file, and shares the CPUs with all others.",
+    ]
+    table = Table("drain", columns, spread=("rate", "ratio"), notes=notes)
+    size = options.size(1_000_000, 5_000)
+    with servers() as (database, redis):
+        for number in options.rounds():
+            for variant in VARIANTS:
+                if not options.wants(variant.label):
+                    continue
+                # A round of all would warm up nothing that one does not.
+                found = measure(database, redis, variant, max(int(size * variant.share), 1_000))
+                if number == 0:
+                    break
+                table.add(variant.label, **found)
+    return [table]

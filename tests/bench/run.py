@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""What the relay costs and how fast it is, on throwaway servers of its own.
+
+PostgreSQL runs with its defaults, fsync on; the relay with its own, exactly-once included, where a section is not about a
+setting. Every section checks that what was committed arrived once, in order per key, and has its row of the log; it
+ends with 1 where that is not so.
+
+sections:
+  drain      a backlog to each destination, against the floor of the database; payloads, lanes, relays
+  latency    from a commit to the entry in the stream, at 100, 1,000 and 5,000 events/s
+  producers  what the outbox, its trigger and a relay cost those who insert
+  flatness   a backlog of 10,000,000 against one of 100,000; beside a session that holds a snapshot
+  footprint  size, start, memory, WAL, transactions, and what an idle relay costs
+"""
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+
+from common import RELAY, Options, Server, psql
+
+SECTIONS = ["drain", "latency", "producers", "flatness", "footprint"]
+SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "autovacuum"]
+
+
+def surroundings():
+    with Server("postgres") as database:
+        names = ", ".join(f"'{name}'" for name in SETTINGS)
+        rows = psql(database, f"select name, current_setting(name) from pg_settings where name in ({names})")
+    settings = dict(row.split("|") for row in rows.splitlines())
+    with open("/proc/meminfo") as meminfo:
+        memory = int(meminfo.readline().split()[1]) / 1024 / 1024
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "cpus": os.cpu_count(), "memory_gib": round(memory, 1),
+        "system": platform.platform(), "load": os.getloadavg()[0], "postgresql": settings,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="all of them by default")
+    parser.add_argument("--runs", type=int, default=3, help="besides a warm-up (3)")
+    parser.add_argument("--events", type=int, help="instead of each section's own number")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds it, of drain, latency and producers")
+    parser.add_argument("--json", metavar="FILE", help="every run's figures")
+    parser.add_argument("--short", action="store_true", help="tiny and once: for the checks, not for the times")
+    given = parser.parse_args()
+    unknown = set(given.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    if not os.path.exists(RELAY):
+        sys.exit("no relay is built: run make build")
+    options = Options(1 if given.short else given.runs, given.events, given.short, given.only)
+    about = surroundings()
+    print(f"{about['date']}, {about['cpus']} CPUs, {about['memory_gib']} GiB, load {about['load']:.1f}, {about['system']}")
+    print("PostgreSQL:", ", ".join(f"{name} {value}" for name, value in about["postgresql"].items()))
+    results = {}
+    for name in given.sections or SECTIONS:
+        print(f"\n== {name}", flush=True)
+        tables = importlib.import_module(name).run(options)
+        for table in tables:
+            table.show()
+        results[name] = [table.data() for table in tables]
+        if given.json:
+            # After each, so that what was measured is kept where a later section fails.
+            with open(given.json, "w") as file:
+                json.dump({"surroundings": about, "sections": results}, file, indent=1)
+    if given.short:
+        print("all checks passed; the times above mean nothing")
+
+
+if __name__ == "__main__":
+    main()
