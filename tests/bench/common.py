@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from throwaway import RELAY, Server, psql, redis_cli  # noqa: E402, F401
+from throwaway import RELAY, Server, psql, psql_path, redis_cli  # noqa: E402, F401
 
 # What a shell may have set would no longer be the defaults.
 OURS = ("RELAY_", "EVENT_", "REDIS_", "DATABASE_", "AWS_", "PG")

@@ -43,16 +43,18 @@ VARIANTS = [
 ]
 
 
-def drain(database, redis, sink, settings=None, relays=1):
+def drain(database, redis, sink, settings=None, relays=1, stderr=None):
     """Seconds, CPU seconds of each, and MiB of the largest relay, for all that is in the outbox."""
     before = cpu_seconds(database.pid), cpu_seconds(redis.pid)
     running = [
-        Relay(database, {**sink.environment, **(settings or {})}, "--once", stdout=sink.stdout) for _ in range(relays)
+        Relay(database, {**sink.environment, **(settings or {})}, "--once", stdout=sink.stdout, stderr=stderr)
+        for _ in range(relays)
     ]
     for relay in running:
         relay.wait()
     after = cpu_seconds(database.pid), cpu_seconds(redis.pid)
     return {
+        "begun": running[0].begun,
         "seconds": max(relay.begun + relay.seconds for relay in running) - running[0].begun,
         "relay": sum(relay.cpu for relay in running),
         "postgres": after[0] - before[0],

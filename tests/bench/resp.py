@@ -22,8 +22,11 @@ class Client:
         self.socket.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words))
 
     def ask(self, *words):
-        """The answer: bytes, a number, None, or a list of those. `answered_at` is when it began to arrive."""
         self.send(*words)
+        return self.answer()
+
+    def answer(self):
+        """Bytes, a number, None, or a list of those. `answered_at` is when it began to arrive."""
         line = self.stream.readline()
         self.answered_at = time.time()
         return self.value(line)
