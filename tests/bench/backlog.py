@@ -12,7 +12,7 @@ def fill(database, events, payload=200, keys=10_000):
         with pad as materialized (select string_agg(md5(j::text), '') as hex from generate_series(1, {payload // 32 + 5}) j)
         insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
         select 'order.created', 'order', (i % {keys})::text,
-               jsonb_build_object('n', i, 'pad', substr(hex, 1 + i % 97, {max(payload - 30, 0)}))
+               jsonb_build_object('n', i, 'pad', substr(hex, 1 + i % 97, {max(payload - 25, 0)}))
         from generate_series(1, {events}) i cross join pad""")
     psql(database, "vacuum analyze event_outbox")
     psql(database, "checkpoint")

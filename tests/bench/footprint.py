@@ -13,7 +13,6 @@ from processes import Relay, cpu_seconds, mebibytes
 from resp import Client
 from sinks import Stream
 
-STARTS = 5
 IDLE_RELAYS = 3
 # What is changed of PostgreSQL's settings, and whether the relay's own transactions can be told from vacuum's.
 KINDS = {
@@ -63,6 +62,9 @@ def costs(database, redis, kind, events):
         setting(database, name, value)
     clear(database)
     stream.clear()
+    commits = transactions(database)
+    drain(database, redis, stream)
+    of_nothing = transactions(database) - commits
     fill(database, events)
     position, commits = wal_position(database), transactions(database)
     with tempfile.TemporaryFile("w+") as log:
@@ -70,7 +72,7 @@ def costs(database, redis, kind, events):
         spent = drain(database, redis, stream, settings, stderr=log)
         log.seek(0)
         batches = [entry["event_count"] for entry in map(json.loads, log) if entry["message"] == "batch settled"]
-    written, committed = wal_position(database) - position, transactions(database) - commits
+    written, committed = wal_position(database) - position, transactions(database) - commits - of_nothing
     check_books(f"costs, {kind}", database, events)
     stream.check(f"costs, {kind}", events)
     for name in KINDS[kind]:
@@ -114,6 +116,7 @@ def idle(database, redis, relays, seconds, counted):
         time.sleep(1)
         if counted:
             psql(database, "select pg_stat_statements_reset()")
+            reset = time.monotonic()
         before = look()
         time.sleep(seconds)
         after = look()
@@ -122,7 +125,7 @@ def idle(database, redis, relays, seconds, counted):
         if counted:
             mine = "s.query !~ 'pg_stat_|pg_current_wal_lsn|txid_snapshot'"
             calls = psql(database, f"select coalesce(sum(s.calls), 0) from pg_stat_statements s where {mine}")
-            found["statements"] = int(calls) / elapsed
+            found["statements"] = int(calls) / (time.monotonic() - reset)
         found["transactions"] /= elapsed
         for name in ("relay", "postgres", "redis"):
             found[name] *= 100 / elapsed
@@ -138,32 +141,35 @@ def idle(database, redis, relays, seconds, counted):
 
 
 def run(options):
+    tries = 1 if options.short else 5
     size = Table("size and start", {"binary": ("binary MiB", ".1f"), "start": ("start to entry ms", ".1f"), "memory": ("MiB after", ".1f")},
-                 spread=("start",), notes=[f"From the start of the process to its one pending event in the stream; the median of {STARTS} starts a run."])
+                 spread=("start",), notes=[f"From the start of the process to its one pending event in the stream; the median of {tries} starts a run."])
     cost = Table("an event", {
         "relay": ("relay us", ".1f"), "postgres": ("postgres us", ".1f"), "redis": ("redis us", ".1f"), "wal": ("WAL bytes", ",.0f"),
         "batch": ("events a batch", ",.0f"), "transactions": ("transactions a batch", ".2f"), "memory": ("relay MiB", ".0f"),
     }, spread=("postgres", "wal"), notes=[
         "A drain to a Redis Stream, 200 bytes, right after a checkpoint. us an event is CPU seconds a million events.",
         "With autovacuum on, its WAL and transactions count too, as far as they fall into the drain.",
+        "transactions: less those of a drain of nothing, which are the relay's start and end. The last batch of each partition is not full.",
     ])
     quiet = Table("idle", {
         "xids": ("xids", ",.0f"), "wal": ("WAL bytes", ",.0f"), "statements": ("statements/s", ".2f"),
         "transactions": ("transactions/s", ".2f"), "relay": ("relays %", ".2f"), "postgres": ("postgres %", ".2f"),
         "redis": ("redis %", ".2f"), "memory": ("MiB a relay", ".1f"),
-    }, notes=["%: of one CPU. xids and WAL: in all of the time; the server's own housekeeping is in the row without a relay."])
+    }, notes=["%: of one CPU. xids and WAL: in all of the time, autovacuum off. What the server does by itself is in the row without a relay."])
     events, seconds = options.size(1_000_000, 5_000), 3 if options.short else 60
     with servers() as (database, redis):
         for number in options.rounds():
-            starts = [start(database, redis) for _ in range(STARTS)]
+            starts = [start(database, redis) for _ in range(tries)]
             if number > 0:
-                size.add("relay", binary=os.path.getsize(RELAY) / 2**20, start=sorted(starts)[STARTS // 2][0],
+                size.add("relay", binary=os.path.getsize(RELAY) / 2**20, start=sorted(starts)[tries // 2][0],
                          memory=max(memory for _, memory in starts))
             for kind in KINDS:
                 found = costs(database, redis, kind, events)
                 if number == 0:
                     break
                 cost.add(kind, **found)
+        setting(database, "autovacuum", "off")
         counted = preload_statistics(database)
         if not counted:
             quiet.notes.append("statements/s are left out: this server lacks pg_stat_statements.")

@@ -34,7 +34,7 @@ class Producers:
         if self.process.returncode != 0 or "aborted" in output:
             sys.exit(f"pgbench failed:\n{output}")
         done = int(re.search(r"actually processed: (\d+)", output)[1])
-        return done, float(re.search(r"tps = ([\d.]+) \(without", output)[1])
+        return done, float(re.search(r"tps = ([\d.]+) \((?:without|excluding)", output)[1])
 
     def commits(self):
         """When the answer to each commit was there, by correlation id. pgbench reads the clock of the system, in us."""

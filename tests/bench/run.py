@@ -44,7 +44,7 @@ def main():
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="all of them by default")
     parser.add_argument("--runs", type=int, default=3, help="besides a warm-up (3)")
     parser.add_argument("--events", type=int, help="instead of each section's own number")
-    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds it, of drain, latency and producers")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds it; not of footprint")
     parser.add_argument("--json", metavar="FILE", help="every run's figures")
     parser.add_argument("--short", action="store_true", help="tiny and once: for the checks, not for the times")
     given = parser.parse_args()

@@ -11,8 +11,8 @@ import time
 from common import expect, redis_cli
 from resp import Client
 
-# In a CloudEvent, be it written into a string of another document or not.
-MARK = re.compile(rb'\\?"sequence\\?":\\?"(\d+)\\?",\\?"partitionkey\\?":\\?"([^"\\]*)')
+# In a CloudEvent, be it written into a string of another document or not. It begins with letters, which are found fast.
+MARK = re.compile(rb'sequence\\?":\\?"(\d+)\\?",\\?"partitionkey\\?":\\?"([^"\\]*)')
 LONGEST_MARK = 500
 
 
