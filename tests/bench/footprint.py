@@ -140,23 +140,35 @@ def idle(database, redis, relays, seconds, counted):
     return found
 
 
-def run(options):
-    tries = 1 if options.short else 5
-    size = Table("size and start", {"binary": ("binary MiB", ".1f"), "start": ("start to entry ms", ".1f"), "memory": ("MiB after", ".1f")},
-                 spread=("start",), notes=[f"From the start of the process to its one pending event in the stream; the median of {tries} starts a run."])
+def tables(tries):
+    size = Table(
+        "size and start",
+        {"binary": ("binary MiB", ".1f"), "start": ("start to entry ms", ".1f"), "memory": ("MiB after", ".1f")},
+        spread=("start",),
+        notes=[f"From the start of the process to its one pending event in the stream; the median of {tries} starts a run."],
+    )
     cost = Table("an event", {
         "relay": ("relay us", ".1f"), "postgres": ("postgres us", ".1f"), "redis": ("redis us", ".1f"), "wal": ("WAL bytes", ",.0f"),
         "batch": ("events a batch", ",.0f"), "transactions": ("transactions a batch", ".2f"), "memory": ("relay MiB", ".0f"),
     }, spread=("postgres", "wal"), notes=[
         "A drain to a Redis Stream, 200 bytes, right after a checkpoint. us an event is CPU seconds a million events.",
         "With autovacuum on, its WAL and transactions count too, as far as they fall into the drain.",
-        "transactions: less those of a drain of nothing, which are the relay's start and end. The last batch of each partition is not full.",
+        "transactions: less those of a drain of nothing. The last batch of each partition is not full.",
     ])
     quiet = Table("idle", {
         "xids": ("xids", ",.0f"), "wal": ("WAL bytes", ",.0f"), "statements": ("statements/s", ".2f"),
         "transactions": ("transactions/s", ".2f"), "relay": ("relays %", ".2f"), "postgres": ("postgres %", ".2f"),
         "redis": ("redis %", ".2f"), "memory": ("MiB a relay", ".1f"),
-    }, notes=["%: of one CPU. xids and WAL: in all of the time, autovacuum off. What the server does by itself is in the row without a relay."])
+    }, notes=[
+        "%: of one CPU. xids and WAL: in all of the time, autovacuum off.",
+        "What the server does by itself is in the row without a relay.",
+    ])
+    return size, cost, quiet
+
+
+def run(options):
+    tries = 1 if options.short else 5
+    size, cost, quiet = tables(tries)
     events, seconds = options.size(1_000_000, 5_000), 3 if options.short else 60
     with servers() as (database, redis):
         for number in options.rounds():

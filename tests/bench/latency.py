@@ -94,6 +94,7 @@ def run(options):
         for mode in MODES:
             for rate in RATES:
                 label = f"{mode}, {rate:,}/s"
-                if label in table.rows and table.median(label, "rate") < 0.95 * rate:
+                # In a second or two, chance alone takes a tenth away.
+                if not options.short and label in table.rows and table.median(label, "rate") < 0.9 * rate:
                     table.notes.append(f"{label}: the CPUs were full before that rate was reached; the times are those of a queue.")
     return [table]

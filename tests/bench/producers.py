@@ -116,7 +116,7 @@ def commits(options, database, redis, triggers):
 
 
 def inserts(options, database, triggers):
-    table = Table("insert", {"each": ("us", ".1f"), "ratio": ("of the least", ".2f")}, spread=("each",), notes=[
+    table = Table("insert", {"each": ("us", ".1f"), "ratio": ("of the least", ".2f"), "cpu": ("CPU us", ".1f")}, spread=("each",), notes=[
         "One INSERT of one event after the other, in one transaction of a loop in the server: no round trip, no commit.",
     ])
     events = options.size(100_000, 2_000)
@@ -129,17 +129,18 @@ def inserts(options, database, triggers):
             for statement in make:
                 psql(database, statement)
             psql(database, "checkpoint")
-            begun = time.monotonic()
+            before, begun = cpu_seconds(database.pid), time.monotonic()
             psql(database, f"""
                 do $$ begin for i in 1..{events} loop
                     insert into {name} (event_type, aggregate_type, aggregate_id, payload)
                     values ('order.created', 'order', (i % 10000)::text, '{PAYLOAD}');
                 end loop; end $$""")
             each = (time.monotonic() - begun) / events * 1e6
+            cpu = (cpu_seconds(database.pid) - before) / events * 1e6
             expect(label, inserted=(int(psql(database, f"select count(*) from {name}")), events))
             psql(database, f"drop table {name}" if make else f"truncate {name}")
             if number > 0:
-                table.add(label, each=each)
+                table.add(label, each=each, cpu=cpu)
     least = list(COPIES)[-1]
     for label in table.rows if least in table.rows else []:
         table.rows[label]["ratio"] = [table.median(label, "each") / table.median(least, "each")]

@@ -11,6 +11,7 @@ import sys
 from sinks import Arrivals
 
 ENTRY = b'"DetailType":'  # unescaped only outside of Detail, once an entry
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-amz-json-1.1\r\ncontent-length: %d\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -58,7 +59,7 @@ class Connection(asyncio.Protocol):
     def answer(self, document):
         body = document.encode()
         if not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/x-amz-json-1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            self.transport.write(HEAD % len(body) + body)
 
 
 async def main():
