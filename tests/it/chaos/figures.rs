@@ -3,6 +3,7 @@
 //! `make figures` runs all of them; FIGURE names one, PERCENT makes them shorter.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use outbox_relay::audit::Obligation;
@@ -214,19 +215,28 @@ async fn s6_backends_terminated() {
         let (rate, count, report) = blocking(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let relays: Vec<Running> = (0..3).map(|_| world.relay(&["run"], "")).collect();
-            let (begun, mut emitted, mut count) = (Instant::now(), 0, 0);
-            while begun.elapsed() < duration {
-                // There is always something to do.
-                if world.entries() + 30_000 > emitted {
-                    runtime.block_on(world.backlog(20_000));
-                    emitted += 20_000;
+            let (begun, mut emitted, ended) = (Instant::now(), 0, AtomicBool::new(!terminated));
+            let count = std::thread::scope(|scope| {
+                let terminator = scope.spawn(|| {
+                    let mut count = 0;
+                    while !ended.load(Ordering::SeqCst) {
+                        super::terminate_backends(world.database.url());
+                        count += 1;
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                    count
+                });
+                while begun.elapsed() < duration {
+                    // There is always something to do.
+                    if world.entries() + 30_000 > emitted {
+                        runtime.block_on(world.backlog(20_000));
+                        emitted += 20_000;
+                    }
+                    std::thread::sleep(Duration::from_millis(50));
                 }
-                if terminated {
-                    super::terminate_backends(world.database.url());
-                    count += 1;
-                }
-                std::thread::sleep(Duration::from_millis(200));
-            }
+                ended.store(true, Ordering::SeqCst);
+                terminator.join().unwrap()
+            });
             let rate = world.entries() as f64 / begun.elapsed().as_secs_f64();
             world.drain_by(relays);
             let report = world.require_clean(&[], 0);
