@@ -5,7 +5,7 @@ SEEDS ?= 10
 PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-embedded check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-embedded bench-peers check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ bench: setup build ## rates, latency and costs on PostgreSQL, for hours: SECTION
 
 bench-embedded: setup build ## the same from a SQLite file; latency, idle cost, and what the application's commits cost beside it
 	python3 tests/bench/embedded.py
+
+bench-peers: build ## the backlog again, and how fast job queues and Debezium drain theirs
+	@tests/setup peers
+	python3 tests/bench/peers.py
 
 check-deploy: ## whether the files of deploy/ are sound
 	@tests/setup deploy

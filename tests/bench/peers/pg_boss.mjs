@@ -1,0 +1,49 @@
+// pg-boss, with the loop its documentation shows for fetch(): take a large batch, write it to the stream in one pipeline,
+// complete it in one statement. priority and orderByCreatedOn are off, "for improved performance when order doesn't matter".
+// https://pgboss.io/api/jobs (insert, fetch, complete), https://pgboss.io/api/queues (partition)
+import { PgBoss } from 'pg-boss'
+import { createClient } from 'redis'
+
+const { DATABASE_URL, REDIS_URL, EVENTS, PAYLOAD, KEYS, LOOPS = '3', BATCH = '1000' } = process.env
+const events = Number(EVENTS)
+const queue = 'events'
+
+// Neither schedules nor maintenance, which would only take time from the drain.
+const boss = new PgBoss({ connectionString: DATABASE_URL, supervise: false, schedule: false })
+boss.on('error', error => { throw error })
+
+async function fill () {
+  await boss.createQueue(queue, { partition: true })
+  const pad = 'x'.repeat(Math.max(Number(PAYLOAD) - 30, 0))
+  for (let first = 1; first <= events; first += 10_000) {
+    const jobs = []
+    for (let n = first; n < first + 10_000 && n <= events; n++) {
+      jobs.push({ data: { type: 'order.created', key: `order:${n % Number(KEYS)}`, data: { n, pad } } })
+    }
+    await boss.insert(queue, jobs)
+  }
+}
+
+async function drain () {
+  const redis = await createClient({ url: REDIS_URL }).connect()
+  async function loop () {
+    for (;;) {
+      const jobs = await boss.fetch(queue, { batchSize: Number(BATCH), priority: false, orderByCreatedOn: false })
+      if (jobs.length === 0) return
+      const pipeline = redis.multi()
+      for (const { id, data } of jobs) {
+        pipeline.xAdd('events', '*', { id, type: data.type, partitionkey: data.key, data: JSON.stringify(data.data) })
+      }
+      await pipeline.execAsPipeline()
+      await boss.complete(queue, jobs.map(job => job.id))
+    }
+  }
+  const begun = performance.now()
+  await Promise.all(Array.from({ length: Number(LOOPS) }, loop))
+  console.log(JSON.stringify({ events, seconds: (performance.now() - begun) / 1000 }))
+  await redis.close()
+}
+
+await boss.start()
+await { fill, drain }[process.argv[2]]()
+await boss.stop()
