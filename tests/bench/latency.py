@@ -96,5 +96,5 @@ def run(options):
                 label = f"{mode}, {rate:,}/s"
                 # In a second or two, chance alone takes a tenth away.
                 if not options.short and label in table.rows and table.median(label, "rate") < 0.9 * rate:
-                    table.notes.append(f"{label}: the CPUs were full before that rate was reached; the times are those of a queue.")
+                    table.notes.append(f"{label}: the producers did not reach that rate here; the times are those of a full machine.")
     return [table]
