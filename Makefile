@@ -5,7 +5,7 @@ SEEDS ?= 10
 PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-embedded bench-peers check-deploy clean
+.PHONY: help build setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-check bench-embedded bench-peers check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ fuzz: ## what parses foreign bytes, each target for a while: SECONDS=60
 
 bench: setup build ## rates, latency and costs on PostgreSQL, for hours: SECTIONS="drain latency" OPTIONS="--short"
 	$(PYTHON) tests/bench/run.py $(SECTIONS) $(OPTIONS)
+
+bench-check: setup ## whether each benchmark finds what should arrive: small, not optimised, its times mean nothing
+	cargo build --locked --features failpoints --bins
+	BENCH_RELAY=$(CURDIR)/target/debug/relay $(PYTHON) tests/bench/run.py --short
 
 bench-embedded: setup build ## the same from a SQLite file; latency, idle cost, and what the application's commits cost beside it
 	python3 tests/bench/embedded.py

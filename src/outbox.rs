@@ -146,6 +146,15 @@ pub struct Promoted {
     pub next_due: Option<Duration>,
 }
 
+/// What a sleeper's short question found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peek {
+    /// Some event is pending, whoever may hold it.
+    pub pending: bool,
+    /// How long until a scheduled event is due, where there is one.
+    pub next_due: Option<Duration>,
+}
+
 /// The notes that end a crash loop.
 pub trait CrashNotes {
     /// Notes that the relay `run` begins to publish. Returns whether one has died lately, or is as young as this one.
@@ -251,6 +260,12 @@ pub trait Lane: Send {
         destinations: &[&str],
         max_events: usize,
     ) -> impl Future<Output = Result<Promoted, OutboxError>> + Send;
+
+    /// Whether there is anything to claim, or to promote for one of `destinations`: one cheap question, for who sleeps.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn peek(&mut self, destinations: &[&str]) -> impl Future<Output = Result<Peek, OutboxError>> + Send;
 
     /// Whether some event still waits for a retry or for its destination.
     ///

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RELAY = os.path.join(ROOT, "target", "release", "relay")
+RELAY = os.environ.get("BENCH_RELAY") or os.path.join(ROOT, "target", "release", "relay")
 
 
 def psql_path():

@@ -1,12 +1,14 @@
 //! The outbox in PostgreSQL 13 and later.
 //!
 //! - [`lane`]: claim and settle, the hot path.
+//! - `batch`: reading a batch.
 //! - [`wake`]: sleeping until a producer commits.
 //! - [`schema`]: migrations, and whether a database fits.
 //! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
 pub mod audit;
+mod batch;
 pub mod emit;
 pub mod lane;
 pub mod schema;

@@ -4,7 +4,7 @@
 //! looks for work, and sleeps while there is none; as soon as it has claimed some, the next lane takes over. So an idle
 //! relay asks its database one question at a time, however many lanes it has.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,8 @@ pub(super) struct Shared<W> {
     /// Something was scheduled since the last promotion.
     pub(super) scheduled: AtomicBool,
     pub(super) drained: AtomicBool,
+    /// Microseconds that the store took for the last batch that was not full.
+    pub(super) store_us: AtomicU64,
     result: Mutex<(Tally, bool)>,
 }
 
@@ -57,6 +59,7 @@ impl<W> Shared<W> {
             settled: Notify::new(),
             scheduled: AtomicBool::new(false),
             drained: AtomicBool::new(false),
+            store_us: AtomicU64::new(0),
             result: Mutex::default(),
         }
     }
@@ -100,6 +103,8 @@ impl<W> Drop for Busy<W> {
 pub(super) struct Work<W> {
     pub(super) batch: Vec<Claimed>,
     pub(super) term: Term,
+    /// When its claim began.
+    pub(super) begun: Instant,
     pub(super) busy: Busy<W>,
 }
 
@@ -185,7 +190,7 @@ impl<O: Outbox> Lane<O> {
 
     /// Claim, publish, settle. Returns false at the end.
     async fn pass(&mut self) -> Result<bool, OutboxError> {
-        let Some(Work { mut batch, term, busy }) = self.find().await? else { return Ok(false) };
+        let Some(Work { mut batch, term, begun: claiming, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
         let suspects = match relay.caution.before(&relay.outbox, &mut batch).await {
             Ok(suspects) => suspects,
@@ -218,6 +223,10 @@ impl<O: Outbox> Lane<O> {
         );
         if tally.retried + tally.waiting > 0 {
             self.shared.scheduled.store(true, Ordering::SeqCst);
+        }
+        if !self.eager {
+            let in_store = (claiming.elapsed() - published).as_micros();
+            self.shared.store_us.store(u64::try_from(in_store).unwrap_or(u64::MAX), Ordering::SeqCst);
         }
         self.shared.record(tally, false);
         drop(busy);

@@ -15,6 +15,9 @@ use crate::relay::{Relay, sleep};
 /// last event it is where the poll interval of a relay that is still awake starts.
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 
+/// The longest of these, which a store that is busy with others gets.
+const LOOK_INTERVAL_AT_MOST: Duration = Duration::from_millis(10);
+
 /// The longest time between two looks of a relay that is awake.
 const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
 
@@ -84,6 +87,16 @@ impl<O: Outbox> Relay<O> {
         if probing { PROBE_EVENTS.min(self.config.batch_events) } else { self.config.batch_events }
     }
 
+    /// How long there is nothing to promote: until the next event is due, or a paused destination takes events again; at most
+    /// a polling interval.
+    fn rest(&self, now: Instant, next_due: Option<Duration>) -> Duration {
+        let next_back = self.destinations.iter().filter_map(|destination| match destination.admission(now) {
+            Admission::No(until) => Some(until - now),
+            Admission::Yes | Admission::Probe => None,
+        });
+        next_back.chain(next_due).fold(self.config.polling_interval, Duration::min)
+    }
+
     fn ready_destinations(&self, now: Instant) -> Vec<&str> {
         self.destinations
             .iter()
@@ -104,12 +117,13 @@ impl<O: Outbox> Lane<O> {
             destinations: &relay.names,
         };
         let mut busy = Busy::new(Arc::clone(&self.shared));
+        let begun = Instant::now();
         let claim = self.lane.claim(request).await?;
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
             Claim::Batch { claimed: batch, term, .. } => {
                 busy.claimed = true;
-                Look::Found(Work { batch, term, busy })
+                Look::Found(Work { batch, term, begun, busy })
             }
             // Not only after a batch is settled: a relay that has nothing to do is ready again too.
             Claim::Busy => {
@@ -130,7 +144,7 @@ impl<O: Outbox> Lane<O> {
     ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
         loop {
             if self.shared.drained.load(Ordering::SeqCst)
-                || !sleep((watch.last_look + LOOK_INTERVAL).saturating_duration_since(Instant::now()), &self.stop).await
+                || !sleep((watch.last_look + self.pace()).saturating_duration_since(Instant::now()), &self.stop).await
             {
                 return Ok(None);
             }
@@ -181,15 +195,7 @@ impl<O: Outbox> Lane<O> {
         let now = Instant::now();
         let limit = relay.batch_events(now);
         let promoted = self.lane.promote(&relay.ready_destinations(now), limit).await?;
-        let next_back = relay.destinations.iter().filter_map(|destination| match destination.admission(now) {
-            Admission::No(until) => Some(until - now),
-            Admission::Yes | Admission::Probe => None,
-        });
-        let next = if promoted.count >= limit {
-            Duration::ZERO
-        } else {
-            next_back.chain(promoted.next_due).fold(relay.config.polling_interval, Duration::min)
-        };
+        let next = if promoted.count >= limit { Duration::ZERO } else { relay.rest(now, promoted.next_due) };
         watch.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
         Ok(if promoted.count > 0 { Duration::ZERO } else { next })
     }
@@ -235,36 +241,11 @@ impl<O: Outbox> Lane<O> {
         watch.warned = false;
         // Once more, now that whoever commits after this will wake us.
         let look = self.look().await?;
-        let mut at_most = Duration::ZERO;
-        if matches!(look, Look::Empty) {
-            at_most = self.promote(watch).await?;
-        }
         let begun = Instant::now();
-        let mut armed = armed;
         let mut woken = false;
-        while !woken && begun.elapsed() < at_most && !self.stop.is_cancelled() {
-            let rest = at_most.saturating_sub(begun.elapsed());
-            let slice = if armed == Armed::Standby { rest.min(STANDBY_INTERVAL) } else { rest };
-            let waited = tokio::select! {
-                waited = wakeup.wait(slice) => waited,
-                () = self.shared.settled.notified() => Ok(true),
-                () = self.stop.cancelled() => Ok(true),
-            };
-            woken = match waited {
-                Ok(woken) => woken,
-                Err(error) => {
-                    // Whoever committed meanwhile may not have reached us.
-                    tracing::warn!(
-                        error = error.explain(),
-                        "the connection that wakes this relay was lost; looking at once"
-                    );
-                    true
-                }
-            };
-            if !woken && armed == Armed::Standby {
-                armed = wakeup.arm().await.unwrap_or(Armed::No);
-                woken = armed != Armed::Standby;
-            }
+        if matches!(look, Look::Empty) {
+            let at_most = self.promote(watch).await?;
+            woken = self.sleep_armed(watch, wakeup, armed, at_most).await?;
         }
         if woken {
             let now = Instant::now();
@@ -282,6 +263,63 @@ impl<O: Outbox> Lane<O> {
             Look::Found(work) => Some(work),
             Look::Busy | Look::Empty => None,
         })
+    }
+
+    /// Sleeps until woken or until there may be work, which it asks for after `at_most` and then once a polling interval:
+    /// not all who insert wake anybody. Returns whether it was woken.
+    async fn sleep_armed(
+        &mut self,
+        watch: &mut Watch<O::Wakeup>,
+        wakeup: &mut O::Wakeup,
+        mut armed: Armed,
+        at_most: Duration,
+    ) -> Result<bool, OutboxError> {
+        let mut until = Instant::now() + at_most;
+        while !self.stop.is_cancelled() {
+            let now = Instant::now();
+            if until <= now {
+                let relay = Arc::clone(&self.relay);
+                let found = self.lane.peek(&relay.ready_destinations(now)).await?;
+                if found.pending || found.next_due.is_some_and(|due| due.is_zero()) {
+                    watch.next_promotion = now;
+                    return Ok(false);
+                }
+                until = now + relay.rest(now, found.next_due);
+            }
+            let rest = until.saturating_duration_since(now);
+            let slice = if armed == Armed::Standby { rest.min(STANDBY_INTERVAL) } else { rest };
+            let waited = tokio::select! {
+                waited = wakeup.wait(slice) => waited,
+                () = self.shared.settled.notified() => Ok(true),
+                () = self.stop.cancelled() => Ok(true),
+            };
+            match waited {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(error) => {
+                    // Whoever committed meanwhile may not have reached us.
+                    tracing::warn!(
+                        error = error.explain(),
+                        "the connection that wakes this relay was lost; looking at once"
+                    );
+                    return Ok(true);
+                }
+            }
+            if armed == Armed::Standby {
+                armed = wakeup.arm().await.unwrap_or(Armed::No);
+                if armed != Armed::Standby {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// How long after a look the next may begin: where the store is slow because it is busy, it is given as much time for
+    /// others.
+    fn pace(&self) -> Duration {
+        let in_store = Duration::from_micros(self.shared.store_us.load(Ordering::SeqCst));
+        in_store.saturating_mul(2).clamp(LOOK_INTERVAL, LOOK_INTERVAL_AT_MOST)
     }
 
     /// No other lane of this relay holds anything.

@@ -19,7 +19,7 @@ use crate::outbox::records::Records;
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
 use crate::outbox::sqlite::{SqliteOutbox, answered, row};
-use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` payload limit; `?3`
 /// destinations. What waits behind a failed event of its key is asked per row only where anything waits at all.
@@ -70,6 +70,18 @@ from json_each(?1) d";
 /// Makes rows pending. Needs no claim: whoever has one sees such a row either waiting, and its key behind it, or pending.
 const PROMOTE: &str = "
 update event_outbox set status = 'pending' where status = 'scheduled' and row_id in (select value from json_each(?1))";
+
+/// `?1` destinations.
+const PEEK: &str = "
+select exists (select 1 from event_outbox where partition < 640), (
+    select cast((julianday(min(head.available_at)) - julianday('now')) * 86400000 as integer)
+    from (
+        select (
+            select min(available_at) from event_outbox where status = 'scheduled' and destination = d.value
+        ) as available_at
+        from json_each(?1) d
+    ) head
+)";
 
 const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
 
@@ -217,6 +229,17 @@ impl Lane for SqliteLane {
         .await?;
         self.connection = Some(connection);
         Ok(promoted)
+    }
+
+    async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
+        let mut connection = self.connection().await?;
+        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let (pending, next_due_ms): (bool, Option<i64>) = answered("look whether there are events", async {
+            sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut connection).await
+        })
+        .await?;
+        self.connection = Some(connection);
+        Ok(Peek { pending, next_due: next_due_ms.map(milliseconds) })
     }
 
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
