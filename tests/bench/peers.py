@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """relay beside other ways to get committed rows from PostgreSQL into a Redis Stream: how fast each drains a backlog.
 
-Every run is on a fresh PostgreSQL and a fresh Redis, throwaway ones, and the contestants take turns, so that a noisy machine
-is noisy for all. relay runs with its defaults, a peer with the best settings its documentation gives: its driver in
+Every run is on a fresh PostgreSQL and a fresh Redis, throwaway ones. The peers take turns, and relay runs before each of them:
+the ratio is of such neighbours, so it holds where the machine is noisy; the rates alone do not. relay runs with its defaults, a peer with the best settings its documentation gives: its driver in
 tests/bench/peers says which, and where they stand. relay's clock is that of its whole process; a peer's begins when it is
 connected. After each run the stream must hold every event, and the queue be empty.
 Usage: python3 tests/bench/peers.py [--runs 3] [--scale 1.0] [--payload 200] [--keys 10000] [--only relay,pg-boss] [--json FILE]
@@ -255,18 +255,21 @@ def order(runs):
     return "kept" if worst == 0 else f"{worst:,} events late"
 
 
+def spread(numbers, form):
+    """Median, least and most."""
+    return "".join(form.format(number) for number in (statistics.median(numbers), min(numbers), max(numbers)))
+
+
 def report(results, missing):
-    ours = statistics.median(run["rate"] for run in results["relay"]) if "relay" in results else None
-    print(f"\n{'':32}{'events/s':>10}{'lowest':>10}{'highest':>10}{'relay/peer':>12}   order per key, as seen")
+    print(f"\n{'':32}{'events/s':>10}{'lowest':>10}{'highest':>10}{'relay/peer':>12}{'lowest':>8}{'highest':>9}   order per key, as seen")
     for contestant in CONTESTANTS:
         runs = results.get(contestant.name)
         if not runs:
             continue
-        rates = [run["rate"] for run in runs]
-        median = statistics.median(rates)
-        ratio = f"{ours / median:.1f}" if ours and contestant.name != "relay" else ""
+        ratios = [run["relay"] / run["rate"] for run in runs if "relay" in run]
         label = f"{contestant.name} {contestant.version}"
-        print(f"{label:32}{median:10,.0f}{min(rates):10,.0f}{max(rates):10,.0f}{ratio:>12}   {order(runs)}")
+        compared = f"{spread(ratios, '{:9.2f}')}  " if ratios else " " * 29
+        print(f"{label:32}{spread([run['rate'] for run in runs], '{:10,.0f}')}   {compared}   {order(runs)}")
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")
 
@@ -294,12 +297,21 @@ def main():
 
     for contestant in chosen:
         attempt(contestant, contestant.install)
+    ours = next((c for c in chosen if c.name == "relay"), None)
+    peers = [c for c in chosen if c is not ours]
     for number in range(1, options.runs + 1):
-        for contestant in chosen:
-            result = attempt(contestant, lambda: measure(contestant, options))
-            if result:
+        for pair in [(ours, peer) for peer in peers if peer.name not in missing] or [(ours,)]:
+            neighbour = None
+            for contestant in filter(None, pair):
+                result = attempt(contestant, lambda: measure(contestant, options))
+                if result is None:
+                    continue
+                if contestant is ours:
+                    neighbour = result["rate"]
+                elif neighbour:
+                    result["relay"] = neighbour
                 results.setdefault(contestant.name, []).append(result)
-                print(f"run {number}: {contestant.name:24} {result['rate']:9,.0f} events/s", flush=True)
+                print(f"turn {number}: {contestant.name:24} {result['rate']:9,.0f} events/s", flush=True)
     for name in missing:
         results.pop(name, None)
     report(results, missing)
