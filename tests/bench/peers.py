@@ -116,14 +116,15 @@ class Driver:
 
 
 class Node(Driver):
-    def __init__(self, name, program, *rest):
+    def __init__(self, name, package, program, *rest):
         super().__init__(name, *rest)
-        self.version = pinned(name)
+        self.version = pinned(package)
         self.folder = os.path.join(INSTALLED, "node")
         # Its own: Debian's is older than what these packages want.
         machine = {"x86_64": "x64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
         node = os.path.join(self.folder, "node_modules", f"node-linux-{machine}", "bin", "node")
-        self.command = [node, os.path.join(self.folder, program)]
+        file, *arguments = program.split()
+        self.command = [node, os.path.join(self.folder, file), *arguments]
 
     def install(self):
         if not shutil.which("npm"):
@@ -185,10 +186,13 @@ class Debezium(Driver):
         return super().drain(environment, self.action)
 
 
+# The crate outbox-pattern-processor is not among them: it delivers to SQS, SNS and HTTP, and takes no destination of one's own.
 CONTESTANTS = [
     Relay(),
-    Node("pg-boss", "pg_boss.mjs", 100_000, "select count(*) from pgboss.job where state <> 'completed'"),
-    Node("graphile-worker", "graphile_worker.mjs", 100_000, "select count(*) from graphile_worker.jobs"),
+    Node("pg-boss", "pg-boss", "pg_boss.mjs standard", 100_000, "select count(*) from pgboss.job where state <> 'completed'"),
+    Node("pg-boss (in order)", "pg-boss", "pg_boss.mjs key_strict_fifo", 100_000,
+         "select count(*) from pgboss.job where state <> 'completed'"),
+    Node("graphile-worker", "graphile-worker", "graphile_worker.mjs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("graphile_worker (Rust)", "graphile_worker", "graphile_worker_rs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("outbox-core (Rust)", "outbox-core", "outbox_core", 50_000, "select count(*) from outbox_events where status <> 'Sent'"),
     # More events, for they also have to warm up a JVM.

@@ -1,11 +1,13 @@
 // pg-boss, with the loop its documentation shows for fetch(): take a large batch, write it to the stream in one pipeline,
 // delete it in one statement, which is faster than complete(). priority and orderByCreatedOn are off, the latter "for improved
 // performance when order doesn't matter", and the queue has a table of its own, as large queues should.
-// https://pgboss.io/api/jobs (insert, fetch, deleteJob), https://pgboss.io/api/queues (partition)
+// The first argument is the policy of the queue: `standard`, or `key_strict_fifo`, which promises order per key.
+// https://pgboss.io/api/jobs (insert, fetch, deleteJob), https://pgboss.io/api/queues (partition, policy)
 import { PgBoss } from 'pg-boss'
 import { createClient } from 'redis'
 
 const { DATABASE_URL, REDIS_URL, EVENTS, PAYLOAD, KEYS } = process.env
+const [policy, action] = process.argv.slice(2)
 const events = Number(EVENTS)
 const queue = 'events'
 const loops = 4, batchSize = 2000 // the fastest of those tried; the documentation names none
@@ -15,12 +17,14 @@ const boss = new PgBoss({ connectionString: DATABASE_URL, supervise: false, sche
 boss.on('error', error => { throw error })
 
 async function fill () {
-  await boss.createQueue(queue, { partition: true })
+  await boss.createQueue(queue, { partition: true, policy })
   const pad = 'x'.repeat(Math.max(Number(PAYLOAD) - 30, 0))
   for (let first = 1; first <= events; first += 10_000) {
     const jobs = []
     for (let n = first; n < first + 10_000 && n <= events; n++) {
-      jobs.push({ data: { type: 'order.created', key: `order:${n % Number(KEYS)}`, data: { n, pad } } })
+      const key = `order:${n % Number(KEYS)}`
+      const data = { type: 'order.created', key, data: { n, pad } }
+      jobs.push(policy === 'standard' ? { data } : { data, singletonKey: key })
     }
     await boss.insert(queue, jobs)
   }
@@ -47,5 +51,5 @@ async function drain () {
 }
 
 await boss.start()
-await { fill, drain }[process.argv[2]]()
+await { fill, drain }[action]()
 await boss.stop()
