@@ -2,9 +2,10 @@
 """relay beside other ways to get committed rows from PostgreSQL into a Redis Stream: how fast each drains a backlog.
 
 Every run is on a fresh PostgreSQL and a fresh Redis, throwaway ones. The peers take turns, and relay runs before each of them:
-the ratio is of such neighbours, so it holds where the machine is noisy; the rates alone do not. relay runs with its defaults, a peer with the best settings its documentation gives: its driver in
-tests/bench/peers says which, and where they stand. relay's clock is that of its whole process; a peer's begins when it is
-connected. After each run the stream must hold every event, and the queue be empty. A turn takes some four minutes.
+the ratio is of such neighbours, so it holds where the machine is noisy; the rates alone do not. relay runs with its defaults,
+a peer with the best settings its documentation gives: its driver in tests/bench/peers says which, and where they stand.
+relay's clock is that of its whole process; a peer's begins when it is connected. After each run the stream must hold every
+event, and the queue be empty. A turn takes some five minutes.
 Usage: python3 tests/bench/peers.py [--runs 3] [--scale 1.0] [--payload 200] [--keys 10000] [--only relay,pg-boss] [--json FILE]
 """
 import argparse
