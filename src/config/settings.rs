@@ -312,14 +312,16 @@ pub fn hide(value: &str) -> String {
         Ok(url) if url.has_host() && !url[Position::AfterPort..].contains('@') => {
             let host = url.host_str().unwrap_or_default();
             let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-            let named = !url.username().is_empty() && url.password().is_some_and(|password| !password.is_empty());
+            // With an `@` in it nobody knows where a name ends.
+            let name = Some(url.username()).filter(|name| !name.is_empty() && !name.contains("%40"));
+            let named = name.is_some() && url.password().is_some_and(|password| !password.is_empty());
             let user = if named { format!("{}:***@", url.username()) } else { String::new() };
             format!("{}://{user}{host}{port}{}", url.scheme(), url.path())
         }
         _ => match Hosts::parse(value) {
             Some(Hosts { scheme, user, hosts, path, .. }) => {
                 let name = user.map(|user| user.split_once(':').map_or("", |(name, _)| name)).unwrap_or_default();
-                let user = if name.is_empty() { String::new() } else { format!("{name}:***@") };
+                let user = if name.is_empty() || name.contains('@') { String::new() } else { format!("{name}:***@") };
                 let slash = if path.is_empty() { "" } else { "/" };
                 format!("{scheme}://{user}{}{slash}{path}", hosts.join(","))
             }
@@ -366,6 +368,8 @@ mod tests {
         assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
         assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
         assert_eq!(hide("postgres://app:12@s3cret#34@db/shop"), "postgres://app:***@db/shop");
+        assert_eq!(hide("rediss-sentinel://s3cret@host%3a:***@a:507/0"), "rediss-sentinel://a:507/0");
+        assert_eq!(hide("redis-cluster://s3cret@host%3a:***@a:1,b:2"), "redis-cluster://a:1,b:2");
         assert_eq!(hide("s3cret"), "***");
         assert_eq!(hide("host=db password=s3cret"), "***");
     }

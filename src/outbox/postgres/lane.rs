@@ -4,12 +4,11 @@
 //! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use foldhash::{HashMap, HashMapExt};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
-use time::OffsetDateTime;
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
@@ -52,7 +51,7 @@ with taken as materialized (select array(
     where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
     limit $1
 ) as partitions)
-select partitions, partitions = '{}' and exists (select from event_outbox where partition < 640), statement_timestamp() from taken";
+select partitions, partitions = '{}' and exists (select from event_outbox where partition < 640) from taken";
 
 /// `$1` a floor for the epoch; `$2` partitions, `$3` ids, `$4` event ids; `$5` destination. A row may have been scheduled,
 /// and so moved, since it was noted.
@@ -143,7 +142,6 @@ pub struct PgLane {
     large: bool,
     /// A settle failed, and nothing was written since.
     unproven: bool,
-    clock: Clock,
 }
 
 /// A deep partition is worth staying in for a while: to find the next one, all that lately died at its left is walked over.
@@ -152,20 +150,6 @@ struct Stay {
     /// The last id that was claimed.
     after: i64,
     batches: u32,
-}
-
-/// The database's clock, as it was read last: what goes into its tables is told by no other.
-struct Clock {
-    read: OffsetDateTime,
-    at: Instant,
-}
-
-impl Clock {
-    /// In microseconds since 2000.
-    fn now(&self) -> i64 {
-        let microseconds = (self.read + self.at.elapsed()).unix_timestamp_nanos() / 1000 - 946_684_800_000_000;
-        i64::try_from(microseconds).unwrap_or(i64::MAX)
-    }
 }
 
 impl PgLane {
@@ -193,7 +177,6 @@ impl PgLane {
             rows: MAX_ROWS,
             large: false,
             unproven: false,
-            clock: Clock { read: OffsetDateTime::UNIX_EPOCH, at: Instant::now() },
         }
     }
 
@@ -223,14 +206,13 @@ impl PgLane {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
-        let (taken, pending, now): (Vec<i32>, bool, OffsetDateTime) = sqlx::query_as(TAKE_PARTITIONS)
+        let (taken, pending): (Vec<i32>, bool) = sqlx::query_as(TAKE_PARTITIONS)
             .persistent(persistent)
             .bind(i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions))
             .bind(self.last_taken)
             .bind(self.stay.filter(|_| self.partitions == 1).map_or(i64::MAX, |stay| stay.after))
             .fetch_one(&mut *connection)
             .await?;
-        self.clock = Clock { read: now, at: Instant::now() };
         let Some(last) = taken.last() else {
             connection.execute("commit").await?;
             return Ok(if pending { Claim::Busy } else { Claim::Empty });
@@ -278,8 +260,7 @@ impl PgLane {
     async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.history);
-        let now = self.clock.now();
-        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker, now };
+        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker };
         let gone = settle.write(&records).await?;
         if gone != records.rows.len() {
             tracing::warn!(

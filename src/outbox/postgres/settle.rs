@@ -1,5 +1,7 @@
 //! What a settle writes, as the column arrays that PostgreSQL's statements take.
 
+use std::collections::BTreeMap;
+
 use sqlx::postgres::PgConnection;
 
 use crate::event::RowKey;
@@ -25,50 +27,12 @@ fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
     records.iter().map(value).collect()
 }
 
-/// Rows as `COPY` takes them in its binary format.
-struct CopyRows(Vec<u8>);
-
-impl Default for CopyRows {
-    /// The signature, no flags, no extension.
-    fn default() -> Self {
-        Self(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0".to_vec())
-    }
-}
-
-impl CopyRows {
-    /// Begins a row of so many fields.
-    fn begin(&mut self, fields: i16) {
-        self.0.extend(fields.to_be_bytes());
-    }
-
-    /// A value as its type's receive function reads it.
-    fn field(&mut self, value: &[u8]) {
-        // A value of 2 GiB is refused by the server, whatever is said of its length.
-        self.0.extend(i32::try_from(value.len()).unwrap_or(i32::MAX).to_be_bytes());
-        self.0.extend_from_slice(value);
-    }
-
-    fn nullable(&mut self, value: Option<&[u8]>) {
-        match value {
-            Some(value) => self.field(value),
-            None => self.0.extend((-1_i32).to_be_bytes()),
-        }
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.0.extend((-1_i16).to_be_bytes());
-        self.0
-    }
-}
-
 /// How a lane sends its statements, and in whose name.
 pub(super) struct Settle<'c> {
     pub(super) connection: &'c mut PgConnection,
     /// Named statements, prepared once.
     pub(super) persistent: bool,
     pub(super) worker: &'c str,
-    /// The time by the database's clock, in microseconds since 2000, as it stores times.
-    pub(super) now: i64,
 }
 
 impl Settle<'_> {
@@ -87,33 +51,36 @@ impl Settle<'_> {
         self.delete(&records.rows).await
     }
 
-    /// By COPY, which takes two thirds of what an insert does, and less of the write-ahead log.
+    /// What the entries of a group have in common goes as one value: each column that is an array costs as much as writing it.
+    /// (COPY would take a third less, and 40 ms: the driver sends its end apart, which waits for the data's acknowledgement.)
     async fn log(&mut self, entries: &[LogEntry<'_>]) -> Result<(), sqlx::Error> {
-        if entries.is_empty() {
-            return Ok(());
-        }
-        let mut rows = CopyRows::default();
-        for entry in entries {
-            rows.begin(11);
-            rows.field(entry.event.event_id.as_bytes());
-            rows.field(&entry.event.row.id.to_be_bytes());
-            rows.field(entry.event.event_type.as_bytes());
-            rows.field(entry.destination.as_bytes());
-            rows.field(entry.status.as_bytes());
-            rows.field(&entry.event.attempts.saturating_add(1).to_be_bytes());
-            rows.nullable(entry.message_id.map(str::as_bytes));
-            rows.nullable(entry.error.as_deref().map(str::as_bytes));
-            rows.field(&entry.duration_ms.to_be_bytes());
-            rows.field(self.worker.as_bytes());
-            rows.field(&self.now.to_be_bytes());
-        }
         let query = "
-            copy event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
+            insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
                 duration_ms, worker, processed_at)
-            from stdin (format binary)";
-        let mut copy = self.connection.copy_in_raw(query).await?;
-        copy.send(rows.finish()).await?;
-        copy.finish().await.map(drop)
+            select event_id, id, event_type, $7, $8, attempt, message_id, error, $9, $10, statement_timestamp()
+            from unnest($1::uuid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
+                as l(event_id, id, event_type, attempt, message_id, error)";
+        let mut groups: BTreeMap<(&str, &str, i32), Vec<&LogEntry<'_>>> = BTreeMap::new();
+        for entry in entries {
+            groups.entry((entry.destination, entry.status, entry.duration_ms)).or_default().push(entry);
+        }
+        for ((destination, status, duration_ms), entries) in groups {
+            sqlx::query(query)
+                .persistent(self.persistent)
+                .bind(column(&entries, |entry| entry.event.event_id))
+                .bind(column(&entries, |entry| entry.event.row.id))
+                .bind(column(&entries, |entry| entry.event.event_type.as_str()))
+                .bind(column(&entries, |entry| entry.event.attempts.saturating_add(1)))
+                .bind(column(&entries, |entry| entry.message_id))
+                .bind(column(&entries, |entry| entry.error.as_deref()))
+                .bind(destination)
+                .bind(status)
+                .bind(duration_ms)
+                .bind(self.worker)
+                .execute(&mut *self.connection)
+                .await?;
+        }
+        Ok(())
     }
 
     /// Deletes the rows and raises the epoch.
