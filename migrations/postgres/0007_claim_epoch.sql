@@ -1,12 +1,12 @@
 -- What sets one claim apart from the next, so that a destination that keeps a note of it can refuse an outdated one.
 --
--- A claim reads the epoch once it holds its partition; every settle raises it. So of two claims of a partition the later
+-- A claim reads the epoch once it holds its partition; every settle that takes rows away raises it. So of two claims of a partition the later
 -- never has the lower one, and has a higher one unless the earlier settled nothing. Reading costs no transaction id, which
 -- a claim must not hold while it publishes; the settle has one anyway.
 
 create sequence event_outbox_epoch cache 1;
 
-comment on sequence event_outbox_epoch is 'Raised by every settle; a claim reads it, and tells destinations that refuse outdated claims.';
+comment on sequence event_outbox_epoch is 'Raised by every settle that takes rows away; a claim reads it, and tells destinations that refuse outdated claims.';
 
 -- Tells this outbox from others that publish to the same place. Copies of a database differ by its oid.
 do $$
