@@ -6,6 +6,7 @@
 //! - [`error`]: what to do about what goes wrong.
 
 pub mod database;
+mod decode;
 pub mod emit;
 pub mod error;
 pub mod postgres;

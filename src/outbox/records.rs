@@ -3,7 +3,7 @@
 use crate::event::{Event, PublishError, RowKey, Verdict};
 use crate::outbox::Delivery;
 
-/// Everything one settle writes. A store joins each record with the event's row, which is there until the end.
+/// Everything one settle writes. Of a row that somebody else has taken away or changed meanwhile nothing is recorded.
 #[derive(Default)]
 pub(super) struct Records<'a> {
     /// The rows that go, because all or part of what they owed is decided.

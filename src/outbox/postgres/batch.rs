@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::postgres::lane::to_i64;
 use crate::outbox::postgres::tid;
-use crate::outbox::{Behind, ClaimRequest, Claimed};
+use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
@@ -125,23 +125,11 @@ pub(super) fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, 
         Some(payload) => payload.len(),
         None => to_usize(row.try_get(17)?),
     };
-    let mut defect = None;
-    if size > max_payload {
-        defect = Some(PublishError::new(
-            Fault::Unfit,
-            "payload_too_large",
-            format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
-        ));
-    }
-    let headers = match jsonb_text(row, 10)?.map(serde_json::from_slice::<BTreeMap<String, String>>) {
-        None => Vec::new(),
-        Some(Ok(headers)) => headers.into_iter().collect(),
-        Some(Err(error)) => {
-            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
-            defect = Some(PublishError::new(Fault::Unfit, "headers_invalid", message));
-            Vec::new()
-        }
-    };
+    let mut defect = decode::too_large(size, max_payload);
+    let headers = decode::headers(jsonb_text(row, 10)?).unwrap_or_else(|error| {
+        defect = Some(error);
+        Vec::new()
+    });
     let behind: BTreeMap<String, u64> = match jsonb_text(row, 18)? {
         None => BTreeMap::new(),
         Some(json) => serde_json::from_slice(json).map_err(|error| sqlx::Error::Decode(error.into()))?,

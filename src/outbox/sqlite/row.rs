@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::sqlite::lane::milliseconds;
-use crate::outbox::{Behind, Claimed};
+use crate::outbox::{Behind, Claimed, decode};
 
 /// The columns before the payload, in the order of the statement.
 #[derive(Deserialize)]
@@ -49,22 +49,11 @@ pub(super) fn decode(row: &[u8], max_payload: usize) -> Result<(Claimed, usize),
         defect = Some(not_utf8());
     }
     let size = columns.payload_bytes;
-    if size > max_payload {
-        defect = Some(PublishError::new(
-            Fault::Unfit,
-            "payload_too_large",
-            format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
-        ));
-    }
-    let headers = match columns.headers.map(|headers| serde_json::from_str::<BTreeMap<String, String>>(&headers)) {
-        None => Vec::new(),
-        Some(Ok(headers)) => headers.into_iter().collect(),
-        Some(Err(error)) => {
-            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
-            defect = Some(PublishError::new(Fault::Unfit, "headers_invalid", message));
-            Vec::new()
-        }
-    };
+    defect = decode::too_large(size, max_payload).or(defect);
+    let headers = decode::headers(columns.headers.as_ref().map(String::as_bytes)).unwrap_or_else(|error| {
+        defect = Some(error);
+        Vec::new()
+    });
     let claimed = Claimed {
         event: Event {
             row: RowKey {

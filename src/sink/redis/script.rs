@@ -168,7 +168,7 @@ impl Command {
         self.own.push(value.as_ref());
     }
 
-    /// The value just given is the event's key.
+    /// The value just given is the event's key, as it is printed: of two keys that print alike one stops with the other.
     pub(in crate::sink) fn was_key(&mut self) {
         self.shape.key = self.shape.own.len();
     }
@@ -250,10 +250,8 @@ pub(super) fn eval(
         }
     }
     let mut cmd = redis::cmd("EVALSHA");
-    let keys: HashSet<_> = match chunk {
-        _ if commands.one_key() => chunk.first().and_then(|&index| commands.key(events[index])).into_iter().collect(),
-        _ => chunk.iter().filter_map(|&index| commands.key(events[index])).collect(),
-    };
+    let different = if commands.one_key() { 1 } else { chunk.len() };
+    let keys: HashSet<_> = chunk.iter().take(different).filter_map(|&index| commands.key(events[index])).collect();
     cmd.arg(SCRIPT.get_hash()).arg(keys.len() + states.keys.len());
     for key in &keys {
         cmd.arg(key.as_bytes());

@@ -225,7 +225,7 @@ async fn f61_a_truncate_during_a_publish_is_reported_and_the_relay_goes_on() {
     sql(&mut connection, "delete from event_outbox where id % 2 = 0").await;
     running.until_log("someone else deleted rows of event_outbox while they were being published");
     assert!(running.log().contains("\"expected\":100") && running.log().contains("\"gone\":50"), "{}", running.log());
-    assert_eq!(count(&mut connection, "event_processing_log").await, 100, "what was published is recorded");
+    assert_eq!(count(&mut connection, "event_processing_log").await, 50, "what was there is recorded");
     // A truncate waits for the claim, takes what was inserted meanwhile, and everybody goes on.
     load(&mut connection, 100, 10).await;
     sql(&mut connection, "truncate event_outbox").await;
@@ -254,6 +254,5 @@ async fn f61_rows_put_back_and_changed_during_a_publish_are_published_as_they_ar
     let payloads: Vec<String> =
         sink.accepted().into_iter().map(|event| String::from_utf8(event.payload).unwrap()).collect();
     assert_eq!(payloads, ["1", "2", "3", "4", "5", "\"changed\""]);
-    let log = "select outbox_id::text from event_processing_log where status = 'published' order by outbox_id";
-    assert_eq!(column(&mut connection, log).await, ["1", "2", "3", "3", "4", "5"], "both are recorded");
+    assert_logged_once(&mut connection, 5).await;
 }

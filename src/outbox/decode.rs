@@ -1,0 +1,28 @@
+//! What is judged of a row as it is read, the same for every store.
+
+use std::collections::BTreeMap;
+
+use crate::event::{Fault, PublishError};
+
+/// The defect of a payload of so many bytes, if it is one.
+pub(super) fn too_large(size: usize, max_payload: usize) -> Option<PublishError> {
+    (size > max_payload).then(|| {
+        let message = format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}");
+        PublishError::new(Fault::Unfit, "payload_too_large", message)
+    })
+}
+
+/// The headers of an event, as the JSON that the column holds; none for nothing.
+///
+/// # Errors
+/// The defect of the event.
+pub(super) fn headers(json: Option<&[u8]>) -> Result<Vec<(String, String)>, PublishError> {
+    match json.map(serde_json::from_slice::<BTreeMap<String, String>>) {
+        None => Ok(Vec::new()),
+        Some(Ok(headers)) => Ok(headers.into_iter().collect()),
+        Some(Err(error)) => {
+            let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
+            Err(PublishError::new(Fault::Unfit, "headers_invalid", message))
+        }
+    }
+}
