@@ -49,45 +49,47 @@ impl<'a> Rounds<'a> {
         if self.ended {
             return Vec::new();
         }
-        let mut requests: Vec<(Vec<usize>, usize)> = Vec::new();
-        // The request of each place that others may still join.
-        let mut open: HashMap<u16, usize> = HashMap::new();
-        // Where a key's events ride this round; `None`: its request is full and the rest of the key waits.
-        let mut seats: HashMap<Key<'a>, Option<usize>> = HashMap::new();
+        // A key is seated with all of its events that one request can hold: were it seated by its first, the request would
+        // be full before the last, and most keys would take several rounds.
+        let mut requests: Vec<Load> = Vec::new();
+        for group in self.groups(limits, bytes) {
+            match requests.iter().position(|request| request.fits(&group, limits)) {
+                Some(request) => requests[request].add(group),
+                None if requests.len() < limits.requests => requests.push(group),
+                None => {}
+            }
+        }
+        requests.iter_mut().for_each(|request| request.members.sort_unstable());
+        requests.into_iter().map(|request| request.members).collect()
+    }
+
+    /// What still has to be sent: of each key its first events, as many as one request can hold; others singly.
+    fn groups(&self, limits: Limits, bytes: impl Fn(usize) -> usize) -> Vec<Load> {
+        let mut groups: Vec<Load> = Vec::new();
+        // The group of each key; `None`: it is complete, and the rest of the key waits.
+        let mut group_of: HashMap<Key<'a>, Option<usize>> = HashMap::new();
         for (index, event) in self.events.iter().enumerate() {
             let key = event.key();
             if self.outcomes[index].is_some() || key.is_some_and(|key| self.stopped.contains(&key)) {
                 continue;
             }
-            let (size, place) = (bytes(index), self.places[index]);
-            let fits = |at: usize| {
-                let (members, total): &(Vec<usize>, usize) = &requests[at];
-                self.places[members[0]] == place
-                    && members.len() < limits.request_events
-                    && total + size <= limits.request_bytes
+            let load = Load { place: self.places[index], bytes: bytes(index), members: vec![index] };
+            let Some(key) = key else {
+                groups.push(load);
+                continue;
             };
-            let seat = match key.and_then(|key| seats.get(&key).copied()) {
-                Some(Some(at)) if fits(at) => Some(at),
-                Some(_) => None,
-                None => match open.get(&place).copied().filter(|&at| fits(at)) {
-                    Some(at) => Some(at),
-                    None if requests.len() < limits.requests => {
-                        requests.push((Vec::new(), 0));
-                        open.insert(place, requests.len() - 1);
-                        Some(requests.len() - 1)
-                    }
-                    None => None,
-                },
-            };
-            if let Some(at) = seat {
-                requests[at].0.push(index);
-                requests[at].1 += size;
-            }
-            if let Some(key) = key {
-                seats.insert(key, seat);
+            match group_of.get(&key) {
+                None => {
+                    groups.push(load);
+                    group_of.insert(key, Some(groups.len() - 1));
+                }
+                Some(&Some(group)) if groups[group].fits(&load, limits) => groups[group].add(load),
+                Some(_) => {
+                    group_of.insert(key, None);
+                }
             }
         }
-        requests.into_iter().map(|(members, _)| members).collect()
+        groups
     }
 
     /// Records an answer; a failure stops the event's key.
@@ -113,6 +115,27 @@ impl<'a> Rounds<'a> {
     /// Every event's outcome; what was never answered is [`Outcome::Held`].
     pub fn into_outcomes(self) -> Vec<Outcome> {
         self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Outcome::Held)).collect()
+    }
+}
+
+/// Events that ride together, all to one place.
+struct Load {
+    place: u16,
+    bytes: usize,
+    members: Vec<usize>,
+}
+
+impl Load {
+    /// Whether one request can hold both.
+    fn fits(&self, other: &Self, limits: Limits) -> bool {
+        self.place == other.place
+            && self.members.len() + other.members.len() <= limits.request_events
+            && self.bytes + other.bytes <= limits.request_bytes
+    }
+
+    fn add(&mut self, other: Self) {
+        self.members.extend(other.members);
+        self.bytes += other.bytes;
     }
 }
 
@@ -160,7 +183,7 @@ mod tests {
         let rounds = Rounds::new(&refs);
         let sizes = [60, 60, 500, 10];
         let limits = Limits { requests: 9, ..LIMITS };
-        assert_eq!(rounds.next(limits, |index| sizes[index]), [vec![0], vec![1], vec![2], vec![3]]);
+        assert_eq!(rounds.next(limits, |index| sizes[index]), [vec![0, 3], vec![1], vec![2]]);
     }
 
     #[test]
@@ -185,6 +208,14 @@ mod tests {
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![2]]);
         rounds.answer(2, delivered());
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![4]]);
+    }
+
+    #[test]
+    fn a_key_is_seated_whole_where_that_is_possible() {
+        // Seated one by one, the first request would be full with 1a 2b 3a, and the fourth have to wait.
+        let events = [keyed(1, "a"), keyed(2, "b"), keyed(3, "a"), keyed(4, "b"), event(5)];
+        let refs: Vec<&Event> = events.iter().collect();
+        assert_eq!(Rounds::new(&refs).next(LIMITS, |_| 10), [vec![0, 2, 4], vec![1, 3]]);
     }
 
     #[test]

@@ -61,6 +61,8 @@ def main():
     for name in given.sections or SECTIONS:
         print(f"\n== {name}", flush=True)
         tables = importlib.import_module(name).run(options)
+        if not any(table.rows for table in tables):
+            sys.exit(f"{name}: no variant's name holds {given.only!r}")
         for table in tables:
             table.show()
         results[name] = [table.data() for table in tables]

@@ -15,6 +15,7 @@ async fn ghosts(barrier: &str) -> usize {
     let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true"), ("RELAY_GHOST_BARRIER", barrier)];
     let running = Running::start(relay(&["run"], &variables));
     let mut connection = database.connect().await;
+    sql(&mut connection, "checkpoint").await; // else the crash may take back the tables
     sql(&mut connection, "select emit_event('first')").await;
     until("the first is published", || running.output().lines().count() == 1);
     sql(&mut connection, "select emit_event('async')").await;

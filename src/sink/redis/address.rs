@@ -85,7 +85,10 @@ fn unusable(reason: &str) -> PublishError {
 }
 
 fn no_url(error: &RedisError) -> PublishError {
-    unusable(&format!("the URL cannot be used: {error}"))
+    unusable(&format!(
+        "the URL cannot be used: {error}; it is redis://user:password@host:port/database, or begins with rediss:// for TLS, \
+         redis-cluster:// or redis-sentinel://"
+    ))
 }
 
 fn several(url: &str) -> Result<Hosts<'_>, PublishError> {

@@ -43,7 +43,9 @@ impl Connection {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             .set_response_timeout(Some(timeout));
-        match address.target()? {
+        let target = address.target()?;
+        let told = target.to_string();
+        match target {
             Target::Single(info) => single(info, &config).await.map(Self::Single),
             Target::Sentinel { sentinels, master, node, .. } => {
                 let client = SentinelClient::build(sentinels, master, Some(node), SentinelServerType::Master);
@@ -64,7 +66,10 @@ impl Connection {
                 }
             }
         }
-        .map_err(connect_error)
+        .map_err(|error| {
+            let error = connect_error(error);
+            PublishError::new(error.fault, error.code, format!("{told}: {}", error.message))
+        })
     }
 
     /// Whether events must be kept apart by the slot of their key.

@@ -28,6 +28,7 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
             if [
                 "unknown command",
                 "Unknown Redis command called from script",
+                "Unknown command called from script",   // the same in Valkey
                 "The user executing the script can't ", // NOPERM, in Redis up to 7.0
                 "ACL failure in script",                // NOPERM, in Valkey
                 "invalid DB index",
@@ -112,6 +113,7 @@ mod tests {
             ),
             ("ERR unknown command 'XADD', with args beginning with: 'events' 'secret'", Fault::Misconfigured),
             ("ERR Unknown Redis command called from script", Fault::Misconfigured),
+            ("ERR Unknown command called from script script: 6ab3, on @user_script:12.", Fault::Misconfigured),
             ("ERR DB index is out of range", Fault::Misconfigured),
             ("ERR This instance has cluster support disabled", Fault::Misconfigured),
             ("ERR AUTH <password> called without any password configured", Fault::Misconfigured),

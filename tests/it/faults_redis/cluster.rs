@@ -59,25 +59,18 @@ fn move_slot(server: &Server, slot: u16, from: usize, to: usize) {
     }
 }
 
+/// The port of a slot's master, as the node at `port` has heard.
+fn master_heard_of(port: u16, slot: u16) -> Option<u16> {
+    let rows: Vec<Vec<redis::Value>> = RedisClient::at(port).ask("CLUSTER SLOTS");
+    let number = |value: &redis::Value| -> u16 { redis::from_redis_value(value.clone()).unwrap() };
+    let row = rows.iter().find(|row| (number(&row[0])..=number(&row[1])).contains(&slot))?;
+    let redis::Value::Array(master) = &row[2] else { panic!("no node: {:?}", row[2]) };
+    Some(number(&master[1]))
+}
+
 /// Which of the first three nodes owns a slot.
 fn owner(server: &Server, slot: u16) -> usize {
-    let owns = |port: &u16| {
-        let slots: Vec<(u16, u16, redis::Value)> = {
-            let rows: Vec<Vec<redis::Value>> = RedisClient::at(*port).ask("CLUSTER SLOTS");
-            rows.into_iter()
-                .map(|mut row| {
-                    let master = row.swap_remove(2);
-                    let number = |value: &redis::Value| redis::from_redis_value(value.clone()).unwrap();
-                    (number(&row[0]), number(&row[1]), master)
-                })
-                .collect()
-        };
-        slots.into_iter().any(|(first, last, master)| {
-            let redis::Value::Array(master) = master else { panic!("no node: {master:?}") };
-            (first..=last).contains(&slot) && master[1] == redis::Value::Int((*port).into())
-        })
-    };
-    server.ports()[..MASTERS].iter().position(owns).unwrap()
+    server.ports()[..MASTERS].iter().position(|port| master_heard_of(*port, slot) == Some(*port)).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,7 +87,13 @@ async fn f36_streams_whose_slots_move_under_load_get_everything_once_and_in_orde
     for number in 0..TYPES {
         let slot: u16 = RedisClient::at(server.ports()[0]).ask(&format!("CLUSTER KEYSLOT events:type{number}"));
         let from = owner(&server, slot);
-        tokio::task::block_in_place(|| move_slot(&server, slot, from, (from + 1) % MASTERS));
+        let to = (from + 1) % MASTERS;
+        tokio::task::block_in_place(|| move_slot(&server, slot, from, to));
+        // Our own client gives up where nodes send it to and fro.
+        eventually("all nodes have heard of it", async || {
+            server.ports().iter().all(|port| master_heard_of(*port, slot) == Some(server.ports()[to]))
+        })
+        .await;
     }
     let before = arrived(&mut cluster);
     eventually("it goes on", async || arrived(&mut cluster) > before + 500).await;
