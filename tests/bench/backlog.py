@@ -6,8 +6,9 @@ def clear(database):
     psql(database, "truncate event_outbox, event_processing_log, event_dead_letter")
 
 
-def fill(database, events, payload=200, keys=10_000):
-    """`events` of about `payload` bytes that do not compress, as a relay finds them after a while."""
+def fill(database, events, payload=200, keys=10_000, checkpoint=True):
+    """`events` of about `payload` bytes that do not compress, as a relay finds them after a while: after a checkpoint the
+    first change of each page is logged with the whole page."""
     psql(database, f"""
         with pad as materialized (select string_agg(md5(j::text), '') as hex from generate_series(1, {payload // 32 + 5}) j)
         insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -15,7 +16,8 @@ def fill(database, events, payload=200, keys=10_000):
                jsonb_build_object('n', i, 'pad', substr(hex, 1 + i % 97, {max(payload - 25, 0)}))
         from generate_series(1, {events}) i cross join pad""")
     psql(database, "vacuum analyze event_outbox")
-    psql(database, "checkpoint")
+    if checkpoint:
+        psql(database, "checkpoint")
 
 
 def check_books(what, database, events):

@@ -49,8 +49,13 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
         password = encoded(&password);
     }
     // In the place of the user too, where a token is easily put. The name of a user with a password is shown.
-    let user = if bytes.ratio(1, 4)? { encoded(&password) } else { format!("{}:{password}", encoded(&text(bytes)?)) };
+    let name = if bytes.ratio(1, 4)? { None } else { Some(text(bytes)?) };
+    let user = name.as_ref().map_or_else(|| encoded(&password), |name| format!("{}:{password}", encoded(name)));
     let rest = text(bytes)?;
+    // The fuzzer learns the word from the comparison below, and puts it where it is no secret.
+    if format!("{scheme} {} {rest}", name.unwrap_or_default()).to_lowercase().contains(&CANARY.to_lowercase()) {
+        return Ok(());
+    }
     let url = format!("{scheme}{user}@{rest}");
 
     let secret = Secret::inline(&url);

@@ -222,7 +222,7 @@ async fn s6_backends_terminated() {
                     while !ended.load(Ordering::SeqCst) {
                         super::terminate_backends(world.database.url());
                         count += 1;
-                        std::thread::sleep(Duration::from_millis(200));
+                        std::thread::sleep((Duration::from_millis(200) * count).saturating_sub(begun.elapsed()));
                     }
                     count
                 });
