@@ -1,4 +1,4 @@
-"""What demo and benchmark share: throwaway servers by tests/servers.py, psql and redis-cli on them, the built relay."""
+"""What demo and benchmark share: throwaway servers by tests/servers, psql and redis-cli on them, the built relay."""
 import glob
 import json
 import os
@@ -24,7 +24,7 @@ class Server:
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, os.path.join(ROOT, "tests", "servers.py"), self.kind, *self.options],
+            [sys.executable, os.path.join(ROOT, "tests", "servers"), self.kind, *self.options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         line = self.process.stdout.readline()

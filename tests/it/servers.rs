@@ -1,4 +1,4 @@
-//! Throwaway servers: tests/servers.py runs each one, and ends it when this process closes its pipe or is gone.
+//! Throwaway servers: tests/servers runs each one, and ends it when this process closes its pipe or is gone.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -42,9 +42,9 @@ struct Answer {
 }
 
 impl Server {
-    /// Starts a server of this kind; kinds and options are those of tests/servers.py.
+    /// Starts a server of this kind; kinds and options are those of tests/servers.
     pub(crate) fn start(kind: &str, options: &[&str]) -> Self {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers.py");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers");
         let mut child = Command::new("python3")
             .arg(script)
             .arg(kind)
