@@ -43,6 +43,11 @@ async fn f30_with_the_barrier_no_event_is_published_of_a_commit_that_a_crash_tak
 
 #[tokio::test]
 async fn f30_without_the_barrier_such_an_event_can_be_published() {
-    // Not a promise: it shows that the test above can fail.
-    assert!(ghosts("false").await > 0);
+    // Not a promise: it shows that the test above can fail. Every ten seconds the server flushes, and there is none then.
+    for _ in 0..5 {
+        if ghosts("false").await > 0 {
+            return;
+        }
+    }
+    panic!("no event was published whose commit the crash took back, five times");
 }
