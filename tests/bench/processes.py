@@ -8,7 +8,7 @@ import threading
 import time
 
 from common import ENVIRONMENT, RELAY
-from servers import descendants
+from servers.server import descendants
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -172,10 +172,14 @@ fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list =
-            |nodes: &[ConnectionInfo]| nodes.iter().map(|info| info.addr().to_string()).collect::<Vec<_>>().join(", ");
+        // The path of a socket with an `@` in it: a password before it had a `/`, and goes on there.
+        let one = |info: &ConnectionInfo| {
+            let address = info.addr().to_string();
+            if address.contains('@') { "***".to_owned() } else { address }
+        };
+        let list = |nodes: &[ConnectionInfo]| nodes.iter().map(one).collect::<Vec<_>>().join(", ");
         match self {
-            Self::Single(info) => write!(f, "{}, database {}", info.addr(), info.redis_settings().db()),
+            Self::Single(info) => write!(f, "{}, database {}", one(info), info.redis_settings().db()),
             Self::Cluster(nodes) => write!(f, "cluster of {}", list(nodes)),
             Self::Sentinel { sentinels, master, database, .. } => {
                 write!(f, "master {master:?} of the Sentinels {}, database {database}", list(sentinels))
@@ -201,6 +205,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_address_is_told_without_secrets() {
+        assert_eq!(told("redis+unix://:@/s3cret@/run/redis.sock"), "***, database 0");
         assert_eq!(told("redis://u:s3cret@cache:7000/2"), "cache:7000, database 2");
         assert_eq!(told("redis-cluster://u:s3cret@a:7000,b,[::1]:7"), "cluster of a:7000, b:6379, ::1:7");
         assert_eq!(
