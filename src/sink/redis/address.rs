@@ -58,8 +58,12 @@ impl RedisAddress {
         match self {
             Self::Url(url) => {
                 let url = read(url)?;
-                let (scheme, _) = url.split_once("://").unwrap_or_default();
+                let (scheme, rest) = url.split_once("://").unwrap_or_default();
                 match scheme {
+                    // The library would take a password that begins with a slash for the path.
+                    "unix" | "redis+unix" | "valkey+unix" if !rest.starts_with('/') => Err(unusable(
+                        "the URL cannot be used: a socket's is redis+unix:///path/of/socket?db=0&user=name&pass=password",
+                    )),
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
                     "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
                     _ => url.into_connection_info().map(Target::Single).map_err(|error| no_url(&error)),
@@ -172,14 +176,10 @@ fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
 
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The path of a socket with an `@` in it: a password before it had a `/`, and goes on there.
-        let one = |info: &ConnectionInfo| {
-            let address = info.addr().to_string();
-            if address.contains('@') { "***".to_owned() } else { address }
-        };
-        let list = |nodes: &[ConnectionInfo]| nodes.iter().map(one).collect::<Vec<_>>().join(", ");
+        let list =
+            |nodes: &[ConnectionInfo]| nodes.iter().map(|info| info.addr().to_string()).collect::<Vec<_>>().join(", ");
         match self {
-            Self::Single(info) => write!(f, "{}, database {}", one(info), info.redis_settings().db()),
+            Self::Single(info) => write!(f, "{}, database {}", info.addr(), info.redis_settings().db()),
             Self::Cluster(nodes) => write!(f, "cluster of {}", list(nodes)),
             Self::Sentinel { sentinels, master, database, .. } => {
                 write!(f, "master {master:?} of the Sentinels {}, database {database}", list(sentinels))
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_address_is_told_without_secrets() {
-        assert_eq!(told("redis+unix://:@/s3cret@/run/redis.sock"), "***, database 0");
+        assert_eq!(told("redis+unix:///run/redis.sock?db=2&pass=s3cret"), "/run/redis.sock, database 2");
         assert_eq!(told("redis://u:s3cret@cache:7000/2"), "cache:7000, database 2");
         assert_eq!(told("redis-cluster://u:s3cret@a:7000,b,[::1]:7"), "cluster of a:7000, b:6379, ::1:7");
         assert_eq!(
@@ -244,6 +244,7 @@ mod tests {
             ("redis-sentinel://u:s3cret@a:1/0?master=", "the parameters of"),
             ("redis-sentinel://a:1/0?master=m&pasword=s3cret", "the parameters of"),
             ("redis-sentinel://u:s3cret@a:1/zero?master=m", "cannot be used"),
+            ("redis+unix://:@/s3cret/x@run/redis.sock", "&pass=password"),
             ("http://u:s3cret@a", "cannot be used"),
             ("s3cret", "cannot be used"),
         ] {
