@@ -66,6 +66,8 @@ impl RedisAddress {
                     )),
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
                     "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
+                    // It would take what stands between two `@` of the password for the host.
+                    "redis" | "rediss" | "valkey" | "valkeys" if is_cut(rest) => Err(unencoded()),
                     _ => url.into_connection_info().map(Target::Single).map_err(|error| no_url(&error)),
                 }
             }
@@ -96,12 +98,19 @@ fn no_url(error: &RedisError) -> PublishError {
 }
 
 fn several(url: &str) -> Result<Hosts<'_>, PublishError> {
-    Hosts::parse(url).ok_or_else(|| {
-        unusable(
-            "the URL cannot be used: it must be scheme://[user:password@]host:port,host:port,..., with @, /, ? and : in \
-             a password written as %40, %2F, %3F and %3A",
-        )
-    })
+    Hosts::parse(url).ok_or_else(unencoded)
+}
+
+fn unencoded() -> PublishError {
+    unusable(
+        "the URL cannot be used: it must be scheme://[user:password@]host:port,host:port,..., with @ / ? # : in a \
+         password written as %40 %2F %3F %23 %3A",
+    )
+}
+
+/// Whether an `@` follows what ends the host.
+fn is_cut(rest: &str) -> bool {
+    rest.find(['/', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
 }
 
 /// Each host as a URL of its own, which the client library then reads, decoding included.
@@ -244,6 +253,8 @@ mod tests {
             ("redis-sentinel://u:s3cret@a:1/0?master=", "the parameters of"),
             ("redis-sentinel://a:1/0?master=m&pasword=s3cret", "the parameters of"),
             ("redis-sentinel://u:s3cret@a:1/zero?master=m", "cannot be used"),
+            ("redis://u:s3cret/x@cache", "%2F"),
+            ("redis://u:pass@s3cret?x@cache", "%2F"),
             ("redis+unix://:@/s3cret/x@run/redis.sock", "&pass=password"),
             ("http://u:s3cret@a", "cannot be used"),
             ("s3cret", "cannot be used"),

@@ -56,7 +56,7 @@ async fn each_thing_that_is_not_well_is_told_and_the_others_are_tried_all_the_sa
     for part in [
         "\nok    privileges: ",
         "\nok    destination stdout: ",
-        "\nFAIL  destination down: connect: Connection refused",
+        "\nFAIL  destination down: connect: 127.0.0.1:1, database 0: Connection refused",
         "\nFAIL  destination text: WRONGTYPE: the key \"cli:check:text\" holds a string, not a stream",
     ] {
         assert!(text.contains(part), "{part:?} is missing in:\n{text}");
