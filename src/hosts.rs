@@ -33,6 +33,13 @@ impl<'a> Hosts<'a> {
     }
 }
 
+/// Whether an `@` comes after the end of the host, as it stands there: then what looks like the host may be a part of a
+/// password that has a `/`, `?` or `#`.
+pub(crate) fn is_cut(url: &str) -> bool {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    rest.find(['/', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
+}
+
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, rest)) if address.chars().all(|c| c.is_ascii_hexdigit() || ":.%".contains(c)) => (address, rest),

@@ -6,10 +6,10 @@ use std::time::Duration;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 use secrecy::SecretString;
-use url::{Position, Url};
+use url::Url;
 
 use crate::breaker::BreakerPolicy;
-use crate::hosts::Hosts;
+use crate::hosts::{Hosts, is_cut};
 use crate::relay::RelayConfig;
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
@@ -308,8 +308,8 @@ pub fn variable(id: &str) -> Option<String> {
 /// A secret as it may be shown: a URL without its password and parameters, anything else not at all.
 pub fn hide(value: &str) -> String {
     match Url::parse(value) {
-        // A user alone may be a token. An `@` after the host means that the password has a `/`, `?` or `#`, and goes on there.
-        Ok(url) if url.has_host() && !url[Position::AfterPort..].contains('@') => {
+        // A user alone may be a token. What was parsed has lost parts of its path, `/@/../`.
+        Ok(url) if url.has_host() && !is_cut(value) => {
             let host = url.host_str().unwrap_or_default();
             let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
             // With an `@` in it nobody knows where a name ends.
@@ -365,6 +365,7 @@ mod tests {
         assert_eq!(hide("redis-cluster://s3cret@a:1,b:2"), "redis-cluster://a:1,b:2");
         assert_eq!(hide("redis-cluster://app:s3/cret@a:1,b:2"), "***");
         assert_eq!(hide("redis://s3cret@cache/0"), "redis://cache/0");
+        assert_eq!(hide("redis-cluster://app:/s3cret/@a/../b"), "***");
         assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
         assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
         assert_eq!(hide("postgres://app:12@s3cret#34@db/shop"), "postgres://app:***@db/shop");

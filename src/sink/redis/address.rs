@@ -6,7 +6,7 @@ use redis::sentinel::SentinelNodeConnectionInfo;
 use redis::{ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, RedisError, TlsMode};
 
 use crate::event::{Fault, PublishError};
-use crate::hosts::Hosts;
+use crate::hosts::{Hosts, is_cut};
 use crate::secret::Secret;
 
 const REDIS_PORT: u16 = 6379;
@@ -67,7 +67,7 @@ impl RedisAddress {
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
                     "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
                     // It would take what stands between two `@` of the password for the host.
-                    "redis" | "rediss" | "valkey" | "valkeys" if is_cut(rest) => Err(unencoded()),
+                    "redis" | "rediss" | "valkey" | "valkeys" if is_cut(&url) => Err(unencoded()),
                     _ => url.into_connection_info().map(Target::Single).map_err(|error| no_url(&error)),
                 }
             }
@@ -106,11 +106,6 @@ fn unencoded() -> PublishError {
         "the URL cannot be used: it must be scheme://[user:password@]host:port,host:port,..., with @ / ? # : in a \
          password written as %40 %2F %3F %23 %3A",
     )
-}
-
-/// Whether an `@` follows what ends the host.
-fn is_cut(rest: &str) -> bool {
-    rest.find(['/', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
 }
 
 /// Each host as a URL of its own, which the client library then reads, decoding included.
