@@ -37,7 +37,7 @@ impl<'a> Hosts<'a> {
 /// password that has a `/`, `?` or `#`.
 pub(crate) fn is_cut(url: &str) -> bool {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-    rest.find(['/', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
+    rest.find(['/', '\\', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
 }
 
 fn is_host(text: &str) -> bool {
