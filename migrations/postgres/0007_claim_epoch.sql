@@ -1,8 +1,8 @@
 -- What sets one claim apart from the next, so that a destination that keeps a note of it can refuse an outdated one.
 --
--- A claim reads the epoch once it holds its partition; every settle that takes rows away raises it. So of two claims of a partition the later
--- never has the lower one, and has a higher one unless the earlier settled nothing. Reading costs no transaction id, which
--- a claim must not hold while it publishes; the settle has one anyway.
+-- A claim reads the epoch once it holds its partition; every settle that takes rows away raises it. So of two claims of a
+-- partition the later never has the lower one, and has a higher one unless the earlier settled nothing. Reading costs no
+-- transaction id, which a claim must not hold while it publishes; the settle has one anyway.
 
 create sequence event_outbox_epoch cache 1;
 

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import sys
 import time
 
@@ -40,6 +41,8 @@ def surroundings():
 
 
 def main():
+    # Told to stop, it ends its relays too: servers go with their pipe, a relay waits for its database for ever.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="all of them by default")
     parser.add_argument("--runs", type=int, default=3, help="besides a warm-up (3)")
