@@ -40,7 +40,8 @@ $$;
 revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary,
     event_relay_run, event_crash_suspect
     from relay_app, relay_worker, relay_operator;
-revoke all on sequence event_outbox_epoch from relay_app, relay_worker, relay_operator;
+revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq
+    from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter from relay_app, relay_worker, relay_operator;
 
 -- Applications add events and see none, their own included: use emit_event where the event_id is wanted, for RETURNING
@@ -55,6 +56,7 @@ grant select, insert, update, delete on event_outbox to relay_worker;
 grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
 grant select, insert, update, delete on event_relay_run, event_crash_suspect to relay_worker;
 grant select, update on sequence event_outbox_epoch to relay_worker;
+grant select on sequence event_outbox_moves, event_outbox_id_seq to relay_worker;
 grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version
     to relay_worker;
 

@@ -1,7 +1,8 @@
 //! The outbox in PostgreSQL 13 and later.
 //!
 //! - [`lane`]: claim and settle, the hot path.
-//! - `batch`: reading a batch.
+//! - `take`, `batch`: taking partitions, and reading their rows.
+//! - `bounds`: what lies left of them is dead, and not walked over.
 //! - [`wake`]: sleeping until a producer commits.
 //! - [`schema`]: migrations, and whether a database fits.
 //! - `suspects`: the notes that end a crash loop.
@@ -9,11 +10,13 @@
 
 pub mod audit;
 mod batch;
+mod bounds;
 pub mod emit;
 pub mod lane;
 pub mod schema;
 mod settle;
 mod suspects;
+mod take;
 mod tid;
 pub mod wake;
 
@@ -26,6 +29,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::failpoint::hit;
+use crate::outbox::postgres::bounds::Bounds;
 use crate::outbox::postgres::suspects::Aside;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
@@ -43,17 +47,19 @@ pub struct PgOutbox {
     config: OutboxConfig,
     id: Arc<OnceLock<Arc<str>>>,
     aside: Aside,
+    bounds: Bounds,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config, id: Arc::default(), aside: Aside::default() }
+        Self { config, id: Arc::default(), aside: Aside::default(), bounds: Bounds::default() }
     }
 
     /// One connection to a database that can be written to.
     async fn connect(&self) -> Result<PgConnection, OutboxError> {
         hit("connect")?;
+        self.bounds.forget();
         let options = connect_options(&self.config.url, self.config.pooled)?;
         let mut connection = connect(&options).await?;
         // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what

@@ -6,6 +6,7 @@ compile_error!("the tests make the relay fail at chosen places: run `make test`,
 
 mod bad_input;
 mod binary;
+mod bounds;
 mod chaos;
 mod cli;
 mod contract;

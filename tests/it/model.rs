@@ -1,9 +1,11 @@
 //! The protocols, checked exhaustively in a small scope: every order in which two relays, their faults and a late commit can
 //! come. Each check is told apart from one that cannot fail by variants of the protocol that are known to be wrong.
 //!
+//! - `bounds`: leaving out the dead rows at the left of a partition.
 //! - `claim`: claiming, publishing and settling.
 //! - `once`: exactly once into a stream.
 
+mod bounds;
 mod claim;
 mod once;
 

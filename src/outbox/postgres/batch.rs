@@ -11,6 +11,7 @@ use time::OffsetDateTime;
 
 use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::postgres::lane::to_i64;
+use crate::outbox::postgres::take::MOVES;
 use crate::outbox::postgres::tid;
 use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 
@@ -18,7 +19,7 @@ use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
 /// `$1` partitions; of each of them at most `$2` events, so that nothing need be sorted; `$3` the largest payload to give, by
-/// its size, which is the last column; `$4` destinations. What waits behind a failed event of its key is asked per row only
+/// its size; `$4` destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per row only
 /// where anything waits at all. Of times, those that no calendar has are null: a driver panics at them; and `infinity` cannot
 /// be subtracted from.
 const READ_BATCH: &str = "
@@ -45,8 +46,8 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                limit 1
            ) head
        ) end,
-       (select last_value from event_outbox_epoch)
-from unnest($1::int[]) t(partition)
+       (select last_value from event_outbox_epoch), {moves}
+from unnest($1::int[], $5::bigint[]) t(partition, bound)
 cross join lateral (
     {rows}
 ) o
@@ -58,9 +59,9 @@ cross join (select exists (
 /// hundredfold; `#> '{}'` is the payload uncompressed.
 const ROWS: &str = "
     select ctid, *, pg_column_size(payload #> '{}') as size
-    from event_outbox where partition = t.partition::smallint order by id, destination limit $2";
+    from event_outbox where partition = t.partition::smallint and id > t.bound order by id, destination limit $2";
 
-/// The same where some may be large: about `$5` bytes of them, measured by their text where they are. Adding up costs a
+/// The same where some may be large: about `$6` bytes of them, measured by their text where they are. Adding up costs a
 /// quarter of all that reading does, and is left out as long as all are small.
 const ROWS_WITHIN_BYTES: &str = "
     select s.*
@@ -70,28 +71,33 @@ const ROWS_WITHIN_BYTES: &str = "
             select m.*, case when m.uncompressed <= 2000 then m.uncompressed else octet_length(m.payload::text) end as size
             from (
                 select ctid, *, pg_column_size(payload #> '{}') as uncompressed
-                from event_outbox where partition = t.partition::smallint order by id, destination limit $2
+                from event_outbox where partition = t.partition::smallint and id > t.bound order by id, destination limit $2
             ) m
         ) e
     ) s
-    where s.bytes_before < $5";
+    where s.bytes_before < $6";
 
-static READ_SMALL: LazyLock<&str> = LazyLock::new(|| READ_BATCH.replace("{rows}", ROWS).leak());
-static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| READ_BATCH.replace("{rows}", ROWS_WITHIN_BYTES).leak());
+static READ_SMALL: LazyLock<&str> = LazyLock::new(|| complete(ROWS));
+static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| complete(ROWS_WITHIN_BYTES));
+
+fn complete(rows: &str) -> &'static str {
+    READ_BATCH.replace("{rows}", rows).replace("{moves}", MOVES).leak()
+}
 
 /// Payloads up to this size, in bytes as PostgreSQL stores them, are small.
 const SMALL: usize = 2000;
 
-/// The rows of the partitions `taken`: of all of them at most the first of `limits`, of each at most the second, and about
-/// so many bytes as the third. `large` remembers from batch to batch whether some payload is not small.
+/// The rows of the partitions `taken`, of each above the id at its place in `bounds`: of all of them at most the first of
+/// `limits`, of each at most the second, and about so many bytes as the third. `large` remembers from batch to batch whether
+/// some payload is not small. Returns too whether the bytes may have cut some short.
 pub(super) async fn read(
     connection: &mut PgConnection,
     persistent: bool,
     large: &mut bool,
-    taken: &[i32],
+    (taken, bounds): (&[i32], &[i64]),
     (limit, share, bytes_share): (usize, usize, usize),
     request: ClaimRequest<'_>,
-) -> Result<Vec<PgRow>, sqlx::Error> {
+) -> Result<(Vec<PgRow>, bool), sqlx::Error> {
     let small = SMALL.min(request.max_bytes / limit).min(request.max_payload);
     let query = |sql: &'static str, max_payload| {
         sqlx::query(sql)
@@ -100,6 +106,7 @@ pub(super) async fn read(
             .bind(to_i64(share))
             .bind(to_i64(max_payload))
             .bind(request.destinations.to_vec())
+            .bind(bounds.to_vec())
     };
     let all_within = |rows: &[PgRow], size: usize| -> Result<bool, sqlx::Error> {
         rows.iter().try_fold(true, |all, row| Ok(all && to_usize(row.try_get(17)?) <= size))
@@ -107,13 +114,13 @@ pub(super) async fn read(
     if !*large {
         let rows = query(&READ_SMALL, small).fetch_all(&mut *connection).await?;
         if all_within(&rows, small)? {
-            return Ok(rows);
+            return Ok((rows, false));
         }
     }
     let rows = query(&READ_WITHIN_BYTES, request.max_payload).bind(to_i64(bytes_share)).fetch_all(connection).await?;
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
     *large = !all_within(&rows, small / 4)?;
-    Ok(rows)
+    Ok((rows, true))
 }
 
 /// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes

@@ -12,46 +12,15 @@ use sqlx::{AssertSqlSafe, Executor, Row};
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
+use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::settle::Settle;
+use crate::outbox::postgres::take::{self, PARTITIONS, Ranges, Taken};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, batch, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::{Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
-
-/// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
-const PARTITIONS: i32 = 640;
-
-/// Takes the first `$1` non-empty partitions that nobody holds, most urgent first. `$2` is the partition taken last: its
-/// priority's others come before it, so that a busy one starves none, unless it has an event with an id above `$3`.
-///
-/// A loose scan of the primary key touches one index entry for each partition, and stops as soon as enough are taken:
-/// the ranges are walked in turn, each row of a recursive query is made only when it is asked for.
-const TAKE_PARTITIONS: &str = "
-with taken as materialized (select array(
-    select pending.partition
-    from (values
-        (0, null, $2 / 64 * 64), ($2, $3::bigint, $2 + 1), ($2 + 1, null, $2 / 64 * 64 + 64),
-        ($2 / 64 * 64, null, $2 + 1), ($2 / 64 * 64 + 64, null, 640)
-    ) as range(low, above, high)
-    cross join lateral (
-        with recursive scan(partition) as (
-            (select o.partition::int from event_outbox o
-             where (o.partition, o.id) > (range.low::smallint, coalesce(range.above, '-9223372036854775808')) and o.partition < range.high::smallint
-             order by o.partition limit 1)
-            union all
-            select (select o.partition::int from event_outbox o
-                    where o.partition > scan.partition::smallint and o.partition < range.high::smallint
-                    order by o.partition limit 1)
-            from scan where scan.partition is not null
-        )
-        select scan.partition from scan where scan.partition is not null
-    ) pending
-    where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
-    limit $1
-) as partitions)
-select partitions, partitions = '{}' and exists (select from event_outbox where partition < 640) from taken";
 
 /// `$1` a floor for the epoch; `$2` partitions, `$3` ids, `$4` event ids; `$5` destination. A row may have been scheduled,
 /// and so moved, since it was noted.
@@ -92,20 +61,6 @@ select (select count(*) from promoted), (
     ) e
 )";
 
-/// `$1` destinations. By `order by`, not `exists`: its plan is by the index without any of a claim's settings, whatever the
-/// statistics say.
-const PEEK: &str = "
-select (select true from event_outbox where partition < 640 order by partition, id, destination limit 1), (
-    select (extract(epoch from min(least(e.available_at, statement_timestamp() + interval '1 year')) - statement_timestamp())
-            * 1000)::bigint
-    from unnest($1::text[]) d(destination)
-    cross join lateral (
-        select available_at from event_outbox
-        where status = 'scheduled' and destination = d.destination
-        order by available_at, id limit 1
-    ) e
-)";
-
 const HAS_OWED: &str = "select exists (select from event_outbox where status = 'scheduled' and destination <> '')";
 
 /// Writes as a settle does and takes it back: room for a row, the right to insert, today's partition, and a commit
@@ -133,15 +88,25 @@ pub struct PgLane {
     /// transaction for everything, a deep backlog as many in parallel as there are lanes.
     partitions: i32,
     /// Where to go on taking partitions.
-    last_taken: i32,
+    last_taken: i16,
     /// Whether to go on in that one.
     stay: Option<Stay>,
     /// How many rows to look at. A batch cut by its bytes lowers it, so that large payloads are not measured in vain.
     rows: usize,
     /// The last batch had a payload that is not small.
     large: bool,
+    /// What was claimed, as far as bounds may follow from it.
+    reading: Option<Reading>,
     /// A settle failed, and nothing was written since.
     unproven: bool,
+}
+
+/// What one partition gave to a batch.
+#[derive(Default)]
+struct Given {
+    events: usize,
+    bytes: usize,
+    last_id: i64,
 }
 
 /// A deep partition is worth staying in for a while: to find the next one, all that lately died at its left is walked over.
@@ -172,10 +137,11 @@ impl PgLane {
             connection: None,
             begin,
             partitions: PARTITIONS,
-            last_taken: fastrand::i32(0..PARTITIONS),
+            last_taken: fastrand::i16(0..640),
             stay: None,
             rows: MAX_ROWS,
             large: false,
+            reading: None,
             unproven: false,
         }
     }
@@ -206,58 +172,94 @@ impl PgLane {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
-        let (taken, pending): (Vec<i32>, bool) = sqlx::query_as(TAKE_PARTITIONS)
-            .persistent(persistent)
-            .bind(i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions))
-            .bind(self.last_taken)
-            .bind(self.stay.filter(|_| self.partitions == 1).map_or(i64::MAX, |stay| stay.after))
-            .fetch_one(&mut *connection)
-            .await?;
-        let Some(last) = taken.last() else {
+        let most = i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
+        let (taken, mut known) = self.take(connection, most).await?;
+        let Some(last) = taken.partitions.last().and_then(|last| i16::try_from(*last).ok()) else {
             connection.execute("commit").await?;
-            return Ok(if pending { Claim::Busy } else { Claim::Empty });
+            return Ok(if taken.busy { Claim::Busy } else { Claim::Empty });
         };
-        let stayed = self.stay.filter(|_| self.last_taken == *last);
-        self.last_taken = *last;
+        let taken = taken.partitions;
+        let stayed = self.stay.filter(|_| self.last_taken == last);
+        self.last_taken = last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
         let share = limit / taken.len();
         let bytes_share = request.max_bytes.div_ceil(taken.len());
-        let rows =
-            batch::read(connection, persistent, &mut self.large, &taken, (limit, share, bytes_share), request).await?;
+        let limits = (limit, share, bytes_share);
+        let bounds = known.bounds_of(&taken);
+        let read = batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+        let (mut rows, mut cut) = read;
+        if let Some(row) = rows.first()
+            && known.moves != row.try_get::<i64, _>(20)?
+        {
+            // An event was put back since, maybe below a bound.
+            known = self.outbox.bounds.found(row.try_get(20)?, None);
+            let bounds = vec![i64::MIN; taken.len()];
+            (rows, cut) =
+                batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+        }
         let mut claimed = Vec::with_capacity(rows.len());
-        let mut given: HashMap<i16, (usize, usize)> = HashMap::with_capacity(taken.len());
+        let mut given: HashMap<i16, Given> = HashMap::with_capacity(taken.len());
         for row in &rows {
             let (event, size) = batch::read_claimed(row, request.max_payload)?;
-            let (count, bytes) = given.entry(event.event.row.partition).or_default();
-            *count += 1;
-            *bytes += size;
+            let given = given.entry(event.event.row.partition).or_default();
+            given.events += 1;
+            given.bytes += size;
+            given.last_id = given.last_id.max(event.event.row.id);
             claimed.push(event);
         }
         claimed.sort_by(|a, b| {
             let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
             place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
         });
-        let out_of_bytes = given.values().any(|(_, bytes)| *bytes >= bytes_share);
-        let full = out_of_bytes || given.values().any(|(count, _)| *count == share);
+        let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
+        let full = out_of_bytes || given.values().any(|given| given.events == share);
         let batches = stayed.map_or(0, |stay| stay.batches) + 1;
         let after = claimed.last().map(|claimed| claimed.event.row.id);
         self.stay = after.filter(|_| full && batches < STAY).map(|after| Stay { after, batches });
         let count = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
         self.partitions = if full { count / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
         // What a few stored bytes print as may be long: 1e131071 has so many digits.
-        let bytes: usize = given.values().map(|(_, bytes)| bytes).sum();
+        let bytes: usize = given.values().map(|given| given.bytes).sum();
         self.rows =
             if out_of_bytes { rows.len() * request.max_bytes / bytes.max(1) } else { self.rows * 2 }.clamp(1, MAX_ROWS);
         if rows.is_empty() {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
         }
+        let reached = taken.iter().map(|&partition| {
+            let given = i16::try_from(partition).ok().and_then(|partition| given.get(&partition));
+            (partition, given.filter(|given| cut || given.events == share).map(|given| given.last_id))
+        });
+        self.reading = known.reading(reached, rows.len());
         let term =
             Term { outbox: self.outbox.id(connection).await?, epoch: rows[0].try_get(19)?, token: fastrand::u64(..) };
         Ok(Claim::Batch { claimed, full, term })
     }
 
-    async fn try_settle(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
+    /// Takes at most so many partitions. Returns what is known of them too.
+    async fn take(&self, connection: &mut PgConnection, most: i32) -> Result<(Taken, Known), sqlx::Error> {
+        let pooled = self.outbox.config.pooled;
+        let (mut known, ask) = if pooled { Default::default() } else { self.outbox.bounds.known() };
+        let stay = self.stay.filter(|_| self.partitions == 1).map(|stay| stay.after);
+        loop {
+            let ranges = Ranges::after(self.last_taken, stay, &known.bounds);
+            let mut taken = take::take(connection, !pooled, ranges, most, ask).await?;
+            if pooled {
+                return Ok((taken, known));
+            }
+            let moved = known.moves != taken.moves;
+            known = self.outbox.bounds.found(taken.moves, taken.writers.take());
+            if !moved || !taken.partitions.is_empty() {
+                return Ok((taken, known));
+            }
+        }
+    }
+
+    async fn try_settle(
+        &mut self,
+        connection: &mut PgConnection,
+        deliveries: &[Delivery<'_>],
+    ) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.history);
         let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker };
@@ -271,6 +273,7 @@ impl PgLane {
         }
         hit("before_commit").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
         connection.execute("commit").await?;
+        self.outbox.bounds.settled(self.reading.take(), gone);
         hit("committed").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))
     }
 }
@@ -345,14 +348,21 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let (pending, next_due_ms): (Option<bool>, Option<i64>) =
-            answered("look whether there are events", STATEMENT_TIMEOUT, async {
-                let query = sqlx::query_as(PEEK).persistent(!self.outbox.config.pooled).bind(destinations);
-                query.fetch_one(&mut connection).await
-            })
-            .await?;
+        let pooled = self.outbox.config.pooled;
+        let known = if pooled { Known::default() } else { self.outbox.bounds.known().0 };
+        let (mut pending, next_due_ms, moves) = answered(
+            "look whether there are events",
+            STATEMENT_TIMEOUT,
+            take::peek(&mut connection, !pooled, Ranges::all(&known.bounds), &destinations),
+        )
+        .await?;
+        if !pooled && known.moves != moves {
+            // There may be, below what was a bound until now; the next look tells.
+            self.outbox.bounds.found(moves, None);
+            pending = true;
+        }
         self.connection = Some(connection);
-        Ok(Peek { pending: pending.is_some(), next_due: next_due_ms.map(milliseconds) })
+        Ok(Peek { pending, next_due: next_due_ms.map(milliseconds) })
     }
 
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {

@@ -11,7 +11,7 @@ use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 8] = [
+const MIGRATIONS: [(&str, &str); 9] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -20,6 +20,7 @@ const MIGRATIONS: [(&str, &str); 8] = [
     ("0006_operator_views", include_str!("../../../migrations/postgres/0006_operator_views.sql")),
     ("0007_claim_epoch", include_str!("../../../migrations/postgres/0007_claim_epoch.sql")),
     ("0008_crash_loops", include_str!("../../../migrations/postgres/0008_crash_loops.sql")),
+    ("0009_moved_events", include_str!("../../../migrations/postgres/0009_moved_events.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -103,7 +104,7 @@ async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxErr
 }
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 12] = [
+const PRIVILEGES: [(&str, &str); 13] = [
     (
         "select, insert, update and delete on event_outbox",
         "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
@@ -116,6 +117,10 @@ const PRIVILEGES: [(&str, &str); 12] = [
     (
         "select and update on event_outbox_epoch",
         "has_sequence_privilege('event_outbox_epoch', 'select') and has_sequence_privilege('event_outbox_epoch', 'update')",
+    ),
+    (
+        "select on event_outbox_moves and event_outbox_id_seq",
+        "has_sequence_privilege('event_outbox_moves', 'select') and has_sequence_privilege('event_outbox_id_seq', 'select')",
     ),
     (
         "select, insert, update and delete on event_relay_run",

@@ -8,7 +8,7 @@ use crate::harness::{eventually, sql};
 use crate::servers::{Database, database, empty_database};
 
 /// All there are, in order.
-const MIGRATIONS: [&str; 8] = [
+const MIGRATIONS: [&str; 9] = [
     "0001_event_outbox",
     "0002_event_processing_log",
     "0003_event_dead_letter",
@@ -17,6 +17,7 @@ const MIGRATIONS: [&str; 8] = [
     "0006_operator_views",
     "0007_claim_epoch",
     "0008_crash_loops",
+    "0009_moved_events",
 ];
 
 const SCHEMA_VERSION: usize = MIGRATIONS.len();
@@ -198,8 +199,8 @@ async fn an_older_schema_asks_for_relay_migrate() {
     let mut connection = database.connect().await;
     sql(
         &mut connection,
-        "create or replace function relay_schema_version() returns integer language sql immutable as 'select 7';
-         drop table event_relay_run, event_crash_suspect",
+        "create or replace function relay_schema_version() returns integer language sql immutable as 'select 8';
+         drop sequence event_outbox_moves; drop function event_outbox_moved cascade",
     )
     .await;
     let variables = [("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "error")];
@@ -208,9 +209,9 @@ async fn an_older_schema_asks_for_relay_migrate() {
     let mut running = Running::start(relay(&["run", "--log", "info"], &variables));
     running.until_log("run `relay migrate`"); // and does not end: the migration may come
     for said in [once.complaint(), check.stdout.as_str(), &running.log()] {
-        assert!(said.contains("schema version 7") && said.contains("needs 8: run `relay migrate`"), "{said}");
+        assert!(said.contains("schema version 8") && said.contains("needs 9: run `relay migrate`"), "{said}");
     }
-    assert_eq!(migrate(database.url()), "applied 0008_crash_loops\nschema version 8\n");
+    assert_eq!(migrate(database.url()), "applied 0009_moved_events\nschema version 9\n");
     running.until_log("\"message\":\"ready\"");
     drop(running);
     finished(&["check"], &variables).exited(0);
