@@ -121,7 +121,7 @@ async fn what_is_put_back_with_its_old_id_comes_before_what_follows_it() {
     let mut connection = database.connect().await;
     let ways = [
         ("becomes due", "update event_outbox set available_at = now() where event_type = 'becomes due'"),
-        ("is made pending", "update event_outbox set status = 'pending' where event_type = 'is made pending'"),
+        ("is made pending", "update event_outbox set status = 'pending', available_at = now() where event_type = 'is made pending'"),
         ("is redriven", "select redrive_dead_letter(id) from event_dead_letter"),
     ];
     for (name, _) in ways {

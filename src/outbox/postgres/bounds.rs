@@ -21,8 +21,11 @@ use std::time::{Duration, Instant};
 /// How long a row that somebody inserted with an id of their own may stay hidden.
 const LIFETIME: Duration = Duration::from_secs(60);
 
-/// So many events are settled between two questions for the horizon: about as many dead rows are still walked over.
-const EVENTS_BETWEEN_QUESTIONS: usize = 1000;
+/// The horizon is asked for once so many events have died beyond it, which are still walked over.
+const EVENTS_BEYOND: usize = 1000;
+
+/// The shortest time between two questions: while a transaction is long, more would not help.
+const QUESTION_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the lanes of a relay share.
 #[derive(Debug, Clone, Default)]
@@ -33,10 +36,12 @@ struct State {
     known: Known,
     /// When the first of the bounds may have been set.
     since: Option<Instant>,
-    /// The horizon to be, once these transactions are gone.
-    next: Option<Writers>,
-    /// Events settled since the last question.
+    /// The horizon to be, once these transactions are gone, and how many events were settled when it was drawn.
+    next: Option<(Writers, usize)>,
     settled: usize,
+    /// How many of them when the horizon was drawn.
+    within: usize,
+    asked: Option<Instant>,
 }
 
 /// What a claim goes by.
@@ -76,12 +81,12 @@ impl Known {
     }
 
     /// A reading of so many rows, `last` gives for each partition the id of the last one that was read, if there may be more.
-    pub(super) fn reading(&self, last: impl Iterator<Item = (i32, Option<i64>)>, rows: usize) -> Option<Reading> {
-        let horizon = self.horizon?;
+    pub(super) fn reading(&self, last: impl Iterator<Item = (i32, Option<i64>)>, rows: usize) -> Reading {
+        let horizon = self.horizon.unwrap_or(i64::MIN);
         // Of the same id there may be another row, for another destination.
         let reached = |last: Option<i64>| last.map_or(horizon, |last| horizon.min(last - 1));
         let reached = last.filter_map(|(partition, last)| Some((i16::try_from(partition).ok()?, reached(last)))).collect();
-        Some(Reading { era: self.era, reached, rows })
+        Reading { era: self.era, reached, rows }
     }
 }
 
@@ -90,10 +95,10 @@ impl Bounds {
     pub(super) fn known(&self) -> (Known, bool) {
         let mut state = self.state();
         if state.since.is_some_and(|since| since.elapsed() > LIFETIME) {
-            let Known { moves, horizon, .. } = state.known;
-            state.forget(Known { moves, horizon, ..Known::default() });
+            state.forget_bounds();
         }
-        (state.known.clone(), state.settled >= EVENTS_BETWEEN_QUESTIONS)
+        let beyond = state.settled - state.within >= EVENTS_BEYOND;
+        (state.known.clone(), beyond && state.asked.is_none_or(|asked| asked.elapsed() >= QUESTION_INTERVAL))
     }
 
     /// Takes note of what a claim found: the number of moves, and the writers where it asked. Returns what holds now.
@@ -101,9 +106,7 @@ impl Bounds {
         let mut state = self.state();
         if state.known.moves != moves {
             // The horizon too: whoever raised the number may still be in flight, and is among the writers asked for next.
-            state.forget(Known { moves, ..Known::default() });
-            state.next = None;
-            state.settled = EVENTS_BETWEEN_QUESTIONS;
+            state.forget(moves);
         } else if let Some(writers) = writers {
             state.wrote(writers);
         }
@@ -124,11 +127,19 @@ impl Bounds {
         }
     }
 
+    /// Who went by `known` found no partition with anything in it.
+    pub(super) fn empty(&self, known: &Known) {
+        let mut state = self.state();
+        if let Some(horizon) = known.horizon.filter(|_| known.era == state.known.era) {
+            state.since.get_or_insert_with(Instant::now);
+            let bounds = Arc::make_mut(&mut state.known.bounds);
+            bounds.values_mut().for_each(|bound| *bound = (*bound).max(horizon));
+        }
+    }
+
     /// A connection is new: its server may be another, in which ids start lower.
     pub(super) fn forget(&self) {
-        let mut state = self.state();
-        state.forget(Known::default());
-        state.next = None;
+        self.state().forget(0);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -137,28 +148,36 @@ impl Bounds {
 }
 
 impl State {
-    fn forget(&mut self, known: Known) {
-        self.known = Known { era: self.known.era + 1, ..known };
+    /// Which partitions had one is remembered: as soon as all are found empty, they have one again.
+    fn forget_bounds(&mut self) {
+        Arc::make_mut(&mut self.known.bounds).values_mut().for_each(|bound| *bound = i64::MIN);
+        self.known.era += 1;
         self.since = None;
     }
 
+    fn forget(&mut self, moves: i64) {
+        self.forget_bounds();
+        self.known.moves = moves;
+        self.known.horizon = None;
+        self.next = None;
+        self.within = 0;
+    }
+
     fn wrote(&mut self, writers: Writers) {
-        self.settled = 0;
+        self.asked = Some(Instant::now());
         if self.known.horizon.is_some_and(|horizon| horizon > writers.last_id) {
-            // The ids were restarted.
-            let moves = self.known.moves;
-            self.forget(Known { moves, ..Known::default() });
-            self.next = None;
+            self.forget(self.known.moves); // the ids were restarted
         }
         // A transaction that is prepared for a two-phase commit keeps its locks under another name, `-1/...`.
         let lasts = |name: &String, before: &Writers| name.starts_with("-1/") || before.transactions.contains(name);
         match &self.next {
-            Some(before) if writers.transactions.iter().any(|name| lasts(name, before)) => {}
+            Some((before, _)) if writers.transactions.iter().any(|name| lasts(name, before)) => {}
             before => {
-                if let Some(before) = before {
+                if let Some((before, settled)) = before {
                     self.known.horizon = Some(before.last_id);
+                    self.within = *settled;
                 }
-                self.next = Some(writers);
+                self.next = Some((writers, self.settled));
             }
         }
     }
@@ -175,11 +194,12 @@ mod tests {
     /// Bounds with a horizon, and one partition with a bound at it.
     fn settled() -> Bounds {
         let bounds = Bounds::default();
+        bounds.settled(None, EVENTS_BEYOND);
         bounds.found(1, None);
         bounds.found(1, writers(100, &[]));
         let known = bounds.found(1, writers(200, &[]));
         assert_eq!(known.horizon, Some(100));
-        bounds.settled(known.reading([(7, None), (8, Some(60))].into_iter(), 5), 5);
+        bounds.settled(known.reading([(7, None), (8, Some(60))].into_iter(), 5).into(), 5);
         assert_eq!(*bounds.known().0.bounds, BTreeMap::from([(7, 100), (8, 59)]));
         bounds
     }
@@ -196,58 +216,92 @@ mod tests {
     }
 
     #[test]
-    fn it_is_asked_for_once_a_thousand_events() {
+    fn it_is_asked_for_until_no_more_than_a_thousand_dead_lie_beyond() {
         let bounds = Bounds::default();
+        let asks = || {
+            bounds.state().asked = None;
+            bounds.known().1
+        };
         bounds.found(1, None);
-        assert!(bounds.known().1, "at first at once");
-        bounds.found(1, writers(10, &[]));
         bounds.settled(None, 999);
-        assert!(!bounds.known().1);
+        assert!(!asks());
         bounds.settled(None, 1);
-        assert!(bounds.known().1);
+        assert!(asks());
+        bounds.found(1, writers(1000, &["3/1"]));
+        assert!(!bounds.known().1, "not twice in a moment");
+        assert!(asks());
+        bounds.found(1, writers(1000, &["3/1"]));
+        bounds.settled(None, 500);
+        assert!(asks(), "3/1 may still write");
+        bounds.found(1, writers(1500, &[]));
+        assert!(!asks(), "500 lie beyond");
     }
 
     #[test]
     fn a_bound_never_goes_back() {
         let bounds = settled();
         let known = bounds.known().0;
-        bounds.settled(known.reading([(7, Some(50))].into_iter(), 5), 5);
+        bounds.settled(known.reading([(7, Some(50))].into_iter(), 5).into(), 5);
         assert_eq!(bounds.known().0.bounds_of(&[7, 8, 9]), [100, 59, i64::MIN]);
+    }
+
+    #[test]
+    fn where_all_partitions_are_empty_all_that_had_bounds_have_them_at_the_horizon() {
+        let bounds = settled();
+        let before = bounds.known().0;
+        bounds.state().forget_bounds();
+        bounds.empty(&before);
+        assert_eq!(bounds.known().0.bounds_of(&[7, 8]), [i64::MIN; 2], "who looked went by old bounds");
+        bounds.empty(&bounds.known().0);
+        assert_eq!(bounds.known().0.bounds_of(&[7, 8, 9]), [100, 100, i64::MIN]);
     }
 
     #[test]
     fn a_row_left_where_it_was_sets_no_bound() {
         let bounds = settled();
         let known = bounds.known().0;
-        bounds.settled(known.reading([(9, None)].into_iter(), 5), 4);
+        bounds.settled(known.reading([(9, None)].into_iter(), 5).into(), 4);
         assert_eq!(bounds.known().0.bounds_of(&[9]), [i64::MIN]);
+    }
+
+    #[test]
+    fn a_partition_read_before_there_was_a_horizon_has_a_bound_once_all_are_empty() {
+        let bounds = settled();
+        bounds.found(2, None);
+        bounds.settled(Some(bounds.known().0.reading([(9, Some(5))].into_iter(), 5)), 5);
+        assert_eq!(bounds.known().0.bounds_of(&[9]), [i64::MIN]);
+        bounds.found(2, writers(300, &[]));
+        bounds.found(2, writers(400, &[]));
+        bounds.empty(&bounds.known().0);
+        assert_eq!(bounds.known().0.bounds_of(&[9]), [300]);
     }
 
     #[test]
     fn a_move_ends_bounds_and_horizon_and_what_was_read_before() {
         let bounds = settled();
         let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
+        bounds.state().asked = None;
         let known = bounds.found(2, writers(300, &[]));
-        assert_eq!((known.horizon, known.bounds.len()), (None, 0));
-        assert!(bounds.known().1, "it is to be asked for again");
-        bounds.settled(read, 5);
-        assert!(bounds.known().0.bounds.is_empty());
+        assert_eq!((known.horizon, known.bounds_of(&[7])), (None, vec![i64::MIN]));
+        assert!(bounds.known().1, "the horizon is to be asked for again");
+        bounds.settled(Some(read), 5);
+        assert_eq!(bounds.known().0.bounds_of(&[7, 8]), [i64::MIN; 2]);
     }
 
     #[test]
     fn restarted_ids_a_new_connection_and_a_minute_end_bounds() {
         let bounds = settled();
         bounds.found(1, writers(3, &[]));
-        assert!(bounds.known().0.bounds.is_empty());
+        assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
         let bounds = settled();
         bounds.forget();
-        assert!(bounds.known().0.bounds.is_empty());
+        assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
         let bounds = settled();
         let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
         bounds.state().since = Instant::now().checked_sub(LIFETIME + Duration::from_secs(1));
         let known = bounds.known().0;
-        assert_eq!((known.horizon, known.bounds.len()), (Some(100), 0));
-        bounds.settled(read, 5);
-        assert!(bounds.known().0.bounds.is_empty(), "it was read by an old bound");
+        assert_eq!((known.horizon, known.bounds_of(&[7])), (Some(100), vec![i64::MIN]));
+        bounds.settled(Some(read), 5);
+        assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN], "it was read by an old bound");
     }
 }

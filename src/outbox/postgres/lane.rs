@@ -230,7 +230,7 @@ impl PgLane {
             let given = i16::try_from(partition).ok().and_then(|partition| given.get(&partition));
             (partition, given.filter(|given| cut || given.events == share).map(|given| given.last_id))
         });
-        self.reading = known.reading(reached, rows.len());
+        self.reading = Some(known.reading(reached, rows.len()));
         let term =
             Term { outbox: self.outbox.id(connection).await?, epoch: rows[0].try_get(19)?, token: fastrand::u64(..) };
         Ok(Claim::Batch { claimed, full, term })
@@ -248,6 +248,9 @@ impl PgLane {
                 return Ok((taken, known));
             }
             let moved = known.moves != taken.moves;
+            if !moved && taken.partitions.is_empty() && !taken.busy {
+                self.outbox.bounds.empty(&known);
+            }
             known = self.outbox.bounds.found(taken.moves, taken.writers.take());
             if !moved || !taken.partitions.is_empty() {
                 return Ok((taken, known));
@@ -360,6 +363,8 @@ impl Lane for PgLane {
             // There may be, below what was a bound until now; the next look tells.
             self.outbox.bounds.found(moves, None);
             pending = true;
+        } else if !pending {
+            self.outbox.bounds.empty(&known);
         }
         self.connection = Some(connection);
         Ok(Peek { pending, next_due: next_due_ms.map(milliseconds) })
