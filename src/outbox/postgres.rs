@@ -53,7 +53,8 @@ pub struct PgOutbox {
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config, id: Arc::default(), aside: Aside::default(), bounds: Bounds::default() }
+        let bounds = Bounds::new(config.pooled);
+        Self { config, id: Arc::default(), aside: Aside::default(), bounds }
     }
 
     /// One connection to a database that can be written to.

@@ -32,10 +32,8 @@ impl Warm {
 
     async fn pass_events(&mut self) {
         for _ in 0..6 {
-            let insert = format!(
-                "insert into event_outbox (event_type) select 'other' from generate_series(1, {})",
-                EVENTS / 6
-            );
+            let insert =
+                format!("insert into event_outbox (event_type) select 'other' from generate_series(1, {})", EVENTS / 6);
             sql(&mut self.connection, insert).await;
             self.until_empty().await;
         }
@@ -57,7 +55,8 @@ impl Warm {
 /// How many entries of the primary key the relays' scans have met.
 async fn index_entries(database: &Database, pooled: bool) -> i64 {
     let mut connection = database.connect().await;
-    sql(&mut connection, "set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off").await;
+    sql(&mut connection, "set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off")
+        .await;
     let mut snapshot = database.connect().await;
     sql(&mut snapshot, "begin isolation level repeatable read; select from event_outbox").await;
     let sink = ScriptedSink::accepting();
@@ -121,7 +120,10 @@ async fn what_is_put_back_with_its_old_id_comes_before_what_follows_it() {
     let mut connection = database.connect().await;
     let ways = [
         ("becomes due", "update event_outbox set available_at = now() where event_type = 'becomes due'"),
-        ("is made pending", "update event_outbox set status = 'pending', available_at = now() where event_type = 'is made pending'"),
+        (
+            "is made pending",
+            "update event_outbox set status = 'pending', available_at = now() where event_type = 'is made pending'",
+        ),
         ("is redriven", "select redrive_dead_letter(id) from event_dead_letter"),
     ];
     for (name, _) in ways {

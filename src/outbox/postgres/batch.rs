@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use foldhash::{HashMap, HashMapExt};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Row, ValueRef};
 use time::OffsetDateTime;
@@ -47,7 +48,7 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            ) head
        ) end,
        (select last_value from event_outbox_epoch), {moves}
-from unnest($1::int[], $5::bigint[]) t(partition, bound)
+from unnest($1::smallint[], $5::bigint[]) t(partition, bound)
 cross join lateral (
     {rows}
 ) o
@@ -59,7 +60,7 @@ cross join (select exists (
 /// hundredfold; `#> '{}'` is the payload uncompressed.
 const ROWS: &str = "
     select ctid, *, pg_column_size(payload #> '{}') as size
-    from event_outbox where partition = t.partition::smallint and id > t.bound order by id, destination limit $2";
+    from event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2";
 
 /// The same where some may be large: about `$6` bytes of them, measured by their text where they are. Adding up costs a
 /// quarter of all that reading does, and is left out as long as all are small.
@@ -71,7 +72,7 @@ const ROWS_WITHIN_BYTES: &str = "
             select m.*, case when m.uncompressed <= 2000 then m.uncompressed else octet_length(m.payload::text) end as size
             from (
                 select ctid, *, pg_column_size(payload #> '{}') as uncompressed
-                from event_outbox where partition = t.partition::smallint and id > t.bound order by id, destination limit $2
+                from event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
             ) m
         ) e
     ) s
@@ -94,7 +95,7 @@ pub(super) async fn read(
     connection: &mut PgConnection,
     persistent: bool,
     large: &mut bool,
-    (taken, bounds): (&[i32], &[i64]),
+    (taken, bounds): (&[i16], &[i64]),
     (limit, share, bytes_share): (usize, usize, usize),
     request: ClaimRequest<'_>,
 ) -> Result<(Vec<PgRow>, bool), sqlx::Error> {
@@ -123,9 +124,37 @@ pub(super) async fn read(
     Ok((rows, true))
 }
 
+/// What one partition gave to a batch.
+#[derive(Default)]
+pub(super) struct Given {
+    pub(super) events: usize,
+    /// Of payload.
+    pub(super) bytes: usize,
+    pub(super) last_id: i64,
+}
+
+/// Decodes the rows of a batch: in order, and what each partition gave to it.
+pub(super) fn decode(rows: &[PgRow], max_payload: usize) -> Result<(Vec<Claimed>, HashMap<i16, Given>), sqlx::Error> {
+    let mut claimed = Vec::with_capacity(rows.len());
+    let mut given: HashMap<i16, Given> = HashMap::new();
+    for row in rows {
+        let (event, size) = read_claimed(row, max_payload)?;
+        let given = given.entry(event.event.row.partition).or_default();
+        given.events += 1;
+        given.bytes += size;
+        given.last_id = given.last_id.max(event.event.row.id);
+        claimed.push(event);
+    }
+    claimed.sort_by(|a, b| {
+        let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
+        place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
+    });
+    Ok((claimed, given))
+}
+
 /// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes
 /// it fail.
-pub(super) fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
+fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
     let payload = jsonb_text(row, 9)?;
     // What the statement measured is not the text where that is small.
     let size = match payload {

@@ -28,8 +28,12 @@ const EVENTS_BEYOND: usize = 1000;
 const QUESTION_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the lanes of a relay share.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Bounds(Arc<Mutex<State>>);
+#[derive(Debug, Clone)]
+pub(super) struct Bounds {
+    state: Arc<Mutex<State>>,
+    /// Without a horizon there are no bounds.
+    asks: bool,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -75,40 +79,53 @@ pub(super) struct Reading {
 
 impl Known {
     /// Above which id to read each of these partitions.
-    pub(super) fn bounds_of(&self, partitions: &[i32]) -> Vec<i64> {
-        let bound = |&partition| self.bounds.get(&i16::try_from(partition).ok()?).copied();
-        partitions.iter().map(|partition| bound(partition).unwrap_or(i64::MIN)).collect()
+    pub(super) fn bounds_of(&self, partitions: &[i16]) -> Vec<i64> {
+        partitions.iter().map(|partition| self.bounds.get(partition).copied().unwrap_or(i64::MIN)).collect()
     }
 
     /// A reading of so many rows, `last` gives for each partition the id of the last one that was read, if there may be more.
-    pub(super) fn reading(&self, last: impl Iterator<Item = (i32, Option<i64>)>, rows: usize) -> Reading {
+    pub(super) fn reading(&self, last: impl Iterator<Item = (i16, Option<i64>)>, rows: usize) -> Reading {
         let horizon = self.horizon.unwrap_or(i64::MIN);
         // Of the same id there may be another row, for another destination.
         let reached = |last: Option<i64>| last.map_or(horizon, |last| horizon.min(last - 1));
-        let reached = last.filter_map(|(partition, last)| Some((i16::try_from(partition).ok()?, reached(last)))).collect();
+        let reached = last.map(|(partition, last)| (partition, reached(last))).collect();
         Reading { era: self.era, reached, rows }
     }
 }
 
 impl Bounds {
+    /// There is none yet, and behind a `pooled` connection there never will be.
+    pub(super) fn new(pooled: bool) -> Self {
+        Self { state: Arc::default(), asks: !pooled }
+    }
+
     /// What a claim starts from, and whether it is to ask for the writers.
     pub(super) fn known(&self) -> (Known, bool) {
         let mut state = self.state();
         if state.since.is_some_and(|since| since.elapsed() > LIFETIME) {
             state.forget_bounds();
         }
-        let beyond = state.settled - state.within >= EVENTS_BEYOND;
-        (state.known.clone(), beyond && state.asked.is_none_or(|asked| asked.elapsed() >= QUESTION_INTERVAL))
+        let ask = self.asks
+            && state.settled - state.within >= EVENTS_BEYOND
+            && state.asked.is_none_or(|asked| asked.elapsed() >= QUESTION_INTERVAL);
+        (state.known.clone(), ask)
     }
 
-    /// Takes note of what a claim found: the number of moves, and the writers where it asked. Returns what holds now.
-    pub(super) fn found(&self, moves: i64, writers: Option<Writers>) -> Known {
+    /// What holds at this number of moves.
+    pub(super) fn at(&self, moves: i64) -> Known {
         let mut state = self.state();
-        if state.known.moves != moves {
-            // The horizon too: whoever raised the number may still be in flight, and is among the writers asked for next.
-            state.forget(moves);
-        } else if let Some(writers) = writers {
+        state.at(moves);
+        state.known.clone()
+    }
+
+    /// Takes note of the answer to the question for the writers. Returns what holds now.
+    pub(super) fn wrote(&self, moves: i64, writers: Writers) -> Known {
+        let mut state = self.state();
+        if state.known.moves == moves {
             state.wrote(writers);
+        } else {
+            // Whoever raised the number may have begun to write after the writers were listed.
+            state.at(moves);
         }
         state.known.clone()
     }
@@ -143,7 +160,7 @@ impl Bounds {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -161,6 +178,13 @@ impl State {
         self.known.horizon = None;
         self.next = None;
         self.within = 0;
+    }
+
+    fn at(&mut self, moves: i64) {
+        if self.known.moves != moves {
+            // The horizon too: whoever raised the number may still be in flight.
+            self.forget(moves);
+        }
     }
 
     fn wrote(&mut self, writers: Writers) {
@@ -187,17 +211,17 @@ impl State {
 mod tests {
     use super::*;
 
-    fn writers(last_id: i64, transactions: &[&str]) -> Option<Writers> {
-        Some(Writers { last_id, transactions: transactions.iter().map(ToString::to_string).collect() })
+    fn writers(last_id: i64, transactions: &[&str]) -> Writers {
+        Writers { last_id, transactions: transactions.iter().map(ToString::to_string).collect() }
     }
 
     /// Bounds with a horizon, and one partition with a bound at it.
     fn settled() -> Bounds {
-        let bounds = Bounds::default();
+        let bounds = Bounds::new(false);
         bounds.settled(None, EVENTS_BEYOND);
-        bounds.found(1, None);
-        bounds.found(1, writers(100, &[]));
-        let known = bounds.found(1, writers(200, &[]));
+        bounds.at(1);
+        bounds.wrote(1, writers(100, &[]));
+        let known = bounds.wrote(1, writers(200, &[]));
         assert_eq!(known.horizon, Some(100));
         bounds.settled(known.reading([(7, None), (8, Some(60))].into_iter(), 5).into(), 5);
         assert_eq!(*bounds.known().0.bounds, BTreeMap::from([(7, 100), (8, 59)]));
@@ -206,35 +230,42 @@ mod tests {
 
     #[test]
     fn the_horizon_waits_for_who_was_writing() {
-        let bounds = Bounds::default();
-        bounds.found(1, None);
-        assert_eq!(bounds.found(1, writers(10, &["3/1", "4/1"])).horizon, None);
-        assert_eq!(bounds.found(1, writers(20, &["4/1", "5/1"])).horizon, None);
-        assert_eq!(bounds.found(1, writers(30, &["5/1", "-1/77"])).horizon, None, "one is prepared now, maybe 4/1");
-        assert_eq!(bounds.found(1, writers(40, &["5/1"])).horizon, Some(10));
-        assert_eq!(bounds.found(1, writers(50, &["5/2"])).horizon, Some(40));
+        let bounds = Bounds::new(false);
+        bounds.at(1);
+        assert_eq!(bounds.wrote(1, writers(10, &["3/1", "4/1"])).horizon, None);
+        assert_eq!(bounds.wrote(1, writers(20, &["4/1", "5/1"])).horizon, None);
+        assert_eq!(bounds.wrote(1, writers(30, &["5/1", "-1/77"])).horizon, None, "one is prepared now, maybe 4/1");
+        assert_eq!(bounds.wrote(1, writers(40, &["5/1"])).horizon, Some(10));
+        assert_eq!(bounds.wrote(1, writers(50, &["5/2"])).horizon, Some(40));
     }
 
     #[test]
     fn it_is_asked_for_until_no_more_than_a_thousand_dead_lie_beyond() {
-        let bounds = Bounds::default();
+        let bounds = Bounds::new(false);
         let asks = || {
             bounds.state().asked = None;
             bounds.known().1
         };
-        bounds.found(1, None);
+        bounds.at(1);
         bounds.settled(None, 999);
         assert!(!asks());
         bounds.settled(None, 1);
         assert!(asks());
-        bounds.found(1, writers(1000, &["3/1"]));
+        bounds.wrote(1, writers(1000, &["3/1"]));
         assert!(!bounds.known().1, "not twice in a moment");
         assert!(asks());
-        bounds.found(1, writers(1000, &["3/1"]));
+        bounds.wrote(1, writers(1000, &["3/1"]));
         bounds.settled(None, 500);
         assert!(asks(), "3/1 may still write");
-        bounds.found(1, writers(1500, &[]));
+        bounds.wrote(1, writers(1500, &[]));
         assert!(!asks(), "500 lie beyond");
+    }
+
+    #[test]
+    fn behind_a_pooler_it_is_never_asked_for() {
+        let bounds = Bounds::new(true);
+        bounds.settled(None, 10 * EVENTS_BEYOND);
+        assert!(!bounds.known().1);
     }
 
     #[test]
@@ -267,11 +298,11 @@ mod tests {
     #[test]
     fn a_partition_read_before_there_was_a_horizon_has_a_bound_once_all_are_empty() {
         let bounds = settled();
-        bounds.found(2, None);
+        bounds.at(2);
         bounds.settled(Some(bounds.known().0.reading([(9, Some(5))].into_iter(), 5)), 5);
         assert_eq!(bounds.known().0.bounds_of(&[9]), [i64::MIN]);
-        bounds.found(2, writers(300, &[]));
-        bounds.found(2, writers(400, &[]));
+        bounds.wrote(2, writers(300, &[]));
+        bounds.wrote(2, writers(400, &[]));
         bounds.empty(&bounds.known().0);
         assert_eq!(bounds.known().0.bounds_of(&[9]), [300]);
     }
@@ -280,8 +311,9 @@ mod tests {
     fn a_move_ends_bounds_and_horizon_and_what_was_read_before() {
         let bounds = settled();
         let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
+        let known = bounds.wrote(2, writers(300, &[]));
+        assert_eq!(bounds.wrote(2, writers(300, &[])).horizon, None, "those of before do not count");
         bounds.state().asked = None;
-        let known = bounds.found(2, writers(300, &[]));
         assert_eq!((known.horizon, known.bounds_of(&[7])), (None, vec![i64::MIN]));
         assert!(bounds.known().1, "the horizon is to be asked for again");
         bounds.settled(Some(read), 5);
@@ -291,7 +323,7 @@ mod tests {
     #[test]
     fn restarted_ids_a_new_connection_and_a_minute_end_bounds() {
         let bounds = settled();
-        bounds.found(1, writers(3, &[]));
+        bounds.wrote(1, writers(3, &[]));
         assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
         let bounds = settled();
         bounds.forget();

@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use foldhash::{HashMap, HashMapExt};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
 
@@ -14,10 +13,10 @@ use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::settle::Settle;
-use crate::outbox::postgres::take::{self, PARTITIONS, Ranges, Taken};
+use crate::outbox::postgres::take::{self, PARTITIONS, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, batch, query_failed};
 use crate::outbox::records::Records;
-use crate::outbox::{Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
@@ -86,7 +85,7 @@ pub struct PgLane {
     begin: String,
     /// How many partitions to take at once. A full batch halves it, a short one doubles it: a quiet system is one
     /// transaction for everything, a deep backlog as many in parallel as there are lanes.
-    partitions: i32,
+    partitions: i16,
     /// Where to go on taking partitions.
     last_taken: i16,
     /// Whether to go on in that one.
@@ -99,14 +98,6 @@ pub struct PgLane {
     reading: Option<Reading>,
     /// A settle failed, and nothing was written since.
     unproven: bool,
-}
-
-/// What one partition gave to a batch.
-#[derive(Default)]
-struct Given {
-    events: usize,
-    bytes: usize,
-    last_id: i64,
 }
 
 /// A deep partition is worth staying in for a while: to find the next one, all that lately died at its left is walked over.
@@ -137,7 +128,7 @@ impl PgLane {
             connection: None,
             begin,
             partitions: PARTITIONS,
-            last_taken: fastrand::i16(0..640),
+            last_taken: fastrand::i16(0..PARTITIONS),
             stay: None,
             rows: MAX_ROWS,
             large: false,
@@ -172,13 +163,17 @@ impl PgLane {
         let persistent = !self.outbox.config.pooled;
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
-        let most = i32::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
+        let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
         let (taken, mut known) = self.take(connection, most).await?;
-        let Some(last) = taken.partitions.last().and_then(|last| i16::try_from(*last).ok()) else {
+        let Some(&last) = taken.last() else {
+            let pending = take::any(connection, persistent, Ranges::all(&known.bounds)).await?;
             connection.execute("commit").await?;
-            return Ok(if taken.busy { Claim::Busy } else { Claim::Empty });
+            if pending {
+                return Ok(Claim::Busy);
+            }
+            self.outbox.bounds.empty(&known);
+            return Ok(Claim::Empty);
         };
-        let taken = taken.partitions;
         let stayed = self.stay.filter(|_| self.last_taken == last);
         self.last_taken = last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
@@ -192,31 +187,18 @@ impl PgLane {
             && known.moves != row.try_get::<i64, _>(20)?
         {
             // An event was put back since, maybe below a bound.
-            known = self.outbox.bounds.found(row.try_get(20)?, None);
+            known = self.outbox.bounds.at(row.try_get(20)?);
             let bounds = vec![i64::MIN; taken.len()];
             (rows, cut) =
                 batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
         }
-        let mut claimed = Vec::with_capacity(rows.len());
-        let mut given: HashMap<i16, Given> = HashMap::with_capacity(taken.len());
-        for row in &rows {
-            let (event, size) = batch::read_claimed(row, request.max_payload)?;
-            let given = given.entry(event.event.row.partition).or_default();
-            given.events += 1;
-            given.bytes += size;
-            given.last_id = given.last_id.max(event.event.row.id);
-            claimed.push(event);
-        }
-        claimed.sort_by(|a, b| {
-            let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
-            place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
-        });
+        let (claimed, given) = batch::decode(&rows, request.max_payload)?;
         let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let batches = stayed.map_or(0, |stay| stay.batches) + 1;
         let after = claimed.last().map(|claimed| claimed.event.row.id);
         self.stay = after.filter(|_| full && batches < STAY).map(|after| Stay { after, batches });
-        let count = i32::try_from(taken.len()).unwrap_or(PARTITIONS);
+        let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
         self.partitions = if full { count / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
         // What a few stored bytes print as may be long: 1e131071 has so many digits.
         let bytes: usize = given.values().map(|given| given.bytes).sum();
@@ -227,8 +209,7 @@ impl PgLane {
             return Ok(Claim::Busy); // the last owner settled between our two statements
         }
         let reached = taken.iter().map(|&partition| {
-            let given = i16::try_from(partition).ok().and_then(|partition| given.get(&partition));
-            (partition, given.filter(|given| cut || given.events == share).map(|given| given.last_id))
+            (partition, given.get(&partition).filter(|given| cut || given.events == share).map(|given| given.last_id))
         });
         self.reading = Some(known.reading(reached, rows.len()));
         let term =
@@ -236,23 +217,24 @@ impl PgLane {
         Ok(Claim::Batch { claimed, full, term })
     }
 
-    /// Takes at most so many partitions. Returns what is known of them too.
-    async fn take(&self, connection: &mut PgConnection, most: i32) -> Result<(Taken, Known), sqlx::Error> {
-        let pooled = self.outbox.config.pooled;
-        let (mut known, ask) = if pooled { Default::default() } else { self.outbox.bounds.known() };
+    /// Takes at most so many partitions. Returns what they are to be read by, too.
+    async fn take(&self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
+        let (persistent, bounds) = (!self.outbox.config.pooled, &self.outbox.bounds);
+        let (mut known, ask) = bounds.known();
+        if ask {
+            let (moves, writers) = take::writers(connection, persistent).await?;
+            known = bounds.wrote(moves, writers);
+        }
         let stay = self.stay.filter(|_| self.partitions == 1).map(|stay| stay.after);
         loop {
             let ranges = Ranges::after(self.last_taken, stay, &known.bounds);
-            let mut taken = take::take(connection, !pooled, ranges, most, ask).await?;
-            if pooled {
-                return Ok((taken, known));
+            let (taken, moves) = take::take(connection, persistent, ranges, most).await?;
+            let moved = known.moves != moves;
+            if moved {
+                known = bounds.at(moves);
             }
-            let moved = known.moves != taken.moves;
-            if !moved && taken.partitions.is_empty() && !taken.busy {
-                self.outbox.bounds.empty(&known);
-            }
-            known = self.outbox.bounds.found(taken.moves, taken.writers.take());
-            if !moved || !taken.partitions.is_empty() {
+            // What was moved may lie below what was a bound until now.
+            if !moved || !taken.is_empty() {
                 return Ok((taken, known));
             }
         }
@@ -351,17 +333,17 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let pooled = self.outbox.config.pooled;
-        let known = if pooled { Known::default() } else { self.outbox.bounds.known().0 };
+        let persistent = !self.outbox.config.pooled;
+        let (known, _) = self.outbox.bounds.known();
         let (mut pending, next_due_ms, moves) = answered(
             "look whether there are events",
             STATEMENT_TIMEOUT,
-            take::peek(&mut connection, !pooled, Ranges::all(&known.bounds), &destinations),
+            take::peek(&mut connection, persistent, Ranges::all(&known.bounds), &destinations),
         )
         .await?;
-        if !pooled && known.moves != moves {
+        if known.moves != moves {
             // There may be, below what was a bound until now; the next look tells.
-            self.outbox.bounds.found(moves, None);
+            self.outbox.bounds.at(moves);
             pending = true;
         } else if !pending {
             self.outbox.bounds.empty(&known);

@@ -4,41 +4,27 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::LazyLock;
 
-use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::bounds::Writers;
 
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
-pub(super) const PARTITIONS: i32 = 640;
+pub(super) const PARTITIONS: i16 = 640;
 
 /// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds.
-///
-/// Where `$5` it asks for the writers too: for the last id drawn, and then, which is why the one is read from the other, for
-/// all who may have drawn it. Inserting takes the table's lock before it draws the id.
 const TAKE: &str = "
-with range as ({ranges}),
-taken as materialized (select array(
-    select pending.partition from range cross join lateral ({pending}) pending
+select array(
+    select pending.partition from ({ranges}) range cross join lateral ({pending}) pending
     where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
-    limit $4
-) as partitions)
-select partitions, partitions = '{}' and exists (select from range cross join lateral ({pending}) pending),
-       {moves}, drawn.last_id, writers.transactions
-from taken
-left join lateral (
-    select case when is_called then last_value else last_value - 1 end as last_id from event_outbox_id_seq
-) drawn on $5
-left join lateral (
-    select array_agg(virtualtransaction) as transactions from pg_locks
-    where locktype = 'relation' and database = (select oid from pg_database where datname = current_database())
-      and relation = 'event_outbox'::regclass and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
-) writers on $5";
+    limit $4::smallint
+), {moves}";
 
-/// Whether any partition of `{ranges}` is non-empty; when the next event is due that is owed to one of `$4`.
+/// Whether any partition of `{ranges}` is non-empty.
+const ANY: &str = "select exists (select from ({ranges}) range cross join lateral ({pending}) pending)";
+
+/// When the next event is due that is owed to one of `$4`, besides.
 const PEEK: &str = "
-with range as ({ranges})
-select exists (select from range cross join lateral ({pending}) pending), (
+{any}, (
     select (extract(epoch from min(least(e.available_at, statement_timestamp() + interval '1 year')) - statement_timestamp())
             * 1000)::bigint
     from unnest($4::text[]) d(destination)
@@ -49,19 +35,31 @@ select exists (select from range cross join lateral ({pending}) pending), (
     ) e
 ), {moves}";
 
-const RANGES: &str = "select low, above, high from unnest($1::smallint[], $2::bigint[], $3::smallint[]) as r(low, above, high)";
+/// The last id drawn, and then, which is why the one is read from the other, all who may have drawn it or one before:
+/// inserting takes the table's lock before it draws the id.
+const WRITERS: &str = "
+select {moves}, drawn.last_id, writers.transactions
+from (select case when is_called then last_value else last_value - 1 end as last_id from event_outbox_id_seq) drawn
+cross join lateral (
+    select coalesce(array_agg(virtualtransaction), '{}') as transactions from pg_locks
+    where locktype = 'relation' and database = (select oid from pg_database where datname = current_database())
+      and relation = 'event_outbox'::regclass and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
+) writers";
+
+const RANGES: &str =
+    "select low, above, high from unnest($1::smallint[], $2::bigint[], $3::smallint[]) as r(low, above, high)";
 
 /// The non-empty partitions of a range. A loose scan of the primary key touches one index entry for each, and stops as soon
 /// as enough are taken: each row of a recursive query is made only when it is asked for. By `order by`, so that its plan is by
 /// the index whatever the statistics say.
 const PENDING: &str = "
     with recursive scan(partition) as (
-        (select o.partition::int from event_outbox o
+        (select o.partition from event_outbox o
          where (o.partition, o.id) > (range.low, range.above) and o.partition < range.high
          order by o.partition, o.id limit 1)
         union all
-        select (select o.partition::int from event_outbox o
-                where o.partition > scan.partition::smallint and o.partition < range.high
+        select (select o.partition from event_outbox o
+                where o.partition > scan.partition and o.partition < range.high
                 order by o.partition, o.id limit 1)
         from scan where scan.partition + 1 < range.high
     )
@@ -71,10 +69,17 @@ const PENDING: &str = "
 pub(super) const MOVES: &str = "(select last_value + is_called::int from event_outbox_moves)";
 
 static TAKE_QUERY: LazyLock<&str> = LazyLock::new(|| complete(TAKE));
+static ANY_QUERY: LazyLock<&str> = LazyLock::new(|| complete(ANY));
 static PEEK_QUERY: LazyLock<&str> = LazyLock::new(|| complete(PEEK));
+static WRITERS_QUERY: LazyLock<&str> = LazyLock::new(|| complete(WRITERS));
 
 fn complete(query: &str) -> &'static str {
-    query.replace("{ranges}", RANGES).replace("{pending}", PENDING).replace("{moves}", MOVES).leak()
+    query
+        .replace("{any}", ANY)
+        .replace("{ranges}", RANGES)
+        .replace("{pending}", PENDING)
+        .replace("{moves}", MOVES)
+        .leak()
 }
 
 /// Where to look for pending rows, in this order: from each row's `low` partition and above its id to before `high`.
@@ -89,7 +94,7 @@ impl Ranges {
     /// All partitions, by priority.
     pub(super) fn all(bounds: &BTreeMap<i16, i64>) -> Self {
         let mut ranges = Self::default();
-        ranges.add(0..640, bounds);
+        ranges.add(0..PARTITIONS, bounds);
         ranges
     }
 
@@ -104,7 +109,7 @@ impl Ranges {
         }
         ranges.add(last + 1..end, bounds);
         ranges.add(begin..last + 1, bounds);
-        ranges.add(end..640, bounds);
+        ranges.add(end..PARTITIONS, bounds);
         ranges
     }
 
@@ -127,40 +132,39 @@ impl Ranges {
     }
 }
 
-/// What [`take`] got.
-pub(super) struct Taken {
-    pub(super) partitions: Vec<i32>,
-    /// It got none, but some are not empty.
-    pub(super) busy: bool,
-    pub(super) moves: i64,
-    pub(super) writers: Option<Writers>,
-}
-
-/// Takes at most `limit` partitions for the transaction that is open.
+/// Takes at most `limit` partitions for the transaction that is open. Returns the number of moves too.
 pub(super) async fn take(
     connection: &mut PgConnection,
     persistent: bool,
     ranges: Ranges,
-    limit: i32,
-    ask: bool,
-) -> Result<Taken, sqlx::Error> {
-    let row = sqlx::query(*TAKE_QUERY)
+    limit: i16,
+) -> Result<(Vec<i16>, i64), sqlx::Error> {
+    sqlx::query_as(*TAKE_QUERY)
         .persistent(persistent)
         .bind(ranges.low)
         .bind(ranges.above)
         .bind(ranges.high)
         .bind(limit)
-        .bind(ask)
         .fetch_one(connection)
-        .await?;
-    let last_id: Option<i64> = row.try_get(3)?;
-    let transactions: Option<Vec<String>> = row.try_get(4)?;
-    Ok(Taken {
-        partitions: row.try_get(0)?,
-        busy: row.try_get(1)?,
-        moves: row.try_get(2)?,
-        writers: last_id.map(|last_id| Writers { last_id, transactions: transactions.unwrap_or_default() }),
-    })
+        .await
+}
+
+/// Whether any partition has something, whoever holds it.
+pub(super) async fn any(connection: &mut PgConnection, persistent: bool, ranges: Ranges) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(*ANY_QUERY)
+        .persistent(persistent)
+        .bind(ranges.low)
+        .bind(ranges.above)
+        .bind(ranges.high)
+        .fetch_one(connection)
+        .await
+}
+
+/// The number of moves, and who may be writing.
+pub(super) async fn writers(connection: &mut PgConnection, persistent: bool) -> Result<(i64, Writers), sqlx::Error> {
+    let (moves, last_id, transactions) =
+        sqlx::query_as(*WRITERS_QUERY).persistent(persistent).fetch_one(connection).await?;
+    Ok((moves, Writers { last_id, transactions }))
 }
 
 /// Whether something is pending, in how many milliseconds something scheduled is due, and the number of moves.

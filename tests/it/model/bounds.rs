@@ -108,9 +108,8 @@ struct Bounds {
 impl State {
     /// The transactions that hold the table's lock, by name.
     fn writing(&self) -> Set {
-        let writers = (0..WRITERS).filter(|writer| {
-            matches!(self.writers[usize::from(*writer)], Writer::Locked | Writer::Drawn)
-        });
+        let writers =
+            (0..WRITERS).filter(|writer| matches!(self.writers[usize::from(*writer)], Writer::Locked | Writer::Drawn));
         let prepared = (self.writers[usize::from(LATE)] == Writer::Prepared).then_some(PREPARED);
         let moving = (self.move_locked && !self.moved).then_some(MOVED);
         writers.chain(prepared).chain(moving).fold(0, |set, name| set | 1 << name)
@@ -138,12 +137,8 @@ impl Bounds {
     fn forget(&self, state: &mut State) {
         let kept = self.variant == Variant::KeepHorizon;
         let Relay { horizon, next, .. } = state.relay.clone();
-        state.relay = Relay {
-            moves: state.moves,
-            bound: 0,
-            horizon: horizon.filter(|_| kept),
-            next: next.filter(|_| kept),
-        };
+        state.relay =
+            Relay { moves: state.moves, bound: 0, horizon: horizon.filter(|_| kept), next: next.filter(|_| kept) };
     }
 
     /// As `State::wrote` of the relay's `bounds.rs`.
@@ -260,9 +255,10 @@ impl Model for Bounds {
                 batch.retain(|event| *event != KEY_B[1] || state.moved);
                 let reached = match self.variant {
                     Variant::LastId => last,
-                    _ => next.relay.horizon.map(|horizon| {
-                        last.filter(|_| full).map_or(horizon, |last| horizon.min(last - 1))
-                    }),
+                    _ => next
+                        .relay
+                        .horizon
+                        .map(|horizon| last.filter(|_| full).map_or(horizon, |last| horizon.min(last - 1))),
                 };
                 let reached = reached.filter(|_| batch == read);
                 next.phase = if batch.is_empty() { Phase::Idle } else { Phase::Publishing { batch, reached } };
