@@ -4,7 +4,8 @@
 //! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor, Row};
@@ -75,6 +76,12 @@ values (gen_random_uuid(), 0, 'proof', '', 'published', 1, 0, '');
 rollback to savepoint before_proof;
 commit";
 
+/// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
+/// takes longer is not repeated for a hundred times as long.
+const SHORT_WALK: Duration = Duration::from_millis(1);
+
+static NO_BOUNDS: BTreeMap<i16, i64> = BTreeMap::new();
+
 /// So many batches in a row may come from one partition while others wait.
 const STAY: u32 = 8;
 
@@ -94,6 +101,8 @@ pub struct PgLane {
     rows: usize,
     /// The last batch had a payload that is not small.
     large: bool,
+    /// When to take without bounds again.
+    next_walk: Instant,
     /// What was claimed, as far as bounds may follow from it.
     reading: Option<Reading>,
     /// A settle failed, and nothing was written since.
@@ -132,6 +141,7 @@ impl PgLane {
             stay: None,
             rows: MAX_ROWS,
             large: false,
+            next_walk: Instant::now(),
             reading: None,
             unproven: false,
         }
@@ -218,7 +228,7 @@ impl PgLane {
     }
 
     /// Takes at most so many partitions. Returns what they are to be read by, too.
-    async fn take(&self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
+    async fn take(&mut self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
         let (persistent, bounds) = (!self.outbox.config.pooled, &self.outbox.bounds);
         let (mut known, ask) = bounds.known();
         if ask {
@@ -227,8 +237,13 @@ impl PgLane {
         }
         let stay = self.stay.filter(|_| self.partitions == 1).map(|stay| stay.after);
         loop {
-            let ranges = Ranges::after(self.last_taken, stay, &known.bounds);
+            let begun = Instant::now();
+            let walk = self.next_walk <= begun;
+            let ranges = Ranges::after(self.last_taken, stay, if walk { &NO_BOUNDS } else { &known.bounds });
             let (taken, moves) = take::take(connection, persistent, ranges, most).await?;
+            if walk && begun.elapsed() > SHORT_WALK {
+                self.next_walk = begun + 100 * begun.elapsed();
+            }
             let moved = known.moves != moves;
             if moved {
                 known = bounds.at(moves);
