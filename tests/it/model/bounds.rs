@@ -96,6 +96,8 @@ enum Action {
     Take { ask: bool },
     Ask,
     Read,
+    /// Finds the partition empty.
+    Empty,
     Settle,
 }
 
@@ -202,7 +204,7 @@ impl Model for Bounds {
         actions.extend(match state.phase {
             Phase::Idle => vec![Action::Take { ask: true }, Action::Take { ask: false }],
             Phase::Asked { .. } => vec![Action::Ask],
-            Phase::Taken => vec![Action::Read],
+            Phase::Taken => vec![Action::Read, Action::Empty],
             Phase::Publishing { .. } => vec![Action::Settle],
         });
     }
@@ -262,6 +264,13 @@ impl Model for Bounds {
                 };
                 let reached = reached.filter(|_| batch == read);
                 next.phase = if batch.is_empty() { Phase::Idle } else { Phase::Publishing { batch, reached } };
+            }
+            Action::Empty => {
+                if state.pending().iter().any(|event| state.id(*event) > state.relay.bound) {
+                    return None;
+                }
+                next.relay.bound = state.relay.bound.max(state.relay.horizon.unwrap_or(0));
+                next.phase = Phase::Idle;
             }
             Action::Settle => {
                 let Phase::Publishing { batch, reached } = &state.phase else { return None };
