@@ -93,7 +93,9 @@ enum Action {
     LockToMove,
     Raise,
     CommitMove,
-    Take { ask: bool },
+    Take {
+        ask: bool,
+    },
     Ask,
     Read,
     /// Finds the partition empty.
