@@ -11,7 +11,7 @@ use crate::outbox::{Check, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 9] = [
+const MIGRATIONS: [(&str, &str); 10] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -21,6 +21,7 @@ const MIGRATIONS: [(&str, &str); 9] = [
     ("0007_claim_epoch", include_str!("../../../migrations/postgres/0007_claim_epoch.sql")),
     ("0008_crash_loops", include_str!("../../../migrations/postgres/0008_crash_loops.sql")),
     ("0009_moved_events", include_str!("../../../migrations/postgres/0009_moved_events.sql")),
+    ("0010_cheaper_inserts", include_str!("../../../migrations/postgres/0010_cheaper_inserts.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -104,7 +105,7 @@ async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxErr
 }
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 13] = [
+const PRIVILEGES: [(&str, &str); 14] = [
     (
         "select, insert, update and delete on event_outbox",
         "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
@@ -132,6 +133,10 @@ const PRIVILEGES: [(&str, &str); 13] = [
     ),
     ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
     ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),
+    (
+        "execute on event_headers_are_flat and event_headers_are_free",
+        "has_function_privilege('event_headers_are_flat(jsonb)', 'execute') and has_function_privilege('event_headers_are_free(jsonb)', 'execute')",
+    ),
     ("execute on relay_schema_version", "has_function_privilege('relay_schema_version()', 'execute')"),
 ];
 

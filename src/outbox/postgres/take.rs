@@ -65,7 +65,7 @@ const PENDING: &str = "
     )
     select scan.partition from scan where scan.partition is not null";
 
-/// Compared, never counted with: a sequence that was not used yet says the same as after its first use.
+/// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was.
 pub(super) const MOVES: &str = "(select last_value + is_called::int from event_outbox_moves)";
 
 static TAKE_QUERY: LazyLock<&str> = LazyLock::new(|| complete(TAKE));

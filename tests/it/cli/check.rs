@@ -19,7 +19,7 @@ async fn a_check_of_what_is_well_says_what_it_found() {
         "\nok    database: test_",
         " on PostgreSQL ",
         " as postgres\n",
-        "\nok    schema: version 9\n",
+        "\nok    schema: version 10\n",
         "\nok    privileges: all granted\n",
         "\nok    destination redis: 127.0.0.1:",
         "stream \"cli:check\"\n",

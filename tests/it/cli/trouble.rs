@@ -35,7 +35,7 @@ fn a_server_that_does_not_speak_postgres_is_told() {
 #[tokio::test]
 async fn missing_tables_are_told() {
     let database = empty_database().await;
-    cannot_work(database.url(), &["schema version 0, this relay needs 9: run `relay migrate`"]);
+    cannot_work(database.url(), &["schema version 0, this relay needs 10: run `relay migrate`"]);
 }
 
 #[tokio::test]

@@ -233,6 +233,7 @@ async fn f28_a_check_names_each_grant_that_is_missing() {
         ("insert", "event_history", "insert on event_history"),
         ("execute", "function relay_add_days", "execute on relay_add_days"),
         ("execute", "function relay_drop_days", "execute on relay_drop_days"),
+        ("select", "sequence event_outbox_moves", "event_outbox_moves"),
         ("execute", "function relay_schema_version", "relay_schema_version"),
     ] {
         sql(&mut owner, &format!("revoke {privilege} on {object} from relay_worker")).await;
