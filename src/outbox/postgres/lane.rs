@@ -82,21 +82,20 @@ const SHORT_WALK: Duration = Duration::from_millis(1);
 
 static NO_BOUNDS: BTreeMap<i16, i64> = BTreeMap::new();
 
-/// So many batches in a row may come from one partition while others wait.
-const STAY: u32 = 8;
+/// Of a deep backlog a batch takes its share of so many partitions, where it gets them: of each page of the table, which has
+/// rows of many, it deletes more at once.
+const DEEP_PARTITIONS: i16 = 4;
 
 /// See the module.
 pub struct PgLane {
     outbox: PgOutbox,
     connection: Option<PgConnection>,
     begin: String,
-    /// How many partitions to take at once. A full batch halves it, a short one doubles it: a quiet system is one
-    /// transaction for everything, a deep backlog as many in parallel as there are lanes.
+    /// How many partitions to take at once. A full batch halves it, down to a few; a short one doubles it: a quiet system is
+    /// one transaction for everything, a deep backlog as many in parallel as there are lanes.
     partitions: i16,
     /// Where to go on taking partitions.
     last_taken: i16,
-    /// Whether to go on in that one.
-    stay: Option<Stay>,
     /// How many rows to look at. A batch cut by its bytes lowers it, so that large payloads are not measured in vain.
     rows: usize,
     /// The last batch had a payload that is not small.
@@ -107,14 +106,6 @@ pub struct PgLane {
     reading: Option<Reading>,
     /// A settle failed, and nothing was written since.
     unproven: bool,
-}
-
-/// A deep partition is worth staying in for a while: to find the next one, all that lately died at its left is walked over.
-#[derive(Clone, Copy)]
-struct Stay {
-    /// The last id that was claimed.
-    after: i64,
-    batches: u32,
 }
 
 impl PgLane {
@@ -138,7 +129,6 @@ impl PgLane {
             begin,
             partitions: PARTITIONS,
             last_taken: fastrand::i16(0..PARTITIONS),
-            stay: None,
             rows: MAX_ROWS,
             large: false,
             next_walk: Instant::now(),
@@ -184,7 +174,6 @@ impl PgLane {
             self.outbox.bounds.empty(&known);
             return Ok(Claim::Empty);
         };
-        let stayed = self.stay.filter(|_| self.last_taken == last);
         self.last_taken = last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
         let share = limit / taken.len();
@@ -205,11 +194,8 @@ impl PgLane {
         let (claimed, given) = batch::decode(&rows, request.max_payload)?;
         let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
         let full = out_of_bytes || given.values().any(|given| given.events == share);
-        let batches = stayed.map_or(0, |stay| stay.batches) + 1;
-        let after = claimed.last().map(|claimed| claimed.event.row.id);
-        self.stay = after.filter(|_| full && batches < STAY).map(|after| Stay { after, batches });
         let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
-        self.partitions = if full { count / 2 } else { self.partitions.saturating_mul(2) }.clamp(1, PARTITIONS);
+        self.partitions = if full { (count / 2).max(DEEP_PARTITIONS) } else { self.partitions * 2 }.min(PARTITIONS);
         // What a few stored bytes print as may be long: 1e131071 has so many digits.
         let bytes: usize = given.values().map(|given| given.bytes).sum();
         self.rows =
@@ -235,11 +221,10 @@ impl PgLane {
             let (moves, writers) = take::writers(connection, persistent).await?;
             known = bounds.wrote(moves, writers);
         }
-        let stay = self.stay.filter(|_| self.partitions == 1).map(|stay| stay.after);
         loop {
             let begun = Instant::now();
             let walk = self.next_walk <= begun;
-            let ranges = Ranges::after(self.last_taken, stay, if walk { &NO_BOUNDS } else { &known.bounds });
+            let ranges = Ranges::after(self.last_taken, if walk { &NO_BOUNDS } else { &known.bounds });
             let (taken, moves) = take::take(connection, persistent, ranges, most).await?;
             if walk && begun.elapsed() > SHORT_WALK {
                 self.next_walk = begun + 100 * begun.elapsed();

@@ -99,14 +99,11 @@ impl Ranges {
     }
 
     /// All partitions, the most urgent first. The others of the priority of `last`, which was taken last, come before it,
-    /// so that a busy one starves none, unless it has an event with an id above `stay`.
-    pub(super) fn after(last: i16, stay: Option<i64>, bounds: &BTreeMap<i16, i64>) -> Self {
+    /// so that a busy one starves none.
+    pub(super) fn after(last: i16, bounds: &BTreeMap<i16, i64>) -> Self {
         let (begin, end) = (last / 64 * 64, last / 64 * 64 + 64);
         let mut ranges = Self::default();
         ranges.add(0..begin, bounds);
-        if let Some(stay) = stay {
-            ranges.push(last..last + 1, stay.max(bounds.get(&last).copied().unwrap_or(i64::MIN)));
-        }
         ranges.add(last + 1..end, bounds);
         ranges.add(begin..last + 1, bounds);
         ranges.add(end..PARTITIONS, bounds);
@@ -214,13 +211,6 @@ mod tests {
             (67, i64::MIN, 68),
             (128, i64::MIN, 640),
         ];
-        assert_eq!(listed(&Ranges::after(67, None, &bounds)), expected);
-    }
-
-    #[test]
-    fn to_stay_is_first_of_the_priority_and_keeps_to_the_bound() {
-        let bounds = BTreeMap::from([(66, 5)]);
-        assert_eq!(listed(&Ranges::after(66, Some(9), &bounds))[1], (66, 9, 67));
-        assert_eq!(listed(&Ranges::after(66, Some(3), &bounds))[1], (66, 5, 67));
+        assert_eq!(listed(&Ranges::after(67, &bounds)), expected);
     }
 }
