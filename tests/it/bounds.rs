@@ -102,7 +102,8 @@ async fn what_commits_late_comes_before_what_follows_it() {
     for (round, commit) in ["commit", "prepare transaction 'late'; commit prepared 'late'"].into_iter().enumerate() {
         let (late, next) = (format!("late {round}"), format!("next {round}"));
         let mut application = database.connect().await;
-        sql(&mut application, "begin").await;
+        // Without the trigger: a transaction that notifies cannot be prepared.
+        sql(&mut application, "begin; set local session_replication_role = replica").await;
         emit(&mut application, &late, "k").await;
         warm.pass_events().await;
         for statement in commit.split("; ") {

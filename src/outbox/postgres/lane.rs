@@ -82,8 +82,8 @@ const SHORT_WALK: Duration = Duration::from_millis(1);
 
 static NO_BOUNDS: BTreeMap<i16, i64> = BTreeMap::new();
 
-/// Of a deep backlog a batch takes its share of so many partitions, where it gets them: of each page of the table, which has
-/// rows of many, it deletes more at once.
+/// Where all are deep a batch takes its share of so many partitions: of each page of the table, which has rows of many, it
+/// deletes more at once.
 const DEEP_PARTITIONS: i16 = 4;
 
 /// See the module.
@@ -195,7 +195,10 @@ impl PgLane {
         let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
-        self.partitions = if full { (count / 2).max(DEEP_PARTITIONS) } else { self.partitions * 2 }.min(PARTITIONS);
+        // Where only some are deep, a share of each would make their batches small.
+        let deep = given.values().filter(|given| given.events == share).count() == taken.len();
+        let least = if deep { DEEP_PARTITIONS } else { 1 };
+        self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PARTITIONS);
         // What a few stored bytes print as may be long: 1e131071 has so many digits.
         let bytes: usize = given.values().map(|given| given.bytes).sum();
         self.rows =
