@@ -90,7 +90,7 @@ const SMALL: usize = 2000;
 
 /// The rows of the partitions `taken`, of each above the id at its place in `bounds`: of all of them at most the first of
 /// `limits`, of each at most the second, and about so many bytes as the third. `large` remembers from batch to batch whether
-/// some payload is not small. Returns too whether the bytes may have cut some short.
+/// some payload is not small.
 pub(super) async fn read(
     connection: &mut PgConnection,
     persistent: bool,
@@ -98,7 +98,7 @@ pub(super) async fn read(
     (taken, bounds): (&[i16], &[i64]),
     (limit, share, bytes_share): (usize, usize, usize),
     request: ClaimRequest<'_>,
-) -> Result<(Vec<PgRow>, bool), sqlx::Error> {
+) -> Result<Batch, sqlx::Error> {
     let small = SMALL.min(request.max_bytes / limit).min(request.max_payload);
     let query = |sql: &'static str, max_payload| {
         sqlx::query(sql)
@@ -115,13 +115,13 @@ pub(super) async fn read(
     if !*large {
         let rows = query(&READ_SMALL, small).fetch_all(&mut *connection).await?;
         if all_within(&rows, small)? {
-            return Ok((rows, false));
+            return Ok(Batch { rows, cut: false });
         }
     }
     let rows = query(&READ_WITHIN_BYTES, request.max_payload).bind(to_i64(bytes_share)).fetch_all(connection).await?;
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
     *large = !all_within(&rows, small / 4)?;
-    Ok((rows, true))
+    Ok(Batch { rows, cut: true })
 }
 
 /// What one partition gave to a batch.
@@ -133,23 +133,42 @@ pub(super) struct Given {
     pub(super) last_id: i64,
 }
 
-/// Decodes the rows of a batch: in order, and what each partition gave to it.
-pub(super) fn decode(rows: &[PgRow], max_payload: usize) -> Result<(Vec<Claimed>, HashMap<i16, Given>), sqlx::Error> {
-    let mut claimed = Vec::with_capacity(rows.len());
-    let mut given: HashMap<i16, Given> = HashMap::new();
-    for row in rows {
-        let (event, size) = read_claimed(row, max_payload)?;
-        let given = given.entry(event.event.row.partition).or_default();
-        given.events += 1;
-        given.bytes += size;
-        given.last_id = given.last_id.max(event.event.row.id);
-        claimed.push(event);
+/// The rows as they came.
+pub(super) struct Batch {
+    rows: Vec<PgRow>,
+    /// The bytes may have cut some partitions short.
+    pub(super) cut: bool,
+}
+
+impl Batch {
+    /// The epoch when they were read; none without rows.
+    pub(super) fn epoch(&self) -> Result<Option<i64>, sqlx::Error> {
+        self.rows.first().map(|row| row.try_get(19)).transpose()
     }
-    claimed.sort_by(|a, b| {
-        let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
-        place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
-    });
-    Ok((claimed, given))
+
+    /// The number of moves then; none without rows.
+    pub(super) fn moves(&self) -> Result<Option<i64>, sqlx::Error> {
+        self.rows.first().map(|row| row.try_get(20)).transpose()
+    }
+
+    /// The events, in order, and what each partition gave.
+    pub(super) fn decode(&self, max_payload: usize) -> Result<(Vec<Claimed>, HashMap<i16, Given>), sqlx::Error> {
+        let mut claimed = Vec::with_capacity(self.rows.len());
+        let mut given: HashMap<i16, Given> = HashMap::new();
+        for row in &self.rows {
+            let (event, size) = read_claimed(row, max_payload)?;
+            let given = given.entry(event.event.row.partition).or_default();
+            given.events += 1;
+            given.bytes += size;
+            given.last_id = given.last_id.max(event.event.row.id);
+            claimed.push(event);
+        }
+        claimed.sort_by(|a, b| {
+            let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
+            place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
+        });
+        Ok((claimed, given))
+    }
 }
 
 /// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes

@@ -56,13 +56,13 @@ pub(super) struct Known {
     /// How often bounds were forgotten: what was read by older ones leads to none.
     era: u64,
     /// Everything with an id up to this one is committed or will never be.
-    pub(super) horizon: Option<i64>,
+    horizon: Option<i64>,
     /// By partition: nothing with an id up to this one is left there.
     pub(super) bounds: Arc<BTreeMap<i16, i64>>,
 }
 
 /// The last id drawn, and then the transactions that might have drawn it or one before.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Writers {
     pub(super) last_id: i64,
     pub(super) transactions: Vec<String>,

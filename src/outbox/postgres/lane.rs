@@ -8,14 +8,15 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnection;
-use sqlx::{AssertSqlSafe, Executor, Row};
+use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
+use crate::outbox::postgres::batch::{self, Given};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::take::{self, PARTITIONS, Ranges};
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, batch, query_failed};
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
@@ -180,18 +181,17 @@ impl PgLane {
         let bytes_share = request.max_bytes.div_ceil(taken.len());
         let limits = (limit, share, bytes_share);
         let bounds = known.bounds_of(&taken);
-        let read = batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
-        let (mut rows, mut cut) = read;
-        if let Some(row) = rows.first()
-            && known.moves != row.try_get::<i64, _>(20)?
+        let mut batch =
+            batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+        if let Some(moves) = batch.moves()?
+            && moves != known.moves
         {
             // An event was put back since, maybe below a bound.
-            known = self.outbox.bounds.at(row.try_get(20)?);
+            known = self.outbox.bounds.at(moves);
             let bounds = vec![i64::MIN; taken.len()];
-            (rows, cut) =
-                batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+            batch = batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
         }
-        let (claimed, given) = batch::decode(&rows, request.max_payload)?;
+        let (claimed, given) = batch.decode(request.max_payload)?;
         let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
@@ -201,18 +201,18 @@ impl PgLane {
         self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PARTITIONS);
         // What a few stored bytes print as may be long: 1e131071 has so many digits.
         let bytes: usize = given.values().map(|given| given.bytes).sum();
-        self.rows =
-            if out_of_bytes { rows.len() * request.max_bytes / bytes.max(1) } else { self.rows * 2 }.clamp(1, MAX_ROWS);
-        if rows.is_empty() {
+        self.rows = if out_of_bytes { claimed.len() * request.max_bytes / bytes.max(1) } else { self.rows * 2 }
+            .clamp(1, MAX_ROWS);
+        let Some(epoch) = batch.epoch()? else {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
-        }
+        };
         let reached = taken.iter().map(|&partition| {
-            (partition, given.get(&partition).filter(|given| cut || given.events == share).map(|given| given.last_id))
+            let more = |given: &&Given| batch.cut || given.events == share;
+            (partition, given.get(&partition).filter(more).map(|given| given.last_id))
         });
-        self.reading = Some(known.reading(reached, rows.len()));
-        let term =
-            Term { outbox: self.outbox.id(connection).await?, epoch: rows[0].try_get(19)?, token: fastrand::u64(..) };
+        self.reading = Some(known.reading(reached, claimed.len()));
+        let term = Term { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
         Ok(Claim::Batch { claimed, full, term })
     }
 

@@ -83,7 +83,7 @@ fn complete(query: &str) -> &'static str {
 }
 
 /// Where to look for pending rows, in this order: from each row's `low` partition and above its id to before `high`.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Default)]
 pub(super) struct Ranges {
     low: Vec<i16>,
     above: Vec<i64>,
