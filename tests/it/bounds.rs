@@ -160,3 +160,14 @@ async fn what_is_put_back_with_its_old_id_comes_before_what_follows_it() {
     }
     assert_eq!(warm.stop().await, expected);
 }
+
+#[tokio::test]
+async fn an_id_of_somebodys_own_is_found_within_a_minute() {
+    let database = database().await;
+    let mut warm = Warm::start(&database).await;
+    // The relay searches a minute after it started.
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let insert = "insert into event_outbox (id, event_type) overriding system value values (1, 'own id')";
+    sql(&mut warm.connection, insert).await;
+    assert_eq!(warm.stop().await, ["own id"]);
+}

@@ -9,17 +9,21 @@
 //! - A row that a claim did not read, or a settle left where it was, lies above the bound that they lead to.
 //! - A row that is moved into a partition, or put back, has an old id. Whoever does that raises `event_outbox_moves`, see
 //!   `migrations/postgres/0009_moved_events.sql`, and a claim that reads another number than the last one forgets all bounds.
-//! - A row that somebody inserts with an id of their own announces itself by nothing. So the bounds are forgotten once a
-//!   minute.
+//! - A row that somebody inserts with an id of their own announces itself by nothing. So it is searched for below all bounds
+//!   once a minute, or in a hundredth of the time where it takes longer to walk over what is dead there.
 //!
 //! Behind a transaction-pooling proxy nothing tells when the server was replaced by one that lags behind: no bounds there.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a row that somebody inserted with an id of their own may stay hidden.
-const LIFETIME: Duration = Duration::from_secs(60);
+const SEARCH_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Which part of a lane's time goes into the search for such rows at most.
+const SEARCH_SHARE: u32 = 100;
 
 /// The horizon is asked for once so many events have died beyond it, which are still walked over.
 const EVENTS_BEYOND: usize = 1000;
@@ -38,8 +42,9 @@ pub(super) struct Bounds {
 #[derive(Debug, Default)]
 struct State {
     known: Known,
-    /// When the first of the bounds may have been set.
-    since: Option<Instant>,
+    next_search: Option<Instant>,
+    /// The partition that was searched last.
+    searched: i16,
     /// The horizon to be, once these transactions are gone, and how many events were settled when it was drawn.
     next: Option<(Writers, usize)>,
     settled: usize,
@@ -101,10 +106,7 @@ impl Bounds {
 
     /// What a claim starts from, and whether it is to ask for the writers.
     pub(super) fn known(&self) -> (Known, bool) {
-        let mut state = self.state();
-        if state.since.is_some_and(|since| since.elapsed() > LIFETIME) {
-            state.forget_bounds();
-        }
+        let state = self.state();
         let ask = self.asks
             && state.settled - state.within >= EVENTS_BEYOND
             && state.asked.is_none_or(|asked| asked.elapsed() >= QUESTION_INTERVAL);
@@ -136,7 +138,6 @@ impl Bounds {
         state.settled += deleted;
         let of_now = |reading: &Reading| reading.rows == deleted && reading.era == state.known.era;
         let Some(reading) = reading.filter(of_now) else { return };
-        state.since.get_or_insert_with(Instant::now);
         let bounds = Arc::make_mut(&mut state.known.bounds);
         for (partition, reached) in reading.reached {
             let bound = bounds.entry(partition).or_insert(reached);
@@ -148,9 +149,38 @@ impl Bounds {
     pub(super) fn empty(&self, known: &Known) {
         let mut state = self.state();
         if let Some(horizon) = known.horizon.filter(|_| known.era == state.known.era) {
-            state.since.get_or_insert_with(Instant::now);
             let bounds = Arc::make_mut(&mut state.known.bounds);
             bounds.values_mut().for_each(|bound| *bound = (*bound).max(horizon));
+        }
+    }
+
+    /// Below which bounds to search for rows that they hide, if that is due; whoever asks is to do it.
+    pub(super) fn to_search(&self) -> Option<Vec<(i16, i64)>> {
+        let mut state = self.state();
+        let now = Instant::now();
+        let due = *state.next_search.get_or_insert(now + SEARCH_INTERVAL) <= now;
+        if !due {
+            return None;
+        }
+        state.next_search = Some(now + SEARCH_INTERVAL);
+        let bounds = &state.known.bounds;
+        let rest = bounds.range((Bound::Excluded(state.searched), Bound::Unbounded));
+        let all = rest.chain(bounds.range(..=state.searched)).map(|(&partition, &bound)| (partition, bound));
+        let set: Vec<_> = all.filter(|(_, bound)| *bound > i64::MIN).collect();
+        (!set.is_empty()).then_some(set)
+    }
+
+    /// What a search has `found` in which it took so long: of each partition that it got to, whether a row is hidden there.
+    pub(super) fn searched(&self, found: &[(i16, bool)], all: bool, took: Duration) {
+        let mut state = self.state();
+        let pause = took * SEARCH_SHARE;
+        state.next_search = Some(Instant::now() + if all { pause.max(SEARCH_INTERVAL) } else { pause });
+        if let Some((last, _)) = found.last() {
+            state.searched = *last;
+        }
+        for (partition, _) in found.iter().filter(|(_, hidden)| *hidden) {
+            Arc::make_mut(&mut state.known.bounds).insert(*partition, i64::MIN);
+            state.known.era += 1;
         }
     }
 
@@ -169,7 +199,6 @@ impl State {
     fn forget_bounds(&mut self) {
         Arc::make_mut(&mut self.known.bounds).values_mut().for_each(|bound| *bound = i64::MIN);
         self.known.era += 1;
-        self.since = None;
     }
 
     fn forget(&mut self, moves: i64) {
@@ -321,19 +350,44 @@ mod tests {
     }
 
     #[test]
-    fn restarted_ids_a_new_connection_and_a_minute_end_bounds() {
+    fn restarted_ids_and_a_new_connection_end_bounds() {
         let bounds = settled();
         bounds.wrote(1, writers(3, &[]));
         assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
         let bounds = settled();
         bounds.forget();
         assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
+    }
+
+    /// Lets the next search be due.
+    fn search(bounds: &Bounds) -> Option<Vec<(i16, i64)>> {
+        bounds.state().next_search = Some(Instant::now());
+        bounds.to_search()
+    }
+
+    #[test]
+    fn a_partition_in_which_a_search_finds_a_hidden_row_has_no_bound() {
         let bounds = settled();
+        assert_eq!(bounds.to_search(), None, "not at once");
+        assert_eq!(search(&bounds), Some(vec![(7, 100), (8, 59)]));
+        assert_eq!(bounds.to_search(), None, "one lane is at it");
         let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
-        bounds.state().since = Instant::now().checked_sub(LIFETIME + Duration::from_secs(1));
-        let known = bounds.known().0;
-        assert_eq!((known.horizon, known.bounds_of(&[7])), (Some(100), vec![i64::MIN]));
+        bounds.searched(&[(7, true), (8, false)], true, Duration::ZERO);
+        assert_eq!(bounds.known().0.bounds_of(&[7, 8]), [i64::MIN, 59]);
         bounds.settled(Some(read), 5);
         assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN], "it was read by an old bound");
+        assert_eq!(search(&bounds), Some(vec![(8, 59)]));
+    }
+
+    #[test]
+    fn a_search_goes_on_where_the_last_one_ended_and_takes_a_hundredth_of_the_time() {
+        let bounds = settled();
+        let pause = || bounds.state().next_search.unwrap().saturating_duration_since(Instant::now()).as_secs_f64();
+        search(&bounds);
+        bounds.searched(&[(7, false)], false, Duration::from_millis(200));
+        assert!((19.0..=20.0).contains(&pause()));
+        assert_eq!(search(&bounds), Some(vec![(8, 59), (7, 100)]));
+        bounds.searched(&[(8, false), (7, false)], true, Duration::from_millis(200));
+        assert!((59.0..=60.0).contains(&pause()));
     }
 }

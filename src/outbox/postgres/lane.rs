@@ -216,8 +216,20 @@ impl PgLane {
         Ok(Claim::Batch { claimed, full, term })
     }
 
+    /// Searches for rows that bounds hide, if that is due.
+    async fn search(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        let bounds = &self.outbox.bounds;
+        if let Some(searched) = bounds.to_search() {
+            let begun = Instant::now();
+            let found = take::hidden(connection, !self.outbox.config.pooled, &searched).await?;
+            bounds.searched(&found, found.len() == searched.len(), begun.elapsed());
+        }
+        Ok(())
+    }
+
     /// Takes at most so many partitions. Returns what they are to be read by, too.
     async fn take(&mut self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
+        self.search(connection).await?;
         let (persistent, bounds) = (!self.outbox.config.pooled, &self.outbox.bounds);
         let (mut known, ask) = bounds.known();
         if ask {
@@ -337,6 +349,7 @@ impl Lane for PgLane {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         let persistent = !self.outbox.config.pooled;
+        answered("search below the bounds", STATEMENT_TIMEOUT, self.search(&mut connection)).await?;
         let (known, _) = self.outbox.bounds.known();
         let (mut pending, next_due_ms, moves) = answered(
             "look whether there are events",

@@ -46,6 +46,17 @@ cross join lateral (
       and relation = 'event_outbox'::regclass and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
 ) writers";
 
+/// Which of the partitions `$1` have a row up to the id at its place in `$2`. As many as can be walked over in 20 ms, in this
+/// order, and one more.
+const HIDDEN: &str = "
+select searched.partition, (
+    select true from event_outbox o
+    where o.partition = searched.partition and o.id <= searched.bound
+    order by o.partition, o.id limit 1
+) is not null
+from unnest($1::smallint[], $2::bigint[]) searched(partition, bound)
+where clock_timestamp() < statement_timestamp() + interval '20 ms'";
+
 const RANGES: &str =
     "select low, above, high from unnest($1::smallint[], $2::bigint[], $3::smallint[]) as r(low, above, high)";
 
@@ -162,6 +173,16 @@ pub(super) async fn writers(connection: &mut PgConnection, persistent: bool) -> 
     let (moves, last_id, transactions) =
         sqlx::query_as(*WRITERS_QUERY).persistent(persistent).fetch_one(connection).await?;
     Ok((moves, Writers { last_id, transactions }))
+}
+
+/// Of each of the first of these partitions, whether it has a row up to its bound.
+pub(super) async fn hidden(
+    connection: &mut PgConnection,
+    persistent: bool,
+    bounds: &[(i16, i64)],
+) -> Result<Vec<(i16, bool)>, sqlx::Error> {
+    let (partitions, bounds): (Vec<i16>, Vec<i64>) = bounds.iter().copied().unzip();
+    sqlx::query_as(HIDDEN).persistent(persistent).bind(partitions).bind(bounds).fetch_all(connection).await
 }
 
 /// Whether something is pending, in how many milliseconds something scheduled is due, and the number of moves.
