@@ -61,7 +61,10 @@ impl PgOutbox {
     async fn connect(&self) -> Result<PgConnection, OutboxError> {
         hit("connect")?;
         self.bounds.forget();
-        let options = connect_options(&self.config.url, self.config.pooled)?;
+        let mut options = connect_options(&self.config.url, self.config.pooled)?;
+        if !self.config.pooled {
+            options = options.options(lane::settings(&self.config));
+        }
         let mut connection = connect(&options).await?;
         // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what
         // it has. (PgBouncer carries this setting from server to server.)

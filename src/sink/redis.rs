@@ -135,7 +135,7 @@ impl Redis {
                         if let Some(once) = &mut once {
                             once.added(states);
                         }
-                        replies.into_iter().map(|reply| outcome(reply, commands.one_key())).collect()
+                        replies.split('\n').map(|reply| outcome(reply, commands.one_key())).collect()
                     }
                     Ok(Answer::Dirty(found)) => {
                         dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
@@ -254,8 +254,8 @@ fn place(event: &Event, commands: &dyn Commands) -> u16 {
 
 /// What the script answered.
 enum Answer {
-    /// One for each event.
-    Replies(Vec<Vec<u8>>),
+    /// A line for each event.
+    Replies(String),
     /// Nothing was done: these states are to be looked into first.
     Dirty(Vec<Dirty>),
 }
@@ -286,17 +286,9 @@ fn answer(value: Value, keys: &[String], event_count: usize) -> Result<Answer, P
     if let Some(dirty) = once::dirty(&value, keys) {
         return Ok(Answer::Dirty(dirty));
     }
-    match value {
-        Value::Array(replies) if replies.len() == event_count => replies
-            .into_iter()
-            .map(|reply| match reply {
-                Value::BulkString(reply) => Ok(reply),
-                _ => Err(unexpected_reply()),
-            })
-            .collect::<Result<_, _>>()
-            .map(Answer::Replies),
-        _ => Err(unexpected_reply()),
-    }
+    let Value::BulkString(replies) = value else { return Err(unexpected_reply()) };
+    let replies = String::from_utf8_lossy(&replies).into_owned();
+    if replies.split('\n').count() == event_count { Ok(Answer::Replies(replies)) } else { Err(unexpected_reply()) }
 }
 
 /// One call and its answer.
@@ -320,12 +312,11 @@ fn unexpected_reply() -> PublishError {
 }
 
 /// One event's own reply.
-fn outcome(reply: Vec<u8>, one_key: bool) -> Outcome {
-    let reply = String::from_utf8_lossy(&reply).into_owned();
+fn outcome(reply: &str, one_key: bool) -> Outcome {
     match reply.strip_prefix('-') {
         Some(error) => Outcome::Failed(server_error(error, one_key)),
         None if reply.is_empty() => Outcome::Held,
-        None => Outcome::Delivered { message_id: Some(reply) },
+        None => Outcome::Delivered { message_id: Some(reply.to_owned()) },
     }
 }
 
@@ -356,11 +347,8 @@ mod tests {
 
     #[test]
     fn an_event_is_delivered_only_by_its_own_reply() {
-        assert_eq!(
-            outcome(b"1700000000000-0".to_vec(), true),
-            Outcome::Delivered { message_id: Some("1700000000000-0".into()) }
-        );
-        assert_eq!(outcome(b"".to_vec(), true), Outcome::Held);
-        assert!(matches!(outcome(b"-OOM no".to_vec(), true), Outcome::Failed(_)));
+        assert_eq!(outcome("1700000000000-0", true), Outcome::Delivered { message_id: Some("1700000000000-0".into()) });
+        assert_eq!(outcome("", true), Outcome::Held);
+        assert!(matches!(outcome("-OOM no", true), Outcome::Failed(_)));
     }
 }

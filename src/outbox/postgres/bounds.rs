@@ -382,7 +382,8 @@ mod tests {
     #[test]
     fn a_search_goes_on_where_the_last_one_ended_and_takes_a_hundredth_of_the_time() {
         let bounds = settled();
-        let pause = || bounds.state().next_search.unwrap().saturating_duration_since(Instant::now()).as_secs_f64();
+        let pause =
+            || bounds.state().next_search.expect("a time").saturating_duration_since(Instant::now()).as_secs_f64();
         search(&bounds);
         bounds.searched(&[(7, false)], false, Duration::from_millis(200));
         assert!((19.0..=20.0).contains(&pause()));

@@ -18,7 +18,7 @@ use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::take::{self, PARTITIONS, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
-use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxConfig, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
@@ -111,19 +111,12 @@ pub struct PgLane {
 
 impl PgLane {
     pub(super) fn new(outbox: PgOutbox) -> Self {
-        let config = &outbox.config;
-        // Everything is local to the transaction, so that it holds behind a transaction-pooling proxy too.
-        // - Each statement after the first must see what was committed before it: no higher isolation.
-        // - The timeout ends the claim of a relay that stalled; it must outlast every publish.
-        // - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
-        let begin = format!(
-            "begin isolation level read committed;
-             select set_config(name, value, true)
-             from (values ('idle_in_transaction_session_timeout', '{}'), ('plan_cache_mode', 'force_generic_plan'),
-                 ('enable_seqscan', 'off'), ('enable_bitmapscan', 'off'), ('enable_hashjoin', 'off'),
-                 ('enable_mergejoin', 'off'), ('jit', 'off')) as setting(name, value)",
-            (config.publish_timeout + Duration::from_secs(15)).as_millis(),
-        );
+        // Each statement after the first must see what was committed before it: no higher isolation.
+        let mut begin = "begin isolation level read committed".to_owned();
+        if outbox.config.pooled {
+            let local = |(name, value)| format!("set_config('{name}', '{value}', true)");
+            begin = format!("{begin}; select {}", settings(&outbox.config).map(local).join(", "));
+        }
         Self {
             outbox,
             connection: None,
@@ -377,6 +370,23 @@ impl Lane for PgLane {
         self.connection = Some(connection);
         Ok(owed)
     }
+}
+
+/// What a lane's connection is set to; behind a transaction-pooling proxy, each of its transactions.
+///
+/// - The timeout ends the claim of a relay that stalled; it must outlast every publish.
+/// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
+pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 7] {
+    let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
+    [
+        ("idle_in_transaction_session_timeout", idle.to_string()),
+        ("plan_cache_mode", "force_generic_plan".to_owned()),
+        ("enable_seqscan", "off".to_owned()),
+        ("enable_bitmapscan", "off".to_owned()),
+        ("enable_hashjoin", "off".to_owned()),
+        ("enable_mergejoin", "off".to_owned()),
+        ("jit", "off".to_owned()),
+    ]
 }
 
 /// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so

@@ -62,24 +62,28 @@ impl Settle<'_> {
         let query = "
             insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
                 duration_ms, worker, processed_at)
-            select event_id, id, event_type, $7, $8, attempt, message_id, error, $9, $10, statement_timestamp()
-            from unnest($1::uuid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
-                as l(event_id, id, event_type, attempt, message_id, error)";
-        let mut groups: BTreeMap<(&str, &str, i32), Vec<&LogEntry<'_>>> = BTreeMap::new();
+            select event_id, id, event_type, $6, $7, $8, message_id, error, $9, $10, statement_timestamp()
+            from unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::text[])
+                as l(event_id, id, event_type, message_id, error)";
+        let mut groups: BTreeMap<(&str, &str, i32, i32), Vec<&LogEntry<'_>>> = BTreeMap::new();
         for &entry in entries {
-            groups.entry((entry.destination, entry.status, entry.duration_ms)).or_default().push(entry);
+            let attempt = entry.event.attempts.saturating_add(1);
+            groups.entry((entry.destination, entry.status, attempt, entry.duration_ms)).or_default().push(entry);
         }
-        for ((destination, status, duration_ms), entries) in groups {
+        for ((destination, status, attempt, duration_ms), entries) in groups {
+            // `unnest` fills a shorter column up with null.
+            let failed = entries.iter().any(|entry| entry.error.is_some());
+            let errors = if failed { column(&entries, |entry| entry.error.as_deref()) } else { Vec::new() };
             sqlx::query(query)
                 .persistent(self.persistent)
                 .bind(column(&entries, |entry| entry.event.event_id))
                 .bind(column(&entries, |entry| entry.event.row.id))
                 .bind(column(&entries, |entry| entry.event.event_type.as_str()))
-                .bind(column(&entries, |entry| entry.event.attempts.saturating_add(1)))
                 .bind(column(&entries, |entry| entry.message_id))
-                .bind(column(&entries, |entry| entry.error.as_deref()))
+                .bind(errors)
                 .bind(destination)
                 .bind(status)
+                .bind(attempt)
                 .bind(duration_ms)
                 .bind(self.worker)
                 .execute(&mut *self.connection)

@@ -9,7 +9,7 @@ pub fn publish(bytes: &[u8], keys: &[String], count: usize, one_key: bool) -> Op
     let value = redis::parse_redis_value(bytes).and_then(|value| value.extract_error().map_err(Into::into));
     match value.map_err(call_error).and_then(|value| answer(value, keys, count)) {
         Ok(Answer::Dirty(_)) => None,
-        Ok(Answer::Replies(replies)) => Some(replies.into_iter().map(|reply| outcome(reply, one_key)).collect()),
+        Ok(Answer::Replies(replies)) => Some(replies.split('\n').map(|reply| outcome(reply, one_key)).collect()),
         Err(error) => Some(vec![Outcome::Failed(error); count]),
     }
 }

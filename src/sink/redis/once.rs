@@ -2,8 +2,9 @@
 //!
 //! Beside each stream lies a small hash, its *state*, one for each partition of the outbox: which claim published last
 //! (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...: a line with sequence and id of
-//! each event, an empty one, and a line with each reply, empty where the event was not added), and what of earlier claims is still unsettled (`carried`). The script of a chunk writes the state together with
-//! the stream, so each is as old as the other whatever happens to Redis.
+//! each event, an empty one, and their lines of the script's answer), and what of earlier claims is still unsettled
+//! (`carried`). The script of a chunk writes the state together with the stream, so each is as old as the other whatever
+//! happens to Redis.
 //!
 //! 1. A chunk takes over a state whose list is empty, from an earlier epoch. Otherwise it adds nothing, and tells.
 //! 2. Then the claim asks the outbox, which answers only while it holds its partitions, for an epoch above the state's and
@@ -299,7 +300,7 @@ fn parse_added(text: &str) -> Option<Vec<Added>> {
     if events.len() != replies.len() {
         return None;
     }
-    let added = events.into_iter().zip(replies).filter(|(_, reply)| !reply.is_empty());
+    let added = events.into_iter().zip(replies).filter(|(_, reply)| !reply.is_empty() && !reply.starts_with('-'));
     added
         .map(|(event, reply)| {
             let (sequence, event_id) = event.split_once(' ')?;

@@ -18,9 +18,10 @@ use crate::sink::redis::once::{ChunkStates, Once};
 /// which of its own values is an event's key (0: none). Then runs of events: shape, state (0: none), number of events, the
 /// shared values, and each event's own.
 ///
-/// Answers, for each event, the command's reply, `-` and an error, or nothing where an earlier event of its key failed. Or,
-/// with nothing done, the states that this claim may not write to before it has looked into them. Shapes and runs, because
-/// what events share would else be most of what Redis parses: it costs as much as adding the entry.
+/// Answers one text with a line for each event: the command's reply, `-` and an error, or nothing where an earlier event of its
+/// key failed. Or, with nothing done, the states that this claim may not write to before it has looked into them. One text
+/// is less to take apart than a reply for each event. Shapes and runs, because what events share would else be most of what
+/// Redis parses: it costs as much as adding the entry.
 pub(super) static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
@@ -38,7 +39,7 @@ for n = 1, count do
   elseif owner and (tonumber(string.match(owner, '%d+')) >= tonumber(epoch) or redis.call('HLEN', key) > 1) then
     dirty[#dirty + 1] = { tostring(n), redis.call('HGETALL', key) }
   end
-  states[n] = { key = key, owner = owner ~= mine and mine, list = list, replies = {} }
+  states[n] = { key = key, owner = owner ~= mine and mine, texts = { list } }
 end
 if #dirty > 0 then return dirty end
 for n = 1, count do
@@ -71,36 +72,34 @@ local replies, n, stopped, failed, last = {}, 0, {}, false, #ARGV
 while at < last do
   local shape, state, events = shapes[tonumber(ARGV[at + 1])], states[tonumber(ARGV[at + 2])], tonumber(ARGV[at + 3])
   local words, shared, own, key = shape.words, shape.shared, shape.own, shape.key
-  local width, listed = #own, state and state.replies
+  local width, first = #own, n + 1
   at = at + 3
   for place = 1, #shared do words[shared[place]] = ARGV[at + place] end
   at = at + #shared
   for _ = 1, events do
     n = n + 1
-    local added = ''
     if failed and key > 0 and stopped[ARGV[at + key]] then
       replies[n] = ''
     else
       for place = 1, width do words[own[place]] = ARGV[at + place] end
       local reply = pcall(unpack(words))
       if type(reply) == 'table' then
-        replies[n] = '-' .. (reply.err or 'ERR unexpected reply')
+        replies[n] = '-' .. string.gsub(reply.err or 'ERR unexpected reply', '[\r\n]', ' ')
         failed = true
         if key > 0 then stopped[ARGV[at + key]] = true end
       else
-        added = tostring(reply)
-        replies[n] = added
+        replies[n] = tostring(reply)
       end
     end
-    if listed then listed[#listed + 1] = added end
     at = at + width
   end
+  if state then state.texts[#state.texts + 1] = table.concat(replies, '\n', first, n) end
 end
 for n = 1, count do
   local state = states[n]
-  redis.call('HSET', state.key, chunk, state.list .. '\n' .. table.concat(state.replies, '\n'))
+  redis.call('HSET', state.key, chunk, table.concat(state.texts, '\n'))
 end
-return replies",
+return table.concat(replies, '\n')",
     )
 });
 
