@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 /// How long a row that somebody inserted with an id of their own may stay hidden.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Which part of a lane's time goes into the search for such rows at most.
-const SEARCH_SHARE: u32 = 100;
+/// A search for such rows is followed by a rest so many times as long as it took.
+const REST: u32 = 100;
 
 /// The horizon is asked for once so many events have died beyond it, which are still walked over.
 const EVENTS_BEYOND: usize = 1000;
@@ -170,11 +170,12 @@ impl Bounds {
         (!set.is_empty()).then_some(set)
     }
 
-    /// What a search has `found` in which it took so long: of each partition that it got to, whether a row is hidden there.
+    /// What a search has `found` in so long: of each partition that it got to, whether a row is hidden there. `all`: it got to
+    /// every one.
     pub(super) fn searched(&self, found: &[(i16, bool)], all: bool, took: Duration) {
         let mut state = self.state();
-        let pause = took * SEARCH_SHARE;
-        state.next_search = Some(Instant::now() + if all { pause.max(SEARCH_INTERVAL) } else { pause });
+        let rest = took * REST;
+        state.next_search = Some(Instant::now() + if all { rest.max(SEARCH_INTERVAL) } else { rest });
         if let Some((last, _)) = found.last() {
             state.searched = *last;
         }
@@ -380,15 +381,15 @@ mod tests {
     }
 
     #[test]
-    fn a_search_goes_on_where_the_last_one_ended_and_takes_a_hundredth_of_the_time() {
+    fn a_search_goes_on_where_the_last_one_ended_and_rests_a_hundred_times_as_long() {
         let bounds = settled();
-        let pause =
+        let rest =
             || bounds.state().next_search.expect("a time").saturating_duration_since(Instant::now()).as_secs_f64();
         search(&bounds);
         bounds.searched(&[(7, false)], false, Duration::from_millis(200));
-        assert!((19.0..=20.0).contains(&pause()));
+        assert!((19.0..=20.0).contains(&rest()));
         assert_eq!(search(&bounds), Some(vec![(8, 59), (7, 100)]));
         bounds.searched(&[(8, false), (7, false)], true, Duration::from_millis(200));
-        assert!((59.0..=60.0).contains(&pause()));
+        assert!((59.0..=60.0).contains(&rest()));
     }
 }
