@@ -15,12 +15,20 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 def cpu_seconds(pid):
     """Of a process and all below it, those that have ended included."""
-    total = 0
-    for one in [pid, *descendants(pid)]:
-        with contextlib.suppress(OSError), open(f"/proc/{one}/stat") as stat:
-            # utime, stime, and of children that were waited for cutime and cstime. The name may hold spaces.
-            total += sum(map(int, stat.read().rpartition(")")[2].split()[11:15]))
-    return total / TICKS
+    while True:
+        ended = sum(ticks(pid)[2:])
+        total = sum(sum(ticks(one)) for one in [pid, *descendants(pid)])
+        # The time of a child that ends goes over to its parent, which may just have been read.
+        if sum(ticks(pid)[2:]) == ended:
+            return total / TICKS
+
+
+def ticks(pid):
+    """utime, stime, and of children that were waited for cutime and cstime."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        # The name, in parentheses, may hold spaces.
+        return list(map(int, stat.read().rpartition(")")[2].split()[11:15]))
+    return [0] * 4
 
 
 def mebibytes(pid, field="VmHWM"):
