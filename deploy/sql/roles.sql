@@ -43,7 +43,7 @@ revoke all on event_outbox, event_processing_log, event_dead_letter, event_histo
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq
     from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter,
-    event_headers_are_flat, event_headers_are_free
+    event_partition, event_is_valid
     from relay_app, relay_worker, relay_operator;
 
 -- Applications add events and see none, their own included: use emit_event where the event_id is wanted, for RETURNING
@@ -52,8 +52,8 @@ grant insert (event_id, event_type, source, aggregate_type, aggregate_id, payloa
               schema_version, priority, available_at, status)
     on event_outbox to relay_app;
 grant execute on function emit_event to relay_app, relay_operator;
--- Who inserts must be allowed what the rules of the table call.
-grant execute on function event_headers_are_flat, event_headers_are_free to relay_app, relay_worker, relay_operator;
+-- Who inserts must be allowed what the table itself calls.
+grant execute on function event_partition, event_is_valid to relay_app, relay_worker, relay_operator;
 
 -- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
 grant select, insert, update, delete on event_outbox to relay_worker;

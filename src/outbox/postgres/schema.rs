@@ -134,8 +134,8 @@ const PRIVILEGES: [(&str, &str); 14] = [
     ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
     ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),
     (
-        "execute on event_headers_are_flat and event_headers_are_free",
-        "has_function_privilege('event_headers_are_flat(jsonb)', 'execute') and has_function_privilege('event_headers_are_free(jsonb)', 'execute')",
+        "execute on event_partition and event_is_valid",
+        "has_function_privilege('event_partition(text, smallint, text, text, uuid)', 'execute') and has_function_privilege('event_is_valid(text, jsonb, jsonb, integer, smallint, text, integer)', 'execute')",
     ),
     ("execute on relay_schema_version", "has_function_privilege('relay_schema_version()', 'execute')"),
 ];

@@ -194,16 +194,38 @@ async fn a_newer_schema_is_refused_by_every_command_that_needs_it() {
     }
 }
 
+/// A database with all migrations but the last.
+async fn last_version() -> Database {
+    let database = empty_database().await;
+    let mut connection = database.connect().await;
+    for file in &files()[..SCHEMA_VERSION - 1] {
+        sql(&mut connection, &std::fs::read_to_string(file).unwrap()).await;
+    }
+    database
+}
+
 #[tokio::test]
-async fn an_older_schema_asks_for_relay_migrate() {
-    let database = database().await;
+async fn events_that_wait_during_a_migration_keep_their_places() {
+    let database = last_version().await;
     let mut connection = database.connect().await;
     sql(
         &mut connection,
-        "create or replace function relay_schema_version() returns integer language sql immutable as 'select 9';
-         drop function event_headers_are_flat cascade; drop function event_headers_are_free cascade",
+        "insert into event_outbox (event_type, aggregate_type, aggregate_id, priority, status)
+         select 'waits', case n % 2 when 0 then 'order' end, nullif(n % 50, 0)::text, n % 10,
+                case n % 3 when 0 then 'scheduled' else 'pending' end
+         from generate_series(1, 1000) n",
     )
     .await;
+    let rows = "select row(id, event_id, partition, status, created_at)::text from event_outbox order by id";
+    let before: Vec<String> = values(&mut connection, rows).await;
+    migrate(database.url());
+    let after: Vec<String> = values(&mut connection, rows).await;
+    assert_eq!((before.len(), after), (1000, before));
+}
+
+#[tokio::test]
+async fn an_older_schema_asks_for_relay_migrate() {
+    let database = last_version().await;
     let variables = [("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "error")];
     let once = finished(&["--once"], &variables).exited(1);
     let check = finished(&["check"], &variables).exited(1);
