@@ -58,6 +58,17 @@ async fn every_check_has_a_name_that_says_what_holds() {
 }
 
 #[tokio::test]
+async fn a_broken_rule_has_the_fields_of_a_check() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let refused =
+        sqlx::query("insert into event_outbox (event_type, priority) values ('a', 10)").execute(&mut connection);
+    let error = refused.await.unwrap_err().into_database_error().unwrap();
+    assert_eq!(error.code().as_deref(), Some("23514"));
+    assert_eq!((error.table(), error.constraint()), (Some("event_outbox"), Some("priority_is_0_to_9")));
+}
+
+#[tokio::test]
 async fn emit_event_takes_its_arguments_by_position_and_by_name() {
     let database = database().await;
     let mut connection = database.connect().await;
