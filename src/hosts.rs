@@ -27,8 +27,7 @@ impl<'a> Hosts<'a> {
             None => (None, authority),
         };
         let hosts: Vec<_> = hosts.split(',').collect();
-        let letters = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
-        let sound = !scheme.is_empty() && letters(scheme) && hosts.iter().all(|host| is_host(host));
+        let sound = is_scheme(scheme) && hosts.iter().all(|host| is_host(host));
         (sound && !path.contains('@') && !query.contains('@')).then_some(Self { scheme, user, hosts, path, query })
     }
 }
@@ -36,8 +35,13 @@ impl<'a> Hosts<'a> {
 /// Whether an `@` comes after the end of the host, as it stands there: then what looks like the host may be a part of a
 /// password that has a `/`, `?` or `#`.
 pub(crate) fn is_cut(url: &str) -> bool {
-    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    // Elsewhere than after a scheme, which a lenient parser takes with fewer slashes too, it is a part like any other.
+    let rest = url.split_once("://").filter(|(scheme, _)| is_scheme(scheme.trim_start())).map_or(url, |(_, rest)| rest);
     rest.find(['/', '\\', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
+}
+
+fn is_scheme(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
 fn is_host(text: &str) -> bool {

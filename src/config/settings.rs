@@ -368,6 +368,7 @@ mod tests {
         assert_eq!(hide("redis-cluster://app:/s3cret/@a/../b"), "***");
         assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
         assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
+        assert_eq!(hide("file:/\\a/b://c%2Fs3cret@"), "***");
         assert_eq!(hide("postgres://app:12@s3cret#34@db/shop"), "postgres://app:***@db/shop");
         assert_eq!(hide("rediss-sentinel://s3cret@host%3a:***@a:507/0"), "rediss-sentinel://a:507/0");
         assert_eq!(hide("redis-cluster://s3cret@host%3a:***@a:1,b:2"), "redis-cluster://a:1,b:2");
