@@ -3,7 +3,7 @@
 use std::fmt;
 
 use redis::sentinel::SentinelNodeConnectionInfo;
-use redis::{ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, RedisError, TlsMode};
+use redis::{ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, TlsMode};
 
 use crate::event::{Fault, PublishError};
 use crate::hosts::{Hosts, is_cut};
@@ -59,16 +59,21 @@ impl RedisAddress {
             Self::Url(url) => {
                 let url = read(url)?;
                 let (scheme, rest) = url.split_once("://").unwrap_or_default();
-                match scheme {
+                let path = rest.split('?').next().unwrap_or_default();
+                match scheme.trim_start().to_ascii_lowercase().as_str() {
                     // The library would take a password that begins with a slash for the path.
-                    "unix" | "redis+unix" | "valkey+unix" if !rest.starts_with('/') => Err(unusable(
+                    "unix" | "redis+unix" | "valkey+unix" if !rest.starts_with('/') || is_cut(path) => Err(unusable(
                         "the URL cannot be used: a socket's is redis+unix:///path/of/socket?db=0&user=name&pass=password",
                     )),
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
                     "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
                     // It would take what stands between two `@` of the password for the host.
                     "redis" | "rediss" | "valkey" | "valkeys" if is_cut(&url) => Err(unencoded()),
-                    _ => url.into_connection_info().map(Target::Single).map_err(|error| no_url(&error)),
+                    "redis" | "rediss" | "valkey" | "valkeys" | "unix" | "redis+unix" | "valkey+unix" => {
+                        url.into_connection_info().map(Target::Single).map_err(no_url)
+                    }
+                    // It would complete some others, and take a password for the path.
+                    _ => Err(no_url("no such scheme")),
                 }
             }
             Self::Parts { host, port, database, username, password } => {
@@ -79,7 +84,7 @@ impl RedisAddress {
                 if let Some(password) = password {
                     settings = settings.set_password(read(password)?);
                 }
-                let info = (host.clone(), *port).into_connection_info().map_err(|error| no_url(&error))?;
+                let info = (host.clone(), *port).into_connection_info().map_err(no_url)?;
                 Ok(Target::Single(info.set_redis_settings(settings)))
             }
         }
@@ -90,7 +95,7 @@ fn unusable(reason: &str) -> PublishError {
     PublishError::new(Fault::Misconfigured, "redis_address", reason)
 }
 
-fn no_url(error: &RedisError) -> PublishError {
+fn no_url(error: impl fmt::Display) -> PublishError {
     unusable(&format!(
         "the URL cannot be used: {error}; it is redis://user:password@host:port/database, or begins with rediss:// for TLS, \
          redis-cluster:// or redis-sentinel://"
@@ -120,7 +125,7 @@ fn each(
     let one = |host: &&str| {
         let port = if has_port(host) { String::new() } else { format!(":{default_port}") };
         let url = format!("{scheme}://{user}{host}{port}/{database}");
-        url.into_connection_info().map_err(|error| no_url(&error))
+        url.into_connection_info().map_err(no_url)
     };
     url.hosts.iter().map(one).collect()
 }
@@ -253,6 +258,8 @@ mod tests {
             ("redis+unix://:@/s3cret/x@run/redis.sock", "&pass=password"),
             ("http://u:s3cret@a", "cannot be used"),
             ("s3cret", "cannot be used"),
+            ("unix:/:s3cret@", "no such scheme"),
+            ("unix:///:s3cret@", "&pass=password"),
         ] {
             let Err(error) = target(url) else { panic!("{url} was taken") };
             assert_eq!(error.fault, Fault::Misconfigured);
