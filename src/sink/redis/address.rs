@@ -73,7 +73,7 @@ impl RedisAddress {
                         url.into_connection_info().map(Target::Single).map_err(no_url)
                     }
                     // It would complete some others, and take a password for the path.
-                    _ => Err(no_url("no such scheme")),
+                    _ => Err(no_url("it begins with no known scheme and ://")),
                 }
             }
             Self::Parts { host, port, database, username, password } => {
@@ -258,7 +258,7 @@ mod tests {
             ("redis+unix://:@/s3cret/x@run/redis.sock", "&pass=password"),
             ("http://u:s3cret@a", "cannot be used"),
             ("s3cret", "cannot be used"),
-            ("unix:/:s3cret@", "no such scheme"),
+            ("unix:/:s3cret@", "no known scheme"),
             ("unix:///:s3cret@", "&pass=password"),
         ] {
             let Err(error) = target(url) else { panic!("{url} was taken") };
