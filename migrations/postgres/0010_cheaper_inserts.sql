@@ -89,6 +89,7 @@ $$;
 
 drop trigger event_outbox_wake on event_outbox;
 
+-- Before, because what is to come after the statement is queued first.
 create trigger event_outbox_wake
     before insert on event_outbox
     for each statement

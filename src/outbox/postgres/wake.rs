@@ -1,4 +1,5 @@
-//! Sleeping until a producer commits, by the advisory lock and trigger of `migrations/postgres/0005_wake_up.sql`.
+//! Sleeping until a producer commits, by the advisory lock of `migrations/postgres/0005_wake_up.sql`, which
+//! the trigger of `0010_cheaper_inserts.sql` tries.
 
 use std::time::Duration;
 

@@ -59,10 +59,10 @@ impl RedisAddress {
             Self::Url(url) => {
                 let url = read(url)?;
                 let (scheme, rest) = url.split_once("://").unwrap_or_default();
-                let path = rest.split('?').next().unwrap_or_default();
+                let is_path = rest.starts_with('/') && !rest.split('?').next().unwrap_or_default().contains('@');
                 match scheme.trim_start().to_ascii_lowercase().as_str() {
-                    // The library would take a password that begins with a slash for the path.
-                    "unix" | "redis+unix" | "valkey+unix" if !rest.starts_with('/') || is_cut(path) => Err(unusable(
+                    // The library would take a password for a part of the path.
+                    "unix" | "redis+unix" | "valkey+unix" if !is_path => Err(unusable(
                         "the URL cannot be used: a socket's is redis+unix:///path/of/socket?db=0&user=name&pass=password",
                     )),
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
