@@ -68,7 +68,7 @@ impl Database {
     /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
     pub async fn migrate(&self) -> Result<Migrated, OutboxError> {
         match self.kind {
-            Kind::Postgres => postgres::schema::migrate(&self.url).await,
+            Kind::Postgres => postgres::migrate::migrate(&self.url).await,
             Kind::Sqlite => sqlite::schema::migrate(&self.url).await,
         }
     }
@@ -76,7 +76,7 @@ impl Database {
     /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless.
     pub async fn check(&self) -> Vec<Check> {
         match self.kind {
-            Kind::Postgres => postgres::schema::check(&self.url, self.pooled).await,
+            Kind::Postgres => postgres::check::check(&self.url, self.pooled).await,
             Kind::Sqlite => sqlite::schema::check(&self.url).await,
         }
     }

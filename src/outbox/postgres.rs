@@ -4,16 +4,18 @@
 //! - `take`, `batch`: taking partitions, and reading their rows.
 //! - `bounds`: what lies left of them is dead, and not walked over.
 //! - [`wake`]: sleeping until a producer commits.
-//! - [`schema`]: migrations, and whether a database fits.
+//! - `schema`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
 pub mod audit;
 mod batch;
 mod bounds;
+pub mod check;
 pub mod emit;
 pub mod lane;
-pub mod schema;
+pub mod migrate;
+mod schema;
 mod settle;
 mod suspects;
 mod take;
@@ -78,7 +80,7 @@ impl PgOutbox {
                 sqlx::query_as(look).persistent(false).fetch_one(&mut connection).await
             })
             .await?;
-        if read_only { Err(schema::read_only()) } else { Ok(connection) }
+        if read_only { Err(check::read_only()) } else { Ok(connection) }
     }
 
     /// What tells this outbox from others; asked for once.

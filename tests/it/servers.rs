@@ -317,7 +317,7 @@ async fn execute(url: &str, statement: &str) {
 }
 
 async fn migrate(url: &str) {
-    outbox_relay::outbox::postgres::schema::migrate(&Secret::inline(url)).await.unwrap();
+    outbox_relay::outbox::postgres::migrate::migrate(&Secret::inline(url)).await.unwrap();
 }
 
 mod tests {

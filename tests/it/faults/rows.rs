@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outbox_relay::outbox::postgres::schema::migrate;
+use outbox_relay::outbox::postgres::migrate::migrate;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
 use outbox_relay::sink::redis::RedisAddress;

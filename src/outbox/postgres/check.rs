@@ -1,0 +1,117 @@
+//! `relay check`: the database tried as a relay would use it.
+
+use sqlx::Row;
+use sqlx::postgres::PgConnection;
+
+use crate::outbox::postgres::migrate::SCHEMA_VERSION;
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, schema};
+use crate::outbox::{Check, OutboxError};
+use crate::secret::Secret;
+
+/// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
+const PRIVILEGES: [(&str, &str); 14] = [
+    (
+        "select, insert, update and delete on event_outbox",
+        "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
+    ),
+    ("insert on event_processing_log", "has_table_privilege('event_processing_log', 'insert')"),
+    ("insert on event_dead_letter", "has_table_privilege('event_dead_letter', 'insert')"),
+    ("insert on event_history", "has_table_privilege('event_history', 'insert')"),
+    ("execute on relay_add_days", "has_function_privilege('relay_add_days(text, integer)', 'execute')"),
+    ("execute on relay_drop_days", "has_function_privilege('relay_drop_days(text, interval)', 'execute')"),
+    (
+        "select and update on event_outbox_epoch",
+        "has_sequence_privilege('event_outbox_epoch', 'select') and has_sequence_privilege('event_outbox_epoch', 'update')",
+    ),
+    (
+        "select on event_outbox_moves and event_outbox_id_seq",
+        "has_sequence_privilege('event_outbox_moves', 'select') and has_sequence_privilege('event_outbox_id_seq', 'select')",
+    ),
+    (
+        "select, insert, update and delete on event_relay_run",
+        "has_table_privilege('event_relay_run', 'select') and has_table_privilege('event_relay_run', 'insert') and has_table_privilege('event_relay_run', 'update') and has_table_privilege('event_relay_run', 'delete')",
+    ),
+    (
+        "select, insert, update and delete on event_crash_suspect",
+        "has_table_privilege('event_crash_suspect', 'select') and has_table_privilege('event_crash_suspect', 'insert') and has_table_privilege('event_crash_suspect', 'update') and has_table_privilege('event_crash_suspect', 'delete')",
+    ),
+    ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
+    ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),
+    (
+        "execute on event_partition and event_is_valid",
+        "has_function_privilege('event_partition(text, smallint, text, text, uuid)', 'execute') and has_function_privilege('event_is_valid(text, jsonb, jsonb, integer, smallint, text, integer)', 'execute')",
+    ),
+    ("execute on relay_schema_version", "has_function_privilege('relay_schema_version()', 'execute')"),
+];
+
+/// Tries the database at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
+pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let mut push = |subject: &str, result: Result<String, OutboxError>| {
+        let failed = result.is_err();
+        checks.push(Check { subject: subject.to_owned(), result: result.map_err(|error| error.explain()) });
+        failed
+    };
+    let mut connection = match async { connect(&connect_options(url, pooled)?).await }.await {
+        Ok(connection) => connection,
+        Err(error) => {
+            push("database", Err(error));
+            return checks;
+        }
+    };
+    let server = facts(&mut connection).await;
+    if push("database", server) | push("schema", schema_fit(&mut connection).await) {
+        return checks;
+    }
+    push("privileges", privileges(&mut connection).await);
+    checks
+}
+
+async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    let row = answered("look at the server", STATEMENT_TIMEOUT, async {
+        sqlx::query(
+            "select current_database(), current_setting('server_version'), current_user::text,
+                    pg_is_in_recovery() or current_setting('transaction_read_only')::boolean",
+        )
+        .persistent(false)
+        .fetch_one(connection)
+        .await
+    })
+    .await?;
+    if row.get::<bool, _>(3) {
+        return Err(read_only());
+    }
+    let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+    Ok(format!("{database} on PostgreSQL {version} as {user}"))
+}
+
+/// The error of a database that takes no writes.
+pub(super) fn read_only() -> OutboxError {
+    let reason = "a replica, or default_transaction_read_only; point DATABASE_URL at the primary".to_owned();
+    OutboxError::ReadOnly { reason }
+}
+
+async fn schema_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    schema::require_fit(connection).await.map(|()| format!("version {SCHEMA_VERSION}"))
+}
+
+async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    let mut missing = Vec::new();
+    for (privilege, condition) in PRIVILEGES {
+        let granted: bool = answered("look at the privileges", STATEMENT_TIMEOUT, async {
+            sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select {condition}")))
+                .persistent(false)
+                .fetch_one(&mut *connection)
+                .await
+        })
+        .await?;
+        if !granted {
+            missing.push(privilege);
+        }
+    }
+    if missing.is_empty() {
+        Ok("all granted".to_owned())
+    } else {
+        Err(OutboxError::Privileges { missing: missing.join("; ") })
+    }
+}
