@@ -50,7 +50,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Publish until SIGTERM or SIGINT; also what `relay` alone does.
+    /// Publish until SIGTERM, SIGINT or SIGHUP; also what `relay` alone does.
     Run {
         /// Publish what is due, then exit.
         #[arg(long)]

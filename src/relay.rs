@@ -4,12 +4,14 @@
 //! each other.
 //!
 //! - `caution`: what ends a crash loop.
+//! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
 //! - `lane`: one loop on one connection.
 //! - `watch`: looking for work, and sleeping while there is none.
 //! - `pass`: from a claimed batch to what is settled.
 
 mod caution;
 mod destination;
+mod ending;
 mod lane;
 mod pass;
 mod watch;
@@ -55,6 +57,8 @@ pub struct RelayConfig {
     pub breaker: BreakerPolicy,
     /// What becomes of events that no route takes.
     pub unrouted: Unrouted,
+    /// How long what is in flight may take after a stop; then it is given up.
+    pub shutdown_timeout: Duration,
 }
 
 /// Whether the relay can do its work right now.
@@ -109,18 +113,19 @@ impl<O: Outbox> Relay<O> {
     /// Works until `stop`, then settles what is in flight. Outages of the store or a destination are waited out.
     ///
     /// # Errors
-    /// Only where waiting cannot help: [`OutboxError::is_final`].
+    /// Where waiting cannot help ([`OutboxError::is_final`]), and where something in flight had to be given up
+    /// ([`OutboxError::GivenUp`]).
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) -> Result<Tally, OutboxError> {
         if !self.prepare(&stop).await? {
             return Ok(Tally::default()); // stopped before there was anything to do
         }
         let maintenance = tokio::spawn(Arc::clone(self).maintain(stop.clone()));
-        let (tally, _) = self.work(Ending::Stop, stop).await?;
+        let ended = self.work(Ending::Stop, stop).await;
         // Between two statements of its own it can be dropped: it owns no claim. It does own a part of the store, which a
         // relay that has ended must have let go of.
         maintenance.abort();
-        drop(maintenance.await);
-        Ok(tally)
+        drop(tokio::time::timeout(ending::IDLE_GRACE, maintenance).await);
+        ended.map(|(tally, _)| tally)
     }
 
     /// Publishes what is due and returns. Short trouble of a destination is waited out; one whose breaker opens is not.
@@ -128,8 +133,15 @@ impl<O: Outbox> Relay<O> {
     /// # Errors
     /// The store cannot be used.
     pub async fn drain(self: &Arc<Self>, stop: CancellationToken) -> Result<Drained, OutboxError> {
-        self.outbox.prepare().await?;
-        self.look_after_days().await;
+        let prepared = async {
+            self.outbox.prepare().await?;
+            self.look_after_days().await;
+            Ok::<_, OutboxError>(())
+        };
+        tokio::select! {
+            prepared = prepared => prepared?,
+            () = stop.cancelled() => return Ok(Drained { tally: Tally::default(), undelivered: true }),
+        }
         self.readiness.send_replace(Readiness::Ready);
         let (tally, undelivered) = self.work(Ending::Drained, stop.clone()).await?;
         Ok(Drained { tally, undelivered: undelivered || tally.dead_lettered > 0 || stop.is_cancelled() })
@@ -139,7 +151,11 @@ impl<O: Outbox> Relay<O> {
     async fn prepare(&self, stop: &CancellationToken) -> Result<bool, OutboxError> {
         let mut backoff = Backoff::default();
         loop {
-            match self.outbox.prepare().await {
+            let prepared = tokio::select! {
+                prepared = self.outbox.prepare() => prepared,
+                () = stop.cancelled() => return Ok(false),
+            };
+            match prepared {
                 Ok(()) => {
                     self.ready();
                     return Ok(true);
@@ -156,13 +172,27 @@ impl<O: Outbox> Relay<O> {
     /// Runs all lanes to their end. A lane that panics is replaced: one bad batch must not end the relay.
     async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<(Tally, bool), OutboxError> {
         let shared = Arc::new(Shared::new(self.outbox.wakeup(), ending));
+        // A lane that cannot go on stops the others, and nothing else that the caller's token is for.
+        let stop = stop.child_token();
         let spawn = |lanes: &mut JoinSet<_>| {
             lanes.spawn(Lane::new(Arc::clone(self), Arc::clone(&shared), stop.clone()).run());
         };
         let mut lanes = JoinSet::new();
         (0..self.config.lanes).for_each(|_| spawn(&mut lanes));
         let mut result = Ok(());
-        while let Some(ended) = lanes.join_next().await {
+        let stopping = self.stopping(&shared, &stop);
+        tokio::pin!(stopping);
+        loop {
+            let ended = tokio::select! {
+                ended = lanes.join_next() => ended,
+                given_up = &mut stopping => {
+                    if let Some(what) = given_up {
+                        return Err(OutboxError::GivenUp { after: self.config.shutdown_timeout, what });
+                    }
+                    break; // what is left waits for an answer that is no longer needed
+                }
+            };
+            let Some(ended) = ended else { break };
             match ended {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => result = Err(error),
@@ -175,8 +205,13 @@ impl<O: Outbox> Relay<O> {
                 }
             }
         }
-        self.caution.end(&self.outbox).await;
-        result.map(|()| shared.result())
+        drop(tokio::time::timeout(ending::IDLE_GRACE, self.caution.end(&self.outbox)).await);
+        match (result, self.given_up(&shared)) {
+            (Ok(()), what) if !what.is_empty() => {
+                Err(OutboxError::GivenUp { after: self.config.shutdown_timeout, what })
+            }
+            (result, _) => result.map(|()| shared.result()),
+        }
     }
 
     async fn maintain(self: Arc<Self>, stop: CancellationToken) {

@@ -16,8 +16,9 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEPLOY = REPOSITORY / "deploy"
-# One publish call may last 30 s; a shorter grace would cut a settle off.
-SHORTEST_GRACE = 45
+# Whoever stops the relay must wait longer than it may need, and a little more for its start and its end.
+SHUTDOWN = re.search(r'env = "RELAY_SHUTDOWN_TIMEOUT"[^\]]*?default_value = "(\d+)s"', (REPOSITORY / "src/config/settings.rs").read_text())
+SHORTEST_GRACE = int(SHUTDOWN.group(1)) + 5
 
 findings = []
 
@@ -110,6 +111,9 @@ def check_dockerfile():
         file,
         f"its Rust is pinned to no minor version, or one older than Cargo.toml's rust-version {'.'.join(needed.groups())}",
     )
+    expect("\nSTOPSIGNAL SIGTERM\n" in text, file, "STOPSIGNAL must be SIGTERM: the relay settles on it")
+    graces = [int(grace) for grace in re.findall(r"(?:docker stop -t |stop_grace_period: )(\d+)", text)]
+    expect(graces and min(graces) >= SHORTEST_GRACE, file, f"says how to stop it within {graces} s, less than {SHORTEST_GRACE}")
     user = re.findall(r"^USER (\S+)", text, re.M)
     expect(user and re.fullmatch(r"[1-9]\d*(:\d+)?", user[-1]), file, "the image must end with a numeric USER other than 0")
 
@@ -128,6 +132,15 @@ def check_systemd():
     for name in names[:2]:
         grace = re.search(r"^TimeoutStopSec=(\d+)$", units[name], re.M)
         expect(grace and int(grace.group(1)) >= SHORTEST_GRACE, folder / name, f"TimeoutStopSec must be at least {SHORTEST_GRACE}")
+
+    for name, text in units.items():
+        waits = "\nTimeoutStartSec=infinity\n" in text
+        expect("\nType=notify\n" not in text or waits, folder / name, "a database that is away at boot would be a restart loop: TimeoutStartSec=infinity")
+    folders = [DEPLOY / "systemd", DEPLOY / "kubernetes", DEPLOY / "Dockerfile"]
+    files = [file for folder in folders for file in ([folder] if folder.is_file() else sorted(folder.iterdir()))]
+    for file in files:
+        told = re.findall(r"RELAY_SHUTDOWN_TIMEOUT \((\w+)\)", file.read_text())
+        expect(set(told) <= {f"{SHUTDOWN.group(1)}s"}, file, f"says that RELAY_SHUTDOWN_TIMEOUT is {told}")
 
     if shutil.which("systemd-analyze") is None:
         findings.append("systemd-analyze is missing: run `tests/setup deploy`")

@@ -104,6 +104,11 @@ pub struct Settings {
     /// What becomes of an event that no route takes.
     #[arg(long, env = "RELAY_UNROUTED", value_name = "WHAT", default_value = "dead-letter", help_heading = "Work")]
     pub unrouted: Unrouted,
+    /// How long what is in flight may take after a signal to stop; then it is given up, and the relay exits with 1. Whoever
+    /// kills the relay must wait longer: systemd's TimeoutStopSec, Kubernetes' terminationGracePeriodSeconds, docker stop -t.
+    #[arg(long, env = "RELAY_SHUTDOWN_TIMEOUT", value_name = "TIME", default_value = "40s", value_parser = shutdown_time,
+          help_heading = "Work")]
+    pub shutdown_timeout: Duration,
     /// CloudEvents source of events that have none of their own.
     #[arg(
         long,
@@ -287,6 +292,7 @@ impl Settings {
                 recovery: Duration::from_millis(self.breaker_recovery),
             },
             unrouted: self.unrouted,
+            shutdown_timeout: self.shutdown_timeout,
         }
     }
 }
@@ -333,6 +339,12 @@ pub fn hide(value: &str) -> String {
 fn days(text: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 7d or 36h"))?;
     if time < Duration::from_secs(3600) { Err("at least 1h".to_owned()) } else { Ok(time) }
+}
+
+fn shutdown_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 40s or 2m"))?;
+    let range = Duration::from_secs(1)..=Duration::from_secs(3600);
+    if range.contains(&time) { Ok(time) } else { Err("at least 1s and at most 1h".to_owned()) }
 }
 
 fn port(text: &str) -> Result<u16, String> {

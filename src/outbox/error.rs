@@ -95,6 +95,14 @@ pub enum OutboxError {
         /// How long it waited.
         after: Duration,
     },
+    /// The relay was told to stop, and something in flight did not end in time.
+    #[error("given up {} s after the signal: {what}; RELAY_SHUTDOWN_TIMEOUT says how long is waited", after.as_secs())]
+    GivenUp {
+        /// How long it waited.
+        after: Duration,
+        /// What was in flight, and what becomes of it.
+        what: String,
+    },
 }
 
 impl OutboxError {

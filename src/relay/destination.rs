@@ -1,5 +1,6 @@
 //! One destination as the engine sees it: a sink behind its breaker.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,8 @@ pub(super) struct Destination {
     pub(super) name: String,
     sink: Arc<dyn Sink>,
     breaker: Mutex<Breaker>,
+    in_flight: AtomicUsize,
+    given_up: AtomicUsize,
 }
 
 /// The answers of one publish call.
@@ -34,7 +37,13 @@ impl Answers {
 
 impl Destination {
     pub(super) fn new(name: String, sink: Arc<dyn Sink>, policy: BreakerPolicy) -> Self {
-        Self { name, sink, breaker: Mutex::new(Breaker::new(policy)) }
+        Self {
+            name,
+            sink,
+            breaker: Mutex::new(Breaker::new(policy)),
+            in_flight: AtomicUsize::new(0),
+            given_up: AtomicUsize::new(0),
+        }
     }
 
     /// Whether it would take events now; takes no probe.
@@ -72,6 +81,29 @@ impl Destination {
         }
         self.judge_health(&outcomes);
         Answers { outcomes, duration: begun.elapsed(), once_settled }
+    }
+
+    /// Counts events as in flight while the value lives.
+    pub(super) fn in_flight(&self, count: usize) -> InFlight<'_> {
+        self.in_flight.fetch_add(count, Ordering::SeqCst);
+        InFlight { destination: self, count }
+    }
+
+    /// How many events were sent to it and have no answer: not yet, or never, because the relay is to end.
+    pub(super) fn count_unanswered(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst) + self.given_up.load(Ordering::SeqCst)
+    }
+
+    /// The answers of a call that is no longer waited for, because the relay is to end.
+    pub(super) fn given_up(&self, count: usize) -> Answers {
+        self.given_up.fetch_add(count, Ordering::SeqCst);
+        tracing::warn!(
+            destination = self.name,
+            event_count = count,
+            "no answer in time to stop: whether these events arrived is unknown; they stay pending"
+        );
+        let error = PublishError::new(Fault::Unknown, "stopped", "no answer before the relay had to end");
+        Answers { outcomes: vec![Outcome::Failed(error); count], ..Answers::held(0) }
     }
 
     fn judge_health(&self, outcomes: &[Outcome]) {
@@ -113,5 +145,17 @@ impl Destination {
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         // A breaker is never left half-changed, so a panic elsewhere does not spoil it.
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See [`Destination::in_flight`].
+pub(super) struct InFlight<'a> {
+    destination: &'a Destination,
+    count: usize,
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.destination.in_flight.fetch_sub(self.count, Ordering::SeqCst);
     }
 }

@@ -47,6 +47,10 @@ pub(super) struct Shared<W> {
     pub(super) drained: AtomicBool,
     /// Microseconds that the store took for the last batch that was not full.
     pub(super) store_us: AtomicU64,
+    /// Claims that are held: published, or being recorded.
+    pub(super) claims: AtomicUsize,
+    /// Cancelled when publish calls are no longer waited for: the relay is to end.
+    pub(super) give_up: CancellationToken,
     result: Mutex<(Tally, bool)>,
 }
 
@@ -60,6 +64,8 @@ impl<W> Shared<W> {
             scheduled: AtomicBool::new(false),
             drained: AtomicBool::new(false),
             store_us: AtomicU64::new(0),
+            claims: AtomicUsize::new(0),
+            give_up: CancellationToken::new(),
             result: Mutex::default(),
         }
     }
@@ -80,7 +86,7 @@ impl<W> Shared<W> {
 pub(super) struct Busy<W> {
     shared: Arc<Shared<W>>,
     /// It holds a claim, whose end concerns the others.
-    pub(super) claimed: bool,
+    claimed: bool,
 }
 
 impl<W> Busy<W> {
@@ -88,12 +94,18 @@ impl<W> Busy<W> {
         shared.busy.fetch_add(1, Ordering::SeqCst);
         Self { shared, claimed: false }
     }
+
+    pub(super) fn claimed(&mut self) {
+        self.claimed = true;
+        self.shared.claims.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 impl<W> Drop for Busy<W> {
     fn drop(&mut self) {
         self.shared.busy.fetch_sub(1, Ordering::SeqCst);
         if self.claimed {
+            self.shared.claims.fetch_sub(1, Ordering::SeqCst);
             self.shared.settled.notify_one();
         }
     }
@@ -123,12 +135,18 @@ pub(super) struct Lane<O: Outbox> {
 /// The store, as far as sinks may ask it while they publish.
 struct ClaimLedger<'a, L> {
     lane: AsyncMutex<&'a mut L>,
+    /// A question is under way. Where publishing was given up meanwhile, the connection cannot be used any more.
+    asking: AtomicBool,
 }
 
 #[async_trait]
 impl<L: outbox::Lane> Ledger for ClaimLedger<'_, L> {
     async fn renew(&self, floor: i64, noted: &[Noted], destination: &str) -> Option<Renewed> {
-        match self.lane.lock().await.renew(floor, noted, destination).await {
+        let mut lane = self.lane.lock().await;
+        self.asking.store(true, Ordering::SeqCst);
+        let renewed = lane.renew(floor, noted, destination).await;
+        self.asking.store(false, Ordering::SeqCst);
+        match renewed {
             Ok(renewed) => {
                 tracing::debug!(
                     destination,
@@ -201,8 +219,11 @@ impl<O: Outbox> Lane<O> {
         };
         let begun = Instant::now();
         hit("before_publish")?;
-        let (deliveries, once_settled) =
-            relay.publish(&batch, &term, &ClaimLedger { lane: AsyncMutex::new(&mut self.lane) }).await;
+        let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane), asking: AtomicBool::new(false) };
+        let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger, &self.shared.give_up).await;
+        if ledger.asking.load(Ordering::SeqCst) {
+            return Ok(false);
+        }
         hit("acked")?;
         let published = begun.elapsed();
         let settled = self.lane.settle(&deliveries).await;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
+use tokio_util::sync::CancellationToken;
 
 use crate::event::{Event, Fault, Key, PublishError, Term, Verdict};
 use crate::outbox::{Claimed, Delivery, Outbox};
@@ -21,12 +22,13 @@ struct Plan<'a> {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Publishes a batch. Returns what became of it, grouped by event, and what to do when that is settled.
+    /// Publishes a batch, until `give_up` at the longest. Returns what became of it, grouped by event, and what to do when that is settled.
     pub(super) async fn publish<'a>(
         &'a self,
         batch: &'a [Claimed],
         term: &Term,
         ledger: &dyn Ledger,
+        give_up: &CancellationToken,
     ) -> (Vec<Delivery<'a>>, Vec<BoxFuture<'static, ()>>) {
         let plan = self.plan(batch);
         let answers = join_all(self.destinations.iter().zip(&plan.publish).map(async |(destination, indexes)| {
@@ -34,7 +36,12 @@ impl<O: Outbox> Relay<O> {
                 return Answers::held(0);
             }
             let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
-            destination.publish(&events, term, ledger, self.config.publish_timeout).await
+            let _in_flight = destination.in_flight(events.len());
+            tokio::select! {
+                biased;
+                answers = destination.publish(&events, term, ledger, self.config.publish_timeout) => answers,
+                () = give_up.cancelled() => destination.given_up(events.len()),
+            }
         }))
         .await;
         let (mut deliveries, mut once_settled) = (plan.decided, Vec::new());

@@ -122,7 +122,7 @@ impl<O: Outbox> Lane<O> {
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
             Claim::Batch { claimed: batch, term, .. } => {
-                busy.claimed = true;
+                busy.claimed();
                 Look::Found(Work { batch, term, begun, busy })
             }
             // Not only after a batch is settled: a relay that has nothing to do is ready again too.

@@ -81,6 +81,7 @@ pub(crate) fn relay_config() -> RelayConfig {
         retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
         breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_millis(200) },
         unrouted: Unrouted::DeadLetter,
+        shutdown_timeout: Duration::from_secs(40),
     }
 }
 

@@ -24,6 +24,7 @@ mod moto;
 mod proxy;
 mod pubsub;
 mod readback;
+mod reality;
 mod redis;
 mod redis_tls;
 mod schema;

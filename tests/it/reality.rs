@@ -1,0 +1,3 @@
+//! What applications, operators, servers and platforms really do, and what the relay makes of it.
+
+mod process;

@@ -1,0 +1,152 @@
+//! Signals, standard streams, and an end that comes whatever hangs.
+
+use std::process::Command;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::binary::{Running, relay};
+use crate::harness::{Setup, column, count, emit, eventually, sql};
+use crate::scripted::{Gate, ScriptedSink};
+use crate::servers::{Database, Server, database, redis};
+
+/// A backend of the relay waits for a lock.
+const WAITS_FOR_LOCK: &str =
+    "pg_stat_activity where datname = current_database() and application_name = 'relay' and wait_event_type = 'Lock'";
+
+/// Partitions that some lane holds.
+const CLAIMED: &str = "pg_locks where locktype = 'advisory' and classid = 'event_outbox'::regclass and objid < 640
+                       and objsubid = 2 and database = (select oid from pg_database where datname = current_database())";
+
+const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
+
+/// `relay` as a shell starts it that has done `setup` before.
+fn relay_after(setup: &str, args: &[&str], variables: &[(&str, &str)]) -> Command {
+    let relay = relay(args, variables);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).arg(relay.get_program()).args(relay.get_args());
+    shell.env_clear().envs(relay.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell.stdin(std::process::Stdio::null());
+    shell
+}
+
+#[tokio::test]
+async fn f88_sighup_stops_it_as_sigterm_does_unless_it_was_started_to_ignore_it() {
+    let database = database().await;
+    let variables = [("DATABASE_URL", database.url()), STDOUT];
+    let mut running = Running::start(relay(&["run"], &variables));
+    running.until_log("\"message\":\"ready\"");
+    running.signal("HUP");
+    running.finish().exited(0).says(&["stopping", "SIGHUP"]);
+
+    // As `nohup` does.
+    let mut running = Running::start(relay_after("trap '' HUP", &["run"], &variables));
+    running.until_log("\"message\":\"ready\"");
+    running.signal("HUP");
+    sql(&mut database.connect().await, "select emit_event('after')").await;
+    eventually("it is published", async || running.output().contains("after")).await;
+    running.signal("TERM");
+    let finished = running.finish().exited(0);
+    assert!(!finished.stderr.contains("SIGHUP"), "{}", finished.stderr);
+}
+
+/// A relay to a Redis that hangs, with one event on its way there, and to standard output.
+async fn hanging(database: &Database, redis: &mut Server, timeout: &str) -> Running {
+    let url = redis.url().to_owned();
+    let variables = [
+        ("DATABASE_URL", database.url()),
+        ("REDIS_URL", &url),
+        STDOUT,
+        ("EVENT_DEFAULT_TIMEOUT", "600000"),
+        ("RELAY_SHUTDOWN_TIMEOUT", timeout),
+    ];
+    let running = Running::start(relay(&["run"], &variables));
+    let mut connection = database.connect().await;
+    sql(&mut connection, "select emit_event('before')").await;
+    eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    redis.pause();
+    sql(&mut connection, "select emit_event('held')").await;
+    eventually("it is being published", async || count(&mut connection, CLAIMED).await > 0).await;
+    eventually("the other destination has it", async || running.output().contains("held")).await;
+    running
+}
+
+#[tokio::test]
+async fn f89_a_destination_that_hangs_is_given_up_in_time_and_what_others_took_is_recorded() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let mut redis = Server::start("redis", &[]);
+    let running = hanging(&database, &mut redis, "2s").await;
+    running.signal("TERM");
+    let ended = running.finish().exited(1);
+    ended.says(&["given up 2 s after the signal", "1 events at destination redis", "RELAY_SHUTDOWN_TIMEOUT"]);
+    let owed = "select concat_ws(' ', event_type, destination, attempts) from event_outbox";
+    assert_eq!(column(&mut connection, owed).await, ["held redis 0"]);
+    assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
+}
+
+#[tokio::test]
+async fn f89_a_settle_that_waits_for_a_lock_is_given_up_in_time() {
+    let database = database().await;
+    let (mut connection, mut holder) = (database.connect().await, database.connect().await);
+    let mut redis = Server::start("redis", &[]);
+    let running = hanging(&database, &mut redis, "2s").await;
+    sql(&mut holder, "begin; lock table event_processing_log in access exclusive mode").await;
+    redis.resume();
+    eventually("the settle waits", async || count(&mut connection, WAITS_FOR_LOCK).await > 0).await;
+    running.signal("TERM");
+    running.finish().exited(1).says(&["given up 2 s after the signal", "the database did not record", "1 batches"]);
+    sql(&mut holder, "rollback").await;
+    assert_eq!(column(&mut connection, "select event_type from event_outbox").await, ["held"]);
+}
+
+#[tokio::test]
+async fn f89_where_nothing_is_in_flight_the_end_comes_at_once_whatever_hangs() {
+    let database = database().await;
+    let (mut connection, mut holder) = (database.connect().await, database.connect().await);
+    let variables = [
+        ("DATABASE_URL", database.url()),
+        ("REDIS_URL", redis().url()),
+        ("RELAY_SHUTDOWN_TIMEOUT", "1h"),
+        ("RELAY_REDIS_STREAM", "reality:process"),
+        ("EVENT_OUTBOX_POLLING_INTERVAL", "100"),
+    ];
+    // A claim waits for the lock; then the start does.
+    let mut running = Running::start(relay(&["run"], &variables));
+    running.until_log("\"message\":\"ready\"");
+    let lock = "begin; lock table event_outbox, event_processing_log in access exclusive mode";
+    sql(&mut holder, lock).await;
+    eventually("it waits", async || count(&mut connection, WAITS_FOR_LOCK).await > 0).await;
+    running.signal("TERM");
+    running.finish().exited(0).says(&["stopping"]);
+    for (args, code) in [(&["run"][..], 0), (&["--once"], 3)] {
+        // The server does not notice that who waits is gone.
+        let now = column(&mut connection, "select clock_timestamp()::text").await.remove(0);
+        let running = Running::start(relay(args, &variables));
+        let waits = format!("{WAITS_FOR_LOCK} and backend_start > '{now}'");
+        eventually("it waits", async || count(&mut connection, &waits).await > 0).await;
+        running.signal("TERM");
+        running.finish().exited(code).says(&["stopping"]);
+    }
+}
+
+#[tokio::test]
+async fn f90_a_lane_that_ends_in_trouble_leaves_the_callers_token_alone() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    emit(&mut connection, "a", "").await;
+    let (gate, sink) = (Gate::new(), ScriptedSink::accepting());
+    sink.hold_at(&gate);
+    let (stop, relay) = (CancellationToken::new(), Setup::new(&database, vec![("a", sink)]).relay());
+    let draining = tokio::spawn({
+        let stop = stop.clone();
+        async move { relay.drain(stop).await }
+    });
+    tokio::time::timeout(Duration::from_secs(60), gate.entered()).await.unwrap();
+    let terminate = "select pg_terminate_backend(pid) from pg_stat_activity
+                     where datname = current_database() and pid <> pg_backend_pid()";
+    sql(&mut connection, terminate).await;
+    gate.open(1);
+    assert!(draining.await.unwrap().is_err(), "the settle cannot have worked");
+    assert!(!stop.is_cancelled());
+}
