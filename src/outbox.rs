@@ -48,10 +48,39 @@ pub struct OutboxConfig {
 pub struct Migrated {
     /// The version before; 0: nothing was there.
     pub from: i32,
-    /// The version after.
+    /// The version after; higher than `known` where a newer relay migrated, in a way that this one can work with.
     pub to: i32,
+    /// The newest migration that this binary has.
+    pub known: i32,
     /// The names of the migrations that were applied, in order.
     pub applied: Vec<&'static str>,
+}
+
+/// The schema that a store has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SchemaVersion {
+    /// The last migration that was applied; 0: none.
+    pub found: i32,
+    /// The migration that a relay must know to work with it. Each migration may raise it.
+    pub needs: i32,
+}
+
+impl SchemaVersion {
+    /// Fails unless a relay can work with it whose newest migration is `known`; else says what it is.
+    pub(crate) fn fits(self, known: i32) -> Result<String, OutboxError> {
+        let Self { found, needs } = self;
+        if found < known {
+            return Err(OutboxError::SchemaTooOld { found, needed: known });
+        }
+        if needs > known {
+            return Err(OutboxError::SchemaTooNew { found, needs, known });
+        }
+        Ok(if found == known {
+            format!("version {found}")
+        } else {
+            format!("version {found}; this relay knows up to {known}, and can work with it")
+        })
+    }
 }
 
 /// One line of `relay check`.

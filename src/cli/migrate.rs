@@ -12,6 +12,13 @@ pub(super) fn migrate(settings: &Settings) -> anyhow::Result<ExitCode> {
     for name in &migrated.applied {
         println!("applied {name}");
     }
-    println!("schema version {}{}", migrated.to, if migrated.applied.is_empty() { ", nothing to do" } else { "" });
+    let rest = if migrated.to > migrated.known {
+        format!("; this relay knows up to {}, and can work with it: nothing to do", migrated.known)
+    } else if migrated.applied.is_empty() {
+        ", nothing to do".to_owned()
+    } else {
+        String::new()
+    };
+    println!("schema version {}{rest}", migrated.to);
     Ok(ExitCode::SUCCESS)
 }

@@ -62,11 +62,16 @@ pub enum OutboxError {
         /// Where they lie.
         schemas: String,
     },
-    /// A newer relay migrated it.
-    #[error("the database has schema version {found}, this relay knows up to {known}: install a newer relay")]
+    /// A newer relay migrated it, in a way that this one cannot work with.
+    #[error(
+        "the database has schema version {found}, which needs a relay that knows version {needs}; this relay knows up to {known}: \
+         install a newer relay"
+    )]
     SchemaTooNew {
         /// The database's.
         found: i32,
+        /// The version that a relay must know to work with it.
+        needs: i32,
         /// The newest migration this binary has.
         known: i32,
     },

@@ -124,7 +124,7 @@ impl Outbox for PgOutbox {
 
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
-        schema::require_fit(&mut connection).await?;
+        drop(schema::require_fit(&mut connection).await?);
         self.add_days(&mut connection).await
     }
 

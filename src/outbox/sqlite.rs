@@ -87,7 +87,7 @@ impl Outbox for SqliteOutbox {
 
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
-        schema::require_fit(&mut connection).await?;
+        drop(schema::require_fit(&mut connection).await?);
         schema::require_writable(&mut connection).await
     }
 

@@ -3,7 +3,6 @@
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::postgres::migrate::SCHEMA_VERSION;
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, schema};
 use crate::outbox::{Check, OutboxError};
 use crate::secret::Secret;
@@ -60,7 +59,7 @@ pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
         }
     };
     let server = facts(&mut connection).await;
-    if push("database", server) | push("schema", schema_fit(&mut connection).await) {
+    if push("database", server) | push("schema", schema::require_fit(&mut connection).await) {
         return checks;
     }
     push("privileges", privileges(&mut connection).await);
@@ -89,10 +88,6 @@ async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
 pub(super) fn read_only() -> OutboxError {
     let reason = "a replica, or default_transaction_read_only; point DATABASE_URL at the primary".to_owned();
     OutboxError::ReadOnly { reason }
-}
-
-async fn schema_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
-    schema::require_fit(connection).await.map(|()| format!("version {SCHEMA_VERSION}"))
 }
 
 async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError> {

@@ -8,7 +8,7 @@ use crate::outbox::{Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 10] = [
+const MIGRATIONS: [(&str, &str); 11] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -19,6 +19,7 @@ const MIGRATIONS: [(&str, &str); 10] = [
     ("0008_crash_loops", include_str!("../../../migrations/postgres/0008_crash_loops.sql")),
     ("0009_moved_events", include_str!("../../../migrations/postgres/0009_moved_events.sql")),
     ("0010_cheaper_inserts", include_str!("../../../migrations/postgres/0010_cheaper_inserts.sql")),
+    ("0011_older_relays", include_str!("../../../migrations/postgres/0011_older_relays.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -30,17 +31,16 @@ pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
 /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
-    let from = schema::version(&mut connection).await?;
-    let mut migrated = Migrated { from, to: SCHEMA_VERSION, applied: Vec::new() };
+    let from = schema::version(&mut connection).await?.found;
+    let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new() };
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         run(&mut connection, "begin; set local lock_timeout = '10s'; select pg_advisory_xact_lock(7233173, 1)").await?;
-        let found = schema::version(&mut connection).await?;
-        if found > SCHEMA_VERSION {
-            return Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION });
-        }
-        let Some((name, sql)) = usize::try_from(found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+        let version = schema::version(&mut connection).await?;
+        let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+            drop(version.fits(SCHEMA_VERSION)?);
             run(&mut connection, "commit").await?;
+            migrated.to = version.found;
             return Ok(migrated);
         };
         run(&mut connection, sql).await?;

@@ -5,41 +5,49 @@
 
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::OutboxError;
 use crate::outbox::postgres::migrate::SCHEMA_VERSION;
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
+use crate::outbox::{OutboxError, SchemaVersion};
 
-/// Fails unless the database has exactly the schema this binary needs.
-pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<(), OutboxError> {
-    match version(connection).await? {
-        0 => match schemas(connection).await? {
-            schemas if schemas.is_empty() => Err(OutboxError::SchemaTooOld { found: 0, needed: SCHEMA_VERSION }),
-            schemas => Err(OutboxError::SchemaElsewhere { schemas: schemas.join(", ") }),
-        },
-        found if found < SCHEMA_VERSION => Err(OutboxError::SchemaTooOld { found, needed: SCHEMA_VERSION }),
-        found if found > SCHEMA_VERSION => Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION }),
-        _ => Ok(()),
+/// Fails unless the database has a schema that this binary can work with; else says which.
+pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    let version = version(connection).await?;
+    if version.found == 0 {
+        let schemas = schemas(connection).await?;
+        if !schemas.is_empty() {
+            return Err(OutboxError::SchemaElsewhere { schemas: schemas.join(", ") });
+        }
     }
+    version.fits(SCHEMA_VERSION)
 }
 
 /// The schema's version, 0 where there is none.
-pub(super) async fn version(connection: &mut PgConnection) -> Result<i32, OutboxError> {
+pub(super) async fn version(connection: &mut PgConnection) -> Result<SchemaVersion, OutboxError> {
     // A query that names a table, even a catalogue, takes note of what others have just committed; one that names only
     // functions may be answered from what this session has cached, and so from before it waited for its lock.
-    let exists: bool = answered("read the schema version", STATEMENT_TIMEOUT, async {
-        sqlx::query_scalar("select exists (select from pg_proc where oid = to_regprocedure('relay_schema_version()'))")
-            .persistent(false)
-            .fetch_one(&mut *connection)
-            .await
+    let (exists, tells_needs): (bool, bool) = answered("read the schema version", STATEMENT_TIMEOUT, async {
+        sqlx::query_as(
+            "select exists (select from pg_proc where oid = to_regprocedure('relay_schema_version()')),
+                    exists (select from pg_proc where oid = to_regprocedure('relay_schema_needs()'))",
+        )
+        .persistent(false)
+        .fetch_one(&mut *connection)
+        .await
     })
     .await?;
     if !exists {
-        return Ok(0);
+        return Ok(SchemaVersion { found: 0, needs: 0 });
     }
-    answered("read the schema version", STATEMENT_TIMEOUT, async {
-        sqlx::query_scalar("select relay_schema_version()").persistent(false).fetch_one(&mut *connection).await
+    let query = if tells_needs {
+        "select relay_schema_version(), relay_schema_needs()"
+    } else {
+        "select relay_schema_version(), relay_schema_version()"
+    };
+    let (found, needs) = answered("read the schema version", STATEMENT_TIMEOUT, async {
+        sqlx::query_as(query).persistent(false).fetch_one(&mut *connection).await
     })
-    .await
+    .await?;
+    Ok(SchemaVersion { found, needs })
 }
 
 /// The schemas that have our tables, on the search path and open to this role or not.

@@ -7,11 +7,11 @@ use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::{answered, open, open_or_create, path};
-use crate::outbox::{Check, Migrated, OutboxError};
+use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 7] = [
+const MIGRATIONS: [(&str, &str); 8] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -19,6 +19,7 @@ const MIGRATIONS: [(&str, &str); 7] = [
     ("0005_operator_views", include_str!("../../../migrations/sqlite/0005_operator_views.sql")),
     ("0006_claim_epoch", include_str!("../../../migrations/sqlite/0006_claim_epoch.sql")),
     ("0007_crash_loops", include_str!("../../../migrations/sqlite/0007_crash_loops.sql")),
+    ("0008_older_relays", include_str!("../../../migrations/sqlite/0008_older_relays.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -30,17 +31,16 @@ pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
 /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = open_or_create(url).await?;
-    let from = version(&mut connection).await?;
-    let mut migrated = Migrated { from, to: SCHEMA_VERSION, applied: Vec::new() };
+    let from = version(&mut connection).await?.found;
+    let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new() };
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         answered("migrate", connection.execute("begin immediate")).await?;
-        let found = version(&mut connection).await?;
-        if found > SCHEMA_VERSION {
-            return Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION });
-        }
-        let Some((name, sql)) = usize::try_from(found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+        let version = version(&mut connection).await?;
+        let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {
+            drop(version.fits(SCHEMA_VERSION)?);
             answered("migrate", connection.execute("rollback")).await?;
+            migrated.to = version.found;
             return Ok(migrated);
         };
         answered("migrate", connection.execute(*sql)).await?;
@@ -49,13 +49,9 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     }
 }
 
-/// Fails unless the file has exactly the schema this binary needs.
-pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
-    match version(connection).await? {
-        found if found < SCHEMA_VERSION => Err(OutboxError::SchemaTooOld { found, needed: SCHEMA_VERSION }),
-        found if found > SCHEMA_VERSION => Err(OutboxError::SchemaTooNew { found, known: SCHEMA_VERSION }),
-        _ => Ok(()),
-    }
+/// Fails unless the file has a schema that this binary can work with; else says which.
+pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<String, OutboxError> {
+    version(connection).await?.fits(SCHEMA_VERSION)
 }
 
 /// Writes as a settle does and takes it back. The lock alone would prove nothing: SQLite gives it to those who may only
@@ -72,17 +68,25 @@ pub(super) async fn require_writable(connection: &mut SqliteConnection) -> Resul
 }
 
 /// The schema's version, 0 where there is none.
-async fn version(connection: &mut SqliteConnection) -> Result<i32, OutboxError> {
+async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, OutboxError> {
     answered("read the schema version", async {
-        let exists: bool =
-            sqlx::query_scalar("select exists (select 1 from sqlite_schema where name = 'relay_schema_version')")
-                .fetch_one(&mut *connection)
-                .await?;
+        let (exists, tells_needs): (bool, bool) = sqlx::query_as(
+            "select exists (select 1 from sqlite_schema where name = 'relay_schema_version'),
+                    exists (select 1 from sqlite_schema where name = 'relay_schema_needs')",
+        )
+        .fetch_one(&mut *connection)
+        .await?;
         if !exists {
-            return Ok(0);
+            return Ok(SchemaVersion { found: 0, needs: 0 });
         }
-        // Not remembered: a migration by another program replaces the view.
-        sqlx::query_scalar("select version from relay_schema_version").persistent(false).fetch_one(connection).await
+        let query = if tells_needs {
+            "select (select version from relay_schema_version), (select version from relay_schema_needs)"
+        } else {
+            "select version, version from relay_schema_version"
+        };
+        // Not remembered: a migration by another program replaces the views.
+        let (found, needs) = sqlx::query_as(query).persistent(false).fetch_one(connection).await?;
+        Ok(SchemaVersion { found, needs })
     })
     .await
 }
@@ -102,7 +106,7 @@ pub async fn check(url: &Secret) -> Vec<Check> {
             return checks;
         }
     };
-    let fit = require_fit(&mut connection).await.map(|()| format!("version {SCHEMA_VERSION}"));
+    let fit = require_fit(&mut connection).await;
     if push("database", facts(url, &mut connection).await) | push("schema", fit) {
         return checks;
     }

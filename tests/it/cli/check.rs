@@ -1,5 +1,6 @@
 //! `relay check`.
 
+use outbox_relay::outbox::postgres::migrate::SCHEMA_VERSION;
 use serde_json::Value;
 
 use super::{STDOUT, file};
@@ -19,7 +20,7 @@ async fn a_check_of_what_is_well_says_what_it_found() {
         "\nok    database: test_",
         " on PostgreSQL ",
         " as postgres\n",
-        "\nok    schema: version 10\n",
+        &format!("\nok    schema: version {SCHEMA_VERSION}\n"),
         "\nok    privileges: all granted\n",
         "\nok    destination redis: 127.0.0.1:",
         "stream \"cli:check\"\n",
