@@ -17,6 +17,7 @@ pub mod lane;
 pub mod migrate;
 mod schema;
 mod settle;
+mod sql;
 mod suspects;
 mod take;
 mod tid;
@@ -24,7 +25,7 @@ pub mod wake;
 
 use std::future::Future;
 use std::str::FromStr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
@@ -32,6 +33,7 @@ use sqlx::{ConnectOptions, Connection};
 
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
+use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::suspects::Aside;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
@@ -50,13 +52,15 @@ pub struct PgOutbox {
     id: Arc<OnceLock<Arc<str>>>,
     aside: Aside,
     bounds: Bounds,
+    /// Where the last connection found our tables.
+    schema: Arc<Mutex<Schema>>,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
-        Self { config, id: Arc::default(), aside: Aside::default(), bounds }
+        Self { config, id: Arc::default(), aside: Aside::default(), bounds, schema: Arc::default() }
     }
 
     /// One connection to a database that can be written to.
@@ -71,16 +75,28 @@ impl PgOutbox {
         // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what
         // it has. (PgBouncer carries this setting from server to server.)
         let look = "
-            select pg_is_in_recovery() or current_setting('transaction_read_only')::boolean,
-                   case current_setting('server_encoding')
-                       when 'SQL_ASCII' then set_config('client_encoding', 'SQL_ASCII', false)
+            select pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
+                   case pg_catalog.current_setting('server_encoding')
+                       when 'SQL_ASCII' then pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)
                    end";
         let (read_only, _): (bool, Option<String>) =
             answered("look whether the database is read-only", STATEMENT_TIMEOUT, async {
                 sqlx::query_as(look).persistent(false).fetch_one(&mut connection).await
             })
             .await?;
-        if read_only { Err(check::read_only()) } else { Ok(connection) }
+        if read_only {
+            return Err(check::read_only());
+        }
+        let found = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(&mut connection)).await?;
+        if let Some(found) = found {
+            *self.schema.lock().unwrap_or_else(PoisonError::into_inner) = found;
+        }
+        Ok(connection)
+    }
+
+    /// How statements are sent on this outbox' connections.
+    fn sql(&self) -> Sql {
+        Sql { schema: *self.schema.lock().unwrap_or_else(PoisonError::into_inner), persistent: !self.config.pooled }
     }
 
     /// What tells this outbox from others; asked for once.
@@ -88,7 +104,12 @@ impl PgOutbox {
         if let Some(id) = self.id.get() {
             return Ok(Arc::clone(id));
         }
-        let id: String = sqlx::query_scalar("select relay_outbox_id()").persistent(false).fetch_one(connection).await?;
+        let id: String = self
+            .sql()
+            .query_scalar("select {schema}.relay_outbox_id()")
+            .persistent(false)
+            .fetch_one(connection)
+            .await?;
         Ok(Arc::clone(self.id.get_or_init(|| id.into())))
     }
 
@@ -98,7 +119,8 @@ impl PgOutbox {
         parents.extend(self.config.history.then_some("event_history"));
         for parent in parents {
             answered("add the day partitions ahead", STATEMENT_TIMEOUT, async {
-                sqlx::query("select relay_add_days($1, 7)")
+                self.sql()
+                    .query("select {schema}.relay_add_days($1, 7)")
                     .persistent(false)
                     .bind(parent)
                     .execute(&mut *connection)
@@ -135,7 +157,8 @@ impl Outbox for PgOutbox {
             [("event_processing_log", self.config.log_retention), ("event_history", self.config.history_retention)]
         {
             answered("drop the days past their retention", STATEMENT_TIMEOUT, async {
-                sqlx::query("select relay_drop_days($1, make_interval(secs => $2))")
+                self.sql()
+                    .query("select {schema}.relay_drop_days($1, pg_catalog.make_interval(secs => $2))")
                     .persistent(false)
                     .bind(parent)
                     .bind(retention.as_secs_f64())

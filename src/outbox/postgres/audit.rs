@@ -7,22 +7,23 @@ use uuid::Uuid;
 
 use crate::audit::{Audit, Checksum, EntryId, Known};
 use crate::outbox::OutboxError;
+use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::{connect, connect_options, query_failed};
 use crate::secret::Secret;
 
 /// All of it as it was at one time. `$1`: the destination.
 const KNOWN: &str = "
-select 0, event_id, id, null, sha256(convert_to(payload::text, 'UTF8'))
-from event_outbox where destination in ('', $1)
+select 0, event_id, id, null, pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8'))
+from {schema}.event_outbox where destination in ('', $1)
 union all
 select 1, event_id, outbox_id, message_id, null
-from event_processing_log where destination = $1 and status = 'published'
+from {schema}.event_processing_log where destination = $1 and status = 'published'
 union all
-select case when redriven_at is null then 2 else 4 end, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
-from event_dead_letter where destination in ('', $1)
+select case when redriven_at is null then 2 else 4 end, event_id, outbox_id, null, pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8'))
+from {schema}.event_dead_letter where destination in ('', $1)
 union all
-select 3, event_id, outbox_id, null, sha256(convert_to(payload::text, 'UTF8'))
-from event_history where destination = $1";
+select 3, event_id, outbox_id, null, pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8'))
+from {schema}.event_history where destination = $1";
 
 /// Feeds `audit` with all that the database at `url` knows about `destination`. Returns since when the log has everything.
 ///
@@ -34,20 +35,19 @@ pub async fn read(url: &Secret, destination: &str, audit: &mut Audit) -> Result<
 }
 
 async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audit) -> Result<EntryId, sqlx::Error> {
+    let sql = Sql { schema: Schema::find(connection).await?.unwrap_or_default(), persistent: false };
     // A clock that differs a little from Redis', and a batch that was published just before its log row's day began.
-    let since: Option<i64> = sqlx::query_scalar(
-        "select (extract(epoch from min(processed_at) + interval '5 minutes') * 1000)::bigint from event_processing_log",
+    let since: Option<i64> = sql.query_scalar(
+        "select (extract(epoch from pg_catalog.min(processed_at) + interval '5 minutes') operator(pg_catalog.*) 1000)::bigint from {schema}.event_processing_log",
     )
-    .persistent(false)
     .fetch_one(&mut *connection)
     .await?;
-    let whole: bool = sqlx::query_scalar(
-        "select not exists (select from event_processing_log where processed_at < clock_timestamp() - interval '1 day')",
+    let whole: bool = sql.query_scalar(
+        "select not exists (select from {schema}.event_processing_log where processed_at < pg_catalog.clock_timestamp() - interval '1 day')",
     )
-    .persistent(false)
     .fetch_one(&mut *connection)
     .await?;
-    let mut rows = sqlx::query(KNOWN).persistent(false).bind(destination).fetch(connection);
+    let mut rows = sql.query(KNOWN).bind(destination).fetch(connection);
     while let Some(row) = rows.try_next().await? {
         let (event_id, sequence): (Uuid, i64) = (row.try_get(1)?, row.try_get(2)?);
         let message: Option<&str> = row.try_get(3)?;

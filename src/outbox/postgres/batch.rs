@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 
 use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::postgres::lane::to_i64;
+use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::MOVES;
 use crate::outbox::postgres::tid;
 use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
@@ -27,19 +28,19 @@ const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
        case when o.size <= $3 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
        o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
-       o.attempts, o.available_at <= statement_timestamp(), o.size,
+       o.attempts, o.available_at <= pg_catalog.statement_timestamp(), o.size,
        case when waiting.any and o.aggregate_id is not null then (
-           select jsonb_object_agg(d.destination, head.remaining_ms)
-           from unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
+           select pg_catalog.jsonb_object_agg(d.destination, head.remaining_ms)
+           from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
            cross join lateral (
                select (extract(epoch from
-                          least(greatest(w.available_at, statement_timestamp()), statement_timestamp() + interval '1 year')
-                          - statement_timestamp()) * 1000)::bigint as remaining_ms
-               from event_outbox w
+                          least(greatest(w.available_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp() + interval '1 year')
+                          - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000)::bigint as remaining_ms
+               from {schema}.event_outbox w
                where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
                  and w.aggregate_id is not null
-                 and hashtextextended(w.aggregate_id, hashtextextended(coalesce(w.aggregate_type, ''), 0))
-                   = hashtextextended(o.aggregate_id, hashtextextended(coalesce(o.aggregate_type, ''), 0))
+                 and pg_catalog.hashtextextended(w.aggregate_id, pg_catalog.hashtextextended(coalesce(w.aggregate_type, ''), 0))
+                   = pg_catalog.hashtextextended(o.aggregate_id, pg_catalog.hashtextextended(coalesce(o.aggregate_type, ''), 0))
                  and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
                  and w.partition = o.partition + 640
                  and w.id < o.id
@@ -47,32 +48,32 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                limit 1
            ) head
        ) end,
-       (select last_value from event_outbox_epoch), {moves}
+       (select last_value from {schema}.event_outbox_epoch), {moves}
 from unnest($1::smallint[], $5::bigint[]) t(partition, bound)
 cross join lateral (
     {rows}
 ) o
 cross join (select exists (
-    select from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
+    select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
 ) as any) waiting";
 
 /// The rows of a partition, for [`READ_BATCH`]. A payload's stored size does not tell how large it is, it may be compressed a
 /// hundredfold; `#> '{}'` is the payload uncompressed.
 const ROWS: &str = "
-    select ctid, *, pg_column_size(payload #> '{}') as size
-    from event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2";
+    select ctid, *, pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[]) as size
+    from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2";
 
 /// The same where some may be large: about `$6` bytes of them, measured by their text where they are. Adding up costs a
 /// quarter of all that reading does, and is left out as long as all are small.
 const ROWS_WITHIN_BYTES: &str = "
     select s.*
     from (
-        select e.*, sum(e.size) over (order by e.id, e.destination rows unbounded preceding) - e.size as bytes_before
+        select e.*, pg_catalog.sum(e.size) over (order by e.id, e.destination rows unbounded preceding) - e.size as bytes_before
         from (
-            select m.*, case when m.uncompressed <= 2000 then m.uncompressed else octet_length(m.payload::text) end as size
+            select m.*, case when m.uncompressed <= 2000 then m.uncompressed else pg_catalog.octet_length(m.payload::text) end as size
             from (
-                select ctid, *, pg_column_size(payload #> '{}') as uncompressed
-                from event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
+                select ctid, *, pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[]) as uncompressed
+                from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
             ) m
         ) e
     ) s
@@ -93,16 +94,15 @@ const SMALL: usize = 2000;
 /// some payload is not small.
 pub(super) async fn read(
     connection: &mut PgConnection,
-    persistent: bool,
+    sql: Sql,
     large: &mut bool,
     (taken, bounds): (&[i16], &[i64]),
     (limit, share, bytes_share): (usize, usize, usize),
     request: ClaimRequest<'_>,
 ) -> Result<Batch, sqlx::Error> {
     let small = SMALL.min(request.max_bytes / limit).min(request.max_payload);
-    let query = |sql: &'static str, max_payload| {
-        sqlx::query(sql)
-            .persistent(persistent)
+    let query = |text: &'static str, max_payload| {
+        sql.query(text)
             .bind(taken.to_vec())
             .bind(to_i64(share))
             .bind(to_i64(max_payload))

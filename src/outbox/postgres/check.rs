@@ -3,6 +3,7 @@
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, schema};
 use crate::outbox::{Check, OutboxError};
 use crate::secret::Secret;
@@ -11,36 +12,51 @@ use crate::secret::Secret;
 const PRIVILEGES: [(&str, &str); 14] = [
     (
         "select, insert, update and delete on event_outbox",
-        "has_table_privilege('event_outbox', 'select') and has_table_privilege('event_outbox', 'insert') and has_table_privilege('event_outbox', 'update') and has_table_privilege('event_outbox', 'delete')",
+        "select pg_catalog.has_table_privilege('{schema}.event_outbox', 'select') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'insert') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'update') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'delete')",
     ),
-    ("insert on event_processing_log", "has_table_privilege('event_processing_log', 'insert')"),
-    ("insert on event_dead_letter", "has_table_privilege('event_dead_letter', 'insert')"),
-    ("insert on event_history", "has_table_privilege('event_history', 'insert')"),
-    ("execute on relay_add_days", "has_function_privilege('relay_add_days(text, integer)', 'execute')"),
-    ("execute on relay_drop_days", "has_function_privilege('relay_drop_days(text, interval)', 'execute')"),
+    (
+        "insert on event_processing_log",
+        "select pg_catalog.has_table_privilege('{schema}.event_processing_log', 'insert')",
+    ),
+    ("insert on event_dead_letter", "select pg_catalog.has_table_privilege('{schema}.event_dead_letter', 'insert')"),
+    ("insert on event_history", "select pg_catalog.has_table_privilege('{schema}.event_history', 'insert')"),
+    (
+        "execute on relay_add_days",
+        "select pg_catalog.has_function_privilege('{schema}.relay_add_days(text, integer)', 'execute')",
+    ),
+    (
+        "execute on relay_drop_days",
+        "select pg_catalog.has_function_privilege('{schema}.relay_drop_days(text, interval)', 'execute')",
+    ),
     (
         "select and update on event_outbox_epoch",
-        "has_sequence_privilege('event_outbox_epoch', 'select') and has_sequence_privilege('event_outbox_epoch', 'update')",
+        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_epoch', 'select') and pg_catalog.has_sequence_privilege('{schema}.event_outbox_epoch', 'update')",
     ),
     (
         "select on event_outbox_moves and event_outbox_id_seq",
-        "has_sequence_privilege('event_outbox_moves', 'select') and has_sequence_privilege('event_outbox_id_seq', 'select')",
+        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_moves', 'select') and pg_catalog.has_sequence_privilege('{schema}.event_outbox_id_seq', 'select')",
     ),
     (
         "select, insert, update and delete on event_relay_run",
-        "has_table_privilege('event_relay_run', 'select') and has_table_privilege('event_relay_run', 'insert') and has_table_privilege('event_relay_run', 'update') and has_table_privilege('event_relay_run', 'delete')",
+        "select pg_catalog.has_table_privilege('{schema}.event_relay_run', 'select') and pg_catalog.has_table_privilege('{schema}.event_relay_run', 'insert') and pg_catalog.has_table_privilege('{schema}.event_relay_run', 'update') and pg_catalog.has_table_privilege('{schema}.event_relay_run', 'delete')",
     ),
     (
         "select, insert, update and delete on event_crash_suspect",
-        "has_table_privilege('event_crash_suspect', 'select') and has_table_privilege('event_crash_suspect', 'insert') and has_table_privilege('event_crash_suspect', 'update') and has_table_privilege('event_crash_suspect', 'delete')",
+        "select pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'select') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'insert') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'update') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'delete')",
     ),
-    ("execute on relay_outbox_id", "has_function_privilege('relay_outbox_id()', 'execute')"),
-    ("execute on relay_epoch_above", "has_function_privilege('relay_epoch_above(bigint)', 'execute')"),
+    ("execute on relay_outbox_id", "select pg_catalog.has_function_privilege('{schema}.relay_outbox_id()', 'execute')"),
+    (
+        "execute on relay_epoch_above",
+        "select pg_catalog.has_function_privilege('{schema}.relay_epoch_above(bigint)', 'execute')",
+    ),
     (
         "execute on event_partition and event_is_valid",
-        "has_function_privilege('event_partition(text, smallint, text, text, uuid)', 'execute') and has_function_privilege('event_is_valid(text, jsonb, jsonb, integer, smallint, text, integer)', 'execute')",
+        "select pg_catalog.has_function_privilege('{schema}.event_partition(text, smallint, text, text, uuid)', 'execute') and pg_catalog.has_function_privilege('{schema}.event_is_valid(text, jsonb, jsonb, integer, smallint, text, integer)', 'execute')",
     ),
-    ("execute on relay_schema_version", "has_function_privilege('relay_schema_version()', 'execute')"),
+    (
+        "execute on relay_schema_version",
+        "select pg_catalog.has_function_privilege('{schema}.relay_schema_version()', 'execute')",
+    ),
 ];
 
 /// Tries the database at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
@@ -69,8 +85,8 @@ pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
 async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let row = answered("look at the server", STATEMENT_TIMEOUT, async {
         sqlx::query(
-            "select current_database(), current_setting('server_version'), current_user::text,
-                    pg_is_in_recovery() or current_setting('transaction_read_only')::boolean",
+            "select pg_catalog.current_database(), pg_catalog.current_setting('server_version'), current_user::text,
+                    pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean",
         )
         .persistent(false)
         .fetch_one(connection)
@@ -92,12 +108,11 @@ pub(super) fn read_only() -> OutboxError {
 
 async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let mut missing = Vec::new();
+    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
+    let sql = Sql { schema: schema.unwrap_or_default(), persistent: false };
     for (privilege, condition) in PRIVILEGES {
         let granted: bool = answered("look at the privileges", STATEMENT_TIMEOUT, async {
-            sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select {condition}")))
-                .persistent(false)
-                .fetch_one(&mut *connection)
-                .await
+            sql.query_scalar(condition).fetch_one(&mut *connection).await
         })
         .await?;
         if !granted {

@@ -13,7 +13,7 @@ impl OutboxDatabase for Postgres {
             "insert into event_outbox (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                                        correlation_id, causation_id, schema_version, priority, available_at, status)
              values ($1, $2, $3, $4, $5, $6::text::jsonb, $7::text::jsonb, $8, $9, $10, $11,
-                     now() + make_interval(secs => $12), case when $12 > 0 then 'scheduled' else 'pending' end)",
+                     pg_catalog.now() + pg_catalog.make_interval(secs => $12), case when $12 > 0 then 'scheduled' else 'pending' end)",
         )
         .bind(event.event_id)
         .bind(event.event_type)

@@ -26,11 +26,11 @@ const MAX_ROWS: usize = 10_000;
 /// `$1` a floor for the epoch; `$2` partitions, `$3` ids, `$4` event ids; `$5` destination. A row may have been scheduled,
 /// and so moved, since it was noted.
 const RENEW: &str = "
-select relay_epoch_above($1), array(
+select {schema}.relay_epoch_above($1), array(
     select n.place::int
     from unnest($2::smallint[], $3::bigint[], $4::uuid[]) with ordinality as n(partition, id, event_id, place)
     where exists (
-        select from event_outbox o
+        select from {schema}.event_outbox o
         where o.partition in (n.partition, n.partition + 640::smallint) and o.id = n.id and o.event_id = n.event_id
           and o.destination in ('', $5)
     )
@@ -41,39 +41,40 @@ select relay_epoch_above($1), array(
 const PROMOTE: &str = "
 with due as materialized (
     select e.row
-    from unnest($1::text[]) d(destination)
+    from pg_catalog.unnest($1::text[]) d(destination)
     cross join lateral (
-        select ctid as row from event_outbox
-        where status = 'scheduled' and destination = d.destination and available_at <= statement_timestamp()
+        select ctid as row from {schema}.event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at <= pg_catalog.statement_timestamp()
         order by available_at, id limit $2 for update skip locked
     ) e
 ), promoted as (
-    update event_outbox o set status = 'pending' from due where o.ctid = due.row
+    update {schema}.event_outbox o set status = 'pending' from due where o.ctid = due.row
     returning 1
 )
-select (select count(*) from promoted), (
-    select (extract(epoch from min(least(e.available_at, statement_timestamp() + interval '1 year')) - statement_timestamp())
-            * 1000)::bigint
-    from unnest($1::text[]) d(destination)
+select (select pg_catalog.count(*) from promoted), (
+    select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
+            operator(pg_catalog.*) 1000)::bigint
+    from pg_catalog.unnest($1::text[]) d(destination)
     cross join lateral (
-        select available_at from event_outbox
-        where status = 'scheduled' and destination = d.destination and available_at > statement_timestamp()
+        select available_at from {schema}.event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at > pg_catalog.statement_timestamp()
         order by available_at limit 1
     ) e
 )";
 
-const HAS_OWED: &str = "select exists (select from event_outbox where status = 'scheduled' and destination <> '')";
+const HAS_OWED: &str =
+    "select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')";
 
 /// Writes as a settle does and takes it back: room for a row, the right to insert, today's partition, and a commit
 /// that reaches the disk because the transaction has an id. Of the other tables it asks for locks and rights only.
 const PROVE_WRITABLE: &str = "
 begin;
 savepoint before_proof;
-delete from event_outbox where false;
-insert into event_outbox (event_type) select '' where false;
-insert into event_dead_letter (event_type) select '' where false;
-insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
-values (gen_random_uuid(), 0, 'proof', '', 'published', 1, 0, '');
+delete from {schema}.event_outbox where false;
+insert into {schema}.event_outbox (event_type) select '' where false;
+insert into {schema}.event_dead_letter (event_type) select '' where false;
+insert into {schema}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
+values (pg_catalog.gen_random_uuid(), 0, 'proof', '', 'published', 1, 0, '');
 rollback to savepoint before_proof;
 commit";
 
@@ -114,7 +115,7 @@ impl PgLane {
         // Each statement after the first must see what was committed before it: no higher isolation.
         let mut begin = "begin isolation level read committed".to_owned();
         if outbox.config.pooled {
-            let local = |(name, value)| format!("set_config('{name}', '{value}', true)");
+            let local = |(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)");
             begin = format!("{begin}; select {}", settings(&outbox.config).map(local).join(", "));
         }
         Self {
@@ -141,7 +142,7 @@ impl PgLane {
             answered(
                 "prove that the database takes writes again",
                 STATEMENT_TIMEOUT,
-                connection.execute(PROVE_WRITABLE),
+                connection.execute(self.outbox.sql().schema.fill(PROVE_WRITABLE)),
             )
             .await?;
             self.unproven = false;
@@ -154,13 +155,13 @@ impl PgLane {
         connection: &mut PgConnection,
         request: ClaimRequest<'_>,
     ) -> Result<Claim, sqlx::Error> {
-        let persistent = !self.outbox.config.pooled;
+        let sql = self.outbox.sql();
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
         let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
         let (taken, mut known) = self.take(connection, most).await?;
         let Some(&last) = taken.last() else {
-            let pending = take::any(connection, persistent, Ranges::all(&known.bounds)).await?;
+            let pending = take::any(connection, sql, Ranges::all(&known.bounds)).await?;
             connection.execute("commit").await?;
             if pending {
                 return Ok(Claim::Busy);
@@ -174,15 +175,14 @@ impl PgLane {
         let bytes_share = request.max_bytes.div_ceil(taken.len());
         let limits = (limit, share, bytes_share);
         let bounds = known.bounds_of(&taken);
-        let mut batch =
-            batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+        let mut batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
         if let Some(moves) = batch.moves()?
             && moves != known.moves
         {
             // An event was put back since, maybe below a bound.
             known = self.outbox.bounds.at(moves);
             let bounds = vec![i64::MIN; taken.len()];
-            batch = batch::read(connection, persistent, &mut self.large, (&taken, &bounds), limits, request).await?;
+            batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
         }
         let (claimed, given) = batch.decode(request.max_payload)?;
         let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
@@ -214,7 +214,7 @@ impl PgLane {
         let bounds = &self.outbox.bounds;
         if let Some(searched) = bounds.to_search() {
             let begun = Instant::now();
-            let found = take::hidden(connection, !self.outbox.config.pooled, &searched).await?;
+            let found = take::hidden(connection, self.outbox.sql(), &searched).await?;
             bounds.searched(&found, found.len() == searched.len(), begun.elapsed());
         }
         Ok(())
@@ -223,17 +223,17 @@ impl PgLane {
     /// Takes at most so many partitions. Returns what they are to be read by, too.
     async fn take(&mut self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
         self.search(connection).await?;
-        let (persistent, bounds) = (!self.outbox.config.pooled, &self.outbox.bounds);
+        let (sql, bounds) = (self.outbox.sql(), &self.outbox.bounds);
         let (mut known, ask) = bounds.known();
         if ask {
-            let (moves, writers) = take::writers(connection, persistent).await?;
+            let (moves, writers) = take::writers(connection, sql).await?;
             known = bounds.wrote(moves, writers);
         }
         loop {
             let begun = Instant::now();
             let walk = self.next_walk <= begun;
             let ranges = Ranges::after(self.last_taken, if walk { &NO_BOUNDS } else { &known.bounds });
-            let (taken, moves) = take::take(connection, persistent, ranges, most).await?;
+            let (taken, moves) = take::take(connection, sql, ranges, most).await?;
             if walk && begun.elapsed() > SHORT_WALK {
                 self.next_walk = begun + 100 * begun.elapsed();
             }
@@ -255,7 +255,7 @@ impl PgLane {
     ) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.history);
-        let mut settle = Settle { connection, persistent: !config.pooled, worker: &config.worker };
+        let mut settle = Settle { connection, sql: self.outbox.sql(), worker: &config.worker };
         let gone = settle.write(&records).await?;
         if gone != records.rows.len() {
             tracing::warn!(
@@ -291,8 +291,9 @@ impl Lane for PgLane {
         // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
         let mut connection = self.connection.take().ok_or_else(lost)?;
         let (epoch, places): (i64, Vec<i32>) = answered("renew the claim", STATEMENT_TIMEOUT, async {
-            sqlx::query_as(RENEW)
-                .persistent(!self.outbox.config.pooled)
+            self.outbox
+                .sql()
+                .query_as(RENEW)
                 .bind(floor)
                 .bind(noted.iter().map(|noted| noted.partition).collect::<Vec<_>>())
                 .bind(noted.iter().map(|noted| noted.id).collect::<Vec<_>>())
@@ -324,8 +325,10 @@ impl Lane for PgLane {
         let (count, next_due_ms): (i64, Option<i64>) = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
             // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
             connection.execute(AssertSqlSafe(self.begin.clone())).await?;
-            let promoted = sqlx::query_as(PROMOTE)
-                .persistent(!self.outbox.config.pooled)
+            let promoted = self
+                .outbox
+                .sql()
+                .query_as(PROMOTE)
                 .bind(destinations)
                 .bind(to_i64(max_events))
                 .fetch_one(&mut connection)
@@ -341,13 +344,12 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let persistent = !self.outbox.config.pooled;
         answered("search below the bounds", STATEMENT_TIMEOUT, self.search(&mut connection)).await?;
         let (known, _) = self.outbox.bounds.known();
         let (mut pending, next_due_ms, moves) = answered(
             "look whether there are events",
             STATEMENT_TIMEOUT,
-            take::peek(&mut connection, persistent, Ranges::all(&known.bounds), &destinations),
+            take::peek(&mut connection, self.outbox.sql(), Ranges::all(&known.bounds), &destinations),
         )
         .await?;
         if known.moves != moves {
@@ -364,7 +366,7 @@ impl Lane for PgLane {
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
         let mut connection = self.ready().await?;
         let owed = answered("look for events still owed", STATEMENT_TIMEOUT, async {
-            sqlx::query_scalar(HAS_OWED).persistent(!self.outbox.config.pooled).fetch_one(&mut connection).await
+            self.outbox.sql().query_scalar(HAS_OWED).fetch_one(&mut connection).await
         })
         .await?;
         self.connection = Some(connection);
@@ -392,7 +394,7 @@ pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 7] {
 /// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so
 /// this is the usual answer only where little goes on, or all of it waits for the disk.
 async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select pg_current_wal_insert_lsn() <= pg_current_wal_flush_lsn()")
+    sqlx::query_scalar("select pg_catalog.pg_current_wal_insert_lsn() <= pg_catalog.pg_current_wal_flush_lsn()")
         .persistent(false)
         .fetch_one(connection)
         .await

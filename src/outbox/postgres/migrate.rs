@@ -35,7 +35,11 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new() };
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
-        run(&mut connection, "begin; set local lock_timeout = '10s'; select pg_advisory_xact_lock(7233173, 1)").await?;
+        run(
+            &mut connection,
+            "begin; set local lock_timeout = '10s'; select pg_catalog.pg_advisory_xact_lock(7233173, 1)",
+        )
+        .await?;
         let version = schema::version(&mut connection).await?;
         let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {
             drop(version.fits(SCHEMA_VERSION)?);

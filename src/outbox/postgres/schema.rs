@@ -6,6 +6,7 @@
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::migrate::SCHEMA_VERSION;
+use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::{OutboxError, SchemaVersion};
 
@@ -25,26 +26,30 @@ pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<String,
 pub(super) async fn version(connection: &mut PgConnection) -> Result<SchemaVersion, OutboxError> {
     // A query that names a table, even a catalogue, takes note of what others have just committed; one that names only
     // functions may be answered from what this session has cached, and so from before it waited for its lock.
-    let (exists, tells_needs): (bool, bool) = answered("read the schema version", STATEMENT_TIMEOUT, async {
-        sqlx::query_as(
-            "select exists (select from pg_proc where oid = to_regprocedure('relay_schema_version()')),
-                    exists (select from pg_proc where oid = to_regprocedure('relay_schema_needs()'))",
-        )
-        .persistent(false)
-        .fetch_one(&mut *connection)
-        .await
-    })
-    .await?;
-    if !exists {
-        return Ok(SchemaVersion { found: 0, needs: 0 });
-    }
-    let query = if tells_needs {
-        "select relay_schema_version(), relay_schema_needs()"
-    } else {
-        "select relay_schema_version(), relay_schema_version()"
-    };
     let (found, needs) = answered("read the schema version", STATEMENT_TIMEOUT, async {
-        sqlx::query_as(query).persistent(false).fetch_one(&mut *connection).await
+        let Some(schema) = Schema::find(connection).await? else { return Ok((0, 0)) };
+        let sql = Sql { schema, persistent: false };
+        let (exists, tells_needs): (bool, bool) = sql
+            .query_as(
+                "select exists (
+                     select from pg_catalog.pg_proc
+                     where oid = pg_catalog.to_regprocedure('{schema}.relay_schema_version()')::oid
+                 ), exists (
+                     select from pg_catalog.pg_proc
+                     where oid = pg_catalog.to_regprocedure('{schema}.relay_schema_needs()')::oid
+                 )",
+            )
+            .fetch_one(&mut *connection)
+            .await?;
+        if !exists {
+            return Ok((0, 0));
+        }
+        let query = if tells_needs {
+            "select {schema}.relay_schema_version(), {schema}.relay_schema_needs()"
+        } else {
+            "select {schema}.relay_schema_version(), {schema}.relay_schema_version()"
+        };
+        sql.query_as(query).fetch_one(connection).await
     })
     .await?;
     Ok(SchemaVersion { found, needs })
@@ -54,7 +59,7 @@ pub(super) async fn version(connection: &mut PgConnection) -> Result<SchemaVersi
 async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
     answered("look for the schema", STATEMENT_TIMEOUT, async {
         sqlx::query_scalar(
-            "select pronamespace::regnamespace::text from pg_proc where proname = 'relay_schema_version' order by 1",
+            "select pronamespace::regnamespace::text from pg_catalog.pg_proc where proname = 'relay_schema_version' order by 1",
         )
         .persistent(false)
         .fetch_all(connection)

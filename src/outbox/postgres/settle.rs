@@ -6,6 +6,7 @@ use sqlx::postgres::PgConnection;
 
 use crate::event::RowKey;
 use crate::failpoint::hit;
+use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::tid;
 use crate::outbox::records::{DeadLetter, Kept, LogEntry, Owed, Records};
 
@@ -30,8 +31,7 @@ fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
 /// How a lane sends its statements, and in whose name.
 pub(super) struct Settle<'c> {
     pub(super) connection: &'c mut PgConnection,
-    /// Named statements, prepared once.
-    pub(super) persistent: bool,
+    pub(super) sql: Sql,
     pub(super) worker: &'c str,
 }
 
@@ -60,9 +60,9 @@ impl Settle<'_> {
     /// (COPY would take a third less, and 40 ms: the driver sends its end apart, which waits for the data's acknowledgement.)
     async fn log(&mut self, entries: &[&LogEntry<'_>]) -> Result<(), sqlx::Error> {
         let query = "
-            insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
+            insert into {schema}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
                 duration_ms, worker, processed_at)
-            select event_id, id, event_type, $6, $7, $8, message_id, error, $9, $10, statement_timestamp()
+            select event_id, id, event_type, $6, $7, $8, message_id, error, $9, $10, pg_catalog.statement_timestamp()
             from unnest($1::uuid[], $2::bigint[], $3::text[], $4::text[], $5::text[])
                 as l(event_id, id, event_type, message_id, error)";
         let mut groups: BTreeMap<(&str, &str, i32, i32), Vec<&LogEntry<'_>>> = BTreeMap::new();
@@ -74,8 +74,8 @@ impl Settle<'_> {
             // `unnest` fills a shorter column up with null.
             let failed = entries.iter().any(|entry| entry.error.is_some());
             let errors = if failed { column(&entries, |entry| entry.error.as_deref()) } else { Vec::new() };
-            sqlx::query(query)
-                .persistent(self.persistent)
+            self.sql
+                .query(query)
                 .bind(column(&entries, |entry| entry.event.event_id))
                 .bind(column(&entries, |entry| entry.event.row.id))
                 .bind(column(&entries, |entry| entry.event.event_type.as_str()))
@@ -101,16 +101,17 @@ impl Settle<'_> {
         // range of ids keep nearly all others apart to whom a place may have been given meanwhile.
         let query = "
             with gone as (
-                delete from event_outbox
+                delete from {schema}.event_outbox
                 where ctid = any($1::text[]::tid[]) and partition = any($2::smallint[]) and id between $3 and $4
                 returning id
             )
-            select coalesce(array_agg(id), '{}'), nextval('event_outbox_epoch') from gone";
+            select coalesce(pg_catalog.array_agg(id), '{}'), pg_catalog.nextval('{schema}.event_outbox_epoch') from gone";
         let mut partitions: Vec<i16> = column(rows, |row| row.partition);
         partitions.dedup(); // they come in order
         let Rows { tids, mut ids } = rows.iter().copied().collect();
-        let (mut gone, _): (Vec<i64>, i64) = sqlx::query_as(query)
-            .persistent(self.persistent)
+        let (mut gone, _): (Vec<i64>, i64) = self
+            .sql
+            .query_as(query)
             .bind(tids)
             .bind(partitions)
             .bind(ids.iter().min())
@@ -134,18 +135,18 @@ impl Settle<'_> {
             return Ok(());
         }
         let query = "
-            insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
+            insert into {schema}.event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
                 headers, correlation_id, causation_id, schema_version, priority, created_at, destination, attempts,
                 error_code, error, first_failed_at, failed_at)
             select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload,
                 o.headers, o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, d.destination,
-                d.attempts, d.code, d.error, least(o.first_failed_at, statement_timestamp()), statement_timestamp()
+                d.attempts, d.code, d.error, least(o.first_failed_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp()
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
                 as d(tid, id, destination, attempts, code, error)
-            join event_outbox o on o.ctid = d.tid and o.id = d.id";
+            join {schema}.event_outbox o on o.ctid = d.tid and o.id = d.id";
         let rows: Rows = letters.iter().map(|letter| letter.row).collect();
-        sqlx::query(query)
-            .persistent(self.persistent)
+        self.sql
+            .query(query)
             .bind(rows.tids)
             .bind(rows.ids)
             .bind(column(letters, |letter| letter.destination))
@@ -162,16 +163,16 @@ impl Settle<'_> {
             return Ok(());
         }
         let query = "
-            insert into event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
+            insert into {schema}.event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                 correlation_id, causation_id, schema_version, priority, created_at, destination, published_at)
             select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
                 o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, h.destination,
-                statement_timestamp()
+                pg_catalog.statement_timestamp()
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[]) as h(tid, id, destination)
-            join event_outbox o on o.ctid = h.tid and o.id = h.id";
+            join {schema}.event_outbox o on o.ctid = h.tid and o.id = h.id";
         let rows: Rows = kept.iter().map(|kept| kept.row).collect();
-        sqlx::query(query)
-            .persistent(self.persistent)
+        self.sql
+            .query(query)
             .bind(rows.tids)
             .bind(rows.ids)
             .bind(column(kept, |kept| kept.destination))
@@ -187,22 +188,22 @@ impl Settle<'_> {
             return Ok(());
         }
         let query = "
-            insert into event_outbox (id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
+            insert into {schema}.event_outbox (id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                 correlation_id, causation_id, schema_version, priority, created_at, status, destination, attempts,
                 last_error, available_at, first_failed_at)
             overriding system value
             select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
                 o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, 'scheduled', w.destination,
                 w.attempts, coalesce(w.error, o.last_error),
-                greatest(o.available_at, statement_timestamp() + make_interval(secs => w.delay_seconds)),
+                greatest(o.available_at, pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => w.delay_seconds)),
                 case when w.error is null then o.first_failed_at
-                     else coalesce(o.first_failed_at, statement_timestamp()) end
+                     else coalesce(o.first_failed_at, pg_catalog.statement_timestamp()) end
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::float8[], $6::text[])
                 as w(tid, id, destination, attempts, delay_seconds, error)
-            join event_outbox o on o.ctid = w.tid and o.id = w.id";
+            join {schema}.event_outbox o on o.ctid = w.tid and o.id = w.id";
         let rows: Rows = owed.iter().map(|owed| owed.row).collect();
-        sqlx::query(query)
-            .persistent(self.persistent)
+        self.sql
+            .query(query)
             .bind(rows.tids)
             .bind(rows.ids)
             .bind(column(owed, |owed| owed.destination))

@@ -16,28 +16,28 @@ pub(super) type Aside = Arc<Mutex<Option<PgConnection>>>;
 
 /// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
 const BEGIN_RUN: &str = "
-with old_runs as (delete from event_relay_run where begun_at < clock_timestamp() - interval '1 day'),
-     old_suspects as (delete from event_crash_suspect where noted_at < clock_timestamp() - interval '1 day'),
-     begun as (insert into event_relay_run (run_id, worker) values ($1, $2) on conflict do nothing)
-select exists (select from event_relay_run where run_id <> $1 and begun_at > clock_timestamp() - interval '10 minutes')";
+with old_runs as (delete from {schema}.event_relay_run where begun_at < pg_catalog.clock_timestamp() - interval '1 day'),
+     old_suspects as (delete from {schema}.event_crash_suspect where noted_at < pg_catalog.clock_timestamp() - interval '1 day'),
+     begun as (insert into {schema}.event_relay_run (run_id, worker) values ($1, $2) on conflict do nothing)
+select exists (select from {schema}.event_relay_run where run_id <> $1 and begun_at > pg_catalog.clock_timestamp() - interval '10 minutes')";
 
 const SUSPECT: &str = "
-insert into event_crash_suspect (event_id, run_id, together)
-select distinct event_id, $2, $3 from unnest($1::uuid[]) s(event_id)
-on conflict (event_id, run_id) do update set together = excluded.together, noted_at = clock_timestamp()";
+insert into {schema}.event_crash_suspect (event_id, run_id, together)
+select distinct event_id, $2, $3 from pg_catalog.unnest($1::uuid[]) s(event_id)
+on conflict (event_id, run_id) do update set together = excluded.together, noted_at = pg_catalog.clock_timestamp()";
 
 /// What other runs have left noted.
 const SUSPICIONS: &str = "
-select e.place::int, (array_agg(s.together order by s.noted_at desc))[1], (count(*) filter (where s.together = 1))::int
-from unnest($1::uuid[]) with ordinality e(event_id, place)
-join event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
+select e.place::int, (pg_catalog.array_agg(s.together order by s.noted_at desc))[1], (pg_catalog.count(*) filter (where s.together = 1))::int
+from pg_catalog.unnest($1::uuid[]) with ordinality e(event_id, place)
+join {schema}.event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
 group by e.place";
 
 /// A commit of its own waits until the log is on disk up to itself, and so the commits before it.
 const FLUSH: &str = "
 begin;
 set local synchronous_commit = on;
-select pg_logical_emit_message(true, 'relay', '');
+select pg_catalog.pg_logical_emit_message(true, 'relay', '');
 commit";
 
 impl PgOutbox {
@@ -66,7 +66,7 @@ impl PgOutbox {
 impl CrashNotes for PgOutbox {
     async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
         self.aside("note that a relay begins", async |connection| {
-            let query = sqlx::query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
+            let query = self.sql().query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
             query.fetch_one(connection).await
         })
         .await
@@ -74,7 +74,8 @@ impl CrashNotes for PgOutbox {
 
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
         self.aside("note that a relay ends", async |connection| {
-            let query = sqlx::query("delete from event_relay_run where run_id = $1").persistent(false).bind(run);
+            let query =
+                self.sql().query("delete from {schema}.event_relay_run where run_id = $1").persistent(false).bind(run);
             query.execute(connection).await.map(drop)
         })
         .await
@@ -83,7 +84,7 @@ impl CrashNotes for PgOutbox {
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let rows = self
             .aside("read what relays died of", async |connection| {
-                sqlx::query(SUSPICIONS).persistent(false).bind(events).bind(run).fetch_all(connection).await
+                self.sql().query(SUSPICIONS).persistent(false).bind(events).bind(run).fetch_all(connection).await
             })
             .await?;
         let number = |row: &PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
@@ -97,7 +98,7 @@ impl CrashNotes for PgOutbox {
     async fn suspect(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         self.aside("note what is about to be published", async |connection| {
             let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
-            let query = sqlx::query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
+            let query = self.sql().query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
             query.execute(connection).await.map(drop)
         })
         .await
@@ -105,8 +106,8 @@ impl CrashNotes for PgOutbox {
 
     async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         self.aside("note what was published", async |connection| {
-            let query = "delete from event_crash_suspect where event_id = any($1)";
-            sqlx::query(query).persistent(false).bind(events).execute(connection).await.map(drop)
+            let query = "delete from {schema}.event_crash_suspect where event_id = any($1)";
+            self.sql().query(query).persistent(false).bind(events).execute(connection).await.map(drop)
         })
         .await
     }

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::bounds::Writers;
+use crate::outbox::postgres::sql::Sql;
 
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
 pub(super) const PARTITIONS: i16 = 640;
@@ -15,7 +16,7 @@ pub(super) const PARTITIONS: i16 = 640;
 const TAKE: &str = "
 select array(
     select pending.partition from ({ranges}) range cross join lateral ({pending}) pending
-    where pg_try_advisory_xact_lock('event_outbox'::regclass::oid::int, pending.partition)
+    where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, pending.partition)
     limit $4::smallint
 ), {moves}";
 
@@ -25,11 +26,11 @@ const ANY: &str = "select exists (select from ({ranges}) range cross join latera
 /// When the next event is due that is owed to one of `$4`, besides.
 const PEEK: &str = "
 {any}, (
-    select (extract(epoch from min(least(e.available_at, statement_timestamp() + interval '1 year')) - statement_timestamp())
-            * 1000)::bigint
-    from unnest($4::text[]) d(destination)
+    select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
+            operator(pg_catalog.*) 1000)::bigint
+    from pg_catalog.unnest($4::text[]) d(destination)
     cross join lateral (
-        select available_at from event_outbox
+        select available_at from {schema}.event_outbox
         where status = 'scheduled' and destination = d.destination
         order by available_at, id limit 1
     ) e
@@ -39,23 +40,23 @@ const PEEK: &str = "
 /// inserting takes the table's lock before it draws the id.
 const WRITERS: &str = "
 select {moves}, drawn.last_id, writers.transactions
-from (select case when is_called then last_value else last_value - 1 end as last_id from event_outbox_id_seq) drawn
+from (select case when is_called then last_value else last_value - 1 end as last_id from {schema}.event_outbox_id_seq) drawn
 cross join lateral (
-    select coalesce(array_agg(virtualtransaction), '{}') as transactions from pg_locks
-    where locktype = 'relation' and database = (select oid from pg_database where datname = current_database())
-      and relation = 'event_outbox'::regclass and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
+    select coalesce(pg_catalog.array_agg(virtualtransaction), '{}') as transactions from pg_catalog.pg_locks
+    where locktype = 'relation' and database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+      and relation = '{schema}.event_outbox'::regclass::oid and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
 ) writers";
 
 /// Which of the partitions `$1` have a row up to the id at its place in `$2`. As many as can be walked over in 20 ms, in this
 /// order, and one more.
 const HIDDEN: &str = "
 select searched.partition, (
-    select true from event_outbox o
+    select true from {schema}.event_outbox o
     where o.partition = searched.partition and o.id <= searched.bound
     order by o.partition, o.id limit 1
 ) is not null
 from unnest($1::smallint[], $2::bigint[]) searched(partition, bound)
-where clock_timestamp() < statement_timestamp() + interval '20 ms'";
+where pg_catalog.clock_timestamp() < pg_catalog.statement_timestamp() + interval '20 ms'";
 
 const RANGES: &str =
     "select low, above, high from unnest($1::smallint[], $2::bigint[], $3::smallint[]) as r(low, above, high)";
@@ -65,11 +66,11 @@ const RANGES: &str =
 /// the index whatever the statistics say.
 const PENDING: &str = "
     with recursive scan(partition) as (
-        (select o.partition from event_outbox o
+        (select o.partition from {schema}.event_outbox o
          where (o.partition, o.id) > (range.low, range.above) and o.partition < range.high
          order by o.partition, o.id limit 1)
         union all
-        select (select o.partition from event_outbox o
+        select (select o.partition from {schema}.event_outbox o
                 where o.partition > scan.partition and o.partition < range.high
                 order by o.partition, o.id limit 1)
         from scan where scan.partition + 1 < range.high
@@ -77,7 +78,7 @@ const PENDING: &str = "
     select scan.partition from scan where scan.partition is not null";
 
 /// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was.
-pub(super) const MOVES: &str = "(select last_value + is_called::int from event_outbox_moves)";
+pub(super) const MOVES: &str = "(select last_value + is_called::int from {schema}.event_outbox_moves)";
 
 static TAKE_QUERY: LazyLock<&str> = LazyLock::new(|| complete(TAKE));
 static ANY_QUERY: LazyLock<&str> = LazyLock::new(|| complete(ANY));
@@ -143,12 +144,11 @@ impl Ranges {
 /// Takes at most `limit` partitions for the transaction that is open. Returns the number of moves too.
 pub(super) async fn take(
     connection: &mut PgConnection,
-    persistent: bool,
+    sql: Sql,
     ranges: Ranges,
     limit: i16,
 ) -> Result<(Vec<i16>, i64), sqlx::Error> {
-    sqlx::query_as(*TAKE_QUERY)
-        .persistent(persistent)
+    sql.query_as(*TAKE_QUERY)
         .bind(ranges.low)
         .bind(ranges.above)
         .bind(ranges.high)
@@ -158,42 +158,34 @@ pub(super) async fn take(
 }
 
 /// Whether any partition has something, whoever holds it.
-pub(super) async fn any(connection: &mut PgConnection, persistent: bool, ranges: Ranges) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar(*ANY_QUERY)
-        .persistent(persistent)
-        .bind(ranges.low)
-        .bind(ranges.above)
-        .bind(ranges.high)
-        .fetch_one(connection)
-        .await
+pub(super) async fn any(connection: &mut PgConnection, sql: Sql, ranges: Ranges) -> Result<bool, sqlx::Error> {
+    sql.query_scalar(*ANY_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high).fetch_one(connection).await
 }
 
 /// The number of moves, and who may be writing.
-pub(super) async fn writers(connection: &mut PgConnection, persistent: bool) -> Result<(i64, Writers), sqlx::Error> {
-    let (moves, last_id, transactions) =
-        sqlx::query_as(*WRITERS_QUERY).persistent(persistent).fetch_one(connection).await?;
+pub(super) async fn writers(connection: &mut PgConnection, sql: Sql) -> Result<(i64, Writers), sqlx::Error> {
+    let (moves, last_id, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
     Ok((moves, Writers { last_id, transactions }))
 }
 
 /// Of each of the first of these partitions, whether it has a row up to its bound.
 pub(super) async fn hidden(
     connection: &mut PgConnection,
-    persistent: bool,
+    sql: Sql,
     bounds: &[(i16, i64)],
 ) -> Result<Vec<(i16, bool)>, sqlx::Error> {
     let (partitions, bounds): (Vec<i16>, Vec<i64>) = bounds.iter().copied().unzip();
-    sqlx::query_as(HIDDEN).persistent(persistent).bind(partitions).bind(bounds).fetch_all(connection).await
+    sql.query_as(HIDDEN).bind(partitions).bind(bounds).fetch_all(connection).await
 }
 
 /// Whether something is pending, in how many milliseconds something scheduled is due, and the number of moves.
 pub(super) async fn peek(
     connection: &mut PgConnection,
-    persistent: bool,
+    sql: Sql,
     ranges: Ranges,
     destinations: &[&str],
 ) -> Result<(bool, Option<i64>, i64), sqlx::Error> {
-    sqlx::query_as(*PEEK_QUERY)
-        .persistent(persistent)
+    sql.query_as(*PEEK_QUERY)
         .bind(ranges.low)
         .bind(ranges.above)
         .bind(ranges.high)

@@ -37,13 +37,13 @@ impl PgWakeup {
     async fn try_arm(&self, listener: &mut PgListener) -> Result<Armed, OutboxError> {
         let (locked, held): (bool, bool) = answered("ask to be woken", STATEMENT_TIMEOUT, async {
             // The second column is read only where the first is false: an exclusive holder is another sleeper.
-            sqlx::query_as(
-                "with attempt as materialized (select pg_try_advisory_lock('event_outbox'::regclass::oid::int, -1) as locked)
+            self.outbox.sql().query_as(
+                "with attempt as materialized (select pg_catalog.pg_try_advisory_lock('{schema}.event_outbox'::regclass::oid::int, -1) as locked)
                  select locked, case when locked then false else exists (
-                     select from pg_locks
+                     select from pg_catalog.pg_locks
                      where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
-                       and database = (select oid from pg_database where datname = current_database())
-                       and classid = 'event_outbox'::regclass and objid = ((1::bigint << 32) - 1)::oid and objsubid = 2
+                       and database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+                       and classid = '{schema}.event_outbox'::regclass::oid and objid = ((1::bigint << 32) - 1)::oid and objsubid = 2
                  ) end
                  from attempt",
             )
@@ -96,7 +96,9 @@ impl Wakeup for PgWakeup {
         let Some(mut listener) = self.listener.take() else { return Ok(()) };
         if std::mem::take(&mut self.armed) {
             answered("stop waiting for new events", STATEMENT_TIMEOUT, async {
-                sqlx::query("select pg_advisory_unlock('event_outbox'::regclass::oid::int, -1)")
+                self.outbox
+                    .sql()
+                    .query("select pg_catalog.pg_advisory_unlock('{schema}.event_outbox'::regclass::oid::int, -1)")
                     .execute(&mut listener)
                     .await
             })
