@@ -50,21 +50,38 @@ pub fn source<'a>(event: &'a Event, default_source: &'a str) -> &'a str {
 /// The event as one line of structured-mode JSON; `data` is the payload, byte for byte.
 pub fn json(event: &Event, default_source: &str) -> Vec<u8> {
     let mut json = Vec::with_capacity(event.payload.len() + 384);
+    push_json(&mut json, event, default_source);
+    json
+}
+
+/// Appends the same to `json`.
+pub fn push_json(json: &mut Vec<u8>, event: &Event, default_source: &str) {
+    push_attributes(json, event, default_source);
+    json.extend_from_slice(&event.payload);
+    json.push(b'}');
+}
+
+/// How long [`json`] is, without making it.
+pub fn json_bytes(event: &Event, default_source: &str) -> usize {
+    let mut attributes = Vec::with_capacity(384);
+    push_attributes(&mut attributes, event, default_source);
+    attributes.len() + event.payload.len() + 1
+}
+
+/// The JSON up to the payload.
+fn push_attributes(json: &mut Vec<u8>, event: &Event, default_source: &str) {
     json.push(b'{');
     attributes(event, default_source, |name, value| {
-        push_string(&mut json, name);
+        push_string(json, name);
         json.push(b':');
         if name == "schemaversion" {
             json.extend_from_slice(value.as_bytes()); // the one attribute that is a number
         } else {
-            push_string(&mut json, value);
+            push_string(json, value);
         }
         json.push(b',');
     });
     json.extend_from_slice(b"\"data\":");
-    json.extend_from_slice(&event.payload);
-    json.push(b'}');
-    json
 }
 
 fn push_string(json: &mut Vec<u8>, text: &str) {

@@ -20,6 +20,7 @@ use aws_sdk_eventbridge::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_eventbridge::primitives::DateTime;
 use aws_sdk_eventbridge::types::PutEventsRequestEntry;
 use futures_util::future::join_all;
+use tokio::sync::Semaphore;
 
 use client::CurrentClient;
 
@@ -66,6 +67,9 @@ pub struct EventBridgeConfig {
     pub timeout: Duration,
 }
 
+/// Kibibytes of entries in flight from all lanes together. Each is held several times while its request is made and sent.
+const IN_FLIGHT_KIB: u32 = 8 * 1024;
+
 /// How long a bus that was seen is taken to be there.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 
@@ -75,6 +79,7 @@ pub struct EventBridge {
     config: EventBridgeConfig,
     /// When the bus was last seen.
     verified: Mutex<Option<Instant>>,
+    in_flight: Semaphore,
 }
 
 impl EventBridge {
@@ -82,17 +87,28 @@ impl EventBridge {
     /// [`Fault::Misconfigured`].
     pub async fn new(config: EventBridgeConfig) -> Self {
         let client = CurrentClient::from_environment(&config).await;
-        Self { client, config, verified: Mutex::new(None) }
+        Self::with_client(client, config)
     }
 
     /// A sink with what `sdk` holds, where `config` does not override it. Retries and timeouts of `sdk` are ignored.
     pub fn with_sdk_config(sdk: &SdkConfig, config: EventBridgeConfig) -> Self {
-        Self { client: CurrentClient::with_sdk_config(sdk, &config), config, verified: Mutex::new(None) }
+        Self::with_client(CurrentClient::with_sdk_config(sdk, &config), config)
+    }
+
+    fn with_client(client: CurrentClient, config: EventBridgeConfig) -> Self {
+        Self { client, config, verified: Mutex::new(None), in_flight: Semaphore::new(IN_FLIGHT_KIB as usize) }
     }
 
     /// The event's `Detail`, if EventBridge can take the event at all.
     fn detail(&self, event: &Event) -> Result<String, PublishError> {
         self.check_names(event)?;
+        if event.payload.len() > self.config.max_entry_bytes {
+            let bytes = match self.config.format {
+                Format::CloudEvents => cloudevent::json_bytes(event, &self.config.source),
+                Format::Payload => event.payload.len(),
+            };
+            return Err(self.too_large(self.entry_bytes(event, bytes)));
+        }
         let (detail, envelope) = match self.config.format {
             Format::CloudEvents => (cloudevent::json(event, &self.config.source), 1),
             Format::Payload if !event.payload.trim_ascii_start().starts_with(b"{") => {
@@ -105,11 +121,16 @@ impl EventBridge {
             return Err(unfit("payload_too_deep", format!("Detail is nested deeper than {MAX_DEPTH} levels")));
         }
         let detail = String::from_utf8(detail).map_err(|_| unfit("payload_not_utf8", "the payload is not UTF-8"))?;
-        let (bytes, limit) = (self.entry_bytes(event, &detail), self.config.max_entry_bytes);
-        if bytes > limit {
-            return Err(unfit("entry_too_large", format!("the entry has {bytes} bytes, and the limit is {limit}")));
+        let bytes = self.entry_bytes(event, detail.len());
+        if bytes > self.config.max_entry_bytes {
+            return Err(self.too_large(bytes));
         }
         Ok(detail)
+    }
+
+    fn too_large(&self, bytes: usize) -> PublishError {
+        let limit = self.config.max_entry_bytes;
+        unfit("entry_too_large", format!("the entry has {bytes} bytes, and the limit is {limit}"))
     }
 
     fn check_names(&self, event: &Event) -> Result<(), PublishError> {
@@ -136,8 +157,8 @@ impl EventBridge {
     }
 
     /// The size of an entry as AWS counts it; the name of the bus and the trace header are free.
-    fn entry_bytes(&self, event: &Event, detail: &str) -> usize {
-        TIME_BYTES + cloudevent::source(event, &self.config.source).len() + event.event_type.len() + detail.len()
+    fn entry_bytes(&self, event: &Event, detail_bytes: usize) -> usize {
+        TIME_BYTES + cloudevent::source(event, &self.config.source).len() + event.event_type.len() + detail_bytes
     }
 
     fn entry(&self, event: &Event, detail: String) -> PutEventsRequestEntry {
@@ -155,9 +176,16 @@ impl EventBridge {
     }
 
     /// One `PutEvents` call: an outcome for each entry, or one error for them all.
-    async fn put(&self, entries: Vec<PutEventsRequestEntry>, deadline: Instant) -> Result<Vec<Outcome>, PublishError> {
+    async fn put(
+        &self,
+        entries: Vec<PutEventsRequestEntry>,
+        bytes: usize,
+        deadline: Instant,
+    ) -> Result<Vec<Outcome>, PublishError> {
         let sent = entries.len();
-        if Instant::now() >= deadline {
+        let kib = u32::try_from(bytes / 1024 + 1).map_or(IN_FLIGHT_KIB, |kib| kib.min(IN_FLIGHT_KIB));
+        let room = tokio::time::timeout_at(deadline.into(), self.in_flight.acquire_many(kib)).await;
+        if room.is_err() || Instant::now() >= deadline {
             return Ok(vec![Outcome::Held; sent]); // the round began in time, and building its other requests took the rest
         }
         let request = self.client.get().put_events().set_entries(Some(entries)).send();
@@ -201,7 +229,7 @@ impl Sink for EventBridge {
         // its key have their answers.
         let size = |index: usize| match refusals[index] {
             Some(_) => max_bytes + 1,
-            None => self.entry_bytes(events[index], &details[index]),
+            None => self.entry_bytes(events[index], details[index].len()),
         };
         let sizes: Vec<usize> = (0..events.len()).map(size).collect();
         let mut limits = Limits {
@@ -228,8 +256,9 @@ impl Sink for EventBridge {
                     continue;
                 }
                 let entry = |&index: &usize| self.entry(events[index], std::mem::take(&mut details[index]));
+                let bytes = members.iter().map(|&index| sizes[index]).sum();
                 let entries = members.iter().map(entry).collect();
-                calls.push(async move { (self.put(entries, deadline).await, members) });
+                calls.push(async move { (self.put(entries, bytes, deadline).await, members) });
             }
             for (result, members) in join_all(calls).await {
                 match result {
@@ -381,9 +410,9 @@ mod tests {
         let sink = sink(Format::Payload, LIMIT);
         let mut event = event(1);
         event.headers = vec![("x-amzn-trace-id".into(), "Root=1-5e1b4151".into())];
-        assert_eq!(sink.entry_bytes(&event, r#"{"a":"é"}"#), 14 + 4 + 13 + 10);
+        assert_eq!(sink.entry_bytes(&event, r#"{"a":"é"}"#.len()), 14 + 4 + 13 + 10);
         event.source = "café".into();
-        assert_eq!(sink.entry_bytes(&event, ""), 14 + 5 + 13);
+        assert_eq!(sink.entry_bytes(&event, 0), 14 + 5 + 13);
     }
 
     #[test]

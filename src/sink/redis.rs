@@ -19,11 +19,12 @@ mod read;
 mod script;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, join_all};
 use redis::{Cmd, Value};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
@@ -40,6 +41,14 @@ use script::{SCRIPT, eval};
 /// A chunk of 100 keeps Redis busy for well under a millisecond, and is what can be unknown after a cut connection.
 const LIMITS: Limits = Limits { request_events: 100, request_bytes: 1 << 20, requests: 32 };
 
+/// Kibibytes of chunks in flight from all lanes together. A call is held three times while it is sent: as it is made, as it
+/// is packed, and in the connection's buffer.
+const IN_FLIGHT_KIB: u32 = 8 * 1024;
+
+/// A connection's buffer keeps the size of the largest call. One that is larger than all that is in flight otherwise goes over
+/// a connection of its own.
+const OWN_CONNECTION_BYTES: usize = IN_FLIGHT_KIB as usize * 1024;
+
 /// The attributes of an event that a script can pass on: Lua unpacks at most about 8,000 values at once.
 const MAX_HEADERS: usize = 1000;
 
@@ -49,12 +58,25 @@ pub(super) struct Redis {
     timeout: Duration,
     connection: Mutex<Option<(u64, Connection)>>,
     suspects: Suspects,
+    in_flight: Arc<Semaphore>,
 }
 
 impl Redis {
     /// Nothing is connected yet. `timeout` bounds the wait for any one answer.
     pub(super) fn new(address: RedisAddress, timeout: Duration) -> Self {
-        Self { address, timeout, connection: Mutex::new(None), suspects: Suspects::default() }
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize));
+        Self { address, timeout, connection: Mutex::new(None), suspects: Suspects::default(), in_flight }
+    }
+
+    /// The same with a connection of its own.
+    fn aside(&self) -> Self {
+        Self { in_flight: Arc::clone(&self.in_flight), ..Self::new(self.address.clone(), self.timeout) }
+    }
+
+    /// Waits until a call of so many bytes may be in flight; `None`: not before the deadline.
+    async fn room(&self, bytes: usize, deadline: Instant) -> Option<SemaphorePermit<'_>> {
+        let kib = u32::try_from(bytes / 1024 + 1).map_or(IN_FLIGHT_KIB, |kib| kib.min(IN_FLIGHT_KIB));
+        tokio::time::timeout_at(deadline.into(), self.in_flight.acquire_many(kib)).await.ok()?.ok()
     }
 
     /// The connection and its number, by which it can be given up.
@@ -102,7 +124,7 @@ impl Redis {
         // its key have their answers.
         let size = |index: usize| match refusal(events[index]) {
             Some(_) => limits.request_bytes + 1,
-            None => events[index].payload.len() + 512,
+            None => events[index].bytes() + 512,
         };
         if connection.has_slots() {
             rounds = rounds.at_places(|index| place(events[index], commands));
@@ -122,6 +144,8 @@ impl Redis {
                 join_all(chunks.iter().zip(&states).map(async |(chunk, states)| match refusal(events[chunk[0]]) {
                     Some(error) => Err(error),
                     None => {
+                        let bytes = chunk.iter().map(|&index| size(index)).sum();
+                        let Some(_room) = self.room(bytes, deadline).await else { return Ok(Answer::Unsent) };
                         let call = eval(events, chunk, commands, once.as_ref(), states);
                         run(connection.clone(), call, place(events[chunk[0]], commands), states, chunk.len(), deadline)
                             .await
@@ -137,6 +161,7 @@ impl Redis {
                         }
                         replies.split('\n').map(|reply| outcome(reply, commands.one_key())).collect()
                     }
+                    Ok(Answer::Unsent) => vec![Outcome::Held; chunk.len()],
                     Ok(Answer::Dirty(found)) => {
                         dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
                         continue;
@@ -256,6 +281,8 @@ fn place(event: &Event, commands: &dyn Commands) -> u16 {
 enum Answer {
     /// A line for each event.
     Replies(String),
+    /// It was not asked: there was no room before the deadline.
+    Unsent,
     /// Nothing was done: these states are to be looked into first.
     Dirty(Vec<Dirty>),
 }

@@ -39,12 +39,12 @@ impl RedisPubSub {
 }
 
 impl Commands for Messages {
-    fn write(&self, event: &Event, command: &mut Command) {
+    fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>) {
         command.word("PUBLISH");
         command.shared(self.channel.render(event, &self.source).as_bytes());
         match self.format {
-            Format::CloudEvents => command.value(cloudevent::json(event, &self.source)),
-            Format::Payload => command.value(&event.payload),
+            Format::CloudEvents => command.document(cloudevent::json(event, &self.source)),
+            Format::Payload => command.document(event.payload.as_slice()),
         }
     }
 

@@ -41,7 +41,7 @@ impl RedisStream {
 }
 
 impl Commands for Entries {
-    fn write(&self, event: &Event, command: &mut Command) {
+    fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>) {
         command.word("XADD");
         match self.stream.fixed() {
             Some(stream) => command.word(stream),
@@ -77,7 +77,7 @@ impl Commands for Entries {
             }
         });
         command.word("data");
-        command.value(&event.payload);
+        command.document(event.payload.as_slice());
     }
 
     fn key<'a>(&'a self, event: &'a Event) -> Option<Cow<'a, str>> {

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
-use super::{Commands, LIMITS, Redis};
+use super::{Commands, LIMITS, OWN_CONNECTION_BYTES, Redis};
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::redis::fault::CONNECTION_LOST;
 use crate::sink::rounds::Limits;
@@ -82,8 +82,7 @@ fn is_lost(outcome: &Outcome) -> bool {
 }
 
 fn is_large(event: &Event) -> bool {
-    let headers: usize = event.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
-    event.payload.len() + headers >= LARGE
+    event.bytes() >= LARGE
 }
 
 impl Redis {
@@ -96,7 +95,8 @@ impl Redis {
         deadline: Instant,
         commands: &dyn Commands,
     ) -> Published {
-        let published = if self.suspects.are_among(events) {
+        let has_own_connection = |event: &&Event| event.bytes() > OWN_CONNECTION_BYTES;
+        let published = if self.suspects.are_among(events) || events.iter().any(has_own_connection) {
             self.publish_one_by_one(events, tenure, deadline, commands).await
         } else {
             self.publish_within(LIMITS, events, tenure, deadline, commands).await
@@ -114,7 +114,7 @@ impl Redis {
         commands: &dyn Commands,
     ) -> Published {
         // Nobody else's event can close its connection.
-        let own = Self::new(self.address.clone(), self.timeout);
+        let own = self.aside();
         let mut published = own.publish_within(ALONE, events, tenure, deadline, commands).await;
         if let Some(at) = published.outcomes.iter().position(is_lost)
             && is_large(events[at])

@@ -1,5 +1,6 @@
 //! The script that runs a chunk of events, and the calls of it.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::LazyLock;
 
@@ -103,12 +104,17 @@ return table.concat(replies, '\n')",
     )
 });
 
+/// A value of at least so many bytes is not copied into a buffer of its own before it goes into the call.
+const LARGE_VALUE: usize = 16 * 1024;
+
 /// One event's command, split into what others share and what is its own.
 #[derive(Default)]
-pub(in crate::sink) struct Command {
+pub(in crate::sink) struct Command<'a> {
     shape: Shape,
     shared: Words,
     own: Words,
+    /// Large values, by their places among the own words, which are empty there.
+    large: Vec<(usize, Cow<'a, [u8]>)>,
 }
 
 /// What many events share.
@@ -147,7 +153,7 @@ impl Words {
     }
 }
 
-impl Command {
+impl<'a> Command<'a> {
     /// A word that many events have in common, never empty: the command, the name of a field.
     pub(in crate::sink) fn word(&mut self, word: impl AsRef<[u8]>) {
         self.shape.words.push(word.as_ref());
@@ -165,6 +171,17 @@ impl Command {
         self.word("");
         self.shape.own.push(self.shape.words.ends.len());
         self.own.push(value.as_ref());
+    }
+
+    /// The same, which may be large.
+    pub(in crate::sink) fn document(&mut self, value: impl Into<Cow<'a, [u8]>>) {
+        let value = value.into();
+        if value.len() < LARGE_VALUE {
+            self.value(value);
+        } else {
+            self.large.push((self.own.ends.len(), value));
+            self.value("");
+        }
     }
 
     /// The value just given is the event's key, as it is printed: of two keys that print alike one stops with the other.
@@ -196,7 +213,7 @@ impl Command {
 /// How a kind of sink turns events into commands.
 pub(in crate::sink) trait Commands: Send + Sync {
     /// Writes the command that publishes `event`.
-    fn write(&self, event: &Event, command: &mut Command);
+    fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>);
 
     /// The key that the command writes to, where it writes to one.
     fn key<'a>(&'a self, event: &'a Event) -> Option<std::borrow::Cow<'a, str>>;
@@ -270,14 +287,18 @@ pub(super) fn eval(
         });
         cmd.arg(shape.shared.len()).arg(&shape.shared).arg(shape.own.len()).arg(&shape.own).arg(shape.key);
     }
-    let mut own = command.own.iter();
+    let mut own = command.own.iter().enumerate();
+    let mut large = command.large.into_iter().peekable();
     for run in &runs {
         cmd.arg(run.shape + 1).arg(run.state).arg(run.events);
         run.shared.iter().for_each(|value| {
             cmd.arg(value);
         });
-        own.by_ref().take(run.events * shapes[run.shape].own.len()).for_each(|value| {
-            cmd.arg(value);
+        own.by_ref().take(run.events * shapes[run.shape].own.len()).for_each(|(place, value)| {
+            match large.next_if(|(at, _)| *at == place) {
+                Some((_, document)) => cmd.arg(&*document),
+                None => cmd.arg(value),
+            };
         });
     }
     cmd
