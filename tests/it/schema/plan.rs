@@ -76,7 +76,10 @@ async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
             ("bytes_before", "Index Scan using event_outbox_pkey on event_outbox"),
             ("pg_try_advisory_xact_lock('public.event_outbox'", "using event_outbox_pkey on event_outbox"),
             ("for update skip locked", "Index Scan using event_outbox_scheduled_idx on event_outbox"),
-            ("select exists (select from public.event_outbox where status", "event_outbox_scheduled_idx on event_outbox"),
+            (
+                "select exists (select from public.event_outbox where status",
+                "event_outbox_scheduled_idx on event_outbox",
+            ),
         ] {
             let found: Vec<&String> = plans.iter().filter(|plan| plan.contains(statement)).collect();
             assert!(!found.is_empty(), "no plan of {statement:?} was logged");
