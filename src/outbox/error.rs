@@ -36,6 +36,17 @@ pub enum OutboxError {
         /// Its path.
         file: String,
     },
+    /// The file has several names.
+    #[error(
+        "{file} has {names} names (hard links), and SQLite keeps its journal beside the name that a program uses: a program \
+         that uses another name does not find it and damages the file; delete the other names, `find / -samefile {file}` lists them"
+    )]
+    Names {
+        /// The name that the relay uses.
+        file: String,
+        /// How many there are.
+        names: u64,
+    },
     /// A file beside the database cannot be used.
     #[error("cannot {operation}; the relay must be allowed to write to the database's folder")]
     File {

@@ -1,6 +1,6 @@
 //! The outbox in one SQLite file, shared with the application that owns it.
 //!
-//! - `owner`: of several relays on one file, one works.
+//! - `owner`: of several relays on one file, one works; `identity`: which file it is, whatever its name.
 //! - [`lane`]: claim and settle, the hot path; `traffic`: staying out of the application's way.
 //! - [`wake`]: sleeping until the application commits.
 //! - [`schema`]: migrations, and whether a file fits.
@@ -10,6 +10,7 @@
 //! the write lock is taken to settle and given back at once, never held while anything is published.
 
 pub mod emit;
+mod identity;
 pub mod lane;
 mod owner;
 mod retention;
@@ -20,9 +21,10 @@ mod suspects;
 mod traffic;
 pub mod wake;
 
-use std::path::PathBuf;
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -31,6 +33,7 @@ use tokio::sync::Mutex;
 
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
+use identity::FileId;
 use lane::Turn;
 use owner::Owner;
 
@@ -43,6 +46,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SqliteOutbox {
     config: Arc<OutboxConfig>,
     owner: Arc<Owner>,
+    /// Where the URL led at the last connection.
+    path: Arc<StdMutex<Option<Arc<Path>>>>,
     /// Held by the lane that has a claim. One at a time is enough: all writes to a file are one after the other anyhow, and
     /// the rows of a claim lie side by side, so that deleting them empties whole pages.
     turn: Arc<Mutex<Turn>>,
@@ -51,25 +56,73 @@ pub struct SqliteOutbox {
 impl SqliteOutbox {
     /// Nothing is opened yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config: Arc::new(config), owner: Arc::default(), turn: Arc::default() }
+        Self { config: Arc::new(config), owner: Arc::default(), path: Arc::default(), turn: Arc::default() }
     }
 
     /// A connection for a relay's own work.
-    async fn connect(&self) -> Result<SqliteConnection, OutboxError> {
-        open(&self.config.url).await
+    async fn connect(&self) -> Result<Connected, OutboxError> {
+        *self.known_path() = Some(path(&self.config.url)?.into());
+        // A file that is replaced meanwhile may be either.
+        loop {
+            let file = self.file()?;
+            let connection = open(&self.config.url).await?;
+            if self.file()? == file {
+                return Ok(Connected { connection, file });
+            }
+        }
     }
 
-    /// The connection there is, or a new one.
-    async fn connect_unless(&self, connection: Option<SqliteConnection>) -> Result<SqliteConnection, OutboxError> {
+    /// The connection there is, or a new one where there is none, or where it leads to a file that was replaced.
+    async fn connect_unless(&self, connection: Option<Connected>) -> Result<Connected, OutboxError> {
+        let file = self.file()?;
         match connection {
-            Some(connection) => Ok(connection),
-            None => self.connect().await,
+            Some(connection) if connection.file == file => Ok(connection),
+            _ => self.connect().await,
         }
+    }
+
+    /// Which file is at the path now.
+    fn file(&self) -> Result<FileId, OutboxError> {
+        owner::file_id(&self.path()?)
+    }
+
+    /// Where the file is.
+    fn path(&self) -> Result<Arc<Path>, OutboxError> {
+        let mut known = self.known_path();
+        match &*known {
+            Some(known) => Ok(Arc::clone(known)),
+            None => Ok(Arc::clone(known.insert(path(&self.config.url)?.into()))),
+        }
+    }
+
+    fn known_path(&self) -> MutexGuard<'_, Option<Arc<Path>>> {
+        self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether this relay is the one that works on the file; becomes it where no other is.
     fn owns(&self) -> Result<bool, OutboxError> {
-        self.owner.owns(|| path(&self.config.url))
+        self.owner.owns(&self.path()?)
+    }
+}
+
+/// A connection, and which file it leads to: a file that was moved or deleted is written to all the same.
+#[derive(Debug)]
+struct Connected {
+    connection: SqliteConnection,
+    file: FileId,
+}
+
+impl Deref for Connected {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Connected {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.connection
     }
 }
 

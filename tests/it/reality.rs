@@ -1,4 +1,5 @@
 //! What applications, operators, servers and platforms really do, and what the relay makes of it.
 
+mod file;
 mod process;
 mod versions;

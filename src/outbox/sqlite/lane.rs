@@ -16,9 +16,10 @@ use tokio::sync::OwnedMutexGuard;
 
 use crate::event::{Noted, Renewed, Term};
 use crate::outbox::records::Records;
+use crate::outbox::sqlite::identity::FileId;
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
-use crate::outbox::sqlite::{SqliteOutbox, answered, row};
+use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, row, schema};
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` payload limit; `?3`
@@ -101,19 +102,31 @@ const HAS_OWED: &str = "select exists (select 1 from event_outbox where status =
 /// What the lane needs whose turn it is to claim and to settle.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
-    connection: Option<SqliteConnection>,
-    /// What could not be recorded of the last claim.
-    unsettled: Option<Settle>,
+    connection: Option<Connected>,
+    /// The file that was found to fit.
+    fits: Option<FileId>,
+    /// What could not be recorded of the last claim, and in which file it belongs.
+    unsettled: Option<(Settle, FileId)>,
     traffic: Traffic,
 }
 
 impl Turn {
     /// Records what is left to record.
     async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
-        if let Some(settle) = &self.unsettled
+        if let Some((settle, file)) = &self.unsettled
             && !settle.is_empty()
         {
             let mut connection = outbox.connect_unless(self.connection.take()).await?;
+            if connection.file != *file {
+                // In the file that is there now, these numbers are other events'.
+                tracing::warn!(
+                    event_count = settle.count(),
+                    "the database file was replaced while its events were published; that cannot be recorded, and what is pending in the new file is published"
+                );
+                self.unsettled = None;
+                self.connection = Some(connection);
+                return Ok(());
+            }
             answered("settle", async {
                 self.traffic.give_way(&mut connection).await?;
                 let begun = Instant::now();
@@ -130,6 +143,10 @@ impl Turn {
 
     async fn read(&mut self, outbox: &SqliteOutbox, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
         let mut connection = outbox.connect_unless(self.connection.take()).await?;
+        if self.fits != Some(connection.file) {
+            schema::require_fit(&mut connection).await?;
+            self.fits = Some(connection.file);
+        }
         let batch = answered("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
@@ -147,7 +164,7 @@ pub struct SqliteLane {
     /// This lane has a batch.
     turn: Option<OwnedMutexGuard<Turn>>,
     /// For everything but claims, which another lane may have.
-    connection: Option<SqliteConnection>,
+    connection: Option<Connected>,
 }
 
 impl SqliteLane {
@@ -155,7 +172,7 @@ impl SqliteLane {
         Self { outbox, turn: None, connection: None }
     }
 
-    async fn connection(&mut self) -> Result<SqliteConnection, OutboxError> {
+    async fn connection(&mut self) -> Result<Connected, OutboxError> {
         self.outbox.connect_unless(self.connection.take()).await
     }
 }
@@ -186,11 +203,11 @@ impl Lane for SqliteLane {
             noted.iter().map(|noted| serde_json::json!([noted.partition, noted.id, noted.event_id])),
         );
         let renewed = answered("renew the claim", async {
-            let epoch = sqlx::query_scalar(RAISE_EPOCH).bind(floor).fetch_one(&mut connection).await?;
+            let epoch = sqlx::query_scalar(RAISE_EPOCH).bind(floor).fetch_one(&mut *connection).await?;
             let places: Vec<i64> = sqlx::query_scalar(PENDING)
                 .bind(noted.to_string())
                 .bind(destination)
-                .fetch_all(&mut connection)
+                .fetch_all(&mut *connection)
                 .await?;
             Ok(Renewed { epoch, pending: places.into_iter().filter_map(|place| usize::try_from(place).ok()).collect() })
         })
@@ -201,7 +218,9 @@ impl Lane for SqliteLane {
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
         let Some(mut turn) = self.turn.take() else { return Ok(()) };
-        turn.unsettled = Some(Settle::new(&Records::new(deliveries, self.outbox.config.history)));
+        if let Some(file) = turn.fits {
+            turn.unsettled = Some((Settle::new(&Records::new(deliveries, self.outbox.config.history)), file));
+        }
         turn.record(&self.outbox).await
     }
 
@@ -212,13 +231,13 @@ impl Lane for SqliteLane {
             let due: Vec<(String, Option<i64>)> = sqlx::query_as(DUE)
                 .bind(json_text(&destinations))
                 .bind(i64::try_from(max_events).unwrap_or(i64::MAX))
-                .fetch_all(&mut connection)
+                .fetch_all(&mut *connection)
                 .await?;
             let mut promoted = Promoted { count: 0, next_due: None };
             for (rows, next_due_ms) in due {
                 // Most of the time nothing is due, and then no write lock is taken.
                 if rows != "[]" {
-                    let count = sqlx::query(PROMOTE).bind(rows).execute(&mut connection).await?.rows_affected();
+                    let count = sqlx::query(PROMOTE).bind(rows).execute(&mut *connection).await?.rows_affected();
                     promoted.count += usize::try_from(count).unwrap_or_default();
                 }
                 let next_due = next_due_ms.map(milliseconds);
@@ -235,7 +254,7 @@ impl Lane for SqliteLane {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         let (pending, next_due_ms): (bool, Option<i64>) = answered("look whether there are events", async {
-            sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut connection).await
+            sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut *connection).await
         })
         .await?;
         self.connection = Some(connection);
@@ -245,7 +264,7 @@ impl Lane for SqliteLane {
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
         let mut connection = self.connection().await?;
         let owed = answered("look for events still owed", async {
-            sqlx::query_scalar(HAS_OWED).fetch_one(&mut connection).await
+            sqlx::query_scalar(HAS_OWED).fetch_one(&mut *connection).await
         })
         .await?;
         self.connection = Some(connection);

@@ -1,78 +1,120 @@
 //! Of several relays on one file, one works.
 //!
-//! It holds an exclusive lock on a file of its own beside the database, `app.db-relay`: SQLite's locks are all taken, and
-//! a lock of the operating system is gone the moment its holder is, however that dies. There is no lease to wait for,
-//! and no clock that could be wrong. SQLite files are used from one host only, and so is this.
+//! It holds an exclusive lock on a file of its own beside the database, `app.db-relay`, and one on the database file itself,
+//! see `identity`: SQLite's own locks are all taken, and a lock of the operating system is gone the moment its holder is,
+//! however that dies. There is no lease to wait for, and no clock that could be wrong. SQLite files are used from one host
+//! only, and so is this.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use crate::outbox::OutboxError;
+use crate::outbox::sqlite::identity::{FileId, FileLock};
 
-/// A relay's share in the lock.
+/// A relay's share in the locks.
 #[derive(Debug, Default)]
 pub(super) struct Owner {
-    state: Mutex<State>,
+    state: Mutex<Option<Share>>,
 }
 
-#[derive(Debug, Default)]
-enum State {
-    /// Not opened yet.
-    #[default]
-    New,
-    /// Open, and another relay's.
-    Standby(File),
-    /// Ours, until the file is closed.
-    Owner(File),
+/// What is locked, or is to be.
+#[derive(Debug)]
+struct Share {
+    database: FileId,
+    /// The file beside the database.
+    beside: File,
+    beside_locked: bool,
+    itself: Option<FileLock>,
+    /// That another relay works was said.
+    standing_by: bool,
 }
 
 impl Owner {
-    /// Whether this relay holds the lock; takes it where it is free. `database` is asked where that lies.
-    pub(super) fn owns(&self, database: impl Fn() -> Result<PathBuf, OutboxError>) -> Result<bool, OutboxError> {
+    /// Whether this relay holds the locks; takes them where they are free. `path` leads to the database.
+    pub(super) fn owns(&self, path: &Path) -> Result<bool, OutboxError> {
+        let database = file_id(path)?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (file, standing_by) = match std::mem::take(&mut *state) {
-            State::Owner(file) => {
-                *state = State::Owner(file);
-                return Ok(true);
+        if let Some(share) = state.as_ref().filter(|share| share.database == database)
+            && share.itself.is_some()
+        {
+            return Ok(true);
+        }
+        let mut share = match state.take() {
+            Some(share) if share.database == database => share,
+            before => {
+                if before.is_some() {
+                    tracing::warn!(
+                        file = %path.display(),
+                        "the database file was replaced by another one; this relay goes on with that"
+                    );
+                }
+                drop(before);
+                Share::new(path, database)?
             }
-            State::Standby(file) => (file, true),
-            State::New => (open(database()?)?, false),
         };
-        match file.try_lock() {
-            Ok(()) => {
-                if standing_by {
-                    tracing::info!("the other relay on this file is gone; this one works now");
+        let owns = share.try_lock(path);
+        *state = Some(share);
+        owns
+    }
+}
+
+impl Share {
+    fn new(path: &Path, database: FileId) -> Result<Self, OutboxError> {
+        Ok(Self { database, beside: open(path)?, beside_locked: false, itself: None, standing_by: false })
+    }
+
+    fn try_lock(&mut self, path: &Path) -> Result<bool, OutboxError> {
+        if !self.beside_locked {
+            match self.beside.try_lock() {
+                Ok(()) => self.beside_locked = true,
+                Err(TryLockError::WouldBlock) => {
+                    return Ok(self.stand_by("another relay works on this file; standing by"));
                 }
-                *state = State::Owner(file);
-                Ok(true)
-            }
-            Err(TryLockError::WouldBlock) => {
-                if !standing_by {
-                    tracing::info!("another relay works on this file; standing by");
+                Err(TryLockError::Error(source)) => {
+                    return Err(OutboxError::File { operation: "lock the relay's file beside the database", source });
                 }
-                *state = State::Standby(file);
-                Ok(false)
             }
-            Err(TryLockError::Error(error)) => {
-                Err(OutboxError::File { operation: "lock the relay's file beside the database", source: error })
-            }
+        }
+        self.itself = FileLock::try_new(path, self.database)
+            .map_err(|source| OutboxError::File { operation: "lock the database file", source })?;
+        if self.itself.is_none() {
+            return Ok(self.stand_by("another relay works on this file, which has two names; standing by"));
+        }
+        if std::mem::take(&mut self.standing_by) {
+            tracing::info!("the other relay on this file is gone; this one works now");
+        }
+        Ok(true)
+    }
+
+    fn stand_by(&mut self, why: &str) -> bool {
+        if !std::mem::replace(&mut self.standing_by, true) {
+            tracing::info!("{why}");
+        }
+        false
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if self.beside_locked {
+            // Closing would be enough, but for a program that this process is starting: until it runs, it has the file too.
+            drop(self.beside.unlock());
         }
     }
 }
 
-impl Drop for Owner {
-    fn drop(&mut self) {
-        if let State::Owner(file) = self.state.get_mut().unwrap_or_else(PoisonError::into_inner) {
-            // Closing would be enough, but for a program that this process is starting: until it runs, it has the file too.
-            drop(file.unlock());
-        }
-    }
+/// The file that `path` leads to now.
+pub(super) fn file_id(path: &Path) -> Result<FileId, OutboxError> {
+    FileId::of(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => OutboxError::NoFile { file: path.display().to_string() },
+        _ => OutboxError::File { operation: "look at the database file", source },
+    })
 }
 
 /// The lock file of a database, wherever a symbolic link leads.
-fn open(database: PathBuf) -> Result<File, OutboxError> {
-    let opened = database.canonicalize().and_then(|database| {
+fn open(database: &Path) -> Result<File, OutboxError> {
+    let opened = database.canonicalize().and_then(|database: PathBuf| {
         let mut path = database.into_os_string();
         path.push("-relay");
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)

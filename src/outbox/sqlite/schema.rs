@@ -3,6 +3,8 @@
 //! The schema itself tells its version, by the view `relay_schema_version` that every migration replaces: `user_version`
 //! is the application's.
 
+use std::os::unix::fs::MetadataExt;
+
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
@@ -110,8 +112,18 @@ pub async fn check(url: &Secret) -> Vec<Check> {
     if push("database", facts(url, &mut connection).await) | push("schema", fit) {
         return checks;
     }
+    push("names", one_name(url));
     push("writing", require_writable(&mut connection).await.map(|()| "tried, and taken back".to_owned()));
     checks
+}
+
+/// SQLite keeps its journal beside the name that a program used: whoever uses another name does not find it.
+fn one_name(url: &Secret) -> Result<String, OutboxError> {
+    let path = path(url)?;
+    match std::fs::metadata(&path).map(|metadata| metadata.nlink()) {
+        Ok(names) if names > 1 => Err(OutboxError::Names { file: path.display().to_string(), names }),
+        _ => Ok("one".to_owned()),
+    }
 }
 
 async fn facts(url: &Secret, connection: &mut SqliteConnection) -> Result<String, OutboxError> {

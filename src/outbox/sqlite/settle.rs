@@ -108,6 +108,11 @@ impl Settle {
         }
     }
 
+    /// How many events it records.
+    pub(super) fn count(&self) -> i64 {
+        self.count
+    }
+
     /// There is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
         self.count == 0

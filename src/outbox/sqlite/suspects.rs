@@ -36,9 +36,9 @@ impl CrashNotes for SqliteOutbox {
             sqlx::query("insert or ignore into event_relay_run (run_id, worker) values (?1, ?2)")
                 .bind(run.to_string())
                 .bind(&self.config.worker)
-                .execute(&mut connection)
+                .execute(&mut *connection)
                 .await?;
-            sqlx::query_scalar(OTHER_RUNS).bind(run.to_string()).fetch_one(&mut connection).await
+            sqlx::query_scalar(OTHER_RUNS).bind(run.to_string()).fetch_one(&mut *connection).await
         })
         .await
     }
@@ -46,13 +46,13 @@ impl CrashNotes for SqliteOutbox {
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query("delete from event_relay_run where run_id = ?1").bind(run.to_string());
-        answered("note that a relay ends", query.execute(&mut connection)).await.map(drop)
+        answered("note that a relay ends", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let mut connection = self.connect().await?;
         let rows: Vec<(i64, i64, i64, String)> = answered("read what relays died of", async {
-            sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut connection).await
+            sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut *connection).await
         })
         .await?;
         let number = |number: i64| usize::try_from(number).unwrap_or_default();
@@ -66,14 +66,14 @@ impl CrashNotes for SqliteOutbox {
         let mut connection = self.connect().await?;
         let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let query = sqlx::query(SUSPECT).bind(json(events)).bind(run.to_string()).bind(together);
-        answered("note what is about to be published", query.execute(&mut connection)).await.map(drop)
+        answered("note what is about to be published", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = "delete from event_crash_suspect where event_id in (select value from json_each(?1))";
         let query = sqlx::query(query).bind(json(events));
-        answered("note what was published", query.execute(&mut connection)).await.map(drop)
+        answered("note what was published", query.execute(&mut *connection)).await.map(drop)
     }
 }
 

@@ -14,7 +14,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use sqlx::sqlite::SqliteConnection;
 use tokio::sync::Notify;
 
-use crate::outbox::sqlite::{SqliteOutbox, answered, path};
+use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, path};
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
 /// The shortest and the longest time between two questions, and the longest where nobody tells of writes.
@@ -26,7 +26,7 @@ const UNTOLD: Duration = Duration::from_millis(10);
 pub struct SqliteWakeup {
     outbox: SqliteOutbox,
     /// The answers of one connection compare with each other only.
-    asked: Option<(SqliteConnection, i64)>,
+    asked: Option<(Connected, i64)>,
     watch: Option<Watch>,
     /// That nobody tells of writes was said.
     warned: bool,
@@ -74,10 +74,8 @@ impl SqliteWakeup {
 impl Wakeup for SqliteWakeup {
     async fn arm(&mut self) -> Result<Armed, OutboxError> {
         self.watch_files()?;
-        let mut connection = match self.asked.take() {
-            Some((connection, _)) => connection,
-            None => self.outbox.connect().await?,
-        };
+        let connection = self.asked.take().map(|(connection, _)| connection);
+        let mut connection = self.outbox.connect_unless(connection).await?;
         let version = data_version(&mut connection).await?;
         self.asked = Some((connection, version));
         Ok(Armed::Yes)
@@ -89,6 +87,9 @@ impl Wakeup for SqliteWakeup {
         loop {
             // A wait that is cancelled in the middle of a question loses the connection, and with it what it compares with.
             let Some((mut connection, before)) = self.asked.take() else { return Ok(true) };
+            if self.outbox.file().ok() != Some(connection.file) {
+                return Ok(true); // it was replaced, or is gone
+            }
             let version = data_version(&mut connection).await?;
             self.asked = Some((connection, version));
             if version != before {

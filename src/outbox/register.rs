@@ -1,0 +1,413 @@
+//! The register of relays: which of several configurations routes.
+//!
+//! Each relay writes a row when it starts and deletes it when it ends. The configuration of the daemon that started last
+//! routes: only relays of that configuration take events that are not routed yet. The others deliver what is owed to
+//! destinations that it lacks. So an event that is committed after a relay said that it is ready is never routed by an
+//! older configuration.
+//!
+//! - A counter beside the rows is raised after each change has been committed. A claim reads it in the statement that reads
+//!   its events, and looks at the rows where it is not the counter that it knows.
+//! - While all relays have the same configuration, nothing else is written. While there are two, each relay writes its time
+//!   every few seconds.
+//! - The row of a relay that died is deleted by another one. A relay whose row was deleted by mistake writes it anew, with
+//!   the number that it had, so that it does not supersede a newer one.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ring::digest::{SHA256, digest};
+
+use crate::outbox::OutboxError;
+
+/// How often a relay looks at the register while there is one configuration.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// The same while there are several.
+const MIXED_INTERVAL: Duration = Duration::from_secs(1);
+
+/// While there are several configurations, each relay writes its time so often.
+const BEAT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A relay without a session that has not written its time for so long is dead.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// Where a relay has no session by which others know that it lives, this is how long it gets to write its time once another
+/// configuration has come: longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
+const FIRST_BEAT: Duration = Duration::from_secs(20);
+
+/// So many names are written out in a difference.
+const NAMES: usize = 5;
+
+/// What decides where events go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// Each destination's name, and what kind it is and what it publishes to, without addresses and secrets: two relays may
+    /// reach one server by different ways.
+    pub destinations: BTreeMap<String, String>,
+    /// The routes in words, without the values of headers, sorted.
+    pub routes: Vec<String>,
+    /// The same for equal configurations.
+    pub fingerprint: String,
+}
+
+impl Configuration {
+    /// `routes`: each as it is shown, and with all that decides.
+    pub fn new(destinations: BTreeMap<String, String>, mut routes: Vec<(String, String)>) -> Self {
+        routes.sort();
+        routes.dedup();
+        let exact: Vec<&String> = routes.iter().map(|(_, exact)| exact).collect();
+        let text = serde_json::json!([destinations, exact]).to_string();
+        let hash = digest(&SHA256, text.as_bytes());
+        let fingerprint = hash.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Self { destinations, routes: routes.into_iter().map(|(shown, _)| shown).collect(), fingerprint }
+    }
+
+    /// What `other` has otherwise, in words.
+    pub fn difference(&self, other: &Self) -> String {
+        let mut parts = Vec::new();
+        let mut add = |what: &str, names: Vec<String>| {
+            if !names.is_empty() {
+                let more = names.len().saturating_sub(NAMES);
+                let listed = names[..names.len().min(NAMES)].join(", ");
+                parts.push(if more > 0 { format!("{what} {listed} and {more} more") } else { format!("{what} {listed}") });
+            }
+        };
+        let only = |of: &Self, than: &Self| -> Vec<String> {
+            of.destinations.keys().filter(|name| !than.destinations.contains_key(*name)).cloned().collect()
+        };
+        add("destinations only here:", only(self, other));
+        add("destinations only there:", only(other, self));
+        let changed = self.destinations.iter().filter_map(|(name, here)| {
+            let there = other.destinations.get(name).filter(|there| *there != here)?;
+            Some(format!("{name} ({here} here, {there} there)"))
+        });
+        add("destinations that differ:", changed.collect());
+        let routes = |of: &Self, than: &Self| -> Vec<String> {
+            of.routes.iter().filter(|route| !than.routes.contains(route)).cloned().collect()
+        };
+        add("routes only here:", routes(self, other));
+        add("routes only there:", routes(other, self));
+        match (parts.is_empty(), self.fingerprint == other.fingerprint) {
+            (false, _) => parts.join("; "),
+            (true, false) => "the routes differ in the values of headers".to_owned(),
+            (true, true) => "none".to_owned(),
+        }
+    }
+}
+
+/// A row of the register.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    /// A later start has a higher one.
+    pub id: i64,
+    /// Host name and process id.
+    pub worker: String,
+    /// The version of the program.
+    pub version: String,
+    /// It ends when nothing is due: it never supersedes a daemon.
+    pub once: bool,
+    /// Another relay has taken over, because this one left events that were due.
+    pub hung: bool,
+    /// What it publishes by.
+    pub configuration: Configuration,
+    /// Whether its session is there; `None`: it has none, as behind a pooler and on SQLite.
+    pub session: Option<bool>,
+    /// How long ago it registered.
+    pub age: Duration,
+    /// How long ago it wrote its time.
+    pub silent: Duration,
+    /// How long before now it last looked for events, as far as it has written that.
+    pub idle: Duration,
+}
+
+impl Registration {
+    /// Whether it certainly lives.
+    pub fn lives(&self) -> bool {
+        self.session == Some(true) || self.silent < SILENCE
+    }
+
+    /// Whether it is certainly dead. `watched` is how long whoever asks has been registered.
+    fn is_dead(&self, watched: Duration) -> bool {
+        !self.lives() && (self.session.is_some() || watched >= FIRST_BEAT)
+    }
+
+    fn told(&self) -> String {
+        format!("relay {} (version {}, started {} ago)", self.worker, self.version, seconds(self.age))
+    }
+}
+
+/// So many seconds, minutes or hours.
+fn seconds(duration: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(duration.as_secs())).to_string()
+}
+
+/// What a relay may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Its configuration routes.
+    Routes,
+    /// Another one does; this relay delivers what is owed to these destinations, which that one lacks.
+    Superseded {
+        /// Destinations that the routing configuration does not have.
+        left: Arc<[String]>,
+    },
+}
+
+/// The row whose configuration routes: of daemons the one that started last; of runs of `--once` the first.
+fn routing(rows: &[Registration]) -> Option<&Registration> {
+    let daemons = || rows.iter().filter(|row| !row.once);
+    daemons()
+        .filter(|row| !row.hung)
+        .max_by_key(|row| row.id)
+        .or_else(|| daemons().max_by_key(|row| row.id))
+        .or_else(|| rows.iter().min_by_key(|row| row.id))
+}
+
+fn role(rows: &[Registration], mine: &Configuration) -> Role {
+    match routing(rows) {
+        Some(row) if row.configuration.fingerprint != mine.fingerprint => {
+            let theirs = &row.configuration.destinations;
+            let left = mine.destinations.keys().filter(|name| !theirs.contains_key(*name)).cloned().collect();
+            Role::Superseded { left }
+        }
+        _ => Role::Routes,
+    }
+}
+
+/// Where the rows are kept. All of it is rare.
+pub(super) trait Register: Send + Sync {
+    /// Whether one relay works at a time, whatever the register says.
+    const ONE_WORKS: bool;
+
+    /// The number of changes; only to be compared.
+    fn changes(&self) -> impl Future<Output = Result<i64, OutboxError>> + Send;
+
+    /// Says that there was a change. To be called after it has been committed.
+    fn changed(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// All rows.
+    fn rows(&self) -> impl Future<Output = Result<Vec<Registration>, OutboxError>> + Send;
+
+    /// A number above all that were drawn before.
+    fn next_id(&self) -> impl Future<Output = Result<i64, OutboxError>> + Send;
+
+    /// Writes the row of `member`, or writes it anew.
+    fn write(&self, member: &Member) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Writes the time, and how long ago the relay `id` looked for events.
+    fn beat(&self, id: i64, idle: Duration) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Deletes these rows.
+    fn remove(&self, ids: &[i64]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Marks the relay `id` as hung, and returns true, if events are due that are not routed yet.
+    fn depose(&self, id: i64) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+}
+
+/// A relay as it registers itself.
+#[derive(Debug, Clone)]
+pub(super) struct Member {
+    pub(super) id: i64,
+    pub(super) configuration: Arc<Configuration>,
+    pub(super) once: bool,
+}
+
+/// One relay's part in the register.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Membership {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    member: Option<Member>,
+    since: Option<Instant>,
+    /// The changes that `role` takes into account.
+    known: Option<i64>,
+    role: Option<Role>,
+    /// Since when there are several configurations, and the difference to each other one.
+    mixed: Option<(Instant, Vec<String>)>,
+    beaten: Option<Instant>,
+    /// How long ago some lane looked for events, and when that was said.
+    idle: Duration,
+}
+
+impl Membership {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn member(&self) -> Option<Member> {
+        self.state().member.clone()
+    }
+
+    /// The role at this number of changes; `None`: the rows must be looked at. Whoever is not registered routes.
+    pub(super) fn role_at(&self, changes: i64) -> Option<Role> {
+        let state = self.state();
+        match &state.member {
+            None => Some(Role::Routes),
+            Some(_) => state.role.clone().filter(|_| state.known == Some(changes)),
+        }
+    }
+
+    /// The last role that is known.
+    pub(super) fn role(&self) -> Role {
+        self.state().role.clone().unwrap_or(Role::Routes)
+    }
+
+    /// What other configurations there are, if there have been some for so long.
+    pub(super) fn differences(&self, lasting: Duration) -> Vec<String> {
+        match &self.state().mixed {
+            Some((since, differences)) if since.elapsed() >= lasting => differences.clone(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Registers this relay, or registers it once more.
+    pub(super) async fn join(
+        &self,
+        register: &impl Register,
+        configuration: &Arc<Configuration>,
+        once: bool,
+    ) -> Result<(), OutboxError> {
+        let id = match self.member() {
+            Some(member) => member.id,
+            None => register.next_id().await?,
+        };
+        let member = Member { id, configuration: Arc::clone(configuration), once };
+        let dead: Vec<i64> = register
+            .rows()
+            .await?
+            .iter()
+            .filter(|row| row.id != id && row.is_dead(Duration::ZERO))
+            .map(|row| row.id)
+            .collect();
+        register.remove(&dead).await?;
+        register.write(&member).await?;
+        register.changed().await?;
+        {
+            let mut state = self.state();
+            state.member = Some(member);
+            state.since.get_or_insert_with(Instant::now);
+        }
+        self.look(register).await.map(drop)
+    }
+
+    /// Deletes this relay's row.
+    pub(super) async fn leave(&self, register: &impl Register) -> Result<(), OutboxError> {
+        let Some(member) = self.state().member.take() else { return Ok(()) };
+        register.remove(&[member.id]).await?;
+        register.changed().await
+    }
+
+    /// Looks at the rows, writes this relay's anew where it is gone, and takes note of the role.
+    pub(super) async fn look(&self, register: &impl Register) -> Result<Role, OutboxError> {
+        let Some(member) = self.member() else { return Ok(Role::Routes) };
+        // Read before the rows: whatever this number counts, they have.
+        let mut changes = register.changes().await?;
+        let mut rows = register.rows().await?;
+        // A relay that looks does not hang, or no longer.
+        if !rows.iter().any(|row| row.id == member.id && !row.hung) {
+            register.write(&member).await?;
+            register.changed().await?;
+            changes = register.changes().await?;
+            rows = register.rows().await?;
+        }
+        Ok(self.learn::<_>(register, &member, changes, &rows))
+    }
+
+    fn learn<R: Register>(&self, _: &R, member: &Member, changes: i64, rows: &[Registration]) -> Role {
+        let role = if R::ONE_WORKS { Role::Routes } else { role(rows, &member.configuration) };
+        let others = rows.iter().filter(|row| {
+            row.id != member.id && row.lives() && row.configuration.fingerprint != member.configuration.fingerprint
+        });
+        let differences: Vec<String> = others
+            .map(|row| format!("{}: {}", row.told(), member.configuration.difference(&row.configuration)))
+            .collect();
+        let mut state = self.state();
+        let before = state.role.replace(role.clone());
+        state.known = Some(changes);
+        let first = !differences.is_empty() && state.mixed.is_none();
+        let told = differences.join("; ");
+        if differences.is_empty() {
+            state.mixed = None;
+        } else {
+            let since = state.mixed.take().map_or_else(Instant::now, |(since, _)| since);
+            state.mixed = Some((since, differences));
+        }
+        drop(state);
+        match (&role, before) {
+            (Role::Superseded { left }, None | Some(Role::Routes)) => tracing::warn!(
+                difference = told,
+                left = left.join(", "),
+                "another configuration routes new events; this relay delivers only what is owed to the destinations that it lacks"
+            ),
+            (Role::Routes, Some(Role::Superseded { .. })) => {
+                tracing::warn!("the other configuration is gone; this relay routes new events");
+            }
+            _ if first && R::ONE_WORKS => {
+                tracing::warn!(difference = told, "a relay with another configuration uses this file");
+            }
+            _ if first => tracing::warn!(
+                difference = told,
+                "a relay with another configuration is at work; this relay's configuration routes new events"
+            ),
+            _ => {}
+        }
+        role
+    }
+
+    /// Looks at the register from time to time: deletes the dead, takes over from a relay that hangs, and writes the time
+    /// while there are several configurations. `idle` is how long ago this relay looked for events; `patience` how long the
+    /// one that routes may leave some. Returns when to do it next.
+    pub(super) async fn attend(
+        &self,
+        register: &impl Register,
+        idle: Duration,
+        patience: Duration,
+    ) -> Result<Duration, OutboxError> {
+        let Some(member) = self.member() else { return Ok(INTERVAL) };
+        let (known, mixed) = {
+            let state = self.state();
+            (state.known, state.mixed.is_some() || matches!(state.role, Some(Role::Superseded { .. })))
+        };
+        let changes = register.changes().await?;
+        if known == Some(changes) && !mixed {
+            return Ok(INTERVAL);
+        }
+        self.look(register).await?;
+        let rows = register.rows().await?;
+        let watched = self.state().since.map_or(Duration::ZERO, |since| since.elapsed());
+        let dead: Vec<i64> =
+            rows.iter().filter(|row| row.id != member.id && row.is_dead(watched)).map(|row| row.id).collect();
+        if !dead.is_empty() {
+            register.remove(&dead).await?;
+            register.changed().await?;
+            self.look(register).await?;
+        } else if let Some(row) = routing(&rows)
+            && row.id != member.id
+            && row.configuration.fingerprint != member.configuration.fingerprint
+            && !row.hung
+            && !member.once
+            && row.idle > patience
+            && register.depose(row.id).await?
+        {
+            tracing::warn!(
+                worker = row.worker,
+                "the relay that routes leaves events that are due; another configuration takes over"
+            );
+            register.changed().await?;
+            self.look(register).await?;
+        }
+        let others = rows.iter().any(|row| row.configuration.fingerprint != member.configuration.fingerprint);
+        if !others {
+            return Ok(INTERVAL);
+        }
+        if self.state().beaten.is_none_or(|at| at.elapsed() >= BEAT_INTERVAL) {
+            register.beat(member.id, idle).await?;
+            self.state().beaten = Some(Instant::now());
+        }
+        Ok(MIXED_INTERVAL)
+    }
+}
