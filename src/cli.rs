@@ -18,9 +18,17 @@ use tracing_subscriber::prelude::*;
 use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
+use crate::stderr;
+use crate::text::shown;
 
 /// The exit code of a wrong usage or configuration.
 const WRONG_CONFIGURATION: u8 = 2;
+
+/// The longest line that the relay ends with, in characters.
+const MAX_COMPLAINT_CHARS: usize = 4000;
+
+/// The longest message of a panic that is logged, in characters.
+const MAX_PANIC_CHARS: usize = 500;
 
 /// The exit code of `--once` where something due is still undelivered.
 const UNDELIVERED: u8 = 3;
@@ -75,13 +83,15 @@ enum Command {
 pub fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]
     let _armed = crate::failpoint::arm();
-    match dispatch(std::env::args_os().collect()) {
+    let code = match dispatch(std::env::args_os().collect()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("relay: {error:#}");
+            stderr::say(&format!("relay: {}", shown(&format!("{error:#}"), MAX_COMPLAINT_CHARS)));
             if error.is::<ConfigError>() { WRONG_CONFIGURATION.into() } else { ExitCode::FAILURE }
         }
-    }
+    };
+    stderr::flush();
+    code
 }
 
 fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
@@ -156,13 +166,19 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
         .with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)))
         .with_target("sqlx_postgres::options", LevelFilter::OFF);
     let terminal = std::io::stderr().is_terminal();
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal).with_target(false);
+    let layer = tracing_subscriber::fmt::layer().with_writer(|| stderr::Lines).with_ansi(terminal).with_target(false);
     let layer = match settings.log_format {
         LogFormat::Text => layer.boxed(),
         LogFormat::Auto if terminal => layer.boxed(),
         LogFormat::Auto | LogFormat::Json => layer.json().flatten_event(true).boxed(),
     };
     tracing_subscriber::registry().with(layer.with_filter(filter)).init();
+    // The usual hook writes to standard error by itself, and waits for its reader.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let message = panic.payload_as_str().unwrap_or("a value that is no text");
+        tracing::error!(place, "panic: {}", shown(message, MAX_PANIC_CHARS));
+    }));
     Ok(())
 }
 

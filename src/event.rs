@@ -11,6 +11,8 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use crate::text::shown;
+
 pub use new_event::{MAX_EVENT_TYPE_CHARS, NewEvent, NewEventError, RESERVED_HEADERS};
 
 /// Which row of the outbox.
@@ -158,12 +160,11 @@ impl PublishError {
     /// The same of a code.
     const MAX_CODE_CHARS: usize = 100;
 
-    /// An error with code and message cut to what is worth storing.
+    /// An error with code and message escaped, and cut to what is worth storing.
     pub fn new(fault: Fault, code: impl Into<String>, message: impl AsRef<str>) -> Self {
-        // PostgreSQL stores no NUL, and a destination's text is not ours to trust.
-        let clean = |text: &str, length| text.chars().filter(|c| *c != '\0').take(length).collect();
-        let code = clean(&code.into(), Self::MAX_CODE_CHARS);
-        Self { fault, code, message: clean(message.as_ref(), Self::MAX_MESSAGE_CHARS) }
+        // A destination's text is not ours to trust.
+        let code = shown(&code.into(), Self::MAX_CODE_CHARS);
+        Self { fault, code, message: shown(message.as_ref(), Self::MAX_MESSAGE_CHARS) }
     }
 }
 
@@ -294,8 +295,10 @@ mod tests {
 
     #[test]
     fn a_message_is_cut_and_cleaned_before_it_is_stored() {
-        let error = PublishError::new(Fault::Event, "X\0".repeat(600), "é\0".repeat(600));
+        let error = PublishError::new(Fault::Event, "X".repeat(600), "é".repeat(600));
         assert_eq!((error.code, error.message), ("X".repeat(100), "é".repeat(500)));
+        let error = PublishError::new(Fault::Event, "X\n", "é\0");
+        assert_eq!((error.code, error.message), ("X\\n".to_owned(), "é\\u{0}".to_owned()));
     }
 }
 

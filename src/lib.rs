@@ -25,7 +25,8 @@
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
 //! - [`audit`]: whether what arrived is what was emitted.
-//! - [`config`], [`secret`], [`shutdown`], [`cli`]: the program around it.
+//! - [`config`], [`secret`], [`shutdown`], [`cli`], `stderr`: the program around it.
+//! - `text`: what others wrote, as it may stand in a log.
 
 pub mod audit;
 pub mod breaker;
@@ -41,6 +42,8 @@ pub mod route;
 pub mod secret;
 pub mod shutdown;
 pub mod sink;
+mod stderr;
+mod text;
 
 pub use event::{NewEvent, NewEventError};
 pub use outbox::emit::{EmitError, OutboxDatabase, emit};

@@ -7,6 +7,7 @@
 //! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
 //! - `lane`: one loop on one connection.
 //! - `watch`: looking for work, and sleeping while there is none.
+//! - `report`: what is logged of events and of the work.
 //! - `pass`: from a claimed batch to what is settled.
 
 mod caution;
@@ -14,6 +15,7 @@ mod destination;
 mod ending;
 mod lane;
 mod pass;
+mod report;
 mod watch;
 
 use std::sync::Arc;
@@ -29,12 +31,20 @@ use crate::outbox::{Outbox, OutboxError};
 use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
 use crate::sink::Sink;
+use crate::text::shown;
 use caution::Caution;
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
+use report::Report;
 
 /// How often the days of the processing log are looked after.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// How often it is looked whether something is to be logged.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The longest message of a panic that is logged, in characters.
+const MAX_PANIC_CHARS: usize = 500;
 
 /// How the engine works; see the README for the defaults.
 #[derive(Debug, Clone)]
@@ -88,6 +98,7 @@ pub struct Relay<O: Outbox> {
     names: Vec<String>,
     readiness: channel::Sender<Readiness>,
     caution: Caution,
+    report: Arc<Report>,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -99,10 +110,13 @@ impl<O: Outbox> Relay<O> {
         config: RelayConfig,
     ) -> Arc<Self> {
         let names = destinations.iter().map(|(name, _)| name.clone()).collect();
-        let destinations =
-            destinations.into_iter().map(|(name, sink)| Destination::new(name, sink, config.breaker.clone())).collect();
+        let report = Arc::new(Report::new());
+        let destinations = destinations
+            .into_iter()
+            .map(|(name, sink)| Destination::new(name, sink, config.breaker.clone(), Arc::clone(&report)))
+            .collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution: Caution::new() })
+        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution: Caution::new(), report })
     }
 
     /// Follows whether the relay can do its work.
@@ -182,9 +196,14 @@ impl<O: Outbox> Relay<O> {
         let mut result = Ok(());
         let stopping = self.stopping(&shared, &stop);
         tokio::pin!(stopping);
+        let mut report = tokio::time::interval(REPORT_INTERVAL);
         loop {
             let ended = tokio::select! {
                 ended = lanes.join_next() => ended,
+                _ = report.tick() => {
+                    self.report.tick(false);
+                    continue;
+                }
                 given_up = &mut stopping => {
                     if let Some(what) = given_up {
                         return Err(OutboxError::GivenUp { after: self.config.shutdown_timeout, what });
@@ -198,13 +217,17 @@ impl<O: Outbox> Relay<O> {
                 Ok(Err(error)) => result = Err(error),
                 Err(panic) => {
                     self.caution.panicked();
-                    tracing::error!(error = %panic, "a lane panicked; its events are pending again, another lane takes its place");
+                    tracing::error!(
+                        error = shown(&panic.to_string(), MAX_PANIC_CHARS),
+                        "a lane panicked; its events are pending again, another lane takes its place"
+                    );
                     if sleep(Duration::from_secs(1), &stop).await {
                         spawn(&mut lanes);
                     }
                 }
             }
         }
+        self.report.tick(true);
         drop(tokio::time::timeout(ending::IDLE_GRACE, self.caution.end(&self.outbox)).await);
         match (result, self.given_up(&shared)) {
             (Ok(()), what) if !what.is_empty() => {

@@ -3,9 +3,11 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use secrecy::{ExposeSecret, SecretString};
+
+use crate::text;
 
 /// See the module. `Debug` never shows it.
 #[derive(Clone)]
@@ -31,16 +33,21 @@ impl Secret {
             Self::Inline(secret) => Ok(secret.expose_secret().to_owned()),
             Self::File(path) => std::fs::read_to_string(path)
                 .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-                .map_err(|error| io::Error::new(error.kind(), format!("cannot read {}: {error}", path.display()))),
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot read {}: {error}", shown_path(path)))),
         }
     }
+}
+
+/// The path; what may be the secret itself, set where its file was to be named, is hidden.
+fn shown_path(path: &Path) -> String {
+    text::setting(&path.display().to_string()).into_owned()
 }
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Inline(_) => f.write_str("[hidden]"),
-            Self::File(path) => write!(f, "[hidden, from {}]", path.display()),
+            Self::File(path) => write!(f, "[hidden, from {}]", shown_path(path)),
         }
     }
 }

@@ -3,6 +3,8 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::stderr;
+
 /// A token that is cancelled by the first SIGTERM, SIGINT or SIGHUP. `nohup` starts a program with SIGHUP ignored, and so it
 /// stays.
 ///
@@ -31,6 +33,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
                 stopped.cancel();
             } else {
                 tracing::warn!(signal = name, "ended at once; what was in flight is still pending");
+                stderr::flush();
                 std::process::exit(1);
             }
         }

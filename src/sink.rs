@@ -86,6 +86,11 @@ pub trait Sink: Send + Sync {
         Published::of(self.publish(events, deadline).await)
     }
 
+    /// Where it puts this event, as far as the event decides: a stream, a channel, a bus. Empty: it has one place only.
+    fn place(&self, _event: &Event) -> String {
+        String::new()
+    }
+
     /// Tries the destination without publishing; on success says in a few words what is there.
     ///
     /// # Errors

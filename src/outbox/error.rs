@@ -3,6 +3,11 @@
 use std::error::Error;
 use std::time::Duration;
 
+use crate::text::shown;
+
+/// The longest text of one cause, in characters.
+const MAX_CAUSE_CHARS: usize = 1000;
+
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum OutboxError {
@@ -140,10 +145,10 @@ impl OutboxError {
             text.push_str(": ");
             if let Some(database) = cause.downcast_ref::<sqlx::Error>().and_then(sqlx::Error::as_database_error) {
                 // Its own text, without the driver's preamble; never its DETAIL, which may quote a row.
-                text.push_str(database.message());
+                text.push_str(&shown(database.message(), MAX_CAUSE_CHARS));
                 break;
             }
-            text.push_str(&cause.to_string());
+            text.push_str(&shown(&cause.to_string(), MAX_CAUSE_CHARS));
             source = cause.source();
         }
         if let Some(advice) = self.advice() {

@@ -9,7 +9,15 @@ use futures_util::future::BoxFuture;
 use crate::breaker::{Admission, Breaker, BreakerPolicy};
 use crate::event::{Event, Fault, Outcome, PublishError, Term};
 use crate::failpoint::crash_on;
+use crate::relay::report::Report;
 use crate::sink::{Ledger, Published, Sink, Tenure};
+use crate::text::{cut_content, shown};
+
+/// How often it is logged that a destination is still unwell.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The longest name of a place that is logged whole, in characters.
+const MAX_PLACE_CHARS: usize = 200;
 
 pub(super) struct Destination {
     pub(super) name: String,
@@ -17,6 +25,18 @@ pub(super) struct Destination {
     breaker: Mutex<Breaker>,
     in_flight: AtomicUsize,
     given_up: AtomicUsize,
+    /// Since when it is unwell.
+    outage: Mutex<Option<Outage>>,
+    recovery: Duration,
+    report: Arc<Report>,
+}
+
+/// What is told of a destination that is unwell.
+struct Outage {
+    since: Instant,
+    failed_calls: u32,
+    /// When it was logged last that the breaker is open.
+    logged: Option<Instant>,
 }
 
 /// The answers of one publish call.
@@ -36,8 +56,11 @@ impl Answers {
 }
 
 impl Destination {
-    pub(super) fn new(name: String, sink: Arc<dyn Sink>, policy: BreakerPolicy) -> Self {
+    pub(super) fn new(name: String, sink: Arc<dyn Sink>, policy: BreakerPolicy, report: Arc<Report>) -> Self {
         Self {
+            outage: Mutex::default(),
+            recovery: policy.recovery,
+            report,
             name,
             sink,
             breaker: Mutex::new(Breaker::new(policy)),
@@ -79,6 +102,7 @@ impl Destination {
             let error = PublishError::new(Fault::Unknown, "answers_do_not_match", message);
             (outcomes, once_settled) = (vec![Outcome::Failed(error); events.len()], None);
         }
+        cut_content(events, &mut outcomes);
         self.judge_health(&outcomes);
         Answers { outcomes, duration: begun.elapsed(), once_settled }
     }
@@ -121,30 +145,75 @@ impl Destination {
         let now = Instant::now();
         let (name, mut breaker) = (self.name.as_str(), self.breaker());
         if let Some(error) = worst(&[Fault::Misconfigured]) {
-            if breaker.misconfigured(now) {
-                tracing::error!(destination = name, %error, "destination misconfigured, a human must act; its events wait, none is charged");
-            }
+            breaker.misconfigured(now);
+            self.log_outage(
+                error,
+                now,
+                "destination misconfigured, a human must act; its events wait, none is charged",
+            );
         } else if let Some(error) = worst(&[Fault::Destination, Fault::Unknown]) {
             if answered {
                 breaker.strained(now);
                 tracing::debug!(destination = name, %error, "destination took a part only; pausing");
             } else if breaker.failed(now) {
-                tracing::error!(destination = name, %error, "destination down, breaker open; its events wait, none is charged");
+                self.log_outage(error, now, "destination down, breaker open; its events wait, none is charged");
             } else {
-                tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
+                self.outage().get_or_insert(Outage::since(now)).failed_calls += 1;
+                if self.report.admits("calls failed; their events wait, none is charged", name, &error.code) {
+                    tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
+                }
             }
         } else if answered {
-            if breaker.succeeded() {
-                tracing::info!(destination = name, "destination back, breaker closed");
+            let closed = breaker.succeeded();
+            if let (Some(outage), true) = (self.outage().take(), closed) {
+                tracing::info!(
+                    destination = name,
+                    away_s = (now - outage.since).as_secs_f64(),
+                    failed_calls = outage.failed_calls,
+                    "destination back, breaker closed"
+                );
             }
         } else {
             breaker.unused(now);
         }
     }
 
+    /// Logs that the breaker is open: at once, then once a minute.
+    fn log_outage(&self, error: &PublishError, now: Instant, message: &str) {
+        let mut outage = self.outage();
+        let outage = outage.get_or_insert(Outage::since(now));
+        outage.failed_calls += 1;
+        if outage.logged.is_none_or(|logged| now - logged >= REMINDER_INTERVAL) {
+            outage.logged = Some(now);
+            tracing::error!(
+                destination = self.name,
+                since_s = (now - outage.since).as_secs_f64(),
+                failed_calls = outage.failed_calls,
+                next_probe_s = self.recovery.as_secs_f64(),
+                %error,
+                "{message}"
+            );
+        }
+    }
+
+    /// Where it puts this event, for a log.
+    pub(super) fn place(&self, event: &Event) -> String {
+        shown(&self.sink.place(event), MAX_PLACE_CHARS)
+    }
+
+    fn outage(&self) -> MutexGuard<'_, Option<Outage>> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         // A breaker is never left half-changed, so a panic elsewhere does not spoil it.
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Outage {
+    fn since(now: Instant) -> Self {
+        Self { since: now, failed_calls: 0, logged: None }
     }
 }
 

@@ -249,6 +249,9 @@ impl<O: Outbox> Lane<O> {
             let in_store = (claiming.elapsed() - published).as_micros();
             self.shared.store_us.store(u64::try_from(in_store).unwrap_or(u64::MAX), Ordering::SeqCst);
         }
+        // The first event of a batch is its oldest, but for priorities. A wrong clock here concerns this log alone.
+        let oldest = batch.first().map(|claimed| time::OffsetDateTime::now_utc() - claimed.event.created_at);
+        relay.report.settled(tally, oldest.and_then(|age| age.try_into().ok()).unwrap_or_default());
         self.shared.record(tally, false);
         drop(busy);
         Ok(true)

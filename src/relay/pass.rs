@@ -9,9 +9,10 @@ use tokio_util::sync::CancellationToken;
 use crate::event::{Event, Fault, Key, PublishError, Term, Verdict};
 use crate::outbox::{Claimed, Delivery, Outbox};
 use crate::relay::Relay;
-use crate::relay::destination::Answers;
+use crate::relay::destination::{Answers, Destination};
 use crate::route::{Destinations, Unrouted};
 use crate::sink::Ledger;
+use crate::text::shown;
 
 /// A batch split by destination.
 struct Plan<'a> {
@@ -47,7 +48,7 @@ impl<O: Outbox> Relay<O> {
         let (mut deliveries, mut once_settled) = (plan.decided, Vec::new());
         for ((destination, indexes), mut answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
             once_settled.extend(answers.once_settled.take());
-            self.judge(batch, &destination.name, indexes, answers, &mut deliveries);
+            self.judge(batch, destination, indexes, answers, &mut deliveries);
         }
         deliveries.sort_by_key(|(index, _)| *index);
         (deliveries.into_iter().map(|(_, delivery)| delivery).collect(), once_settled)
@@ -65,7 +66,7 @@ impl<O: Outbox> Relay<O> {
                 continue;
             }
             if let Some(defect) = &claimed.defect {
-                tracing::error!(outbox_id = event.row.id, event_id = %event.event_id, error = %defect, "event dead-lettered");
+                self.log_dead_letter(event, None, defect);
                 decide(&event.row.destination, Verdict::DeadLetter { error: defect.clone() });
                 continue;
             }
@@ -93,11 +94,16 @@ impl<O: Outbox> Relay<O> {
         if !owed.is_empty() {
             return self.names.iter().position(|name| name == owed).map(|target| vec![target]).ok_or_else(|| {
                 // Another relay may know it, or the next version of the configuration: nothing is given up.
-                tracing::warn!(
-                    destination = owed,
-                    outbox_id = event.row.id,
-                    "event owed to a destination that is not configured here; it waits"
-                );
+                if self.report.admits("events owed to a destination that is not configured here wait", owed, "") {
+                    let EventText { event_type, key } = EventText::of(event);
+                    tracing::warn!(
+                        destination = owed,
+                        event_type,
+                        key,
+                        outbox_id = event.row.id,
+                        "event owed to a destination that is not configured here; it waits"
+                    );
+                }
                 Verdict::Wait { park: Some(Duration::ZERO) }
             });
         }
@@ -105,22 +111,16 @@ impl<O: Outbox> Relay<O> {
             (Destinations::To(targets), _) => Ok(targets),
             (Destinations::Nowhere, _) => Err(Verdict::Drop { reason: "dropped: its route names no destination" }),
             (Destinations::Unrouted, Unrouted::Drop) => {
-                tracing::info!(
-                    event_type = event.event_type,
-                    outbox_id = event.row.id,
-                    "unrouted event dropped, by setting"
-                );
+                if self.report.admits("events that no route takes were dropped, by setting", "", "unrouted") {
+                    let EventText { event_type, key } = EventText::of(event);
+                    tracing::info!(event_type, key, outbox_id = event.row.id, "unrouted event dropped, by setting");
+                }
                 Err(Verdict::Drop { reason: "unrouted: dropped, by setting" })
             }
             (Destinations::Unrouted, Unrouted::DeadLetter) => {
-                tracing::warn!(
-                    event_type = event.event_type,
-                    outbox_id = event.row.id,
-                    "no route takes this event; dead-lettered"
-                );
-                Err(Verdict::DeadLetter {
-                    error: PublishError::new(Fault::Unfit, "unrouted", "no route takes this event"),
-                })
+                let error = PublishError::new(Fault::Unfit, "unrouted", "no route takes this event");
+                self.log_dead_letter(event, None, &error);
+                Err(Verdict::DeadLetter { error })
             }
         }
     }
@@ -128,7 +128,7 @@ impl<O: Outbox> Relay<O> {
     fn judge<'a>(
         &'a self,
         batch: &'a [Claimed],
-        destination: &'a str,
+        destination: &'a Destination,
         indexes: &[usize],
         answers: Answers,
         deliveries: &mut Vec<(usize, Delivery<'a>)>,
@@ -140,11 +140,11 @@ impl<O: Outbox> Relay<O> {
             let mut verdict = self.config.retry.judge(outcome, event.attempts, fastrand::f64());
             match (&mut verdict, event.key()) {
                 (Verdict::Retry { delay, error }, key) => {
-                    tracing::warn!(destination, outbox_id = event.row.id, event_id = %event.event_id, attempt = event.attempts + 1, %error, "event failed; it will be tried again");
+                    self.log_retry(event, destination, error, *delay);
                     key.map(|key| retried.insert(key, *delay));
                 }
                 (Verdict::DeadLetter { error }, _) => {
-                    tracing::error!(destination, outbox_id = event.row.id, event_id = %event.event_id, attempt = event.attempts + 1, %error, "event dead-lettered");
+                    self.log_dead_letter(event, Some(destination), error);
                 }
                 (Verdict::Wait { park }, key) => {
                     let behind = key.and_then(|key| retried.get(&key).copied());
@@ -154,7 +154,64 @@ impl<O: Outbox> Relay<O> {
                 }
                 (Verdict::Published { .. } | Verdict::Drop { .. }, _) => {}
             }
+            let destination = destination.name.as_str();
             deliveries.push((index, Delivery { event, destination, verdict, duration: answers.duration }));
         }
+    }
+    fn log_retry(&self, event: &Event, destination: &Destination, error: &PublishError, delay: Duration) {
+        let name = destination.name.as_str();
+        if !self.report.admits("events failed; they will be tried again", name, &error.code) {
+            return;
+        }
+        let EventText { event_type, key } = EventText::of(event);
+        tracing::warn!(
+            destination = name,
+            place = destination.place(event),
+            event_type,
+            key,
+            outbox_id = event.row.id,
+            event_id = %event.event_id,
+            attempt = event.attempts + 1,
+            next_try_s = delay.as_secs_f64(),
+            %error,
+            "event failed; it will be tried again"
+        );
+    }
+
+    /// `destination`: none where the event got as far as none.
+    fn log_dead_letter(&self, event: &Event, destination: Option<&Destination>, error: &PublishError) {
+        let name = destination.map_or(event.row.destination.as_str(), |destination| destination.name.as_str());
+        if !self.report.admits("events were dead-lettered", name, &error.code) {
+            return;
+        }
+        let EventText { event_type, key } = EventText::of(event);
+        tracing::error!(
+            destination = name,
+            place = destination.map(|destination| destination.place(event)),
+            event_type,
+            key,
+            outbox_id = event.row.id,
+            event_id = %event.event_id,
+            attempt = destination.map_or(event.attempts, |_| event.attempts + 1),
+            %error,
+            "event dead-lettered"
+        );
+    }
+}
+
+/// What may be told of an event in a log; an application's text, so escaped and bounded.
+struct EventText {
+    event_type: String,
+    /// `None`: it has none.
+    key: Option<String>,
+}
+
+impl EventText {
+    /// The longest key that is logged whole, in characters.
+    const MAX_CHARS: usize = 200;
+
+    fn of(event: &Event) -> Self {
+        let key = event.key().map(|key| shown(&key.to_string(), Self::MAX_CHARS));
+        Self { event_type: shown(&event.event_type, Self::MAX_CHARS), key }
     }
 }

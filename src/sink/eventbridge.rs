@@ -286,6 +286,10 @@ impl Sink for EventBridge {
         rounds.into_outcomes()
     }
 
+    fn place(&self, _: &Event) -> String {
+        self.config.bus.clone()
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         self.describe(Instant::now() + self.config.timeout).await
     }

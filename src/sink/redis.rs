@@ -29,6 +29,7 @@ use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Published, Tenure};
+use crate::text::message_id;
 pub use address::RedisAddress;
 use alone::Suspects;
 use connection::{Connection, slot_of};
@@ -343,7 +344,7 @@ fn outcome(reply: &str, one_key: bool) -> Outcome {
     match reply.strip_prefix('-') {
         Some(error) => Outcome::Failed(server_error(error, one_key)),
         None if reply.is_empty() => Outcome::Held,
-        None => Outcome::Delivered { message_id: Some(reply.to_owned()) },
+        None => Outcome::Delivered { message_id: Some(message_id(reply.to_owned())) },
     }
 }
 

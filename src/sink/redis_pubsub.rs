@@ -67,6 +67,10 @@ impl Sink for RedisPubSub {
         without_ids(self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.messages).await)
     }
 
+    fn place(&self, event: &Event) -> String {
+        self.messages.channel.render(event, &self.messages.source).into_owned()
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         let server = self.redis.check().await?;
         Ok(match self.messages.channel.fixed() {

@@ -99,6 +99,10 @@ impl Sink for RedisStream {
         self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.entries).await
     }
 
+    fn place(&self, event: &Event) -> String {
+        self.entries.stream.render(event, &self.entries.source).into_owned()
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         let server = self.redis.check().await?;
         let Some(stream) = self.entries.stream.fixed() else { return Ok(format!("{server}, streams by template")) };

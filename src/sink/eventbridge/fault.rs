@@ -9,6 +9,7 @@ use aws_sdk_eventbridge::error::{ConnectorError, ProvideErrorMetadata, SdkError}
 use aws_sdk_eventbridge::types::PutEventsResultEntry;
 
 use crate::event::{Fault, Outcome, PublishError};
+use crate::text::message_id;
 
 /// What became of one entry.
 pub(super) fn of_entry(entry: PutEventsResultEntry) -> Outcome {
@@ -17,7 +18,7 @@ pub(super) fn of_entry(entry: PutEventsResultEntry) -> Outcome {
             let message = entry.error_message.unwrap_or_default();
             Outcome::Failed(PublishError::new(classify_entry(&code), code, without_values(&message)))
         }
-        (None, Some(event_id)) => Outcome::Delivered { message_id: Some(event_id) },
+        (None, Some(event_id)) => Outcome::Delivered { message_id: Some(message_id(event_id)) },
         (None, None) => {
             let message = "the entry's answer has neither an EventId nor an ErrorCode";
             Outcome::Failed(PublishError::new(Fault::Unknown, "empty_answer", message))

@@ -1,0 +1,156 @@
+//! What is logged of single events and of the work as a whole: the first few of a kind, then counts.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::event::Tally;
+
+/// How many of a kind are logged each, before they are counted only.
+const FIRST: usize = 5;
+
+/// How often the others are summed up.
+const SUM_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A kind of which nothing came for so long begins anew.
+const FORGET_AFTER: Duration = Duration::from_secs(60);
+
+/// How often the work is summed up.
+const WORK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// More kinds than these are counted as one: a destination chooses its codes.
+const MAX_KINDS: usize = 200;
+
+/// Shared by all who log per event.
+pub(super) struct Report {
+    kinds: Mutex<HashMap<Kind, Seen>>,
+    work: Mutex<Work>,
+}
+
+/// Lines of one kind are alike but for their event.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Kind {
+    what: &'static str,
+    destination: String,
+    code: String,
+}
+
+struct Seen {
+    logged: usize,
+    more: u64,
+    /// When the first of `more` came.
+    since: Instant,
+    last: Instant,
+}
+
+struct Work {
+    since: Instant,
+    tally: Tally,
+    oldest: Duration,
+}
+
+impl Work {
+    fn new() -> Self {
+        Self { since: Instant::now(), tally: Tally::default(), oldest: Duration::ZERO }
+    }
+}
+
+impl Report {
+    pub(super) fn new() -> Self {
+        Self { kinds: Mutex::default(), work: Mutex::new(Work::new()) }
+    }
+
+    /// Whether the line of one more event is to be logged. If not, the event is counted, and the count logged as "9 more `what`".
+    pub(super) fn admits(&self, what: &'static str, destination: &str, code: &str) -> bool {
+        let now = Instant::now();
+        let mut kinds = self.kinds();
+        let mut kind = Kind { what, destination: destination.to_owned(), code: code.to_owned() };
+        if kinds.len() >= MAX_KINDS && !kinds.contains_key(&kind) {
+            kind.code = "various codes".to_owned();
+        }
+        let seen = kinds.entry(kind).or_insert(Seen { logged: 0, more: 0, since: now, last: now });
+        seen.last = now;
+        if seen.logged < FIRST {
+            seen.logged += 1;
+            return true;
+        }
+        if seen.more == 0 {
+            seen.since = now;
+        }
+        seen.more += 1;
+        false
+    }
+
+    /// Adds a batch that was settled; `oldest`: since when its oldest event has been there.
+    pub(super) fn settled(&self, tally: Tally, oldest: Duration) {
+        let mut work = self.work();
+        work.tally.add(tally);
+        work.oldest = work.oldest.max(oldest);
+    }
+
+    /// Logs what is due; `all`: whatever is left, because the relay ends.
+    pub(super) fn tick(&self, all: bool) {
+        let now = Instant::now();
+        let mut sums = Vec::new();
+        self.kinds().retain(|kind, seen| {
+            if seen.more > 0 && (all || now - seen.since >= SUM_INTERVAL) {
+                sums.push((kind.clone(), std::mem::take(&mut seen.more), now - seen.since));
+            }
+            now - seen.last < FORGET_AFTER
+        });
+        for (Kind { what, destination, code }, count, time) in sums {
+            let seconds = time.as_secs();
+            tracing::warn!(destination, code, count, seconds, "{count} more {what}");
+        }
+        let mut work = self.work();
+        if now - work.since < WORK_INTERVAL {
+            return;
+        }
+        let Work { since, tally, oldest } = std::mem::replace(&mut *work, Work::new());
+        drop(work);
+        if tally != Tally::default() {
+            tracing::info!(
+                published = tally.published,
+                retried = tally.retried,
+                dead_lettered = tally.dead_lettered,
+                dropped = tally.dropped,
+                oldest_event_s = oldest.as_secs(),
+                "worked for {} s",
+                (now - since).as_secs()
+            );
+        }
+    }
+
+    fn kinds(&self) -> MutexGuard<'_, HashMap<Kind, Seen>> {
+        self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_of_a_kind_are_logged_and_the_others_counted() {
+        let report = Report::new();
+        let admitted = |code| (0..1000).filter(|_| report.admits("failed", "bus", code)).count();
+        assert_eq!((admitted("A"), admitted("B"), admitted("A")), (FIRST, FIRST, 0));
+        let more: u64 = report.kinds().values().map(|seen| seen.more).sum();
+        assert_eq!(more, 2 * (1000 - FIRST as u64) + FIRST as u64);
+        report.tick(true);
+        assert!(report.kinds().values().all(|seen| seen.more == 0));
+        assert_eq!(admitted("A"), 0, "the storm lasts");
+    }
+
+    #[test]
+    fn codes_without_number_take_no_memory_without_bound() {
+        let report = Report::new();
+        let admitted = (0..10_000).filter(|code| report.admits("failed", "bus", &code.to_string())).count();
+        assert_eq!(admitted, MAX_KINDS + FIRST);
+        assert_eq!(report.kinds().len(), MAX_KINDS + 1);
+    }
+}
