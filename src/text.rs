@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use crate::event::{Event, Outcome};
+use crate::event::{Event, Outcome, PublishError};
 
 /// The shortest run of an event's content that is cut out of a message, in bytes.
 const RUN: usize = 8;
@@ -62,7 +62,7 @@ pub(crate) fn cut_content(events: &[&Event], outcomes: &mut [Outcome]) {
     let mut messages: HashMap<String, String> = HashMap::new();
     for outcome in outcomes.iter() {
         if let Outcome::Failed(error) = outcome
-            && !NOTHING_SENT.contains(&error.code.as_str())
+            && may_echo(error)
         {
             messages.entry(error.message.clone()).or_default();
         }
@@ -83,11 +83,16 @@ pub(crate) fn cut_content(events: &[&Event], outcomes: &mut [Outcome]) {
     }
     for outcome in outcomes {
         if let Outcome::Failed(error) = outcome
+            && may_echo(error)
             && let Some(cut) = messages.get(&error.message)
         {
             error.message.clone_from(cut);
         }
     }
+}
+
+fn may_echo(error: &PublishError) -> bool {
+    !NOTHING_SENT.contains(&error.code.as_str())
 }
 
 /// Every run of [`RUN`] bytes.
@@ -161,8 +166,8 @@ fn is_public(text: &str, events: &[&Event]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Fault;
     use crate::event::testing::keyed;
-    use crate::event::{Fault, PublishError};
 
     #[test]
     fn no_text_can_forge_a_line_or_turn_its_direction() {
