@@ -54,6 +54,8 @@ pub struct Migrated {
     pub known: i32,
     /// The names of the migrations that were applied, in order.
     pub applied: Vec<&'static str>,
+    /// The schema whose functions were made anew, because it was renamed, or because some were moved.
+    pub mended: Option<String>,
 }
 
 /// The schema that a store has.

@@ -10,10 +10,15 @@
 --     grant relay_app to shop;
 --
 -- Creating roles takes CREATEROLE. An owner without it lets an administrator run the three `create role` first.
--- Before PostgreSQL 15 everybody may create objects in the schema public; `revoke create on schema public from public`
--- is what makes "no DDL" true there.
+-- It tells who else may create objects in the schema: before PostgreSQL 15 everybody may in `public`. The relay and its functions
+-- run nothing that others create there, but "no DDL" is not true for the three roles then. `-v revoke_create=1` takes the right
+-- from all but the schema's owner; look first whether applications migrate through it.
 
 begin;
+
+\if :{?revoke_create}
+set local relay.revoke_create = 'on';
+\endif
 
 do $$
 declare
@@ -33,12 +38,24 @@ begin
             execute format('grant usage on schema %s to %I', schema, role);
         end if;
     end loop;
+    for role in
+        select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
+        from pg_namespace n cross join lateral aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
+        where n.oid = schema and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner
+    loop
+        if coalesce(current_setting('relay.revoke_create', true), '') = 'on' then
+            execute format('revoke create on schema %s from %s', schema, role);
+            raise notice 'roles.sql: % may no longer create objects in schema %', role, schema;
+        else
+            raise notice 'roles.sql: % may create objects in schema %; -v revoke_create=1 takes that right away', role, schema;
+        end if;
+    end loop;
 end
 $$;
 
 -- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
-revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary,
-    event_relay_run, event_crash_suspect
+revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
+    event_dead_letter_summary, event_relay_run, event_crash_suspect
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq
     from relay_app, relay_worker, relay_operator;
@@ -46,12 +63,26 @@ revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_e
     event_partition, event_is_valid
     from relay_app, relay_worker, relay_operator;
 
--- Applications add events and see none, their own included: use emit_event where the event_id is wanted, for RETURNING
--- would take SELECT. The columns are what emit_event fills; those of delivery are the relay's.
+-- Applications add events and see nothing of any but these two columns, which tell nobody anything: an ORM that inserts with
+-- RETURNING needs SELECT on what it returns, and would else be given SELECT on all. The columns that may be inserted are what
+-- emit_event fills; those of delivery are the relay's.
+grant select (id, event_id) on event_outbox to relay_app;
 grant insert (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, correlation_id, causation_id,
               schema_version, priority, available_at, status)
     on event_outbox to relay_app;
-grant execute on function emit_event to relay_app, relay_operator;
+do $$
+declare
+    emit_event regprocedure;
+begin
+    for emit_event in
+        select p.oid from pg_proc p join pg_class c on c.relnamespace = p.pronamespace
+        where p.proname = 'emit_event' and c.oid = to_regclass('event_outbox')
+    loop
+        execute format('revoke all on function %s from relay_app, relay_worker, relay_operator', emit_event);
+        execute format('grant execute on function %s to relay_app, relay_operator', emit_event);
+    end loop;
+end
+$$;
 -- Who inserts must be allowed what the table itself calls.
 grant execute on function event_partition, event_is_valid to relay_app, relay_worker, relay_operator;
 
@@ -61,13 +92,14 @@ grant insert on event_processing_log, event_dead_letter, event_history to relay_
 grant select, insert, update, delete on event_relay_run, event_crash_suspect to relay_worker;
 grant select, update on sequence event_outbox_epoch to relay_worker;
 grant select on sequence event_outbox_moves, event_outbox_id_seq to relay_worker;
-grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version
+grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version,
+    relay_schema_needs
     to relay_worker;
 
 -- People look at everything, and put dead letters back.
-grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_dead_letter_summary,
-    event_relay_run, event_crash_suspect
+grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
+    event_dead_letter_summary, event_relay_run, event_crash_suspect
     to relay_operator;
-grant execute on function redrive_dead_letter, relay_schema_version to relay_operator;
+grant execute on function redrive_dead_letter, relay_schema_version, relay_schema_needs to relay_operator;
 
 commit;

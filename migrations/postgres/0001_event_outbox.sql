@@ -2,7 +2,7 @@
 
 create table event_outbox (
     id bigint generated always as identity (cache 1),
-    event_id uuid not null default gen_random_uuid(),
+    event_id uuid not null default pg_catalog.gen_random_uuid(),
     event_type text not null,
     source text not null default '',
     aggregate_type text,
@@ -13,29 +13,29 @@ create table event_outbox (
     causation_id text,
     schema_version integer not null default 1,
     priority smallint not null default 0,
-    available_at timestamptz not null default now(),
+    available_at timestamptz not null default pg_catalog.now(),
     status text not null default 'pending',
     destination text not null default '',
     attempts integer not null default 0,
     last_error text,
     first_failed_at timestamptz,
-    created_at timestamptz not null default now(),
+    created_at timestamptz not null default pg_catalog.now(),
     -- The scheduled rows lie 640 above, so that the pending ones, which every claim reads, stay dense at the left.
     partition smallint not null generated always as ((
         case status when 'scheduled' then 640 else 0 end
         + (9 - priority) * 64
         + (case
-            when aggregate_id is null then uuid_hash_extended(event_id, 0)
-            else hashtextextended(aggregate_id, hashtextextended(coalesce(aggregate_type, ''), 0))
-           end & 63)
+            when aggregate_id is null then pg_catalog.uuid_hash_extended(event_id, 0)
+            else pg_catalog.hashtextextended(aggregate_id, pg_catalog.hashtextextended(coalesce(aggregate_type, ''), 0))
+           end & 63::bigint)
     )::smallint) stored,
     constraint event_outbox_pkey primary key (partition, id, destination),
-    constraint event_type_has_1_to_128_characters check (char_length(event_type) between 1 and 128),
+    constraint event_type_has_1_to_128_characters check (pg_catalog.char_length(event_type) between 1 and 128),
     constraint headers_are_a_flat_string_map check (
         headers = '{}'
         -- Strict: the lax mode looks into arrays, and takes one of strings for a string.
-        or (jsonb_typeof(headers) = 'object'
-            and not jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")'))
+        or (pg_catalog.jsonb_typeof(headers) = 'object'
+            and not pg_catalog.jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")'))
     ),
     constraint headers_take_no_reserved_name check (
         headers = '{}'
@@ -43,7 +43,7 @@ create table event_outbox (
             'sequence', 'partitionkey', 'correlationid', 'causationid', 'schemaversion', 'data', 'data_base64']
     ),
     -- A number of 8 characters, 1e131071, prints as 131,072 digits. No relay could read a payload whose text PostgreSQL cannot make.
-    constraint payload_can_be_printed check (pg_column_size(payload) < 100000 or octet_length(payload::text) > 0),
+    constraint payload_can_be_printed check (pg_catalog.pg_column_size(payload) < 100000 or pg_catalog.octet_length(payload::text) > 0),
     constraint schema_version_starts_at_1 check (schema_version >= 1),
     constraint priority_is_0_to_9 check (priority between 0 and 9),
     constraint status_is_pending_or_scheduled check (status in ('pending', 'scheduled')),
@@ -93,7 +93,7 @@ create index event_outbox_scheduled_idx on event_outbox (destination, available_
 -- The earlier events that a key waits behind. By hash: a key may be longer than an index entry.
 create index event_outbox_waiting_idx on event_outbox (
     destination,
-    hashtextextended(aggregate_id, hashtextextended(coalesce(aggregate_type, ''), 0)),
+    pg_catalog.hashtextextended(aggregate_id, pg_catalog.hashtextextended(coalesce(aggregate_type, ''), 0)),
     id
 ) where status = 'scheduled' and destination <> '' and aggregate_id is not null;
 
@@ -109,7 +109,7 @@ create function emit_event(
     schema_version integer default 1,
     priority integer default 0,
     delay interval default '0',
-    event_id uuid default gen_random_uuid()
+    event_id uuid default pg_catalog.gen_random_uuid()
 ) returns uuid
 language plpgsql as $$
 #variable_conflict use_variable
@@ -117,7 +117,7 @@ begin
     insert into event_outbox (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                               correlation_id, causation_id, schema_version, priority, available_at, status)
     values (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
-            correlation_id, causation_id, schema_version, priority::smallint, now() + delay,
+            correlation_id, causation_id, schema_version, priority::smallint, pg_catalog.now() + delay,
             case when delay > interval '0' then 'scheduled' else 'pending' end);
     return event_id;
 end

@@ -11,7 +11,7 @@ create table event_processing_log (
     error text,
     duration_ms integer not null,
     worker text not null,
-    processed_at timestamptz not null default clock_timestamp(),
+    processed_at timestamptz not null default pg_catalog.clock_timestamp(),
     constraint status_is_known check (status in ('published', 'failed', 'dead_lettered', 'duplicate', 'dropped')),
     constraint error_iff_not_delivered check ((error is not null) = (status in ('failed', 'dead_lettered', 'dropped')))
 ) partition by range (processed_at);
@@ -44,12 +44,12 @@ begin
     if parent not in ('event_processing_log', 'event_history') then
         raise exception 'relay_add_days: % is not a table that relay keeps by day', parent;
     end if;
-    perform pg_advisory_xact_lock(parent::regclass::oid::int, -2);
-    for day in select generate_series(0, days_ahead) + (clock_timestamp() at time zone 'UTC')::date loop
-        name := parent || to_char(day, '_YYYYMMDD');
-        if to_regclass(name) is null then
-            execute format('create table %I (like %I including defaults including constraints including comments)', name, parent);
-            execute format('alter table %I attach partition %I for values from (%L) to (%L)',
+    perform pg_catalog.pg_advisory_xact_lock(parent::regclass::oid::int, -2);
+    for day in select pg_catalog.generate_series(0, days_ahead) + (pg_catalog.clock_timestamp() at time zone 'UTC')::date loop
+        name := parent || pg_catalog.to_char(day, '_YYYYMMDD');
+        if pg_catalog.to_regclass(name) is null then
+            execute pg_catalog.format('create table %I (like %I including defaults including constraints including comments)', name, parent);
+            execute pg_catalog.format('alter table %I attach partition %I for values from (%L) to (%L)',
                            parent, name, day::text || ' 00:00:00+00', (day + 1)::text || ' 00:00:00+00');
             added := added + 1;
         end if;
@@ -75,10 +75,10 @@ begin
         select c.relname
         from pg_inherits i join pg_class c on c.oid = i.inhrelid
         where i.inhparent = parent::regclass and c.relname ~ ('^' || parent || '_\d{8}$')
-          and (to_date(right(c.relname, 8), 'YYYYMMDD') + 1)::timestamp at time zone 'UTC' < clock_timestamp() - retention
+          and (pg_catalog.to_date(pg_catalog."right"(c.relname, 8), 'YYYYMMDD') + 1)::timestamp at time zone 'UTC' < pg_catalog.clock_timestamp() - retention
         order by 1
     loop
-        execute format('drop table %I', name);
+        execute pg_catalog.format('drop table %I', name);
         dropped := dropped + 1;
     end loop;
     return dropped;
@@ -91,8 +91,8 @@ comment on function relay_drop_days is 'Drops the day partitions that ended long
 -- They run with their owner's rights, so that the relay itself needs no DDL: names must not be found in a caller's schema.
 do $$
 begin
-    execute format('alter function relay_add_days(text, integer) set search_path = %I, pg_temp', current_schema());
-    execute format('alter function relay_drop_days(text, interval) set search_path = %I, pg_temp', current_schema());
+    execute pg_catalog.format('alter function relay_add_days(text, integer) set search_path = %I, pg_temp', pg_catalog.current_schema());
+    execute pg_catalog.format('alter function relay_drop_days(text, interval) set search_path = %I, pg_temp', pg_catalog.current_schema());
 end
 $$;
 revoke execute on function relay_add_days, relay_drop_days from public;

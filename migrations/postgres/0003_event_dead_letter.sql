@@ -20,7 +20,7 @@ create table event_dead_letter (
     error_code text not null,
     error text not null,
     first_failed_at timestamptz not null,
-    failed_at timestamptz not null default clock_timestamp(),
+    failed_at timestamptz not null default pg_catalog.clock_timestamp(),
     redriven_at timestamptz,
     constraint attempts_start_at_1 check (attempts >= 1),
     constraint first_failure_is_not_after_last check (first_failed_at <= failed_at)
@@ -56,7 +56,7 @@ language plpgsql security definer as $$
 declare
     dead event_dead_letter;
 begin
-    update event_dead_letter set redriven_at = clock_timestamp()
+    update event_dead_letter set redriven_at = pg_catalog.clock_timestamp()
     where id = dead_letter_id and redriven_at is null
     returning * into dead;
     if not found then
@@ -78,7 +78,7 @@ comment on function redrive_dead_letter is 'Puts a dead letter back as owed to i
 
 do $$
 begin
-    execute format('alter function redrive_dead_letter(bigint) set search_path = %I, pg_temp', current_schema());
+    execute pg_catalog.format('alter function redrive_dead_letter(bigint) set search_path = %I, pg_temp', pg_catalog.current_schema());
 end
 $$;
 revoke execute on function redrive_dead_letter from public;

@@ -15,7 +15,7 @@ create table event_history (
     priority smallint not null,
     created_at timestamptz not null,
     destination text not null,
-    published_at timestamptz not null default clock_timestamp()
+    published_at timestamptz not null default pg_catalog.clock_timestamp()
 ) partition by range (published_at);
 
 comment on table event_history is 'Published events with their payloads, one row per event and destination, in day partitions.';

@@ -8,7 +8,7 @@
 create function event_outbox_wake() returns trigger
 language plpgsql as $$
 begin
-    perform pg_notify('event_outbox', '');
+    perform pg_catalog.pg_notify('event_outbox', '');
     return null;
 end
 $$;
@@ -18,7 +18,7 @@ comment on function event_outbox_wake is 'Wakes the relays that sleep on channel
 create trigger event_outbox_wake
     after insert on event_outbox
     for each statement
-    when (not pg_try_advisory_xact_lock_shared('event_outbox'::regclass::oid::int, -1))
+    when (not pg_catalog.pg_try_advisory_xact_lock_shared('event_outbox'::regclass::oid::int, -1))
     execute function event_outbox_wake();
 
 create or replace function relay_schema_version() returns integer language sql immutable as 'select 5';

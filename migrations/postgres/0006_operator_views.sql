@@ -5,10 +5,10 @@ select
     destination,
     status,
     priority,
-    count(*) as event_count,
-    count(*) filter (where available_at <= now()) as due_count,
-    min(created_at) as oldest_created_at,
-    extract(epoch from now() - min(available_at) filter (where available_at <= now())) as lag_seconds
+    pg_catalog.count(*) as event_count,
+    pg_catalog.count(*) filter (where available_at <= pg_catalog.now()) as due_count,
+    pg_catalog.min(created_at) as oldest_created_at,
+    extract(epoch from pg_catalog.now() - pg_catalog.min(available_at) filter (where available_at <= pg_catalog.now())) as lag_seconds
 from event_outbox
 group by destination, status, priority;
 
@@ -19,10 +19,10 @@ select
     destination,
     event_type,
     error_code,
-    count(*) as event_count,
-    min(failed_at) as first_failed_at,
-    max(failed_at) as last_failed_at,
-    max(error) as sample_error
+    pg_catalog.count(*) as event_count,
+    pg_catalog.min(failed_at) as first_failed_at,
+    pg_catalog.max(failed_at) as last_failed_at,
+    pg_catalog.max(error) as sample_error
 from event_dead_letter
 where redriven_at is null
 group by destination, event_type, error_code;

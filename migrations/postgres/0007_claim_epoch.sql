@@ -11,10 +11,10 @@ comment on sequence event_outbox_epoch is 'Raised by every settle that takes row
 -- Tells this outbox from others that publish to the same place. Copies of a database differ by its oid.
 do $$
 begin
-    execute format(
+    execute pg_catalog.format(
         'create function relay_outbox_id() returns text language sql stable as %L',
-        format('select %L || (select oid from pg_database where datname = current_database())',
-            substr(md5(gen_random_uuid()::text), 1, 12) || '-'));
+        pg_catalog.format('select %L || (select oid::text from pg_catalog.pg_database where datname = pg_catalog.current_database())',
+            pg_catalog.substr(pg_catalog.md5(pg_catalog.gen_random_uuid()::text), 1, 12) || '-'));
 end
 $$;
 
@@ -24,15 +24,15 @@ comment on function relay_outbox_id is 'Tells this outbox from others that publi
 create function relay_epoch_above(floor bigint) returns bigint
 language plpgsql as $$
 declare
-    epoch bigint := nextval('event_outbox_epoch');
+    epoch bigint := pg_catalog.nextval('event_outbox_epoch');
 begin
     if epoch <= floor then
         -- One at a time, or one could take back what another has just set; and so far ahead that those who merely raise it
         -- meanwhile stay below.
-        perform pg_advisory_xact_lock('event_outbox'::regclass::oid::int, 1000000);
-        epoch := nextval('event_outbox_epoch');
+        perform pg_catalog.pg_advisory_xact_lock('event_outbox'::regclass::oid::int, 1000000);
+        epoch := pg_catalog.nextval('event_outbox_epoch');
         if epoch <= floor then
-            epoch := setval('event_outbox_epoch', floor + 1000000);
+            epoch := pg_catalog.setval('event_outbox_epoch', floor + 1000000);
         end if;
     end if;
     return epoch;

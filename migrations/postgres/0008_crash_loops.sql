@@ -7,7 +7,7 @@
 create table event_relay_run (
     run_id uuid not null,
     worker text not null,
-    begun_at timestamptz not null default clock_timestamp(),
+    begun_at timestamptz not null default pg_catalog.clock_timestamp(),
     constraint event_relay_run_pkey primary key (run_id)
 );
 
@@ -20,7 +20,7 @@ create table event_crash_suspect (
     event_id uuid not null,
     run_id uuid not null,
     together integer not null,
-    noted_at timestamptz not null default clock_timestamp(),
+    noted_at timestamptz not null default pg_catalog.clock_timestamp(),
     constraint event_crash_suspect_pkey primary key (event_id, run_id)
 );
 

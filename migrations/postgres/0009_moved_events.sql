@@ -14,7 +14,7 @@ create function event_outbox_moved() returns trigger
 language plpgsql security definer as $$
 begin
     if exists (select from moved where status = 'pending') then
-        perform nextval('event_outbox_moves');
+        perform pg_catalog.nextval('event_outbox_moves');
     end if;
     return null;
 end
@@ -33,7 +33,7 @@ language plpgsql security definer as $$
 declare
     dead event_dead_letter;
 begin
-    update event_dead_letter set redriven_at = clock_timestamp()
+    update event_dead_letter set redriven_at = pg_catalog.clock_timestamp()
     where id = dead_letter_id and redriven_at is null
     returning * into dead;
     if not found then
@@ -47,15 +47,15 @@ begin
     overriding system value
     values (dead.outbox_id, dead.event_id, dead.event_type, dead.source, dead.aggregate_type, dead.aggregate_id, dead.payload,
             dead.headers, dead.correlation_id, dead.causation_id, dead.schema_version, dead.priority, dead.created_at, dead.destination);
-    perform nextval('event_outbox_moves');
+    perform pg_catalog.nextval('event_outbox_moves');
     return dead.event_id;
 end
 $$;
 
 do $$
 begin
-    execute format('alter function event_outbox_moved() set search_path = %I, pg_temp', current_schema());
-    execute format('alter function redrive_dead_letter(bigint) set search_path = %I, pg_temp', current_schema());
+    execute pg_catalog.format('alter function event_outbox_moved() set search_path = %I, pg_temp', pg_catalog.current_schema());
+    execute pg_catalog.format('alter function redrive_dead_letter(bigint) set search_path = %I, pg_temp', pg_catalog.current_schema());
 end
 $$;
 

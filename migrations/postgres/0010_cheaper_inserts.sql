@@ -15,9 +15,9 @@ begin
         case status when 'scheduled' then 640 else 0 end
         + (9 - priority) * 64
         + (case
-            when aggregate_id is null then uuid_hash_extended(event_id, 0)
-            else hashtextextended(aggregate_id, hashtextextended(coalesce(aggregate_type, ''), 0))
-           end & 63)
+            when aggregate_id is null then pg_catalog.uuid_hash_extended(event_id, 0)
+            else pg_catalog.hashtextextended(aggregate_id, pg_catalog.hashtextextended(coalesce(aggregate_type, ''), 0))
+           end & 63::bigint)
     )::smallint;
 end
 $$;
@@ -30,17 +30,17 @@ returns boolean
 language plpgsql immutable parallel safe as $$
 declare
     broken text := case
-        when char_length(event_type) not between 1 and 128 then 'event_type_has_1_to_128_characters'
+        when pg_catalog.char_length(event_type) not between 1 and 128 then 'event_type_has_1_to_128_characters'
         -- Strict: the lax mode looks into arrays, and takes one of strings for a string.
         when headers <> '{}' and (
-            jsonb_typeof(headers) <> 'object' or jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")')
+            pg_catalog.jsonb_typeof(headers) <> 'object' or pg_catalog.jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")')
         ) then 'headers_are_a_flat_string_map'
         when headers <> '{}' and headers ?| array['specversion', 'id', 'source', 'type', 'subject', 'time', 'datacontenttype',
             'dataschema', 'sequence', 'partitionkey', 'correlationid', 'causationid', 'schemaversion', 'data', 'data_base64'
         ] then 'headers_take_no_reserved_name'
         -- A number of 8 characters, 1e131071, prints as 131,072 digits. No relay could read a payload whose text PostgreSQL
         -- cannot make: that fails here.
-        when pg_column_size(payload) >= 100000 and octet_length(payload::text) = 0 then 'payload_can_be_printed'
+        when pg_catalog.pg_column_size(payload) >= 100000 and pg_catalog.octet_length(payload::text) = 0 then 'payload_can_be_printed'
         when schema_version < 1 then 'schema_version_starts_at_1'
         when priority not between 0 and 9 then 'priority_is_0_to_9'
         when status not in ('pending', 'scheduled') then 'status_is_pending_or_scheduled'
@@ -80,8 +80,8 @@ comment on column event_outbox.partition is 'The unit that a relay takes: 64 per
 create or replace function event_outbox_wake() returns trigger
 language plpgsql as $$
 begin
-    if not pg_try_advisory_xact_lock_shared(tg_relid::int, -1) then
-        perform pg_notify('event_outbox', '');
+    if not pg_catalog.pg_try_advisory_xact_lock_shared(tg_relid::int, -1) then
+        perform pg_catalog.pg_notify('event_outbox', '');
     end if;
     return null;
 end

@@ -12,9 +12,12 @@ pub(super) fn migrate(settings: &Settings) -> anyhow::Result<ExitCode> {
     for name in &migrated.applied {
         println!("applied {name}");
     }
+    if let Some(schema) = &migrated.mended {
+        println!("made the functions anew for schema {schema}");
+    }
     let rest = if migrated.to > migrated.known {
         format!("; this relay knows up to {}, and can work with it: nothing to do", migrated.known)
-    } else if migrated.applied.is_empty() {
+    } else if migrated.applied.is_empty() && migrated.mended.is_none() {
         ", nothing to do".to_owned()
     } else {
         String::new()

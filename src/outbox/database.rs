@@ -46,7 +46,7 @@ impl Database {
         let text = url.read().map_err(OutboxError::UrlFile)?;
         let kind = if text.starts_with("sqlite:") { Kind::Sqlite } else { Kind::Postgres };
         match kind {
-            Kind::Postgres => postgres::validate(&url)?,
+            Kind::Postgres => postgres::validate(&url, pooled)?,
             Kind::Sqlite => sqlite::validate(&url, pooled)?,
         }
         Ok(Self { kind, url, pooled })

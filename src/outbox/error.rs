@@ -78,6 +78,12 @@ pub enum OutboxError {
         /// Where they lie.
         schemas: String,
     },
+    /// Tables and functions do not belong together, or are not ours.
+    #[error("the schema cannot be used: {reason}")]
+    SchemaBroken {
+        /// What is wrong, and what to do about it.
+        reason: String,
+    },
     /// A newer relay migrated it, in a way that this one cannot work with.
     #[error(
         "the database has schema version {found}, which needs a relay that knows version {needs}; this relay knows up to {known}: \

@@ -4,7 +4,7 @@
 //! - `take`, `batch`: taking partitions, and reading their rows.
 //! - `bounds`: what lies left of them is dead, and not walked over.
 //! - [`wake`]: sleeping until a producer commits.
-//! - `schema`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
+//! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
@@ -13,6 +13,7 @@ mod batch;
 mod bounds;
 pub mod check;
 pub mod emit;
+mod home;
 pub mod lane;
 pub mod migrate;
 mod schema;
@@ -21,6 +22,7 @@ mod sql;
 mod suspects;
 mod take;
 mod tid;
+mod url;
 pub mod wake;
 
 use std::future::Future;
@@ -29,7 +31,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{ConnectOptions, Connection, Executor};
 
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
@@ -44,6 +46,10 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A relay with nothing to do is idle, and must not lose its connections for it. (PostgreSQL 13 has no such setting.)
+const NO_IDLE_LIMIT: &str = "select pg_catalog.set_config('idle_session_timeout', '0', false)
+                             where pg_catalog.current_setting('idle_session_timeout', true) is not null";
 
 /// The outbox of one database.
 #[derive(Debug, Clone)]
@@ -86,6 +92,9 @@ impl PgOutbox {
             .await?;
         if read_only {
             return Err(check::read_only());
+        }
+        if !self.config.pooled {
+            answered("switch off idle_session_timeout", STATEMENT_TIMEOUT, connection.execute(NO_IDLE_LIMIT)).await?;
         }
         let found = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(&mut connection)).await?;
         if let Some(found) = found {
@@ -175,7 +184,9 @@ impl Outbox for PgOutbox {
 ///
 /// # Errors
 /// Why not.
-pub fn validate(url: &Secret) -> Result<(), OutboxError> {
+pub fn validate(url: &Secret, pooled: bool) -> Result<(), OutboxError> {
+    let text = url.read().map_err(OutboxError::UrlFile)?;
+    url::require_all_taken(&text, pooled).map_err(|reason| OutboxError::Url { reason })?;
     connect_options(url, false).map(drop)
 }
 

@@ -79,7 +79,40 @@ pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
         return checks;
     }
     push("privileges", privileges(&mut connection).await);
+    match creators(&mut connection).await {
+        Ok(None) => {}
+        other => {
+            push("create rights", other.map(Option::unwrap_or_default));
+        }
+    }
     checks
+}
+
+/// Who else may create objects in the schema of the tables. No trouble for the relay, which runs nothing of theirs.
+async fn creators(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
+    let (schema, creators): (String, Option<String>) =
+        answered("look at the rights to create", STATEMENT_TIMEOUT, async {
+            sqlx::query_as(
+                "select n.nspname::text, pg_catalog.string_agg(distinct
+                 case a.grantee when 0::oid then 'everybody' else pg_catalog.pg_get_userbyid(a.grantee)::text end, ', ')
+             from pg_catalog.pg_class c
+             join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+             left join lateral pg_catalog.aclexplode(coalesce(n.nspacl, pg_catalog.acldefault('n', n.nspowner))) a
+                 on a.privilege_type = 'CREATE' and a.grantee <> n.nspowner and a.grantee <> c.relowner
+             where c.oid = pg_catalog.to_regclass('event_outbox')::oid
+             group by n.nspname",
+            )
+            .persistent(false)
+            .fetch_one(connection)
+            .await
+        })
+        .await?;
+    Ok(creators.map(|creators| {
+        format!(
+            "warning: in schema {schema} may create objects besides its owner: {creators}; the relay runs nothing of theirs; \
+             deploy/sql/roles.sql takes that right away with -v revoke_create=1"
+        )
+    }))
 }
 
 async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {

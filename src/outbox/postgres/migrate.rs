@@ -1,14 +1,15 @@
 //! Migrations: bringing a database to the schema of this binary.
 
-use sqlx::Executor;
 use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Executor};
 
+use crate::outbox::postgres::home::Home;
 use crate::outbox::postgres::{connect, connect_options, query_failed, schema};
-use crate::outbox::{Migrated, OutboxError};
+use crate::outbox::{Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 11] = [
+const MIGRATIONS: [(&str, &str); 14] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -20,19 +21,26 @@ const MIGRATIONS: [(&str, &str); 11] = [
     ("0009_moved_events", include_str!("../../../migrations/postgres/0009_moved_events.sql")),
     ("0010_cheaper_inserts", include_str!("../../../migrations/postgres/0010_cheaper_inserts.sql")),
     ("0011_older_relays", include_str!("../../../migrations/postgres/0011_older_relays.sql")),
+    ("0012_pinned_functions", include_str!("../../../migrations/postgres/0012_pinned_functions.sql")),
+    ("0013_blocked_keys", include_str!("../../../migrations/postgres/0013_blocked_keys.sql")),
+    ("0014_emit_event_types", include_str!("../../../migrations/postgres/0014_emit_event_types.sql")),
 ];
 
 /// The schema version this binary needs.
 pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
 
-/// Brings the database at `url` to [`SCHEMA_VERSION`]. Safe to run twice, twice at once, and beside running relays.
+/// What a file says that names the schema in its functions: `relay migrate` runs it again where that is called otherwise by now.
+const RUN_AGAIN: &str = "-- Run again by `relay migrate`";
+
+/// Brings the database at `url` to [`SCHEMA_VERSION`], and its functions to the schema of its tables. Safe to run twice, twice at
+/// once, and beside running relays.
 ///
 /// # Errors
 /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
-    let from = schema::version(&mut connection).await?.found;
-    let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new() };
+    let mut from = None;
+    let mut applied = Vec::new();
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         run(
@@ -40,23 +48,92 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
             "begin; set local lock_timeout = '10s'; select pg_catalog.pg_advisory_xact_lock(7233173, 1)",
         )
         .await?;
-        let version = schema::version(&mut connection).await?;
+        let home = find_home(&mut connection).await?;
+        let version = match &home {
+            Some(home) => schema::version(&mut connection, home).await?,
+            None => SchemaVersion { found: 0, needs: 0 },
+        };
+        let from = *from.get_or_insert(version.found);
         let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {
             drop(version.fits(SCHEMA_VERSION)?);
+            let mended = match home {
+                Some(home) => mend(&mut connection, home, version).await?,
+                None => None,
+            };
             run(&mut connection, "commit").await?;
-            migrated.to = version.found;
-            return Ok(migrated);
+            return Ok(Migrated { from, to: version.found, known: SCHEMA_VERSION, applied, mended });
         };
         run(&mut connection, sql).await?;
         crate::failpoint::hit("migrate_step")?;
         run(&mut connection, "commit").await?;
-        migrated.applied.push(name);
+        applied.push(*name);
     }
+}
+
+/// The schema that has our tables, with its functions, and first on the search path of this transaction: what a migration makes
+/// shall lie there too.
+async fn find_home(connection: &mut PgConnection) -> Result<Option<Home>, OutboxError> {
+    let Some(mut home) = Home::find(connection).await? else { return Ok(None) };
+    if home.left_behind().is_some() {
+        home.gather(connection).await?;
+        home = Home::find(connection).await?.unwrap_or(home);
+    }
+    home.require_ours()?;
+    let path = format!(
+        "select pg_catalog.set_config('search_path', pg_catalog.concat('{}', ', ', pg_catalog.current_setting('search_path')), true)",
+        home.identifier.replace('\'', "''")
+    );
+    run_text(connection, path).await?;
+    Ok(Some(home))
+}
+
+/// Makes the functions anew where they work in another schema than the tables are in, or are gone. Returns that schema.
+async fn mend(
+    connection: &mut PgConnection,
+    home: Home,
+    version: SchemaVersion,
+) -> Result<Option<String>, OutboxError> {
+    home.require_complete()?;
+    let Some(reason) = home.outdated() else { return Ok(None) };
+    let SchemaVersion { found, needs } = version;
+    if found > SCHEMA_VERSION {
+        let reason =
+            format!("{reason}: run `relay migrate` of a relay that knows version {found}, which makes them anew");
+        return Err(OutboxError::SchemaBroken { reason });
+    }
+    for (_, sql) in MIGRATIONS.iter().filter(|(_, sql)| sql.contains(RUN_AGAIN)) {
+        run(connection, sql).await?;
+    }
+    // Each of the files sets the version of its place.
+    let versions = [("relay_schema_version", found), ("relay_schema_needs", needs)].map(|(function, number)| {
+        let home = &home.identifier;
+        format!(
+            "create or replace function {home}.{function}() returns integer language sql immutable as 'select {number}'"
+        )
+    });
+    run_text(connection, versions.join(";")).await?;
+    Ok(Some(home.name))
 }
 
 async fn run(connection: &mut PgConnection, sql: &'static str) -> Result<(), OutboxError> {
     // A migration of a large table may take long, and a half-way stop helps nobody.
-    connection.execute(sql).await.map(drop).map_err(|source| query_failed("migrate", source))
+    connection.execute(sql).await.map(drop).map_err(failed)
+}
+
+async fn run_text(connection: &mut PgConnection, sql: String) -> Result<(), OutboxError> {
+    connection.execute(AssertSqlSafe(sql)).await.map(drop).map_err(failed)
+}
+
+fn failed(source: sqlx::Error) -> OutboxError {
+    let code = source.as_database_error().and_then(|error| error.code().map(|code| code.into_owned()));
+    let advice = match code.as_deref() {
+        Some("42501") => {
+            "the role that migrates must own the tables of relay, and needs `create` on their schema: migrate as their owner, or grant it"
+        }
+        Some("3F000") => "create the schema first, or correct search_path in DATABASE_URL",
+        _ => return query_failed("migrate", source),
+    };
+    OutboxError::Query { operation: "migrate", advice: Some(advice), source }
 }
 
 #[cfg(test)]
@@ -72,6 +149,13 @@ mod tests {
             );
             assert!(sql.contains(&version), "{name} does not set version {}", index + 1);
             assert!(name.starts_with(&format!("{:04}_", index + 1)), "{name} stands at {}", index + 1);
+        }
+    }
+
+    #[test]
+    fn what_names_the_schema_is_run_again_after_a_renaming() {
+        for (name, sql) in MIGRATIONS {
+            assert_eq!(sql.contains("{home}."), sql.contains(RUN_AGAIN), "{name}");
         }
     }
 }

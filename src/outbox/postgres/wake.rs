@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgListener, PgPoolOptions};
 
-use crate::outbox::postgres::{CONNECT_TIMEOUT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options, query_failed};
+use crate::outbox::postgres::{
+    CONNECT_TIMEOUT, NO_IDLE_LIMIT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options, query_failed,
+};
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
 /// A connection of its own that listens, and holds the sleepers' lock.
@@ -29,6 +31,7 @@ impl PgWakeup {
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.eager_reconnect(false);
             listener.listen("event_outbox").await?;
+            sqlx::query(NO_IDLE_LIMIT).execute(&mut listener).await?;
             Ok(listener)
         })
         .await
@@ -36,12 +39,14 @@ impl PgWakeup {
 
     async fn try_arm(&self, listener: &mut PgListener) -> Result<Armed, OutboxError> {
         let (locked, held): (bool, bool) = answered("ask to be woken", STATEMENT_TIMEOUT, async {
-            // The second column is read only where the first is false: an exclusive holder is another sleeper.
+            // The second column is read only where the first is false: an exclusive holder is another sleeper. Where a prepared
+            // transaction (no pid) inserted, it holds the lock for as long as somebody leaves it undecided: that is not awaited
+            // in short steps.
             self.outbox.sql().query_as(
                 "with attempt as materialized (select pg_catalog.pg_try_advisory_lock('{schema}.event_outbox'::regclass::oid::int, -1) as locked)
                  select locked, case when locked then false else exists (
                      select from pg_catalog.pg_locks
-                     where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
+                     where locktype = 'advisory' and (mode = 'ExclusiveLock' or pid is null) and granted
                        and database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
                        and classid = '{schema}.event_outbox'::regclass::oid and objid = ((1::bigint << 32) - 1)::oid and objsubid = 2
                  ) end

@@ -13,7 +13,7 @@ use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 8] = [
+const MIGRATIONS: [(&str, &str); 9] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -22,6 +22,7 @@ const MIGRATIONS: [(&str, &str); 8] = [
     ("0006_claim_epoch", include_str!("../../../migrations/sqlite/0006_claim_epoch.sql")),
     ("0007_crash_loops", include_str!("../../../migrations/sqlite/0007_crash_loops.sql")),
     ("0008_older_relays", include_str!("../../../migrations/sqlite/0008_older_relays.sql")),
+    ("0009_blocked_keys", include_str!("../../../migrations/sqlite/0009_blocked_keys.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -34,7 +35,7 @@ pub const SCHEMA_VERSION: i32 = MIGRATIONS.len() as i32;
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = open_or_create(url).await?;
     let from = version(&mut connection).await?.found;
-    let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new() };
+    let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new(), mended: None };
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         answered("migrate", connection.execute("begin immediate")).await?;

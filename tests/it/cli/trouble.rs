@@ -1,5 +1,7 @@
 //! A database that cannot be used.
 
+use outbox_relay::outbox::postgres::migrate::SCHEMA_VERSION;
+
 use super::{NOWHERE, STDOUT, url_for};
 use crate::binary::{cannot_work, finished};
 use crate::harness::sql;
@@ -35,7 +37,8 @@ fn a_server_that_does_not_speak_postgres_is_told() {
 #[tokio::test]
 async fn missing_tables_are_told() {
     let database = empty_database().await;
-    cannot_work(database.url(), &["schema version 0, this relay needs 10: run `relay migrate`"]);
+    let needed = format!("schema version 0, this relay needs {SCHEMA_VERSION}: run `relay migrate`");
+    cannot_work(database.url(), &[&needed]);
 }
 
 #[tokio::test]

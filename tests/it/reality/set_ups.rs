@@ -1,0 +1,167 @@
+//! Databases as people set them up: each works, or is refused with the cure.
+
+use crate::binary::{Running, cannot_work, finished, relay};
+use crate::harness::{column, count, eventually, sql};
+use crate::servers::{Server, database, database_on, empty_database};
+use crate::stores::Client;
+
+const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
+
+#[tokio::test]
+async fn f76_an_idle_relay_keeps_its_connections_whatever_the_limit_for_idle_sessions() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let known = column(&mut connection, "select name from pg_settings where name = 'idle_session_timeout'").await;
+    if known.is_empty() {
+        return; // PostgreSQL 13 has no such limit.
+    }
+    let name = database.url().rsplit('/').next().unwrap().to_owned();
+    // A session that has begun keeps what held then.
+    sql(&mut connection, format!("alter database {name} set idle_session_timeout = '200ms'")).await;
+    let slow = ("EVENT_OUTBOX_POLLING_INTERVAL", "60000");
+    let mut running = Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT, slow]));
+    running.until_log("\"message\":\"ready\"");
+    // One that listens, and at least one lane: idle for five times as long as the limit.
+    let idle = format!(
+        "pg_stat_activity where datname = '{name}' and application_name = 'relay' and state = 'idle'
+         and state_change < clock_timestamp() - interval '1 s'"
+    );
+    eventually("its connections have been idle for a second", async || count(&mut connection, &idle).await >= 2).await;
+    running.signal("TERM");
+    let ended = running.finish().exited(0);
+    assert!(!ended.stderr.contains("idle-session"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn f76_an_orphaned_prepared_transaction_costs_no_busy_polling() {
+    let server = Server::start("postgres", &["--fast", "--set", "max_prepared_transactions=2"]);
+    let database = database_on(&server).await;
+    let mut connection = database.connect().await;
+    sql(
+        &mut connection,
+        "begin; insert into event_outbox (event_type) values ('undecided'); prepare transaction 'orphan'",
+    )
+    .await;
+    let mut running = Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT]));
+    running.until_log("\"message\":\"ready\"");
+    // Others go on.
+    sql(&mut connection, "insert into event_outbox (event_type) values ('decided')").await;
+    eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    // A relay that waits in short steps makes some fifty statements a second; one that sleeps makes a few.
+    let idle = "pg_stat_activity where application_name = 'relay' and state = 'idle' and state_change < clock_timestamp() - interval '1 s'";
+    let all = "pg_stat_activity where application_name = 'relay'";
+    eventually("all its connections are idle for a second", async || {
+        let all = count(&mut connection, all).await;
+        all >= 2 && count(&mut connection, idle).await == all
+    })
+    .await;
+    // What is decided at last is found by polling.
+    sql(&mut connection, "commit prepared 'orphan'").await;
+    eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    running.signal("TERM");
+    running.finish().exited(0);
+}
+
+#[tokio::test]
+async fn f76_what_a_url_says_to_other_programs_is_refused_with_the_cure() {
+    let database = database().await;
+    let place = database.url();
+    for (url, parts) in [
+        (format!("{place}?schema=shop"), ["schema is another program's way", "options=-csearch_path%3D"]),
+        (format!("{place}?currentSchema=shop"), ["currentSchema", "options=-csearch_path%3D"]),
+        (format!("{place}?pgbouncer=true"), ["pgbouncer", "RELAY_DATABASE_POOLED=true"]),
+        (format!("{place}?connection_limit=1&pool_timeout=2"), ["connection_limit", "pool_timeout"]),
+        (format!("{place}?sslaccept=strict"), ["sslaccept", "sslmode"]),
+        ("postgres://u:hidden@a:5432,b:5432/d".to_owned(), ["several hosts", "primary"]),
+    ] {
+        for args in [&["check"][..], &["--once"], &["migrate"], &["run"]] {
+            let refused = finished(args, &[("DATABASE_URL", &url), STDOUT]).exited(2);
+            let said = refused.complaint();
+            assert!(parts.iter().all(|part| said.contains(part)) && !said.contains("hidden"), "{args:?}: {said}");
+        }
+    }
+    let harmless = format!("{place}?connect_timeout=5&target_session_attrs=read-write");
+    finished(&["check"], &[("DATABASE_URL", &harmless), STDOUT]).exited(0);
+}
+
+#[tokio::test]
+async fn f76_a_migration_that_may_not_create_is_told_what_it_needs() {
+    let database = empty_database().await;
+    let mut connection = database.connect().await;
+    let (_, place) = database.url().rsplit_once('@').unwrap();
+    let (_, name) = place.rsplit_once('/').unwrap();
+    sql(
+        &mut connection,
+        format!("revoke create on schema public from public; create role {name}_app login password 'known'"),
+    )
+    .await;
+    let url = format!("postgres://{name}_app:known@{place}");
+    let refused = finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(1);
+    for part in ["permission denied for schema public", "needs `create` on their schema"] {
+        assert!(refused.complaint().contains(part), "{}", refused.stderr);
+    }
+    cannot_work(&url, &["run `relay migrate`"]);
+    sql(&mut connection, format!("grant create on schema public to {name}_app")).await;
+    finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
+    finished(&["check"], &[("DATABASE_URL", &url), STDOUT]).exited(0);
+
+    let nowhere = format!("{}?options=-csearch_path%3Dnowhere", database.url());
+    let refused = finished(&["migrate"], &[("DATABASE_URL", &nowhere)]).exited(1);
+    assert!(refused.complaint().contains("create the schema first"), "{}", refused.stderr);
+
+    // Who else may create in the schema is told; it is no failure.
+    sql(&mut connection, format!("create role {name}_other; grant create on schema public to {name}_other")).await;
+    let check = finished(&["check"], &[("DATABASE_URL", &url), STDOUT]).exited(0).stdout;
+    let warning =
+        format!("ok    create rights: warning: in schema public may create objects besides its owner: {name}_other;");
+    assert!(check.contains(&warning), "{check}");
+    assert_eq!(connection.number("select count(*) from event_outbox").await, 0);
+}
+
+#[tokio::test]
+async fn f103_emit_event_takes_what_drivers_send_and_says_what_it_does_not_take() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let id = "01234567-89ab-4cde-8f01-23456789abcd";
+    // What a parameter of this type meets; `unknown` is a driver that leaves the type to the server.
+    for (call, key) in [
+        ("emit_event('a')".to_owned(), "null|null"),
+        ("emit_event('a', '{}')".to_owned(), "null|null"),
+        ("emit_event('a', '{}', 'order', '42')".to_owned(), "order|42"),
+        ("emit_event('a', '{}', null, null, 'shop')".to_owned(), "null|null"),
+        ("emit_event('a', aggregate_id => '42')".to_owned(), "null|42"),
+        ("emit_event('a', '{}'::text, 'order', '42')".to_owned(), "order|42"),
+        ("emit_event('a'::varchar, '{}'::varchar, 'order'::varchar, '42'::varchar)".to_owned(), "order|42"),
+        ("emit_event('a', '{}'::json, aggregate_id => '42')".to_owned(), "null|42"),
+        ("emit_event('a', '{}'::jsonb, 'order', '42'::text)".to_owned(), "order|42"),
+        ("emit_event('a', '{}', 'order', 42::smallint)".to_owned(), "order|42"),
+        ("emit_event('a', '{}', aggregate_type => 'order', aggregate_id => 42)".to_owned(), "order|42"),
+        ("emit_event('a', '{}', aggregate_id => 42::bigint, delay => '1 hour', priority => 3)".to_owned(), "null|42"),
+        (format!("emit_event('a', '{{}}', aggregate_type => 'order', aggregate_id => '{id}'::uuid)"), "order|UUID"),
+    ] {
+        sql(&mut connection, format!("delete from event_outbox; select {call}")).await;
+        let found = column(
+            &mut connection,
+            "select concat_ws('|', coalesce(aggregate_type, 'null'), coalesce(aggregate_id, 'null')) from event_outbox",
+        )
+        .await;
+        assert_eq!(found, [key.replace("UUID", id)], "{call}");
+    }
+    for (call, words) in [
+        ("emit_event('a', '{\"a\",\"b\"}')", "invalid input syntax for type json"),
+        ("emit_event('a', '{}', correlation_id => gen_random_uuid())", "function emit_event"),
+        ("emit_event('a', array['b'])", "function emit_event"),
+    ] {
+        let refused = crate::harness::refused(&mut connection, format!("select {call}")).await;
+        assert!(refused.contains(words), "{call}: {refused}");
+    }
+    // An insert takes numbers and UUIDs for a text, and a payload of type json.
+    sql(
+        &mut connection,
+        format!(
+            "insert into event_outbox (event_type, payload, aggregate_id, correlation_id, causation_id)
+             values ('a', '{{}}'::json, 42, '{id}'::uuid, 7::bigint)"
+        ),
+    )
+    .await;
+}
