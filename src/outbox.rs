@@ -35,12 +35,21 @@ pub struct OutboxConfig {
     pub log_retention: Duration,
     /// How long the history is kept.
     pub history_retention: Duration,
-    /// Whether published events are copied to `event_history`.
-    pub history: bool,
+    /// What of the tables is used.
+    pub usage: Usage,
     /// Whether events are published only once their commits are on disk, where the store cannot take that for granted.
     pub ghost_barrier: bool,
     /// Who writes the processing log: host name and process id.
     pub worker: String,
+}
+
+/// What of the tables a relay uses, by its configuration.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// Whether an event may go to more than one destination, and so become several rows.
+    pub several_destinations: bool,
+    /// Whether published events are copied to `event_history`.
+    pub history: bool,
 }
 
 /// What a migration did.

@@ -107,12 +107,17 @@ begin
     loop
         name := parent || pg_catalog.to_char(day, '_YYYYMMDD');
         if pg_catalog.to_regclass(pg_catalog.format('%I.%I', {name}, name)) is null then
-            execute pg_catalog.format(
-                'create table %1$I.%2$I (like %1$I.%3$I including defaults including constraints including comments)',
-                {name}, name, parent);
-            execute pg_catalog.format('alter table %1$I.%3$I attach partition %1$I.%2$I for values from (%4$L) to (%5$L)',
-                                      {name}, name, parent, day::text || ' 00:00:00+00', (day + 1)::text || ' 00:00:00+00');
-            added := added + 1;
+            begin
+                execute pg_catalog.format(
+                    'create table %1$I.%2$I (like %1$I.%3$I including defaults including constraints including comments)',
+                    {name}, name, parent);
+                execute pg_catalog.format('alter table %1$I.%3$I attach partition %1$I.%2$I for values from (%4$L) to (%5$L)',
+                                          {name}, name, parent, day::text || ' 00:00:00+00', (day + 1)::text || ' 00:00:00+00');
+                added := added + 1;
+            exception when check_violation then
+                -- It keeps that day; the others are added all the same.
+                raise warning 'relay_add_days: % is not added, because the default partition has rows of that day', name;
+            end;
         end if;
     end loop;
     return added;

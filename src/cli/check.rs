@@ -9,7 +9,7 @@ use crate::cli::{database, runtime};
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
-use crate::outbox::Check;
+use crate::outbox::{Check, Usage};
 
 /// How long a destination may take to answer: a person waits.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(15);
@@ -22,8 +22,9 @@ pub(super) fn check(
 ) -> anyhow::Result<ExitCode> {
     let database = database(settings)?;
     let (destinations, _) = destinations(settings, file)?;
+    let usage = Usage { several_destinations: destinations.len() > 1, history: settings.history };
     let checks = runtime(1)?.block_on(async {
-        let mut checks = database.check().await;
+        let mut checks = database.check(usage).await;
         for destination in destinations {
             let (name, sink) = destination.open(settings).await;
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {

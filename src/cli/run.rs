@@ -15,7 +15,7 @@ use crate::config::settings::Settings;
 use crate::outbox::database::Kind;
 use crate::outbox::postgres::PgOutbox;
 use crate::outbox::sqlite::SqliteOutbox;
-use crate::outbox::{Outbox, OutboxConfig, OutboxError};
+use crate::outbox::{Outbox, OutboxConfig, OutboxError, Usage};
 use crate::relay::{Readiness, Relay};
 use crate::shutdown;
 use crate::sink::Sink;
@@ -41,7 +41,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         publish_timeout: std::time::Duration::from_millis(settings.publish_timeout),
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
-        history: settings.history,
+        usage: Usage { several_destinations: destinations.len() > 1, history: settings.history },
         ghost_barrier: settings.ghost_barrier,
         worker: worker(),
     };

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use crate::event::NewEvent;
 use crate::outbox::emit::{EmitError, emit};
-use crate::outbox::{Check, Migrated, OutboxError, postgres, sqlite};
+use crate::outbox::{Check, Migrated, OutboxError, Usage, postgres, sqlite};
 use crate::secret::Secret;
 
 /// A database that is not connected yet.
@@ -74,10 +74,10 @@ impl Database {
     }
 
     /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless.
-    pub async fn check(&self) -> Vec<Check> {
+    pub async fn check(&self, usage: Usage) -> Vec<Check> {
         match self.kind {
-            Kind::Postgres => postgres::check::check(&self.url, self.pooled).await,
-            Kind::Sqlite => sqlite::schema::check(&self.url).await,
+            Kind::Postgres => postgres::check::check(&self.url, self.pooled, usage).await,
+            Kind::Sqlite => sqlite::schema::check(&self.url, usage).await,
         }
     }
 

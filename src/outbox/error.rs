@@ -97,6 +97,12 @@ pub enum OutboxError {
         /// The newest migration this binary has.
         known: i32,
     },
+    /// What is published would not be recorded.
+    #[error("the database does not record what is published, so nothing is published: {reason}")]
+    Unrecorded {
+        /// What is swallowed or refused, by whom, and what to do about it.
+        reason: String,
+    },
     /// The relay's role lacks rights.
     #[error("the role lacks: {missing}; deploy/sql/roles.sql has all the relay needs")]
     Privileges {

@@ -3,6 +3,7 @@
 //! - [`lane`]: claim and settle, the hot path.
 //! - `take`, `batch`: taking partitions, and reading their rows.
 //! - `bounds`: what lies left of them is dead, and not walked over.
+//! - `settle`: what is written of a batch; `salvage`: and where that is refused. `proof`: whether all of it can be written.
 //! - [`wake`]: sleeping until a producer commits.
 //! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `suspects`: the notes that end a crash loop.
@@ -16,6 +17,8 @@ pub mod emit;
 mod home;
 pub mod lane;
 pub mod migrate;
+mod proof;
+mod salvage;
 mod schema;
 mod settle;
 mod sql;
@@ -35,6 +38,7 @@ use sqlx::{ConnectOptions, Connection, Executor};
 
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
+use crate::outbox::postgres::salvage::Unrecorded;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::suspects::Aside;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError};
@@ -60,13 +64,15 @@ pub struct PgOutbox {
     bounds: Bounds,
     /// Where the last connection found our tables.
     schema: Arc<Mutex<Schema>>,
+    unrecorded: Unrecorded,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
-        Self { config, id: Arc::default(), aside: Aside::default(), bounds, schema: Arc::default() }
+        let (schema, unrecorded) = Default::default();
+        Self { config, id: Arc::default(), aside: Aside::default(), bounds, schema, unrecorded }
     }
 
     /// One connection to a database that can be written to.
@@ -125,7 +131,7 @@ impl PgOutbox {
     async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         // A week ahead: that long the relay may be without the right or the luck to add more.
         let mut parents = vec!["event_processing_log"];
-        parents.extend(self.config.history.then_some("event_history"));
+        parents.extend(self.config.usage.history.then_some("event_history"));
         for parent in parents {
             answered("add the day partitions ahead", STATEMENT_TIMEOUT, async {
                 self.sql()
@@ -156,12 +162,15 @@ impl Outbox for PgOutbox {
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         drop(schema::require_fit(&mut connection).await?);
-        self.add_days(&mut connection).await
+        self.add_days(&mut connection).await?;
+        self.look_at_additions(&mut connection).await?;
+        self.prove(&mut connection, "begin").await
     }
 
     async fn maintain(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         self.add_days(&mut connection).await?;
+        self.look_at_additions(&mut connection).await?;
         for (parent, retention) in
             [("event_processing_log", self.config.log_retention), ("event_history", self.config.history_retention)]
         {

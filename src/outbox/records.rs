@@ -1,17 +1,26 @@
 //! What a settle writes: verdicts turned into rows of the tables, the same for every store.
 
-use crate::event::{Event, PublishError, RowKey, Verdict};
+use crate::event::{Event, Fault, PublishError, Verdict};
 use crate::outbox::Delivery;
+
+/// With this the last error of a row begins that could not be settled: it waits until somebody acts.
+pub(super) const SETTLE_FAILED: &str = "settle_failed";
+
+/// The word after that code where the event is still owed, and so holds back its key.
+const RETRY: &str = "retry";
 
 /// Everything one settle writes. Of a row that somebody else has taken away or changed meanwhile nothing is recorded.
 #[derive(Default)]
 pub(super) struct Records<'a> {
-    /// The rows that go, because all or part of what they owed is decided.
-    pub(super) rows: Vec<&'a RowKey>,
+    /// The rows that owe nothing any more, and go.
+    pub(super) gone: Vec<&'a Event>,
+    /// The rows that still owe something: changed in place, so that they are never there twice.
+    pub(super) moved: Vec<Owed<'a>>,
+    /// What the rows of `moved` owe besides: a copy for each further destination.
+    pub(super) copies: Vec<Owed<'a>>,
     pub(super) log: Vec<LogEntry<'a>>,
     pub(super) dead_letters: Vec<DeadLetter<'a>>,
     pub(super) history: Vec<Kept<'a>>,
-    pub(super) owed: Vec<Owed<'a>>,
 }
 
 /// A row of the processing log.
@@ -26,7 +35,7 @@ pub(super) struct LogEntry<'a> {
 
 /// A row of the dead letters.
 pub(super) struct DeadLetter<'a> {
-    pub(super) row: &'a RowKey,
+    pub(super) event: &'a Event,
     pub(super) destination: &'a str,
     pub(super) attempts: i32,
     pub(super) error: &'a PublishError,
@@ -34,17 +43,18 @@ pub(super) struct DeadLetter<'a> {
 
 /// A row of the history.
 pub(super) struct Kept<'a> {
-    pub(super) row: &'a RowKey,
+    pub(super) event: &'a Event,
     pub(super) destination: &'a str,
 }
 
 /// A scheduled row of the outbox: what one destination is still owed.
 pub(super) struct Owed<'a> {
-    pub(super) row: &'a RowKey,
+    pub(super) event: &'a Event,
     pub(super) destination: &'a str,
     pub(super) attempts: i32,
-    pub(super) delay_seconds: f64,
-    /// Why it was charged; `None`: it was not, and keeps what it has.
+    /// `None`: until somebody acts.
+    pub(super) delay_seconds: Option<f64>,
+    /// Why it was charged, or cannot be settled; `None`: neither, and the row keeps what it has.
     pub(super) error: Option<String>,
 }
 
@@ -56,39 +66,123 @@ impl<'a> Records<'a> {
             if group.iter().all(|delivery| delivery.verdict == Verdict::Wait { park: None }) {
                 continue;
             }
-            records.rows.push(&group[0].event.row);
-            group.iter().for_each(|delivery| records.record(delivery, history));
+            let owed = group.iter().filter_map(|delivery| records.record(delivery, history)).collect();
+            records.owe(group[0].event, owed);
         }
         records
     }
 
-    fn record(&mut self, delivery: &'a Delivery<'a>, history: bool) {
-        let (row, destination) = (&delivery.event.row, delivery.destination);
+    /// No rows, and so nothing to write.
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows() == 0
+    }
+
+    /// How many rows of the outbox are settled.
+    pub(super) fn rows(&self) -> usize {
+        self.gone.len() + self.moved.len()
+    }
+
+    fn owe(&mut self, event: &'a Event, owed: Vec<Owed<'a>>) {
+        let mut owed = owed.into_iter();
+        match owed.next() {
+            None => self.gone.push(event),
+            Some(first) => self.moved.push(first),
+        }
+        self.copies.extend(owed);
+    }
+
+    /// Returns what is still owed.
+    fn record(&mut self, delivery: &'a Delivery<'a>, history: bool) -> Option<Owed<'a>> {
+        let (event, destination) = (delivery.event, delivery.destination);
         let attempts = delivery.event.attempts.saturating_add(1);
+        let mut owed = None;
         let (status, message_id, error) = match &delivery.verdict {
             Verdict::Published { message_id } => {
                 if history {
-                    self.history.push(Kept { row, destination });
+                    self.history.push(Kept { event, destination });
                 }
                 ("published", message_id.as_deref(), None)
             }
             Verdict::Retry { delay, error } => {
-                let (delay_seconds, error) = (delay.as_secs_f64(), error.to_string());
-                self.owed.push(Owed { row, destination, attempts, delay_seconds, error: Some(error.clone()) });
+                let (delay_seconds, error) = (Some(delay.as_secs_f64()), error.to_string());
+                owed = Some(Owed { event, destination, attempts, delay_seconds, error: Some(error.clone()) });
                 ("failed", None, Some(error))
             }
             Verdict::DeadLetter { error } => {
-                self.dead_letters.push(DeadLetter { row, destination, attempts, error });
+                self.dead_letters.push(DeadLetter { event, destination, attempts, error });
                 ("dead_lettered", None, Some(error.to_string()))
             }
             Verdict::Drop { reason } => ("dropped", None, Some((*reason).to_owned())),
             Verdict::Wait { park } => {
-                let (attempts, delay_seconds) = (delivery.event.attempts, park.unwrap_or_default().as_secs_f64());
-                self.owed.push(Owed { row, destination, attempts, delay_seconds, error: None });
-                return;
+                let delay_seconds = Some(park.unwrap_or_default().as_secs_f64());
+                let attempts = delivery.event.attempts;
+                return Some(Owed { event, destination, attempts, delay_seconds, error: None });
             }
         };
         let duration_ms = i32::try_from(delivery.duration.as_millis()).unwrap_or(i32::MAX);
         self.log.push(LogEntry { event: delivery.event, destination, status, message_id, error, duration_ms });
+        owed
     }
+
+    /// These records, of one event, could not be settled because of `reason`. What became of the event is to stand in its
+    /// row instead, or in one for each destination, until somebody acts: none of it is published again before that.
+    pub(super) fn parked(&self, reason: &str) -> Self {
+        let done = self.log.iter().filter(|entry| entry.status != "failed").map(|entry| Owed {
+            event: entry.event,
+            destination: entry.destination,
+            attempts: entry.event.attempts,
+            delay_seconds: None,
+            error: Some(parked_error(entry.status, entry.error.as_deref(), reason)),
+        });
+        let owed = self.moved.iter().chain(&self.copies).map(|owed| {
+            let Owed { event, destination, attempts, delay_seconds, .. } = *owed;
+            let error = owed.error.as_deref().map(|error| parked_error("failed", Some(error), reason));
+            let delay_seconds = if error.is_some() { None } else { delay_seconds };
+            Owed { event, destination, attempts, delay_seconds, error }
+        });
+        let all: Vec<_> = done.chain(owed).collect();
+        let mut records = Self::default();
+        if let Some(event) = self.gone.first().copied().or_else(|| self.moved.first().map(|owed| owed.event)) {
+            records.owe(event, all);
+        }
+        records
+    }
+
+    /// The same in the one row that there is, for where no copies can be made.
+    pub(super) fn parked_whole(&self, reason: &str) -> Self {
+        let delivered = self.log.iter().filter(|entry| entry.status == "published");
+        let delivered: Vec<&str> = delivered.map(|entry| entry.destination).collect();
+        let error = Some(parked_whole_error(&delivered, reason));
+        let mut records = Self::default();
+        let event = self.gone.first().copied().or_else(|| self.moved.first().map(|owed| owed.event));
+        if let Some(event) = event {
+            let (destination, attempts) = (event.row.destination.as_str(), event.attempts);
+            records.moved.push(Owed { event, destination, attempts, delay_seconds: None, error });
+        }
+        records
+    }
+}
+
+/// What became of a delivery, by its status in the log, and why that cannot be recorded. One that is to be tried again holds
+/// back its key, which is told by the word after the code.
+pub(super) fn parked_error(status: &str, error: Option<&str>, reason: &str) -> String {
+    let what = match status {
+        "published" => "delivered",
+        "dropped" => "dropped",
+        "dead_lettered" => "given up",
+        _ => RETRY,
+    };
+    let error = error.map(|error| format!("; {error}")).unwrap_or_default();
+    bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}{error}"))
+}
+
+/// The same of a row that stands for all its destinations.
+pub(super) fn parked_whole_error(delivered: &[&str], reason: &str) -> String {
+    let what = if delivered.is_empty() { RETRY.to_owned() } else { format!("delivered to {}", delivered.join(", ")) };
+    bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}"))
+}
+
+/// Cut to what is stored of a message, and without what a database refuses.
+fn bounded(text: &str) -> String {
+    PublishError::new(Fault::Event, "", text).message
 }

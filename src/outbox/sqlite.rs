@@ -1,6 +1,7 @@
 //! The outbox in one SQLite file, shared with the application that owns it.
 //!
 //! - `owner`: of several relays on one file, one works; `identity`: which file it is, whatever its name.
+//! - `proof`: whether the file records, and events that it does not take.
 //! - [`lane`]: claim and settle, the hot path; `traffic`: staying out of the application's way.
 //! - [`wake`]: sleeping until the application commits.
 //! - [`schema`]: migrations, and whether a file fits.
@@ -13,6 +14,7 @@ pub mod emit;
 mod identity;
 pub mod lane;
 mod owner;
+mod proof;
 mod retention;
 mod row;
 pub mod schema;
@@ -141,7 +143,7 @@ impl Outbox for SqliteOutbox {
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         drop(schema::require_fit(&mut connection).await?);
-        schema::require_writable(&mut connection).await
+        proof::prove(&mut connection, &self.config.worker, self.config.usage).await.map(drop)
     }
 
     async fn maintain(&self) -> Result<(), OutboxError> {

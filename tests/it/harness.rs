@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
-use outbox_relay::outbox::OutboxConfig;
-use outbox_relay::outbox::OutboxError;
+use outbox_relay::outbox::{OutboxConfig, OutboxError, Usage};
 use outbox_relay::relay::{Drained, Readiness, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
@@ -39,7 +38,7 @@ impl<S: Store> Setup<S> {
                 publish_timeout: Duration::from_secs(10),
                 log_retention: Duration::from_secs(7 * 86400),
                 history_retention: Duration::from_secs(30 * 86400),
-                history: false,
+                usage: Usage { several_destinations: sinks.len() > 1, history: false },
                 ghost_barrier: false,
                 worker: "test:1".to_owned(),
             },
@@ -104,6 +103,14 @@ impl Running {
         let told = |now: &Readiness| matches!(now, Readiness::NotReady(reason) if reason.contains(words));
         let waited = tokio::time::timeout(Duration::from_secs(60), self.readiness.wait_for(told)).await;
         assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.readiness.borrow());
+    }
+
+    /// Waits until it can do its work.
+    pub(crate) async fn until_ready(&mut self) {
+        let waited =
+            tokio::time::timeout(Duration::from_secs(60), self.readiness.wait_for(|now| *now == Readiness::Ready))
+                .await;
+        assert!(waited.is_ok_and(|told| told.is_ok()), "not ready; now it is {:?}", *self.readiness.borrow());
     }
 
     /// Begins to stop it.

@@ -1,9 +1,13 @@
 //! What applications, operators, servers and platforms really do, and what the relay makes of it.
 
+mod additions;
+mod days;
 mod file;
 mod hostile;
+mod identity;
 mod pinned;
 mod process;
 mod set_ups;
+mod settle;
 mod versions;
 mod views;

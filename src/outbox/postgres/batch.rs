@@ -22,8 +22,8 @@ use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 ///
 /// `$1` partitions; of each of them at most `$2` events, so that nothing need be sorted; `$3` the largest payload to give, by
 /// its size; `$4` destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per row only
-/// where anything waits at all. Of times, those that no calendar has are null: a driver panics at them; and `infinity` cannot
-/// be subtracted from.
+/// where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what
+/// holds up its key may wait for a person, who lets it go earlier.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
        case when o.size <= $3 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
@@ -34,7 +34,7 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
            cross join lateral (
                select (extract(epoch from
-                          least(greatest(w.available_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp() + interval '1 year')
+                          least(greatest(w.available_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp() + interval '10 minutes')
                           - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000)::bigint as remaining_ms
                from {schema}.event_outbox w
                where w.status = 'scheduled' and w.destination <> '' and w.destination = d.destination
@@ -44,6 +44,8 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                  and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
                  and w.partition = o.partition + 640
                  and w.id < o.id
+                 and (w.last_error is null or not pg_catalog.starts_with(w.last_error, 'settle_failed: ')
+                      or pg_catalog.starts_with(w.last_error, 'settle_failed: retry'))
                order by w.id
                limit 1
            ) head

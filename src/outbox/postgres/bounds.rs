@@ -9,6 +9,8 @@
 //! - A row that a claim did not read, or a settle left where it was, lies above the bound that they lead to.
 //! - A row that is moved into a partition, or put back, has an old id. Whoever does that raises `event_outbox_moves`, see
 //!   `migrations/postgres/0009_moved_events.sql`, and a claim that reads another number than the last one forgets all bounds.
+//! - Where ids go back, by a truncated table, a sequence that was set back or a table that was restored, the next question
+//!   tells, and all bounds are forgotten. A relay that finds nothing asks each time.
 //! - A row that somebody inserts with an id of their own announces itself by nothing. So it is searched for below all bounds
 //!   once a minute, or in a hundredth of the time where it takes longer to walk over what is dead there.
 //!
@@ -51,6 +53,8 @@ struct State {
     /// How many of them when the horizon was drawn.
     within: usize,
     asked: Option<Instant>,
+    /// That of the ids that all this is about; empty where it is not known yet.
+    life: String,
 }
 
 /// What a claim goes by.
@@ -69,8 +73,17 @@ pub(super) struct Known {
 /// The last id drawn, and then the transactions that might have drawn it or one before.
 #[derive(Debug)]
 pub(super) struct Writers {
-    pub(super) last_id: i64,
+    pub(super) drawn: Drawn,
     pub(super) transactions: Vec<String>,
+}
+
+/// How far ids have come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Drawn {
+    /// The last id that was drawn; 0 where none was.
+    pub(super) last_id: i64,
+    /// Tells the ids of one table and sequence from those of the ones that came in their place.
+    pub(super) life: String,
 }
 
 /// What a claim has read; if all of it is deleted, bounds follow.
@@ -132,6 +145,11 @@ impl Bounds {
         state.known.clone()
     }
 
+    /// Takes note of how far ids have come. Returns whether these are other ids than before, so that all bounds were forgotten.
+    pub(super) fn drew(&self, drawn: &Drawn) -> bool {
+        self.state().drew(drawn)
+    }
+
     /// `deleted` rows of a reading are gone, by a transaction that has committed.
     pub(super) fn settled(&self, reading: Option<Reading>, deleted: usize) {
         let mut state = self.state();
@@ -187,7 +205,9 @@ impl Bounds {
 
     /// A connection is new: its server may be another, in which ids start lower.
     pub(super) fn forget(&self) {
-        self.state().forget(0);
+        let mut state = self.state();
+        state.forget(0);
+        state.life.clear();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -217,18 +237,28 @@ impl State {
         }
     }
 
+    fn drew(&mut self, drawn: &Drawn) -> bool {
+        let restarted = self.known.horizon.is_some_and(|horizon| horizon > drawn.last_id);
+        let of_another_life = self.life != drawn.life && !self.life.is_empty();
+        if self.life != drawn.life {
+            self.life.clone_from(&drawn.life);
+        }
+        if restarted || of_another_life {
+            self.forget(self.known.moves);
+        }
+        restarted || of_another_life
+    }
+
     fn wrote(&mut self, writers: Writers) {
         self.asked = Some(Instant::now());
-        if self.known.horizon.is_some_and(|horizon| horizon > writers.last_id) {
-            self.forget(self.known.moves); // the ids were restarted
-        }
+        self.drew(&writers.drawn);
         // A transaction that is prepared for a two-phase commit keeps its locks under another name, `-1/...`.
         let lasts = |name: &String, before: &Writers| name.starts_with("-1/") || before.transactions.contains(name);
         match &self.next {
             Some((before, _)) if writers.transactions.iter().any(|name| lasts(name, before)) => {}
             before => {
                 if let Some((before, settled)) = before {
-                    self.known.horizon = Some(before.last_id);
+                    self.known.horizon = Some(before.drawn.last_id);
                     self.within = *settled;
                 }
                 self.next = Some((writers, self.settled));
@@ -242,7 +272,12 @@ mod tests {
     use super::*;
 
     fn writers(last_id: i64, transactions: &[&str]) -> Writers {
-        Writers { last_id, transactions: transactions.iter().map(ToString::to_string).collect() }
+        writers_of("1", last_id, transactions)
+    }
+
+    fn writers_of(life: &str, last_id: i64, transactions: &[&str]) -> Writers {
+        let drawn = Drawn { last_id, life: life.to_owned() };
+        Writers { drawn, transactions: transactions.iter().map(ToString::to_string).collect() }
     }
 
     /// Bounds with a horizon, and one partition with a bound at it.
@@ -348,6 +383,19 @@ mod tests {
         assert!(bounds.known().1, "the horizon is to be asked for again");
         bounds.settled(Some(read), 5);
         assert_eq!(bounds.known().0.bounds_of(&[7, 8]), [i64::MIN; 2]);
+    }
+
+    #[test]
+    fn ids_of_another_life_end_bounds() {
+        let bounds = settled();
+        assert!(!bounds.drew(&writers(300, &[]).drawn));
+        assert_eq!(bounds.known().0.bounds_of(&[7]), [100]);
+        assert!(bounds.drew(&writers_of("2", 300, &[]).drawn), "the table is another");
+        assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
+        let bounds = settled();
+        assert!(bounds.drew(&writers(99, &[]).drawn), "the sequence was set back");
+        assert!(!bounds.drew(&writers(99, &[]).drawn), "once");
+        assert_eq!((bounds.known().0.bounds_of(&[7]), bounds.known().0.horizon), (vec![i64::MIN], None));
     }
 
     #[test]

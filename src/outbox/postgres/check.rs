@@ -4,8 +4,8 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, schema};
-use crate::outbox::{Check, OutboxError};
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, proof, schema};
+use crate::outbox::{Check, OutboxError, Usage};
 use crate::secret::Secret;
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
@@ -33,8 +33,8 @@ const PRIVILEGES: [(&str, &str); 14] = [
         "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_epoch', 'select') and pg_catalog.has_sequence_privilege('{schema}.event_outbox_epoch', 'update')",
     ),
     (
-        "select on event_outbox_moves and event_outbox_id_seq",
-        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_moves', 'select') and pg_catalog.has_sequence_privilege('{schema}.event_outbox_id_seq', 'select')",
+        "select on event_outbox_moves and on the sequence of event_outbox.id",
+        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_moves', 'select') and pg_catalog.has_sequence_privilege(pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id'), 'select')",
     ),
     (
         "select, insert, update and delete on event_relay_run",
@@ -60,7 +60,7 @@ const PRIVILEGES: [(&str, &str); 14] = [
 ];
 
 /// Tries the database at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
-pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
+pub async fn check(url: &Secret, pooled: bool, usage: Usage) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
         let failed = result.is_err();
@@ -78,7 +78,9 @@ pub async fn check(url: &Secret, pooled: bool) -> Vec<Check> {
     if push("database", server) | push("schema", schema::require_fit(&mut connection).await) {
         return checks;
     }
-    push("privileges", privileges(&mut connection).await);
+    if !push("privileges", privileges(&mut connection).await) {
+        push("recording", proof::check(&mut connection, usage).await);
+    }
     match creators(&mut connection).await {
         Ok(None) => {}
         other => {

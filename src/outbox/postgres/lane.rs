@@ -14,8 +14,10 @@ use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
 use crate::outbox::postgres::batch::{self, Given};
 use crate::outbox::postgres::bounds::{Known, Reading};
+use crate::outbox::postgres::proof::is_content;
+use crate::outbox::postgres::salvage::SAVEPOINT;
 use crate::outbox::postgres::settle::Settle;
-use crate::outbox::postgres::take::{self, PARTITIONS, Ranges};
+use crate::outbox::postgres::take::{self, PARTITIONS, Peeked, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxConfig, OutboxError, Peek, Promoted};
@@ -51,7 +53,7 @@ with due as materialized (
     update {schema}.event_outbox o set status = 'pending' from due where o.ctid = due.row
     returning 1
 )
-select (select pg_catalog.count(*) from promoted), (
+select (select pg_catalog.count(*) from promoted), (select pg_catalog.count(*) from due), (
     select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
             operator(pg_catalog.*) 1000)::bigint
     from pg_catalog.unnest($1::text[]) d(destination)
@@ -64,19 +66,6 @@ select (select pg_catalog.count(*) from promoted), (
 
 const HAS_OWED: &str =
     "select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')";
-
-/// Writes as a settle does and takes it back: room for a row, the right to insert, today's partition, and a commit
-/// that reaches the disk because the transaction has an id. Of the other tables it asks for locks and rights only.
-const PROVE_WRITABLE: &str = "
-begin;
-savepoint before_proof;
-delete from {schema}.event_outbox where false;
-insert into {schema}.event_outbox (event_type) select '' where false;
-insert into {schema}.event_dead_letter (event_type) select '' where false;
-insert into {schema}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
-values (pg_catalog.gen_random_uuid(), 0, 'proof', '', 'published', 1, 0, '');
-rollback to savepoint before_proof;
-commit";
 
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
 /// takes longer is not repeated for a hundred times as long.
@@ -138,13 +127,8 @@ impl PgLane {
             Some(connection) => connection,
             None => self.outbox.connect().await?,
         };
-        if self.unproven {
-            answered(
-                "prove that the database takes writes again",
-                STATEMENT_TIMEOUT,
-                connection.execute(self.outbox.sql().schema.fill(PROVE_WRITABLE)),
-            )
-            .await?;
+        if self.unproven || self.outbox.unrecorded.is_set() {
+            self.outbox.prove(&mut connection, &self.begin).await?;
             self.unproven = false;
         }
         Ok(connection)
@@ -161,9 +145,9 @@ impl PgLane {
         let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
         let (taken, mut known) = self.take(connection, most).await?;
         let Some(&last) = taken.last() else {
-            let pending = take::any(connection, sql, Ranges::all(&known.bounds)).await?;
+            let (pending, drawn) = take::any(connection, sql, Ranges::all(&known.bounds)).await?;
             connection.execute("commit").await?;
-            if pending {
+            if self.outbox.bounds.drew(&drawn) || pending {
                 return Ok(Claim::Busy);
             }
             self.outbox.bounds.empty(&known);
@@ -248,34 +232,50 @@ impl PgLane {
         }
     }
 
+    /// Writes all of it and commits; after an error nothing is written. Where what is written may be refused, the claim is
+    /// kept then.
     async fn try_settle(
         &mut self,
         connection: &mut PgConnection,
         deliveries: &[Delivery<'_>],
     ) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
-        let records = Records::new(deliveries, config.history);
-        let mut settle = Settle { connection, sql: self.outbox.sql(), worker: &config.worker };
-        let gone = settle.write(&records).await?;
-        if gone != records.rows.len() {
+        let records = Records::new(deliveries, config.usage.history);
+        if !records.is_empty() && self.outbox.unrecorded.is_wary() {
+            connection.execute(SAVEPOINT).await?;
+        }
+        let settled = Settle::new(connection, self.outbox.sql(), &config.worker).write(&records).await?;
+        if settled != records.rows() {
             tracing::warn!(
-                expected = records.rows.len(),
-                gone,
+                expected = records.rows(),
+                gone = settled,
                 "someone else deleted rows of event_outbox while they were being published"
             );
         }
         hit("before_commit").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
         connection.execute("commit").await?;
-        self.outbox.bounds.settled(self.reading.take(), gone);
+        self.outbox.bounds.settled(self.reading.take(), settled);
         hit("committed").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))
     }
 }
 
 impl Lane for PgLane {
     async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
+        if self.outbox.unrecorded.is_salvaging() {
+            return Ok(Claim::Busy);
+        }
         let mut connection = self.ready().await?;
         let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await?;
         hit("claimed")?;
+        if matches!(claim, Claim::Batch { .. })
+            && (self.outbox.unrecorded.is_salvaging() || self.outbox.unrecorded.is_set())
+        {
+            // It may be what a lane that lost its claim to a refused settle has published, and is about to take again.
+            self.reading = None;
+            answered("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
+            self.connection = Some(connection);
+            return Ok(Claim::Busy);
+        }
         if self.outbox.config.ghost_barrier
             && matches!(claim, Claim::Batch { .. })
             && !answered("look whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
@@ -313,7 +313,18 @@ impl Lane for PgLane {
         hit("before_settle")?;
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
-        answered("settle", 2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await?;
+        let wary = self.outbox.unrecorded.is_wary();
+        let settled = tokio::time::timeout(2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await;
+        match settled {
+            Err(_) => return Err(OutboxError::TimedOut { operation: "settle", after: 2 * STATEMENT_TIMEOUT }),
+            Ok(Ok(())) => {}
+            Ok(Err(error)) if is_content(&error) => {
+                self.reading = None;
+                let _salvaging = self.outbox.unrecorded.salvaging();
+                self.outbox.salvage(&mut connection, &self.begin, wary, deliveries, error).await?;
+            }
+            Ok(Err(error)) => return Err(query_failed("settle", error)),
+        }
         self.unproven = false;
         self.connection = Some(connection);
         Ok(())
@@ -322,21 +333,27 @@ impl Lane for PgLane {
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let (count, next_due_ms): (i64, Option<i64>) = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
-            // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
-            connection.execute(AssertSqlSafe(self.begin.clone())).await?;
-            let promoted = self
-                .outbox
-                .sql()
-                .query_as(PROMOTE)
-                .bind(destinations)
-                .bind(to_i64(max_events))
-                .fetch_one(&mut connection)
-                .await?;
-            connection.execute("commit").await?;
-            Ok(promoted)
-        })
-        .await?;
+        let (count, due, next_due_ms): (i64, i64, Option<i64>) =
+            answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+                // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
+                connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+                let promoted = self
+                    .outbox
+                    .sql()
+                    .query_as(PROMOTE)
+                    .bind(destinations)
+                    .bind(to_i64(max_events))
+                    .fetch_one(&mut connection)
+                    .await?;
+                connection.execute("commit").await?;
+                Ok(promoted)
+            })
+            .await?;
+        if count < due {
+            // Somebody swallows updates: of all rows, which stops the relay, or of some.
+            self.outbox.prove(&mut connection, &self.begin).await?;
+            self.outbox.unrecorded.warn_of_promotions(due - count);
+        }
         self.connection = Some(connection);
         Ok(Promoted { count: usize::try_from(count).unwrap_or_default(), next_due: next_due_ms.map(milliseconds) })
     }
@@ -346,13 +363,13 @@ impl Lane for PgLane {
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         answered("search below the bounds", STATEMENT_TIMEOUT, self.search(&mut connection)).await?;
         let (known, _) = self.outbox.bounds.known();
-        let (mut pending, next_due_ms, moves) = answered(
+        let Peeked { mut pending, next_due_ms, moves, drawn } = answered(
             "look whether there are events",
             STATEMENT_TIMEOUT,
             take::peek(&mut connection, self.outbox.sql(), Ranges::all(&known.bounds), &destinations),
         )
         .await?;
-        if known.moves != moves {
+        if self.outbox.bounds.drew(&drawn) || known.moves != moves {
             // There may be, below what was a bound until now; the next look tells.
             self.outbox.bounds.at(moves);
             pending = true;

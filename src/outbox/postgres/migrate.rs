@@ -9,7 +9,7 @@ use crate::outbox::{Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 14] = [
+const MIGRATIONS: [(&str, &str); 15] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -24,6 +24,7 @@ const MIGRATIONS: [(&str, &str); 14] = [
     ("0012_pinned_functions", include_str!("../../../migrations/postgres/0012_pinned_functions.sql")),
     ("0013_blocked_keys", include_str!("../../../migrations/postgres/0013_blocked_keys.sql")),
     ("0014_emit_event_types", include_str!("../../../migrations/postgres/0014_emit_event_types.sql")),
+    ("0015_ids_begin_anew", include_str!("../../../migrations/postgres/0015_ids_begin_anew.sql")),
 ];
 
 /// The schema version this binary needs.

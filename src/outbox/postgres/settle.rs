@@ -1,26 +1,77 @@
 //! What a settle writes, as the column arrays that PostgreSQL's statements take.
+//!
+//! A trigger, a rule or a row policy may swallow a write without an error. So each statement tells how many rows it wrote;
+//! where that is fewer than were sent, those are looked for: a row that an operator has changed has another place, one that was
+//! deleted is no trouble, and one that is still there was swallowed, which is an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::LazyLock;
 
 use sqlx::postgres::PgConnection;
 
-use crate::event::RowKey;
+use crate::event::{Event, RowKey};
 use crate::failpoint::hit;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::tid;
 use crate::outbox::records::{DeadLetter, Kept, LogEntry, Owed, Records};
 
+/// A write that had no effect, as in "insert on event_dead_letter".
+#[derive(Debug, thiserror::Error)]
+#[error("the {0} has no effect")]
+pub(super) struct Suppressed(&'static str);
+
+/// The present places of rows, and their payloads. The partitions of a key differ by multiples of 64, by priority and status.
+const LOCATE: &str = "
+select k.place::int, o.ctid::text, o.payload::text
+from unnest($1::bigint[], $2::uuid[], $3::text[], $4::smallint[]) with ordinality
+    as k(id, event_id, destination, partition, place)
+cross join pg_catalog.generate_series(0, 1279, 64) as g(first)
+join {schema}.event_outbox o on o.partition = (g.first + k.partition::int % 64)::smallint
+    and o.id = k.id and o.destination = k.destination and o.event_id = k.event_id";
+
+/// What a copy does not take over from its row.
+const OWN_COLUMNS: [&str; 6] = ["status", "destination", "attempts", "last_error", "available_at", "first_failed_at"];
+
+/// Every column that can be written: what the application has added goes along.
+const COLUMNS: &str = "
+select pg_catalog.array_agg(pg_catalog.quote_ident(attname) order by attnum) from pg_catalog.pg_attribute
+where attrelid = '{schema}.event_outbox'::regclass::oid and attnum > 0 and not attisdropped and attgenerated = ''
+  and attname <> all ($1::text[])";
+
+/// When what is owed is due: `w` tells the delay, `o` is the row. An event parked uncharged is due at once, or behind the head
+/// of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
+const AVAILABLE_AT: &str = "case when w.delay_seconds is null then 'infinity'
+    else greatest(o.available_at, pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => w.delay_seconds)) end";
+
+const FIRST_FAILED_AT: &str = "case when w.error is null then o.first_failed_at
+    else coalesce(o.first_failed_at, pg_catalog.statement_timestamp()) end";
+
+const OWED: &str = "unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::float8[], $6::text[])
+    as w(tid, id, destination, attempts, delay_seconds, error)";
+
+/// A trigger may also have put the old values back.
+static UPDATE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "with moved as (
+            update {{schema}}.event_outbox o
+            set status = 'scheduled', destination = w.destination, attempts = w.attempts,
+                last_error = coalesce(w.error, o.last_error), available_at = {AVAILABLE_AT},
+                first_failed_at = {FIRST_FAILED_AT}
+            from {OWED}
+            where o.ctid = w.tid and o.id = w.id
+            returning o.id, o.status = 'scheduled' and o.destination = w.destination and o.attempts = w.attempts
+                and (w.delay_seconds is not null or o.available_at = 'infinity') as kept
+        )
+        select coalesce(pg_catalog.array_agg(id) filter (where kept), '{{}}'),
+            pg_catalog.nextval('{{schema}}.event_outbox_epoch')
+        from moved"
+    )
+});
+
 /// Rows by their place and, because a place can be given away, their id.
 struct Rows {
     tids: Vec<String>,
     ids: Vec<i64>,
-}
-
-impl<'a> FromIterator<&'a RowKey> for Rows {
-    fn from_iter<I: IntoIterator<Item = &'a RowKey>>(rows: I) -> Self {
-        let (tids, ids) = rows.into_iter().map(|row| (tid::from_locator(row.locator), row.id)).unzip();
-        Self { tids, ids }
-    }
 }
 
 /// One column of some records.
@@ -30,30 +81,112 @@ fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
 
 /// How a lane sends its statements, and in whose name.
 pub(super) struct Settle<'c> {
-    pub(super) connection: &'c mut PgConnection,
-    pub(super) sql: Sql,
-    pub(super) worker: &'c str,
+    connection: &'c mut PgConnection,
+    sql: Sql,
+    worker: &'c str,
+    /// Where rows are that have another place by now.
+    moved_to: HashMap<RowKey, String>,
 }
 
-impl Settle<'_> {
+impl<'c> Settle<'c> {
+    pub(super) fn new(connection: &'c mut PgConnection, sql: Sql, worker: &'c str) -> Self {
+        Self { connection, sql, worker, moved_to: HashMap::new() }
+    }
+
     /// Writes all of `records`, but commits nothing. Returns how many of their rows were there.
     ///
     /// # Errors
-    /// Also where a row's place holds another by now.
+    /// Also where a row's place holds another by now, and [`Suppressed`].
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
-        self.dead_letters(&records.dead_letters).await?;
+        self.all(&records.dead_letters, "insert on event_dead_letter").await?;
         if !records.dead_letters.is_empty() {
             hit("dlq_inserted").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
         }
-        self.history(&records.history).await?;
-        self.owed(&records.owed).await?;
-        let gone = self.delete(&records.rows).await?;
+        self.all(&records.history, "insert on event_history").await?;
+        self.all(&Copy::of(&records.copies), "insert on event_outbox").await?;
+        let mut settled = self.change(&records.moved).await?;
+        settled.extend(self.delete_all(&records.gone).await?);
         let mut entries: Vec<&LogEntry<'_>> = records.log.iter().collect();
-        if gone.len() < records.rows.len() {
-            entries.retain(|entry| gone.binary_search(&entry.event.row.id).is_ok());
+        if settled.len() < records.rows() {
+            settled.sort_unstable();
+            entries.retain(|entry| settled.binary_search(&entry.event.row.id).is_ok());
         }
         self.log(&entries).await?;
-        Ok(gone.len())
+        Ok(settled.len())
+    }
+
+    fn rows<'a>(&self, rows: impl Iterator<Item = &'a RowKey>) -> Rows {
+        let place = |row: &RowKey| match self.moved_to.get(row) {
+            Some(place) if !self.moved_to.is_empty() => place.clone(),
+            _ => tid::from_locator(row.locator),
+        };
+        let (tids, ids) = rows.map(|row| (place(row), row.id)).unzip();
+        Rows { tids, ids }
+    }
+
+    /// Where these events' rows are now, by their places among `events`, and whether they are what was published.
+    async fn locate(&mut self, events: &[&Event]) -> Result<Vec<(usize, String, bool)>, sqlx::Error> {
+        let found: Vec<(i32, String, String)> = self
+            .sql
+            .query_as(LOCATE)
+            .persistent(false)
+            .bind(column(events, |event| event.row.id))
+            .bind(column(events, |event| event.event_id))
+            .bind(column(events, |event| event.row.destination.as_str()))
+            .bind(column(events, |event| event.row.partition))
+            .fetch_all(&mut *self.connection)
+            .await?;
+        let row = |(place, tid, payload): (i32, String, String)| {
+            let place = usize::try_from(place - 1).ok()?;
+            // Of a payload that is too large to be read nothing was published.
+            let read = &events.get(place)?.payload;
+            Some((place, tid, read.is_empty() || *read == payload.as_bytes()))
+        };
+        Ok(found.into_iter().filter_map(row).collect())
+    }
+
+    /// Of these events those whose rows have another place now; takes note of it. Returns how many have theirs, too. A row
+    /// whose payload was changed is another event: what was published of it is not what is there now.
+    async fn still_there<'a>(&mut self, events: &[&'a Event]) -> Result<(Vec<&'a Event>, usize), sqlx::Error> {
+        let (mut moved, mut unmoved) = (Vec::new(), 0);
+        for (place, tid, same) in self.locate(events).await? {
+            let Some(event) = events.get(place).filter(|_| same) else { continue };
+            if tid == tid::from_locator(event.row.locator) {
+                unmoved += 1;
+            } else {
+                self.moved_to.insert(event.row.clone(), tid);
+                moved.push(*event);
+            }
+        }
+        Ok((moved, unmoved))
+    }
+
+    /// Writes a row for each of `records` whose event is there.
+    async fn all<R: Written>(&mut self, records: &[R], what: &'static str) -> Result<(), sqlx::Error> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let every: Vec<&R> = records.iter().collect();
+        let written = R::insert(self, &every).await?;
+        if written >= records.len() {
+            return Ok(());
+        }
+        let events: Vec<&Event> = records.iter().map(R::event).collect();
+        let mut moved = Vec::new();
+        let mut unmoved = 0;
+        for (place, tid, _) in self.locate(&events).await? {
+            let (Some(event), Some(record)) = (events.get(place), every.get(place)) else { continue };
+            if tid == tid::from_locator(event.row.locator) {
+                unmoved += 1;
+            } else {
+                self.moved_to.insert(event.row.clone(), tid);
+                moved.push(*record);
+            }
+        }
+        if written < unmoved || (!moved.is_empty() && R::insert(self, &moved).await? < moved.len()) {
+            return Err(suppressed(what));
+        }
+        Ok(())
     }
 
     /// What the entries of a group have in common goes as one value: each column that is an array costs as much as writing it.
@@ -74,7 +207,8 @@ impl Settle<'_> {
             // `unnest` fills a shorter column up with null.
             let failed = entries.iter().any(|entry| entry.error.is_some());
             let errors = if failed { column(&entries, |entry| entry.error.as_deref()) } else { Vec::new() };
-            self.sql
+            let written = self
+                .sql
                 .query(query)
                 .bind(column(&entries, |entry| entry.event.event_id))
                 .bind(column(&entries, |entry| entry.event.row.id))
@@ -87,16 +221,39 @@ impl Settle<'_> {
                 .bind(duration_ms)
                 .bind(self.worker)
                 .execute(&mut *self.connection)
-                .await?;
+                .await?
+                .rows_affected();
+            if to_usize(written) < entries.len() {
+                return Err(suppressed("insert on event_processing_log"));
+            }
         }
         Ok(())
     }
 
-    /// Deletes the rows and raises the epoch. Returns the ids of those that were there, in order.
-    async fn delete(&mut self, rows: &[&RowKey]) -> Result<Vec<i64>, sqlx::Error> {
-        if rows.is_empty() {
+    /// Deletes these events' rows. Returns the ids of those that were there.
+    async fn delete_all(&mut self, events: &[&Event]) -> Result<Vec<i64>, sqlx::Error> {
+        if events.is_empty() {
             return Ok(Vec::new());
         }
+        let mut gone = self.delete(events).await?;
+        if gone.len() < events.len() {
+            let (moved, unmoved) = self.still_there(events).await?;
+            if unmoved > 0 {
+                return Err(suppressed("delete on event_outbox"));
+            }
+            if !moved.is_empty() {
+                let found = self.delete(&moved).await?;
+                gone.extend(&found);
+                if found.len() < moved.len() && !self.locate(&moved).await?.is_empty() {
+                    return Err(suppressed("delete on event_outbox"));
+                }
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Deletes the rows and raises the epoch. Returns the ids of those that were there, in order.
+    async fn delete(&mut self, events: &[&Event]) -> Result<Vec<i64>, sqlx::Error> {
         // What is gone is compared here: with a join by place and id it would take half as long again. Partitions and the
         // range of ids keep nearly all others apart to whom a place may have been given meanwhile.
         let query = "
@@ -106,9 +263,10 @@ impl Settle<'_> {
                 returning id
             )
             select coalesce(pg_catalog.array_agg(id), '{}'), pg_catalog.nextval('{schema}.event_outbox_epoch') from gone";
-        let mut partitions: Vec<i16> = column(rows, |row| row.partition);
+        let mut partitions: Vec<i16> =
+            if self.moved_to.is_empty() { column(events, |event| event.row.partition) } else { (0..1280).collect() };
         partitions.dedup(); // they come in order
-        let Rows { tids, mut ids } = rows.iter().copied().collect();
+        let Rows { tids, mut ids } = self.rows(events.iter().map(|event| &event.row));
         let (mut gone, _): (Vec<i64>, i64) = self
             .sql
             .query_as(query)
@@ -120,20 +278,70 @@ impl Settle<'_> {
             .await?;
         ids.sort_unstable();
         gone.sort_unstable();
-        let mut expected = ids.into_iter();
-        if gone.iter().all(|id| expected.any(|known| known == *id)) {
-            Ok(gone)
-        } else {
-            let message =
-                "somebody else replaced rows of event_outbox while they were being published; nothing was recorded";
-            Err(sqlx::Error::Protocol(message.to_owned()))
-        }
+        require_among(&gone, ids)?;
+        Ok(gone)
     }
 
-    async fn dead_letters(&mut self, letters: &[DeadLetter<'_>]) -> Result<(), sqlx::Error> {
-        if letters.is_empty() {
-            return Ok(());
+    /// Makes rows what their first destination is still owed. Returns the ids of those that were there.
+    async fn change(&mut self, owed: &[Owed<'_>]) -> Result<Vec<i64>, sqlx::Error> {
+        if owed.is_empty() {
+            return Ok(Vec::new());
         }
+        let every: Vec<&Owed<'_>> = owed.iter().collect();
+        let mut changed = self.update(&every).await?;
+        if changed.len() < owed.len() {
+            // One event's row is looked for by its destination, which a change that had effect has given another.
+            let missing: Vec<&Owed<'_>> =
+                every.into_iter().filter(|owed| !changed.contains(&owed.event.row.id)).collect();
+            let events = column(&missing, |owed| owed.event);
+            let (moved, unmoved) = self.still_there(&events).await?;
+            let again: Vec<&Owed<'_>> =
+                missing.into_iter().filter(|owed| moved.iter().any(|event| std::ptr::eq(*event, owed.event))).collect();
+            if unmoved > 0 {
+                return Err(suppressed("update on event_outbox"));
+            }
+            if !again.is_empty() {
+                let found = self.update(&again).await?;
+                if found.len() < again.len() {
+                    return Err(suppressed("update on event_outbox"));
+                }
+                changed.extend(found);
+            }
+        }
+        Ok(changed)
+    }
+
+    async fn update(&mut self, owed: &[&Owed<'_>]) -> Result<Vec<i64>, sqlx::Error> {
+        let rows = self.rows(owed.iter().map(|owed| &owed.event.row));
+        let (changed, _): (Vec<i64>, i64) = self
+            .sql
+            .query_as(&UPDATE)
+            .bind(rows.tids)
+            .bind(rows.ids)
+            .bind(column(owed, |owed| owed.destination))
+            .bind(column(owed, |owed| owed.attempts))
+            .bind(column(owed, |owed| owed.delay_seconds))
+            .bind(column(owed, |owed| owed.error.as_deref()))
+            .fetch_one(&mut *self.connection)
+            .await?;
+        Ok(changed)
+    }
+}
+
+/// A record of which each is a row of its own.
+trait Written: Sized {
+    fn event(&self) -> &Event;
+
+    /// Returns how many rows were written.
+    fn insert(settle: &mut Settle<'_>, records: &[&Self]) -> impl Future<Output = Result<usize, sqlx::Error>> + Send;
+}
+
+impl Written for DeadLetter<'_> {
+    fn event(&self) -> &Event {
+        self.event
+    }
+
+    async fn insert(settle: &mut Settle<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
                 headers, correlation_id, causation_id, schema_version, priority, created_at, destination, attempts,
@@ -144,8 +352,9 @@ impl Settle<'_> {
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
                 as d(tid, id, destination, attempts, code, error)
             join {schema}.event_outbox o on o.ctid = d.tid and o.id = d.id";
-        let rows: Rows = letters.iter().map(|letter| letter.row).collect();
-        self.sql
+        let rows = settle.rows(letters.iter().map(|letter| &letter.event.row));
+        let written = settle
+            .sql
             .query(query)
             .bind(rows.tids)
             .bind(rows.ids)
@@ -153,15 +362,18 @@ impl Settle<'_> {
             .bind(column(letters, |letter| letter.attempts))
             .bind(column(letters, |letter| letter.error.code.as_str()))
             .bind(column(letters, |letter| letter.error.message.as_str()))
-            .execute(&mut *self.connection)
-            .await
-            .map(drop)
+            .execute(&mut *settle.connection)
+            .await?;
+        Ok(to_usize(written.rows_affected()))
+    }
+}
+
+impl Written for Kept<'_> {
+    fn event(&self) -> &Event {
+        self.event
     }
 
-    async fn history(&mut self, kept: &[Kept<'_>]) -> Result<(), sqlx::Error> {
-        if kept.is_empty() {
-            return Ok(());
-        }
+    async fn insert(settle: &mut Settle<'_>, kept: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                 correlation_id, causation_id, schema_version, priority, created_at, destination, published_at)
@@ -170,48 +382,80 @@ impl Settle<'_> {
                 pg_catalog.statement_timestamp()
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[]) as h(tid, id, destination)
             join {schema}.event_outbox o on o.ctid = h.tid and o.id = h.id";
-        let rows: Rows = kept.iter().map(|kept| kept.row).collect();
-        self.sql
+        let rows = settle.rows(kept.iter().map(|kept| &kept.event.row));
+        let written = settle
+            .sql
             .query(query)
             .bind(rows.tids)
             .bind(rows.ids)
             .bind(column(kept, |kept| kept.destination))
-            .execute(&mut *self.connection)
-            .await
-            .map(drop)
+            .execute(&mut *settle.connection)
+            .await?;
+        Ok(to_usize(written.rows_affected()))
+    }
+}
+
+/// What a further destination is owed.
+struct Copy<'r>(&'r Owed<'r>);
+
+impl<'r> Copy<'r> {
+    fn of(owed: &'r [Owed<'r>]) -> Vec<Self> {
+        owed.iter().map(Self).collect()
+    }
+}
+
+impl Written for Copy<'_> {
+    fn event(&self) -> &Event {
+        self.0.event
     }
 
-    /// Moves what is still owed to the scheduled partitions, one row per destination. An event parked uncharged is due
-    /// at once, or behind the head of its key; a delayed one keeps its own time.
-    async fn owed(&mut self, owed: &[Owed<'_>]) -> Result<(), sqlx::Error> {
-        if owed.is_empty() {
-            return Ok(());
-        }
-        let query = "
-            insert into {schema}.event_outbox (id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
-                correlation_id, causation_id, schema_version, priority, created_at, status, destination, attempts,
-                last_error, available_at, first_failed_at)
-            overriding system value
-            select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
-                o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, 'scheduled', w.destination,
-                w.attempts, coalesce(w.error, o.last_error),
-                greatest(o.available_at, pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => w.delay_seconds)),
-                case when w.error is null then o.first_failed_at
-                     else coalesce(o.first_failed_at, pg_catalog.statement_timestamp()) end
-            from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::float8[], $6::text[])
-                as w(tid, id, destination, attempts, delay_seconds, error)
-            join {schema}.event_outbox o on o.ctid = w.tid and o.id = w.id";
-        let rows: Rows = owed.iter().map(|owed| owed.row).collect();
-        self.sql
-            .query(query)
+    async fn insert(settle: &mut Settle<'_>, copies: &[&Self]) -> Result<usize, sqlx::Error> {
+        let columns: Vec<String> = settle
+            .sql
+            .query_scalar(COLUMNS)
+            .persistent(false)
+            .bind(OWN_COLUMNS.map(str::to_owned).to_vec())
+            .fetch_one(&mut *settle.connection)
+            .await?;
+        let names = columns.join(", ");
+        let values = columns.iter().map(|name| format!("o.{name}")).collect::<Vec<_>>().join(", ");
+        let query = format!(
+            "insert into {{schema}}.event_outbox ({names}, status, destination, attempts, last_error, available_at, first_failed_at)
+             overriding system value
+             select {values}, 'scheduled', w.destination, w.attempts, coalesce(w.error, o.last_error), {AVAILABLE_AT},
+                 {FIRST_FAILED_AT}
+             from {OWED}
+             join {{schema}}.event_outbox o on o.ctid = w.tid and o.id = w.id"
+        );
+        let rows = settle.rows(copies.iter().map(|copy| &copy.0.event.row));
+        let written = sqlx::query(settle.sql.schema.fill_once(&query))
+            .persistent(false)
             .bind(rows.tids)
             .bind(rows.ids)
-            .bind(column(owed, |owed| owed.destination))
-            .bind(column(owed, |owed| owed.attempts))
-            .bind(column(owed, |owed| owed.delay_seconds))
-            .bind(column(owed, |owed| owed.error.as_deref()))
-            .execute(&mut *self.connection)
-            .await
-            .map(drop)
+            .bind(column(copies, |copy| copy.0.destination))
+            .bind(column(copies, |copy| copy.0.attempts))
+            .bind(column(copies, |copy| copy.0.delay_seconds))
+            .bind(column(copies, |copy| copy.0.error.as_deref()))
+            .execute(&mut *settle.connection)
+            .await?;
+        Ok(to_usize(written.rows_affected()))
     }
+}
+
+/// What has gone is part of what was to go; both are in order.
+fn require_among(gone: &[i64], expected: Vec<i64>) -> Result<(), sqlx::Error> {
+    let mut expected = expected.into_iter();
+    if gone.iter().all(|id| expected.any(|known| known == *id)) {
+        return Ok(());
+    }
+    let message = "somebody else replaced rows of event_outbox while they were being published; nothing was recorded";
+    Err(sqlx::Error::Protocol(message.to_owned()))
+}
+
+fn suppressed(what: &'static str) -> sqlx::Error {
+    sqlx::Error::Decode(Box::new(Suppressed(what)))
+}
+
+fn to_usize(count: u64) -> usize {
+    usize::try_from(count).unwrap_or(usize::MAX)
 }

@@ -45,6 +45,13 @@ impl Schema {
         }))
     }
 
+    /// The same of a text that is made for one use.
+    pub(super) fn fill_once(self, text: &str) -> AssertSqlSafe<String> {
+        // In a literal, a quote of the name is doubled.
+        let literal = format!("'{}.", self.0.replace('\'', "''"));
+        AssertSqlSafe(text.replace("'{schema}.", &literal).replace("{schema}", self.0))
+    }
+
     /// `text` with this schema filled in. It is kept for good: there are as many as statements.
     pub(super) fn fill(self, text: &'static str) -> AssertSqlSafe<&'static str> {
         type Place = (usize, usize, usize);
@@ -53,9 +60,8 @@ impl Schema {
         let place = (self.0.as_ptr() as usize, text.as_ptr() as usize, text.len());
         let mut filled = FILLED.lock().unwrap_or_else(PoisonError::into_inner);
         AssertSqlSafe(filled.entry(place).or_insert_with(|| {
-            // In a literal, a quote of the name is doubled.
-            let literal = format!("'{}.", self.0.replace('\'', "''"));
-            text.replace("'{schema}.", &literal).replace("{schema}", self.0).leak()
+            let AssertSqlSafe(text) = self.fill_once(text);
+            text.leak()
         }))
     }
 }

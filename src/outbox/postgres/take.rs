@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::postgres::bounds::Writers;
+use crate::outbox::postgres::bounds::{Drawn, Writers};
 use crate::outbox::postgres::sql::Sql;
 
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
@@ -23,6 +23,23 @@ select array(
 /// Whether any partition of `{ranges}` is non-empty.
 const ANY: &str = "select exists (select from ({ranges}) range cross join lateral ({pending}) pending)";
 
+/// The same, and how far ids have come.
+const LEFT: &str = "{any}, drawn.last_id, drawn.life from ({drawn}) drawn";
+
+/// The last id drawn, by the sequence that belongs to the column, whatever it is called; and what tells one life of the ids from
+/// the next: a table that is dropped, restored or swapped has another oid, one that is truncated and a sequence that is
+/// restarted another file.
+const DRAWN: &str = "
+    select coalesce(pg_catalog.pg_sequence_last_value(serial.sequence), 0::bigint) as last_id, serial.life
+    from (
+        select s.oid::regclass as sequence,
+               pg_catalog.concat_ws('.', t.oid, t.relfilenode, s.oid, s.relfilenode) as life
+        from pg_catalog.pg_class t
+        join pg_catalog.pg_class s
+            on s.oid = pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id')::regclass::oid
+        where t.oid = '{schema}.event_outbox'::regclass::oid
+    ) serial";
+
 /// When the next event is due that is owed to one of `$4`, besides.
 const PEEK: &str = "
 {any}, (
@@ -34,13 +51,13 @@ const PEEK: &str = "
         where status = 'scheduled' and destination = d.destination
         order by available_at, id limit 1
     ) e
-), {moves}";
+), {moves}, drawn.last_id, drawn.life from ({drawn}) drawn";
 
 /// The last id drawn, and then, which is why the one is read from the other, all who may have drawn it or one before:
 /// inserting takes the table's lock before it draws the id.
 const WRITERS: &str = "
-select {moves}, drawn.last_id, writers.transactions
-from (select case when is_called then last_value else last_value - 1 end as last_id from {schema}.event_outbox_id_seq) drawn
+select {moves}, drawn.last_id, drawn.life, writers.transactions
+from ({drawn}) drawn
 cross join lateral (
     select coalesce(pg_catalog.array_agg(virtualtransaction), '{}') as transactions from pg_catalog.pg_locks
     where locktype = 'relation' and database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
@@ -81,13 +98,14 @@ const PENDING: &str = "
 pub(super) const MOVES: &str = "(select last_value + is_called::int from {schema}.event_outbox_moves)";
 
 static TAKE_QUERY: LazyLock<&str> = LazyLock::new(|| complete(TAKE));
-static ANY_QUERY: LazyLock<&str> = LazyLock::new(|| complete(ANY));
+static ANY_QUERY: LazyLock<&str> = LazyLock::new(|| complete(LEFT));
 static PEEK_QUERY: LazyLock<&str> = LazyLock::new(|| complete(PEEK));
 static WRITERS_QUERY: LazyLock<&str> = LazyLock::new(|| complete(WRITERS));
 
 fn complete(query: &str) -> &'static str {
     query
         .replace("{any}", ANY)
+        .replace("{drawn}", DRAWN)
         .replace("{ranges}", RANGES)
         .replace("{pending}", PENDING)
         .replace("{moves}", MOVES)
@@ -157,15 +175,17 @@ pub(super) async fn take(
         .await
 }
 
-/// Whether any partition has something, whoever holds it.
-pub(super) async fn any(connection: &mut PgConnection, sql: Sql, ranges: Ranges) -> Result<bool, sqlx::Error> {
-    sql.query_scalar(*ANY_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high).fetch_one(connection).await
+/// Whether any partition has something, whoever holds it, and how far ids have come.
+pub(super) async fn any(connection: &mut PgConnection, sql: Sql, ranges: Ranges) -> Result<(bool, Drawn), sqlx::Error> {
+    let query = sql.query_as(*ANY_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high);
+    let (any, last_id, life) = query.fetch_one(connection).await?;
+    Ok((any, Drawn { last_id, life }))
 }
 
 /// The number of moves, and who may be writing.
 pub(super) async fn writers(connection: &mut PgConnection, sql: Sql) -> Result<(i64, Writers), sqlx::Error> {
-    let (moves, last_id, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
-    Ok((moves, Writers { last_id, transactions }))
+    let (moves, last_id, life, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
+    Ok((moves, Writers { drawn: Drawn { last_id, life }, transactions }))
 }
 
 /// Of each of the first of these partitions, whether it has a row up to its bound.
@@ -178,20 +198,32 @@ pub(super) async fn hidden(
     sql.query_as(HIDDEN).bind(partitions).bind(bounds).fetch_all(connection).await
 }
 
-/// Whether something is pending, in how many milliseconds something scheduled is due, and the number of moves.
+/// What a [`peek`] found.
+#[derive(Debug)]
+pub(super) struct Peeked {
+    pub(super) pending: bool,
+    /// In how many milliseconds something scheduled is due.
+    pub(super) next_due_ms: Option<i64>,
+    pub(super) moves: i64,
+    pub(super) drawn: Drawn,
+}
+
+/// Whether something is pending, or soon will be, and how far moves and ids have come.
 pub(super) async fn peek(
     connection: &mut PgConnection,
     sql: Sql,
     ranges: Ranges,
     destinations: &[&str],
-) -> Result<(bool, Option<i64>, i64), sqlx::Error> {
-    sql.query_as(*PEEK_QUERY)
+) -> Result<Peeked, sqlx::Error> {
+    let (pending, next_due_ms, moves, last_id, life) = sql
+        .query_as(*PEEK_QUERY)
         .bind(ranges.low)
         .bind(ranges.above)
         .bind(ranges.high)
         .bind(destinations)
         .fetch_one(connection)
-        .await
+        .await?;
+    Ok(Peeked { pending, next_due_ms, moves, drawn: Drawn { last_id, life } })
 }
 
 #[cfg(test)]

@@ -10,20 +10,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
-use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
+use sqlx::{Executor, Row};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::event::{Noted, Renewed, Term};
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::identity::FileId;
+use crate::outbox::sqlite::proof::{self, is_content};
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
-use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, row, schema};
+use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, query_failed, row, schema};
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` payload limit; `?3`
-/// destinations. What waits behind a failed event of its key is asked per row only where anything waits at all.
+/// destinations. What waits behind a failed event of its key is asked per row only where anything waits at all: for how
+/// long, at most ten minutes, and not behind one that is done and could not be recorded.
 ///
 /// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
 /// which for nineteen of them took longer than all the rest.
@@ -37,12 +39,13 @@ select json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.even
         )
     ) then (
         select json_group_object(d.value, (
-            select cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer)
+            select min(cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer), 600000)
             from event_outbox w
             where w.status = 'scheduled' and w.destination <> '' and w.destination = d.value
               and w.aggregate_id is not null and w.aggregate_id = o.aggregate_id
               and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
               and w.priority = o.priority and w.id < o.id
+              and (coalesce(w.last_error, '') not like 'settle_failed: %' or w.last_error like 'settle_failed: retry%')
             order by w.id
             limit 1
         ))
@@ -106,39 +109,59 @@ pub(super) struct Turn {
     /// The file that was found to fit.
     fits: Option<FileId>,
     /// What could not be recorded of the last claim, and in which file it belongs.
-    unsettled: Option<(Settle, FileId)>,
+    unsettled: Vec<(Settle, FileId)>,
     traffic: Traffic,
 }
 
 impl Turn {
     /// Records what is left to record.
     async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
-        if let Some((settle, file)) = &self.unsettled
+        while let Some((settle, file)) = self.unsettled.last()
             && !settle.is_empty()
         {
             let mut connection = outbox.connect_unless(self.connection.take()).await?;
             if connection.file != *file {
                 // In the file that is there now, these numbers are other events'.
                 tracing::warn!(
-                    event_count = settle.count(),
+                    event_count = settle.rows(),
                     "the database file was replaced while its events were published; that cannot be recorded, and what is pending in the new file is published"
                 );
-                self.unsettled = None;
+                self.unsettled.pop();
                 self.connection = Some(connection);
-                return Ok(());
+                continue;
             }
-            answered("settle", async {
+            let begun = Instant::now();
+            let written = async {
                 self.traffic.give_way(&mut connection).await?;
-                let begun = Instant::now();
                 settle.write(&mut connection, &outbox.config.worker).await?;
                 self.traffic.settled(begun.elapsed());
                 Ok(())
-            })
-            .await?;
+            };
+            match written.await {
+                Ok(()) => drop(self.unsettled.pop()),
+                Err(error) if is_content(&error) => self.salvage(outbox, &mut connection).await?,
+                Err(error) => return Err(query_failed("settle", error)),
+            }
             self.connection = Some(connection);
         }
-        self.unsettled = None;
+        self.unsettled.clear();
         Ok(())
+    }
+
+    /// What is left cannot be recorded as it is: finds out whether nothing can, or which event.
+    async fn salvage(&mut self, outbox: &SqliteOutbox, connection: &mut SqliteConnection) -> Result<(), OutboxError> {
+        let Some((settle, file)) = self.unsettled.last() else { return Ok(()) };
+        let file = *file;
+        drop(connection.execute("rollback").await);
+        let config = &outbox.config;
+        proof::prove(connection, &config.worker, config.usage).await?;
+        let salvaged = answered("settle", proof::salvage(connection, &config.worker, settle)).await?;
+        self.unsettled.pop();
+        self.unsettled.extend(salvaged.left.into_iter().map(|left| (left, file)));
+        match salvaged.error {
+            Some(error) => Err(proof::unrecorded(connection, error).await),
+            None => Ok(()),
+        }
     }
 
     async fn read(&mut self, outbox: &SqliteOutbox, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
@@ -219,7 +242,8 @@ impl Lane for SqliteLane {
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
         let Some(mut turn) = self.turn.take() else { return Ok(()) };
         if let Some(file) = turn.fits {
-            turn.unsettled = Some((Settle::new(&Records::new(deliveries, self.outbox.config.history)), file));
+            let settle = Settle::new(&Records::new(deliveries, self.outbox.config.usage.history));
+            turn.unsettled.push((settle, file));
         }
         turn.record(&self.outbox).await
     }
@@ -227,25 +251,36 @@ impl Lane for SqliteLane {
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let promoted = answered("promote scheduled events", async {
+        let (promoted, swallowed) = answered("promote scheduled events", async {
             let due: Vec<(String, Option<i64>)> = sqlx::query_as(DUE)
                 .bind(json_text(&destinations))
                 .bind(i64::try_from(max_events).unwrap_or(i64::MAX))
                 .fetch_all(&mut *connection)
                 .await?;
             let mut promoted = Promoted { count: 0, next_due: None };
+            let mut swallowed = false;
             for (rows, next_due_ms) in due {
                 // Most of the time nothing is due, and then no write lock is taken.
                 if rows != "[]" {
+                    let due = rows.split(',').count();
                     let count = sqlx::query(PROMOTE).bind(rows).execute(&mut *connection).await?.rows_affected();
+                    swallowed |= usize::try_from(count).is_ok_and(|count| count < due);
                     promoted.count += usize::try_from(count).unwrap_or_default();
                 }
                 let next_due = next_due_ms.map(milliseconds);
                 promoted.next_due = promoted.next_due.into_iter().chain(next_due).min();
             }
-            Ok(promoted)
+            Ok((promoted, swallowed))
         })
         .await?;
+        if swallowed {
+            // Of all rows, which stops the relay, or of some.
+            let config = &self.outbox.config;
+            proof::prove(&mut connection, &config.worker, config.usage).await?;
+            tracing::warn!(
+                "scheduled events are due, and an update of their rows to `pending` has no effect: look at the triggers on event_outbox"
+            );
+        }
         self.connection = Some(connection);
         Ok(promoted)
     }

@@ -8,8 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
+use crate::outbox::sqlite::proof::{self, Tried};
 use crate::outbox::sqlite::{answered, open, open_or_create, path};
-use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion};
+use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion, Usage};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
@@ -57,19 +58,6 @@ pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<Str
     version(connection).await?.fits(SCHEMA_VERSION)
 }
 
-/// Writes as a settle does and takes it back. The lock alone would prove nothing: SQLite gives it to those who may only
-/// read, and refuses their first write.
-const PROVE_WRITABLE: &str = "
-begin immediate;
-insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
-values ('', 0, 'proof', '', 'published', 1, 0, '');
-rollback";
-
-/// Fails unless the file can be written to, now or within the busy timeout. After an error the connection must be dropped.
-pub(super) async fn require_writable(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
-    answered("write to the database file", connection.execute(PROVE_WRITABLE)).await.map(drop)
-}
-
 /// The schema's version, 0 where there is none.
 async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, OutboxError> {
     answered("read the schema version", async {
@@ -95,7 +83,7 @@ async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, Out
 }
 
 /// Tries the file at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
-pub async fn check(url: &Secret) -> Vec<Check> {
+pub async fn check(url: &Secret, usage: Usage) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
         let failed = result.is_err();
@@ -114,7 +102,7 @@ pub async fn check(url: &Secret) -> Vec<Check> {
         return checks;
     }
     push("names", one_name(url));
-    push("writing", require_writable(&mut connection).await.map(|()| "tried, and taken back".to_owned()));
+    push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
     checks
 }
 

@@ -4,35 +4,48 @@
 //! no way from thread to thread between them. A record takes effect only where its row is still there, so that a settle
 //! may be repeated until it succeeds.
 
-use serde_json::{Value, json};
-use sqlx::Row;
-use sqlx::sqlite::SqliteConnection;
+use std::sync::LazyLock;
 
-use crate::outbox::records::{LogEntry, Records};
+use serde_json::{Value, json};
+use sqlx::query::Query;
+use sqlx::sqlite::{SqliteArguments, SqliteConnection};
+use sqlx::{AssertSqlSafe, Row, Sqlite};
+
+use crate::outbox::Usage;
+use crate::outbox::records::{LogEntry, Owed, Records, parked_error, parked_whole_error};
 
 /// Everything one settle writes, ready to be sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Settle {
-    /// How many rows go.
-    count: i64,
-    dead_letters: String,
-    history: String,
-    owed: String,
-    log: String,
-    published: String,
-    rows: String,
+    dead_letters: List,
+    history: List,
+    copies: List,
+    log: List,
+    published: List,
+    moved: List,
+    gone: List,
+    /// What all of `published` have in common.
     destination: String,
     duration_ms: i32,
 }
 
-/// - At once for writing: a transaction that begins by reading cannot wait for another to end.
-/// - What is still owed becomes one scheduled row per destination. An event parked uncharged is due at once, or behind the
-///   head of its key; a delayed one keeps its own time.
+/// JSON, and how many rows it tells of.
+#[derive(Debug, Clone)]
+struct List {
+    json: String,
+    count: usize,
+}
+
+/// At once for writing: a transaction that begins by reading cannot wait for another to end.
+const BEGIN: &str = "begin immediate;";
+
+/// - What is still owed to one destination changes the row in place. An event parked uncharged is due at once, or behind the
+///   head of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
 /// - What the first destination took, which is nearly all there is, comes as an object of row and message, which unfolds in
 ///   a third of the time that a list of lists takes.
-const SETTLE: &str = "
-begin immediate;
-
+/// - A trigger may swallow what is written. Then a query fails with words that begin with [`SUPPRESSED`]: here, because to ask
+///   from outside would take as long again. (With `changes()` in them, or SQLite would make them before it compares.)
+const RECORD: &str = "
 insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
     correlation_id, causation_id, schema_version, priority, created_at, destination, attempts, error_code, error,
     first_failed_at, failed_at)
@@ -41,44 +54,98 @@ select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_i
     e.value ->> 3, e.value ->> 4,
     min(coalesce(o.first_failed_at, '9999'), strftime('%Y-%m-%d %H:%M:%f', 'now')), strftime('%Y-%m-%d %H:%M:%f', 'now')
 from json_each($1) e cross join event_outbox o on o.row_id = e.value ->> 0;
+{insert on event_dead_letter:$1:$11}
 
 insert into event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
     correlation_id, causation_id, schema_version, priority, created_at, destination)
 select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
     o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, e.value ->> 1
 from json_each($2) e cross join event_outbox o on o.row_id = e.value ->> 0;
+{insert on event_history:$2:$12}
 
-insert into event_outbox (copy_of, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
-    correlation_id, causation_id, schema_version, priority, created_at, status, destination, attempts, last_error,
-    available_at, first_failed_at)
-select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
-    o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, 'scheduled', e.value ->> 1,
-    e.value ->> 2, coalesce(e.value ->> 4, o.last_error),
-    max(o.available_at, strftime('%Y-%m-%d %H:%M:%f', 'now', (e.value ->> 3) || ' seconds')),
-    case when e.value ->> 4 is null then o.first_failed_at
-         else coalesce(o.first_failed_at, strftime('%Y-%m-%d %H:%M:%f', 'now')) end
-from json_each($3) e cross join event_outbox o on o.row_id = e.value ->> 0
-order by o.id;
+{copies}
 
 insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
     duration_ms, worker, processed_at)
 select o.event_id, o.id, o.event_type, e.value ->> 1, e.value ->> 2, o.attempts + 1, e.value ->> 3, e.value ->> 4,
-    e.value ->> 5, $7, (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
+    e.value ->> 5, $8, (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
 from json_each($4) e cross join event_outbox o on o.row_id = e.value ->> 0;
+{insert on event_processing_log:$4:$14}
 
 insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, duration_ms,
     worker, processed_at)
-select o.event_id, o.id, o.event_type, $8, 'published', o.attempts + 1, e.value, $9, $7,
+select o.event_id, o.id, o.event_type, $9, 'published', o.attempts + 1, e.value, $10, $8,
     (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
 from json_each($5) e cross join event_outbox o on o.row_id = cast(e.key as integer);
+select 1 where changes() <> $15 and changes() <> (
+    select count(*) from json_each($5) e cross join event_outbox o on o.row_id = cast(e.key as integer)
+) and json_extract('{}', 'suppressed: insert on event_processing_log;' || changes());
 
 update event_outbox_epoch set epoch = epoch + 1;
 
-delete from event_outbox where row_id in (select value from json_each($6));
-
+update event_outbox as o
+set status = 'scheduled', destination = coalesce(e.value ->> 1, o.destination),
+    attempts = coalesce(e.value ->> 2, o.attempts), last_error = coalesce(e.value ->> 4, o.last_error),
+    available_at = {available_at},
+    first_failed_at = {first_failed_at}
+from json_each($6) e where o.row_id = e.value ->> 0;
+{update on event_outbox:$6:$16}
 select changes();
 
-commit";
+delete from event_outbox where row_id in (select value from json_each($7));
+select 1 where changes() <> $17 and exists (select 1 from event_outbox where row_id in (select value from json_each($7)))
+    and json_extract('{}', 'suppressed: delete on event_outbox;' || changes());
+select changes();
+";
+
+const AVAILABLE_AT: &str =
+    "coalesce(max(o.available_at, strftime('%Y-%m-%d %H:%M:%f', 'now', (e.value ->> 3) || ' seconds')),
+        '9999-12-31 23:59:59')";
+
+const FIRST_FAILED_AT: &str = "case when e.value ->> 4 is null then o.first_failed_at
+         else coalesce(o.first_failed_at, strftime('%Y-%m-%d %H:%M:%f', 'now')) end";
+
+/// With every column that there is: what the application has added goes along.
+const COPIES: &str = "
+insert into event_outbox (copy_of, {columns}status, destination, attempts, last_error, available_at, first_failed_at)
+select o.id, {values}'scheduled', e.value ->> 1, coalesce(e.value ->> 2, o.attempts),
+    coalesce(e.value ->> 4, o.last_error), {available_at}, {first_failed_at}
+from json_each($3) e cross join event_outbox o on o.row_id = e.value ->> 0
+order by o.id;
+{insert on event_outbox:$3:$13}";
+
+/// How a query fails that finds that a write was swallowed.
+pub(super) const SUPPRESSED: &str = "suppressed: ";
+
+/// The columns of a copy that it does not take over from its row.
+const OWN_COLUMNS: [&str; 8] =
+    ["row_id", "copy_of", "status", "destination", "attempts", "last_error", "available_at", "first_failed_at"];
+
+/// Without copies, which are rare: prepared once.
+static SETTLE: LazyLock<String> = LazyLock::new(|| format!("{BEGIN}{}commit", script("")));
+
+fn script(copies: &str) -> String {
+    let mut script = RECORD
+        .replace("{copies}", copies)
+        .replace("{available_at}", AVAILABLE_AT)
+        .replace("{first_failed_at}", FIRST_FAILED_AT);
+    // Whether as many rows were written as there are of those that were to be.
+    for (what, list, count) in [
+        ("insert on event_dead_letter", "$1", "$11"),
+        ("insert on event_history", "$2", "$12"),
+        ("insert on event_outbox", "$3", "$13"),
+        ("insert on event_processing_log", "$4", "$14"),
+        ("update on event_outbox", "$6", "$16"),
+    ] {
+        let check = format!(
+            "select 1 where changes() <> {count} and changes() <> (
+                select count(*) from json_each({list}) e cross join event_outbox o on o.row_id = e.value ->> 0
+            ) and json_extract('{{}}', '{SUPPRESSED}{what};' || changes());"
+        );
+        script = script.replace(&format!("{{{what}:{list}:{count}}}"), &check);
+    }
+    script
+}
 
 impl Settle {
     pub(super) fn new(records: &Records<'_>) -> Self {
@@ -89,64 +156,236 @@ impl Settle {
             .log
             .iter()
             .partition(|entry| entry.status == "published" && (entry.destination, entry.duration_ms) == common);
+        let owed = |owed: &Owed<'_>| {
+            json!([owed.event.row.locator, owed.destination, owed.attempts, owed.delay_seconds, owed.error])
+        };
         Self {
-            count: i64::try_from(records.rows.len()).unwrap_or(i64::MAX),
             dead_letters: list(&records.dead_letters, |dead| {
-                json!([dead.row.locator, dead.destination, dead.attempts, dead.error.code, dead.error.message])
+                json!([dead.event.row.locator, dead.destination, dead.attempts, dead.error.code, dead.error.message])
             }),
-            history: list(&records.history, |kept| json!([kept.row.locator, kept.destination])),
-            owed: list(&records.owed, |owed| {
-                json!([owed.row.locator, owed.destination, owed.attempts, owed.delay_seconds, owed.error])
-            }),
+            history: list(&records.history, |kept| json!([kept.event.row.locator, kept.destination])),
+            copies: list(&records.copies, owed),
             log: list(&log, |e| {
                 json!([e.event.row.locator, e.destination, e.status, e.message_id, e.error, e.duration_ms])
             }),
             published: object(&published),
-            rows: list(&records.rows, |row| row.locator.into()),
+            moved: list(&records.moved, owed),
+            gone: list(&records.gone, |event| event.row.locator.into()),
             destination: common.0.to_owned(),
             duration_ms: common.1,
         }
     }
 
-    /// How many events it records.
-    pub(super) fn count(&self) -> i64 {
-        self.count
+    /// All that can be written, once for each of these rows in turn, to be taken back.
+    pub(super) fn proof(rows: &[i64], usage: Usage) -> Self {
+        let mut proof = Self::new(&Records::default());
+        let every = |place: usize| rows.iter().skip(place).step_by(4).copied();
+        let all = || rows.iter().copied();
+        proof.destination = "proof".to_owned();
+        proof.published = List {
+            json: Value::from_iter(every(0).map(|row| (row.to_string(), Value::Null))).to_string(),
+            count: every(0).count(),
+        };
+        if usage.history {
+            proof.history = every(0).map(|row| json!([row, "proof"])).collect();
+        }
+        proof.dead_letters = every(1).map(|row| json!([row, "proof", 1, "proof", "proof"])).collect();
+        let entry = |(row, status)| json!([row, "proof", status, Value::Null, "proof", 0]);
+        proof.log =
+            every(1).map(|row| (row, "dead_lettered")).chain(every(2).map(|row| (row, "failed"))).map(entry).collect();
+        proof.gone = every(0).chain(every(1)).map(Value::from).collect();
+        proof.moved = every(2).chain(every(3)).map(|row| json!([row, "proof", 1, 0, "proof"])).collect();
+        if usage.several_destinations {
+            proof.copies = every(3).map(|row| json!([row, "proof 2", 1, 0, "proof"])).collect();
+        }
+        // With fewer rows than four the deletes are tried on all.
+        if rows.len() < 4 {
+            proof = Self { gone: all().map(Value::from).collect(), ..Self::new(&Records::default()) };
+        }
+        proof
     }
 
     /// There is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
-        self.count == 0
+        self.rows() == 0
     }
 
-    /// Writes all of it in one transaction. After an error the connection must be dropped, and the transaction with it.
+    /// How many rows of the outbox are settled.
+    pub(super) fn rows(&self) -> usize {
+        self.gone.count + self.moved.count
+    }
+
+    /// Writes all of it in one transaction. After an error the transaction may be open.
     pub(super) async fn write(&self, connection: &mut SqliteConnection, worker: &str) -> Result<(), sqlx::Error> {
-        let answers = sqlx::query(SETTLE)
-            .bind(&self.dead_letters)
-            .bind(&self.history)
-            .bind(&self.owed)
-            .bind(&self.log)
-            .bind(&self.published)
-            .bind(&self.rows)
-            .bind(worker)
-            .bind(&self.destination)
-            .bind(self.duration_ms)
-            .fetch_all(connection) // to the end: fetching one answer would leave the commit out
-            .await?;
-        let gone: i64 = answers.first().ok_or(sqlx::Error::RowNotFound)?.try_get(0)?;
-        if gone != self.count {
-            let expected = self.count;
-            tracing::warn!(expected, gone, "someone else deleted rows of event_outbox while they were being published");
+        let settled = if self.copies.count == 0 {
+            self.run(connection, sqlx::query(SETTLE.as_str()), worker).await?
+        } else {
+            let script = format!("{BEGIN}{}commit", self.script(connection).await?);
+            self.run(connection, sqlx::query(AssertSqlSafe(script)).persistent(false), worker).await?
+        };
+        if settled != self.rows() {
+            let expected = self.rows();
+            tracing::warn!(
+                expected,
+                settled,
+                "someone else deleted rows of event_outbox while they were being published"
+            );
         }
         Ok(())
     }
+
+    /// The same within a transaction that is open.
+    pub(super) async fn write_within(
+        &self,
+        connection: &mut SqliteConnection,
+        worker: &str,
+    ) -> Result<(), sqlx::Error> {
+        let script = self.script(connection).await?;
+        self.run(connection, sqlx::query(AssertSqlSafe(script)).persistent(false), worker).await.map(drop)
+    }
+
+    /// Returns how many rows were there.
+    async fn run(
+        &self,
+        connection: &mut SqliteConnection,
+        query: Query<'_, Sqlite, SqliteArguments>,
+        worker: &str,
+    ) -> Result<usize, sqlx::Error> {
+        let count = |list: &List| i64::try_from(list.count).unwrap_or(i64::MAX);
+        let lists =
+            [&self.dead_letters, &self.history, &self.copies, &self.log, &self.published, &self.moved, &self.gone];
+        let query = lists.iter().fold(query, |query, list| query.bind(list.json.clone()));
+        let query = query.bind(worker.to_owned()).bind(self.destination.clone()).bind(self.duration_ms);
+        let query = lists.iter().fold(query, |query, list| query.bind(count(list)));
+        let answers = query.fetch_all(connection).await?; // to the end: fetching one answer would leave the commit out
+        let counts = answers.iter().map(|row| row.try_get::<i64, _>(0)).collect::<Result<Vec<_>, _>>()?;
+        Ok(usize::try_from(counts.iter().sum::<i64>()).unwrap_or_default())
+    }
+
+    async fn script(&self, connection: &mut SqliteConnection) -> Result<String, sqlx::Error> {
+        if self.copies.count == 0 {
+            return Ok(script(""));
+        }
+        // Those that are generated are no column that can be written.
+        let columns: Vec<String> =
+            sqlx::query_scalar("select name from pragma_table_xinfo('event_outbox') where hidden = 0")
+                .persistent(false)
+                .fetch_all(connection)
+                .await?;
+        let taken_over = columns.iter().filter(|name| !OWN_COLUMNS.contains(&name.as_str()));
+        let quoted: Vec<String> = taken_over.map(|name| format!("\"{}\"", name.replace('"', "\"\""))).collect();
+        let names = quoted.iter().map(|name| format!("{name}, ")).collect::<String>();
+        let values = quoted.iter().map(|name| format!("o.{name}, ")).collect::<String>();
+        Ok(script(&COPIES.replace("{columns}", &names).replace("{values}", &values)))
+    }
+
+    /// The rows of the outbox that it settles.
+    fn row_ids(&self) -> Result<Vec<i64>, sqlx::Error> {
+        let moved = self.moved.values()?;
+        let gone = self.gone.values()?;
+        Ok(moved.iter().map(row_id).chain(gone.iter().map(row_id)).collect())
+    }
+
+    /// Two halves of it, by rows.
+    pub(super) fn halves(&self) -> Result<[Self; 2], sqlx::Error> {
+        let mut rows = self.row_ids()?;
+        rows.sort_unstable();
+        let (first, second) = rows.split_at(rows.len() / 2);
+        Ok([self.part(first)?, self.part(second)?])
+    }
+
+    /// What it has of these rows.
+    fn part(&self, rows: &[i64]) -> Result<Self, sqlx::Error> {
+        let of = |list: &List| list.part(rows);
+        Ok(Self {
+            dead_letters: of(&self.dead_letters)?,
+            history: of(&self.history)?,
+            copies: of(&self.copies)?,
+            log: of(&self.log)?,
+            published: of(&self.published)?,
+            moved: of(&self.moved)?,
+            gone: of(&self.gone)?,
+            destination: self.destination.clone(),
+            duration_ms: self.duration_ms,
+        })
+    }
+
+    /// Of one row: what is to stand there instead, if this cannot be settled because of `reason`, and where that cannot be.
+    /// As `Records::parked` and `Records::parked_whole`.
+    pub(super) fn parked(&self, reason: &str) -> Result<[Self; 2], sqlx::Error> {
+        let Some(row) = self.row_ids()?.first().copied() else { return Ok([self.clone(), self.clone()]) };
+        let (log, text) = (self.log.values()?, |value: &Value, index: usize| value[index].as_str().map(str::to_owned));
+        let done = log.iter().filter(|entry| entry[2] != "failed").map(|entry| {
+            let (status, error) = (text(entry, 2).unwrap_or_default(), text(entry, 4));
+            (text(entry, 1).unwrap_or_default(), status, error)
+        });
+        let first = (self.published.count > 0).then(|| (self.destination.clone(), "published".to_owned(), None));
+        let done: Vec<(String, String, Option<String>)> = first.into_iter().chain(done).collect();
+        let parked = done.iter().map(|(destination, status, error)| {
+            json!([row, destination, Value::Null, Value::Null, parked_error(status, error.as_deref(), reason)])
+        });
+        let mut owed: Vec<Value> = parked.collect();
+        for mut value in self.moved.values()?.into_iter().chain(self.copies.values()?) {
+            if let Some(error) = text(&value, 4) {
+                (value[3], value[4]) = (Value::Null, parked_error("failed", Some(&error), reason).into());
+            }
+            owed.push(value);
+        }
+        let copies = owed.split_off(1.min(owed.len()));
+        let delivered = done.iter().filter(|(_, status, _)| status == "published");
+        let delivered: Vec<&str> = delivered.map(|(destination, ..)| destination.as_str()).collect();
+        // A null destination: its own.
+        let whole = json!([row, Value::Null, Value::Null, Value::Null, parked_whole_error(&delivered, reason)]);
+        let only = |moved: Vec<Value>, copies: Vec<Value>| Self {
+            moved: List::from_iter(moved),
+            copies: List::from_iter(copies),
+            ..Self::new(&Records::default())
+        };
+        Ok([only(owed, copies), only(vec![whole], Vec::new())])
+    }
 }
 
-fn list<T>(records: &[T], row: impl Fn(&T) -> Value) -> String {
-    Value::from_iter(records.iter().map(row)).to_string()
+impl List {
+    fn values(&self) -> Result<Vec<Value>, sqlx::Error> {
+        match serde_json::from_str(&self.json).map_err(|error| sqlx::Error::Decode(error.into()))? {
+            Value::Array(values) => Ok(values),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// What it has of these rows, which are in order.
+    fn part(&self, rows: &[i64]) -> Result<Self, sqlx::Error> {
+        let of = |row: i64| rows.binary_search(&row).is_ok();
+        Ok(match serde_json::from_str(&self.json).map_err(|error| sqlx::Error::Decode(error.into()))? {
+            Value::Object(messages) => {
+                let messages = messages.into_iter().filter(|(row, _)| row.parse().is_ok_and(of));
+                let messages: serde_json::Map<_, _> = messages.collect();
+                Self { count: messages.len(), json: Value::Object(messages).to_string() }
+            }
+            Value::Array(values) => values.into_iter().filter(|value| of(row_id(value))).collect(),
+            _ => self.clone(),
+        })
+    }
+}
+
+impl FromIterator<Value> for List {
+    fn from_iter<I: IntoIterator<Item = Value>>(values: I) -> Self {
+        let values: Vec<Value> = values.into_iter().collect();
+        Self { count: values.len(), json: Value::Array(values).to_string() }
+    }
+}
+
+/// The row that a value tells of.
+fn row_id(value: &Value) -> i64 {
+    value.as_i64().or_else(|| value[0].as_i64()).unwrap_or_default()
+}
+
+fn list<T>(records: &[T], row: impl Fn(&T) -> Value) -> List {
+    List { json: Value::from_iter(records.iter().map(row)).to_string(), count: records.len() }
 }
 
 /// The message of each row.
-fn object(entries: &[&LogEntry<'_>]) -> String {
+fn object(entries: &[&LogEntry<'_>]) -> List {
     let message = |entry: &&LogEntry<'_>| (entry.event.row.locator.to_string(), json!(entry.message_id));
-    Value::from_iter(entries.iter().map(message)).to_string()
+    List { json: Value::from_iter(entries.iter().map(message)).to_string(), count: entries.len() }
 }

@@ -22,6 +22,7 @@ async fn a_check_of_what_is_well_says_what_it_found() {
         " as postgres\n",
         &format!("\nok    schema: version {SCHEMA_VERSION}\n"),
         "\nok    privileges: all granted\n",
+        "\nok    recording: all that a relay writes, tried and taken back\n",
         "\nok    destination redis: 127.0.0.1:",
         "stream \"cli:check\"\n",
         "\nok    destination stdout: ",
@@ -36,7 +37,7 @@ async fn a_check_of_what_is_well_says_what_it_found() {
         .iter()
         .map(|check| (check["subject"].as_str().unwrap(), check["ok"].as_bool().unwrap()))
         .collect();
-    let subjects = ["database", "schema", "privileges", "destination redis", "destination stdout"];
+    let subjects = ["database", "schema", "privileges", "recording", "destination redis", "destination stdout"];
     assert_eq!(checks, subjects.map(|subject| (subject, true)));
     assert_eq!(json["settings"]["RELAY_REDIS_STREAM"]["value"], "cli:check");
     let shown = json["settings"]["DATABASE_URL"]["value"].as_str().unwrap();

@@ -111,7 +111,7 @@ pub(super) async fn history_keeps_what_was_published_where<S: Store>() {
     emit(&mut connection, "e", "k").await;
     let (a, b) = (ScriptedSink::accepting(), ScriptedSink::accepting());
     let mut setup = Setup::new(&store, vec![("a", a), ("b", b)]);
-    setup.outbox.history = true;
+    setup.outbox.usage.history = true;
     setup.drain().await;
     assert_eq!(
         column(&mut connection, "select concat_ws(' ', event_type, aggregate_id, payload, destination) from event_history order by destination").await,

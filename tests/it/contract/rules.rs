@@ -122,7 +122,7 @@ pub(super) async fn f60_a_redriven_dead_letter_is_the_same_event_owed_to_its_des
     finished(&["--once"], &small).exited(3).says(&["payload_too_large"]);
     sql(&mut connection, "update event_dead_letter set destination = 'stdout'").await;
 
-    sql(&mut connection, S::redrive("id = 1")).await;
+    sql(&mut connection, S::redrive("destination = 'stdout'")).await;
     assert_eq!(column(&mut connection, whole).await, before);
     let delivery = format!(
         "select concat_ws('|', destination, attempts, status, last_error, first_failed_at) from event_outbox
@@ -132,7 +132,7 @@ pub(super) async fn f60_a_redriven_dead_letter_is_the_same_event_owed_to_its_des
     assert_eq!(column(&mut connection, &delivery).await, ["stdout|0|pending"]);
     assert_eq!(count(&mut connection, "event_dead_letter where redriven_at is not null").await, 1);
 
-    let twice = refused(&mut connection, S::redrive("id = 1")).await;
+    let twice = refused(&mut connection, S::redrive("destination = 'stdout'")).await;
     assert!(twice.contains("has been redriven already"), "{twice}");
     assert_eq!(count(&mut connection, "event_outbox").await, 1);
 

@@ -1,5 +1,5 @@
 //! One relay, one partition, bounds: transactions that draw an id early and commit late, one of them prepared in two phases,
-//! and an event that is moved there with an old id.
+//! an event that is moved there with an old id, and ids that begin anew.
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
@@ -32,6 +32,19 @@ enum Variant {
     ReadUnchecked,
     /// Who moves an event says so, and then takes the lock.
     RaiseFirst,
+    /// Who truncates the table, and so takes the ids back, says nothing.
+    RestartUntold,
+}
+
+/// Who takes part: in one scope there would be too much.
+#[derive(Clone, Copy, PartialEq)]
+enum Scope {
+    /// Transactions 0, 1 and 2.
+    Late,
+    /// 1, 3, and an event that is moved.
+    Moving,
+    /// 1, 3, and somebody who truncates the table and lets ids begin anew.
+    Restarting,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,6 +67,7 @@ struct State {
     move_locked: bool,
     move_raised: bool,
     moved: bool,
+    restarted: bool,
     moves: u8,
     gone: Set,
     arrived: Vec<u8>,
@@ -93,6 +107,8 @@ enum Action {
     LockToMove,
     Raise,
     CommitMove,
+    /// Waits for all who hold a lock on the table, a claim too.
+    Restart,
     Take {
         ask: bool,
     },
@@ -105,8 +121,7 @@ enum Action {
 
 struct Bounds {
     variant: Variant,
-    /// Whether an event is moved, or else transactions 0 and 2 take part: in one scope there would be too much.
-    moving: bool,
+    scope: Scope,
 }
 
 impl State {
@@ -170,6 +185,7 @@ impl Model for Bounds {
             move_locked: false,
             move_raised: false,
             moved: false,
+            restarted: false,
             moves: 0,
             gone: 0,
             arrived: Vec::new(),
@@ -179,7 +195,7 @@ impl Model for Bounds {
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
-        for writer in if self.moving { [1, 3].as_slice() } else { &[0, 1, 2] }.iter().copied() {
+        for writer in if self.scope == Scope::Late { [0, 1, 2].as_slice() } else { &[1, 3] }.iter().copied() {
             let late = writer == LATE;
             match state.writers[usize::from(writer)] {
                 Writer::Idle if writer == KEY_A[1] && state.writers[usize::from(LATE)] != Writer::Committed => {}
@@ -194,14 +210,18 @@ impl Model for Bounds {
             }
         }
         let raise_first = self.variant == Variant::RaiseFirst;
-        if self.moving && !state.move_locked && (state.move_raised || !raise_first) {
+        if self.scope == Scope::Moving && !state.move_locked && (state.move_raised || !raise_first) {
             actions.push(Action::LockToMove);
         }
-        if self.moving && !state.move_raised && (state.move_locked || raise_first) {
+        if self.scope == Scope::Moving && !state.move_raised && (state.move_locked || raise_first) {
             actions.push(Action::Raise);
         }
         if state.move_locked && state.move_raised && !state.moved {
             actions.push(Action::CommitMove);
+        }
+        let restarts = self.scope == Scope::Restarting && !state.restarted;
+        if restarts && state.phase == Phase::Idle && state.writing() == 0 {
+            actions.push(Action::Restart);
         }
         actions.extend(match state.phase {
             Phase::Idle => vec![Action::Take { ask: true }, Action::Take { ask: false }],
@@ -228,6 +248,13 @@ impl Model for Bounds {
                 next.moves += 1;
             }
             Action::CommitMove => next.moved = true,
+            Action::Restart => {
+                let committed = state.pending().into_iter();
+                next.gone = committed.fold(state.gone, |gone, event| gone | 1 << event);
+                next.last_id = 0;
+                next.restarted = true;
+                next.moves += u8::from(self.variant != Variant::RestartUntold);
+            }
             Action::Take { ask } => {
                 next.phase = Phase::Taken;
                 if state.relay.moves != state.moves {
@@ -294,11 +321,17 @@ impl Model for Bounds {
                     || state.relay.moves != state.moves
                     || state.pending().iter().all(|event| state.id(*event) > state.relay.bound)
             }),
-            Property::always("keys are in order", |_, state: &State| {
-                in_order(&state.arrived, &KEY_A) && in_order(&state.arrived, &KEY_B)
+            Property::always("keys are in order", |model: &Self, state: &State| {
+                // What was truncated never arrives.
+                model.scope == Scope::Restarting || in_order(&state.arrived, &KEY_A) && in_order(&state.arrived, &KEY_B)
             }),
             Property::sometimes("all is settled", |model: &Self, state: &State| {
-                state.gone == if model.moving { 0b1_1010 } else { 0b111 }
+                state.gone
+                    == match model.scope {
+                        Scope::Late => 0b111,
+                        Scope::Moving => 0b1_1010,
+                        Scope::Restarting => 0b1010,
+                    }
             }),
             Property::sometimes("a bound passes by what is dead", |_, state: &State| {
                 (0..5).any(|event| has(state.gone, event) && state.id(event) <= state.relay.bound)
@@ -309,45 +342,50 @@ impl Model for Bounds {
 
 #[test]
 fn bounds_hide_nothing() {
-    for moving in [true, false] {
-        let checker = Bounds { variant: Variant::Right, moving }.checker().spawn_bfs().join();
+    for (scope, states) in [(Scope::Late, 5_000), (Scope::Moving, 5_000), (Scope::Restarting, 500)] {
+        let checker = Bounds { variant: Variant::Right, scope }.checker().spawn_bfs().join();
         checker.assert_properties();
-        assert!(checker.unique_state_count() > 5_000, "only {} states", checker.unique_state_count());
+        assert!(checker.unique_state_count() > states, "only {} states", checker.unique_state_count());
     }
 }
 
 /// The property that a wrong variant breaks.
-fn breaks(variant: Variant, moving: bool, property: &'static str) {
-    let checker = Bounds { variant, moving }.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
+fn breaks(variant: Variant, scope: Scope, property: &'static str) {
+    let checker = Bounds { variant, scope }.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     assert!(checker.discovery(property).is_some(), "{property} holds");
 }
 
 #[test]
 fn a_bound_at_the_last_id_hides_a_late_commit() {
-    breaks(Variant::LastId, false, "nothing is hidden");
+    breaks(Variant::LastId, Scope::Late, "nothing is hidden");
 }
 
 #[test]
 fn whoever_draws_an_id_after_the_writers_were_asked_for_is_overlooked() {
-    breaks(Variant::WritersFirst, false, "nothing is hidden");
+    breaks(Variant::WritersFirst, Scope::Late, "nothing is hidden");
 }
 
 #[test]
 fn a_prepared_transaction_has_another_name() {
-    breaks(Variant::PreparedIsGone, false, "nothing is hidden");
+    breaks(Variant::PreparedIsGone, Scope::Late, "nothing is hidden");
 }
 
 #[test]
 fn a_horizon_from_before_a_move_hides_what_is_being_moved() {
-    breaks(Variant::KeepHorizon, true, "nothing is hidden");
+    breaks(Variant::KeepHorizon, Scope::Moving, "nothing is hidden");
 }
 
 #[test]
 fn an_event_moved_between_take_and_read_is_overtaken() {
-    breaks(Variant::ReadUnchecked, true, "keys are in order");
+    breaks(Variant::ReadUnchecked, Scope::Moving, "keys are in order");
 }
 
 #[test]
 fn who_says_that_it_moves_an_event_before_it_locks_is_overlooked() {
-    breaks(Variant::RaiseFirst, true, "nothing is hidden");
+    breaks(Variant::RaiseFirst, Scope::Moving, "nothing is hidden");
+}
+
+#[test]
+fn ids_that_begin_anew_untold_are_hidden() {
+    breaks(Variant::RestartUntold, Scope::Restarting, "nothing is hidden");
 }

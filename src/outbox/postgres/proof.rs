@@ -1,0 +1,298 @@
+//! Whether the database records what is published, and who may keep it from that.
+//!
+//! The tables are the application's as much as the relay's: a trigger, a rule or a row policy may swallow or refuse a write, and
+//! so may a constraint. So a relay writes all that settles write, of rows of its own, and takes it back: before its first claim,
+//! in `relay check`, and after a settle that failed.
+
+use std::time::Duration;
+
+use sqlx::Executor;
+use sqlx::error::ErrorKind;
+use sqlx::postgres::{PgConnection, PgDatabaseError};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::event::{Event, Fault, PublishError, RowKey, Verdict};
+use crate::outbox::postgres::settle::{Settle, Suppressed};
+use crate::outbox::postgres::sql::{Schema, Sql};
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, tid};
+use crate::outbox::records::Records;
+use crate::outbox::{Delivery, OutboxError, Usage};
+
+/// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
+const INSERT: &str = "
+insert into {schema}.event_outbox (id, event_type, status, available_at)
+overriding system value
+select -1 - (pg_catalog.random() * 1e15::float8)::bigint, 'relay.proof', 'scheduled', 'infinity' from pg_catalog.generate_series(1, 4)
+returning ctid::text, partition, id, destination, event_id";
+
+/// Where the application does not let anybody insert such a row: rows that are there and that nobody is settling.
+const ROWS: &str = "
+select ctid::text, partition, id, destination, event_id from {schema}.event_outbox
+order by partition, id limit 4 for update skip locked";
+
+/// What was added to the relay's tables and may keep it from writing.
+const ADDITIONS: &str = "
+with ours as (
+    select oid, relname from pg_catalog.pg_class
+    where oid in ('{schema}.event_outbox'::regclass::oid, '{schema}.event_processing_log'::regclass::oid, '{schema}.event_dead_letter'::regclass::oid,
+                  '{schema}.event_history'::regclass::oid)
+), days as (
+    select i.inhrelid as oid, c.relname from pg_catalog.pg_inherits i
+    join ours on ours.oid = i.inhparent join pg_catalog.pg_class c on c.oid = i.inhrelid
+)
+select pg_catalog.format('trigger %s on %s', t.tgname, r.relname)
+from (select * from ours union all select * from days) r
+join pg_catalog.pg_trigger t on t.tgrelid = r.oid join pg_catalog.pg_proc p on p.oid = t.tgfoid
+where not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D' and p.proname not like 'event\\_outbox\\_%'
+union all
+select pg_catalog.format('rule %s on %s', w.rulename, r.relname)
+from (select * from ours union all select * from days) r join pg_catalog.pg_rewrite w on w.ev_class = r.oid
+where w.ev_enabled <> 'D'
+union all
+select pg_catalog.format('row policy %s on %s', p.polname, r.relname)
+from ours r join pg_catalog.pg_policy p on p.polrelid = r.oid
+union all
+select pg_catalog.format('row security on %s', r.relname)
+from ours r where pg_catalog.row_security_active(r.oid)
+union all
+select pg_catalog.format('constraint %s on %s', n.conname, r.relname)
+from (select * from ours union all select * from days) r
+join pg_catalog.pg_constraint n on (n.conrelid = r.oid or n.confrelid = r.oid)
+where n.contype in ('c', 'f', 'u', 'x') and n.conparentid = 0
+  and n.conname not in ('event_is_valid', 'status_is_known', 'error_iff_not_delivered', 'attempts_start_at_1',
+                        'first_failure_is_not_after_last')
+union all
+select pg_catalog.format('unique index %s on %s', c.relname, r.relname)
+from (select * from ours union all select * from days) r
+join pg_catalog.pg_index i on i.indrelid = r.oid join pg_catalog.pg_class c on c.oid = i.indexrelid
+where i.indisunique and c.relname not in ('event_outbox_pkey', 'event_dead_letter_pkey')
+  and not exists (select from pg_catalog.pg_constraint n where n.conindid = i.indexrelid)
+order by 1";
+
+/// An event that could neither be settled nor parked.
+#[derive(Debug, Clone)]
+pub(super) struct Survivor {
+    pub(super) event: Event,
+    /// It was to be tried again, and not to go.
+    pub(super) moves: bool,
+}
+
+/// How a settle was tried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Tried {
+    /// With rows of its own.
+    Inserted,
+    /// With rows that are there, or none, because the table refuses a plain insert in these words.
+    Refused(String),
+}
+
+impl Tried {
+    /// In words, for people.
+    pub(super) fn told(self) -> String {
+        match self {
+            Self::Inserted => "all that a relay writes, tried and taken back".to_owned(),
+            Self::Refused(why) => format!(
+                "tried with the rows that are there and taken back, because a plain insert into event_outbox is refused ({why}): \
+                 so will be `relay emit` and a redrive"
+            ),
+        }
+    }
+}
+
+/// Within a transaction: writes all that settles write, and the settles of `survivors`, which could not be settled nor parked;
+/// takes it back.
+///
+/// # Errors
+/// What one of them fails with. After one that the database has given, the transaction goes on.
+pub(super) async fn prove(
+    connection: &mut PgConnection,
+    sql: Sql,
+    worker: &str,
+    usage: Usage,
+    survivors: &[Survivor],
+) -> Result<Tried, sqlx::Error> {
+    connection.execute("savepoint before_proof").await?;
+    let tried = try_all(connection, sql, worker, usage, survivors).await;
+    match &tried {
+        Err(error) if !is_content(error) && sqlstate(error).is_none() => {}
+        _ => {
+            connection.execute("rollback to savepoint before_proof").await?;
+        }
+    }
+    tried
+}
+
+/// The same for `relay check`, in words.
+///
+/// # Errors
+/// [`OutboxError::Unrecorded`] where something is refused or swallowed.
+pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result<String, OutboxError> {
+    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
+    let sql = Sql { schema: schema.unwrap_or_default(), persistent: false };
+    let tried = answered("try what settles write", STATEMENT_TIMEOUT, async {
+        connection.execute("begin").await?;
+        let tried = prove(connection, sql, "check", usage, &[]).await;
+        connection.execute("rollback").await?;
+        Ok(tried)
+    })
+    .await?;
+    match tried {
+        Ok(tried) => Ok(tried.told()),
+        Err(error) if is_missing_day(&error) => Ok(format!("{}: the relay adds that day at its start", words(&error))),
+        Err(error) if is_content(&error) => Err(unrecorded(connection, sql, error).await),
+        Err(error) => Err(query_failed("try what settles write", error)),
+    }
+}
+
+type Row = (String, i16, i64, String, Uuid);
+
+async fn try_all(
+    connection: &mut PgConnection,
+    sql: Sql,
+    worker: &str,
+    usage: Usage,
+    survivors: &[Survivor],
+) -> Result<Tried, sqlx::Error> {
+    let inserted: Result<Vec<Row>, _> = sql.query_as(INSERT).persistent(false).fetch_all(&mut *connection).await;
+    let (tried, rows) = match inserted {
+        Ok(rows) if rows.len() == 4 => (Tried::Inserted, rows),
+        Err(error) if !is_content(&error) => return Err(error),
+        refused => {
+            let why = refused.err().map_or_else(|| "it has no effect".to_owned(), |error| words(&error));
+            connection.execute("rollback to savepoint before_proof").await?;
+            (Tried::Refused(why), sql.query_as(ROWS).persistent(false).fetch_all(&mut *connection).await?)
+        }
+    };
+    let events: Vec<Event> = rows.into_iter().filter_map(event).collect();
+    let verdicts = [
+        vec![("proof", published())],
+        vec![("proof", Verdict::DeadLetter { error: error() })],
+        vec![("proof", retry())],
+        if usage.several_destinations {
+            vec![("proof", retry()), ("proof 2", retry())]
+        } else {
+            vec![("proof", retry())]
+        },
+    ];
+    let mut deliveries = Vec::new();
+    let mut add = |event, verdicts: Vec<(&'static str, Verdict)>| {
+        let of = |(destination, verdict)| Delivery { event, destination, verdict, duration: Duration::ZERO };
+        deliveries.extend(verdicts.into_iter().map(of));
+    };
+    if events.len() == verdicts.len() {
+        events.iter().zip(verdicts).for_each(|(event, verdicts)| add(event, verdicts));
+    } else {
+        events.iter().for_each(|event| add(event, vec![("proof", published())]));
+    }
+    for survivor in survivors {
+        add(&survivor.event, vec![("proof", if survivor.moves { retry() } else { published() })]);
+    }
+    let records = Records::new(&deliveries, usage.history);
+    Settle::new(connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
+    Ok(tried)
+}
+
+fn published() -> Verdict {
+    Verdict::Published { message_id: None }
+}
+
+fn retry() -> Verdict {
+    Verdict::Retry { delay: Duration::ZERO, error: error() }
+}
+
+fn error() -> PublishError {
+    PublishError::new(Fault::Event, "proof", "proof")
+}
+
+fn event((tid, partition, id, destination, event_id): Row) -> Option<Event> {
+    Some(Event {
+        row: RowKey { locator: tid::to_locator(&tid)?, partition, id, destination },
+        event_id,
+        event_type: "relay.proof".to_owned(),
+        source: String::new(),
+        aggregate_type: None,
+        aggregate_id: None,
+        payload: Vec::new(),
+        headers: Vec::new(),
+        correlation_id: None,
+        causation_id: None,
+        schema_version: 1,
+        created_at: OffsetDateTime::UNIX_EPOCH,
+        attempts: 0,
+    })
+}
+
+/// What was added to the relay's tables, in words.
+pub(super) async fn additions(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
+    sql.query_scalar(ADDITIONS).persistent(false).fetch_all(connection).await
+}
+
+/// The error of a database that does not record, with the names of those who may be why.
+pub(super) async fn unrecorded(connection: &mut PgConnection, sql: Sql, error: sqlx::Error) -> OutboxError {
+    let additions = additions(connection, sql).await.unwrap_or_default();
+    if additions.is_empty() && suppressed(&error).is_none() {
+        return query_failed("settle", error);
+    }
+    let look = "; drop or correct whichever of these does it: ";
+    let additions = if additions.is_empty() { String::new() } else { format!("{look}{}", additions.join(", ")) };
+    OutboxError::Unrecorded { reason: format!("{}{additions}", words(&error)) }
+}
+
+/// The error of a table that has no partition for now, and for which none can be made.
+pub(super) fn no_day(error: &sqlx::Error, not_made: &OutboxError) -> OutboxError {
+    let table = error.as_database_error().and_then(|error| error.table()).unwrap_or("event_processing_log");
+    let reason = format!(
+        "{}, and that day cannot be added ({}); let the owner run `select relay_add_days('{table}', 7)`",
+        words(error),
+        not_made.explain()
+    );
+    OutboxError::Unrecorded { reason }
+}
+
+/// The reason of such an error, in words. Never the DETAIL, which may quote a row.
+pub(super) fn words(error: &sqlx::Error) -> String {
+    if let Some(suppressed) = suppressed(error) {
+        return suppressed.to_string();
+    }
+    let Some(database) = error.as_database_error() else { return error.to_string() };
+    let mut words = format!("{} ({})", database.message(), database.code().unwrap_or_default());
+    if let Some(context) = database.downcast_ref::<PgDatabaseError>().r#where()
+        && let Some(function) = context.lines().find(|line| line.starts_with("PL/pgSQL function"))
+    {
+        words.push_str(", in ");
+        words.push_str(function);
+    }
+    words
+}
+
+fn suppressed(error: &sqlx::Error) -> Option<&Suppressed> {
+    match error {
+        sqlx::Error::Decode(error) => error.downcast_ref(),
+        _ => None,
+    }
+}
+
+fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error()?.code().map(|code| code.into_owned())
+}
+
+/// Whether an error is about what was to be written, and not about the server, its disk, its locks or this role's rights.
+pub(super) fn is_content(error: &sqlx::Error) -> bool {
+    let about_content = |code: String| match code.as_str() {
+        "42501" => false,
+        // Of the features that are not supported, those of rules: the text of the other is about plans.
+        "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
+        code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),
+    };
+    suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
+}
+
+/// Whether a table that is kept by day has none for now.
+pub(super) fn is_missing_day(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    // A row that a CHECK refuses has the same kind, with the constraint's name.
+    error.kind() == ErrorKind::CheckViolation
+        && error.constraint().is_none()
+        && error.table().is_some_and(|table| ["event_processing_log", "event_history"].contains(&table))
+}
