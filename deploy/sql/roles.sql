@@ -23,28 +23,28 @@ set local relay.revoke_create = 'on';
 do $$
 declare
     role text;
-    schema regnamespace := (select relnamespace from pg_class where oid = to_regclass('event_outbox'));
+    schema regnamespace := (select relnamespace from pg_catalog.pg_class where oid = pg_catalog.to_regclass('event_outbox')::oid);
 begin
     if schema is null then
-        raise exception 'roles.sql: there is no table event_outbox on the search_path (%)', current_setting('search_path')
+        raise exception 'roles.sql: there is no table event_outbox on the search_path (%)', pg_catalog.current_setting('search_path')
             using hint = 'Run `relay migrate` first, or set the search_path that the relay uses.';
     end if;
     foreach role in array array['relay_app', 'relay_worker', 'relay_operator'] loop
-        if to_regrole(role) is null then
-            execute format('create role %I nologin', role);
+        if pg_catalog.to_regrole(role) is null then
+            execute pg_catalog.format('create role %I nologin', role);
         end if;
         -- Where everybody has it, as in an old `public`, only the schema's owner could grant it once more.
-        if not has_schema_privilege(role, schema, 'usage') then
-            execute format('grant usage on schema %s to %I', schema, role);
+        if not pg_catalog.has_schema_privilege(role, schema::oid, 'usage') then
+            execute pg_catalog.format('grant usage on schema %s to %I', schema, role);
         end if;
     end loop;
     for role in
-        select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
-        from pg_namespace n cross join lateral aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) a
-        where n.oid = schema and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner
+        select distinct case a.grantee when 0::oid then 'public' else a.grantee::regrole::text end
+        from pg_catalog.pg_namespace n cross join lateral pg_catalog.aclexplode(coalesce(n.nspacl, pg_catalog.acldefault('n', n.nspowner))) a
+        where n.oid = schema::oid and a.privilege_type = 'CREATE' and a.grantee <> n.nspowner
     loop
-        if coalesce(current_setting('relay.revoke_create', true), '') = 'on' then
-            execute format('revoke create on schema %s from %s', schema, role);
+        if coalesce(pg_catalog.current_setting('relay.revoke_create', true), '') = 'on' then
+            execute pg_catalog.format('revoke create on schema %s from %s', schema, role);
             raise notice 'roles.sql: % may no longer create objects in schema %', role, schema;
         else
             raise notice 'roles.sql: % may create objects in schema %; -v revoke_create=1 takes that right away', role, schema;
@@ -75,11 +75,11 @@ declare
     emit_event regprocedure;
 begin
     for emit_event in
-        select p.oid from pg_proc p join pg_class c on c.relnamespace = p.pronamespace
-        where p.proname = 'emit_event' and c.oid = to_regclass('event_outbox')
+        select p.oid from pg_catalog.pg_proc p join pg_catalog.pg_class c on c.relnamespace = p.pronamespace
+        where p.proname = 'emit_event'::name and c.oid = pg_catalog.to_regclass('event_outbox')::oid
     loop
-        execute format('revoke all on function %s from relay_app, relay_worker, relay_operator', emit_event);
-        execute format('grant execute on function %s to relay_app, relay_operator', emit_event);
+        execute pg_catalog.format('revoke all on function %s from relay_app, relay_worker, relay_operator', emit_event);
+        execute pg_catalog.format('grant execute on function %s to relay_app, relay_operator', emit_event);
     end loop;
 end
 $$;

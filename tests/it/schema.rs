@@ -5,7 +5,7 @@ mod days;
 mod migrate;
 mod partitions;
 mod plan;
-mod roles;
+pub(crate) mod roles;
 mod wake;
 
 use sqlx::postgres::PgConnection;

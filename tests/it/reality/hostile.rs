@@ -17,6 +17,7 @@ fn sources() -> Vec<PathBuf> {
         .flat_map(|folder| std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()))
         .collect();
     files.push(root.join("src/outbox/postgres.rs"));
+    files.push(root.join("deploy/sql/roles.sql"));
     files.sort();
     files
 }
@@ -162,7 +163,9 @@ async fn f73_nobody_runs_what_others_created_in_the_schema() {
 
     // Installed where the traps were laid before.
     finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
-    assert_eq!(trapped(&mut connection).await, ["false"], "migrate");
+    sql(&mut connection, "set search_path = app").await;
+    crate::schema::roles::apply(&mut connection).await;
+    assert_eq!(trapped(&mut connection).await, ["false"], "migrate, and the roles");
 
     let (stream, poison) = ("hostile:{event_type}", "hostile:poison");
     ::redis::cmd("SET").arg(poison).arg("x").exec(&mut crate::stream::connect(redis().url())).unwrap();

@@ -21,12 +21,16 @@ fn script() -> String {
     script.lines().filter(is_sql).map(|line| format!("{line}\n")).collect()
 }
 
+/// Applies the file to the schema that the connection finds first.
+pub(crate) async fn apply(owner: &mut PgConnection) {
+    let _alone = APPLYING.lock().await;
+    sql(owner, script()).await;
+}
+
 /// Applies the file; the superuser's connection.
 async fn with_roles(database: &Database) -> PgConnection {
     let mut owner = database.connect().await;
-    let script = script();
-    let _alone = APPLYING.lock().await;
-    sql(&mut owner, script).await;
+    apply(&mut owner).await;
     // As the file says of PostgreSQL before 15; later ones have it so from the start.
     sql(&mut owner, "revoke create on schema public from public").await;
     owner
