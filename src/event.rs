@@ -13,7 +13,9 @@ use uuid::Uuid;
 
 use crate::text::shown;
 
-pub use new_event::{MAX_EVENT_TYPE_CHARS, NewEvent, NewEventError, RESERVED_HEADERS};
+pub use new_event::{
+    MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, NewEvent, NewEventError, RESERVED_HEADERS,
+};
 
 /// Which row of the outbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

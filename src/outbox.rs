@@ -108,9 +108,9 @@ pub struct Check {
 pub struct ClaimRequest<'a> {
     /// At most this many events.
     pub max_events: usize,
-    /// About this many bytes of payload; one event is always given, however large.
+    /// About this many bytes of events; one event is always given, however large.
     pub max_bytes: usize,
-    /// Payloads over this many bytes are not read; their events come with a defect.
+    /// Payloads over this many bytes are not read, nor what is over a bound of the schema; their events come with a defect.
     pub max_payload: usize,
     /// The names of all configured destinations.
     pub destinations: &'a [String],

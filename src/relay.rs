@@ -53,7 +53,7 @@ pub struct RelayConfig {
     pub lanes: usize,
     /// Events in one claim.
     pub batch_events: usize,
-    /// Bytes of payload in one claim, about.
+    /// Bytes of events in one claim, about.
     pub batch_bytes: usize,
     /// Bytes of one payload; larger ones are dead-lettered at once.
     pub max_payload: usize,

@@ -89,7 +89,7 @@ pub struct Settings {
     #[arg(long, env = "EVENT_OUTBOX_BATCH_SIZE", value_name = "COUNT", default_value = "1000",
           value_parser = clap::value_parser!(u64).range(1..=10_000), help_heading = "Work")]
     pub batch_size: u64,
-    /// Bytes of payload in one batch, about; with the lanes it bounds the memory.
+    /// Bytes of events in one batch, about; with the lanes it bounds the memory.
     #[arg(long, env = "RELAY_BATCH_BYTES", value_name = "BYTES", default_value = "4194304",
           value_parser = clap::value_parser!(u64).range(1..=1 << 30), help_heading = "Work")]
     pub batch_bytes: u64,

@@ -9,6 +9,12 @@ use uuid::Uuid;
 /// The longest event type, in characters: EventBridge's limit for `DetailType`, and a CHECK of the schema.
 pub const MAX_EVENT_TYPE_CHARS: usize = 128;
 
+/// The longest source, correlation id and causation id, and the longest of both halves of a key, in bytes: the schema's rules.
+pub const MAX_TEXT_BYTES: usize = 16_384;
+
+/// The most bytes that all headers have together, as the JSON that the database prints: a rule of the schema.
+pub const MAX_HEADERS_BYTES: usize = 262_144;
+
 /// Header names that would hide an attribute consumers rely on; the schema refuses them too.
 pub const RESERVED_HEADERS: [&str; 15] = [
     "specversion",

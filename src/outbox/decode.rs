@@ -2,14 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use crate::event::{Fault, PublishError};
+use crate::event::{Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError};
 
 /// The defect of a payload of so many bytes, if it is one.
 pub(super) fn too_large(size: usize, max_payload: usize) -> Option<PublishError> {
-    (size > max_payload).then(|| {
-        let message = format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}");
-        PublishError::new(Fault::Unfit, "payload_too_large", message)
-    })
+    (size > max_payload).then(|| over("payload", size, max_payload))
+}
+
+/// The defect of a column of so many bytes, which are too many.
+pub(super) fn over(column: &str, size: usize, max_payload: usize) -> PublishError {
+    let message = match column {
+        // Measured where it is, which tells about how long its text is.
+        "payload" => format!("the payload has {size} bytes, EVENT_MAX_PAYLOAD_SIZE allows {max_payload}"),
+        "headers" => format!("the headers have {size} bytes, and at most {MAX_HEADERS_BYTES} are allowed"),
+        _ => format!("{column} has {size} bytes, and at most {MAX_TEXT_BYTES} are allowed"),
+    };
+    PublishError::new(Fault::Unfit, format!("{column}_too_large"), message)
 }
 
 /// The headers of an event, as the JSON that the column holds; none for nothing.

@@ -9,5 +9,6 @@ mod pinned;
 mod process;
 mod set_ups;
 mod settle;
+mod sizes;
 mod versions;
 mod views;

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use foldhash::{HashMap, HashMapExt};
+use foldhash::HashMap;
+use futures_util::TryStreamExt;
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{Row, ValueRef};
+use sqlx::{Connection, Row, ValueRef};
 use time::OffsetDateTime;
 
-use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
 use crate::outbox::postgres::lane::to_i64;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::MOVES;
@@ -20,13 +21,14 @@ use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
-/// `$1` partitions; of each of them at most `$2` events, so that nothing need be sorted; `$3` the largest payload to give, by
-/// its size; `$4` destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per row only
-/// where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what
-/// holds up its key may wait for a person, who lets it go earlier.
+/// `$1` partitions; of each of them at most `$2` events, so that nothing need be sorted; `$3` the largest size to give; `$4`
+/// destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per
+/// row only where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no
+/// calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what holds up its key may wait for a
+/// person, who lets it go earlier.
 const READ_BATCH: &str = "
-select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id,
-       case when o.size <= $3 then o.payload end, nullif(o.headers, '{}'), o.correlation_id, o.causation_id,
+select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
+       {payload}, {headers}, {correlation_id}, {causation_id},
        o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
        o.attempts, o.available_at <= pg_catalog.statement_timestamp(), o.size,
        case when waiting.any and o.aggregate_id is not null then (
@@ -50,139 +52,267 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                limit 1
            ) head
        ) end,
-       (select last_value from {schema}.event_outbox_epoch), {moves}
-from unnest($1::smallint[], $5::bigint[]) t(partition, bound)
-cross join lateral (
-    {rows}
-) o
+       (select last_value from {schema}.event_outbox_epoch), {moves}{unfit}
+from {rows}
 cross join (select exists (
     select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
 ) as any) waiting";
 
-/// The rows of a partition, for [`READ_BATCH`]. A payload's stored size does not tell how large it is, it may be compressed a
-/// hundredfold; `#> '{}'` is the payload uncompressed.
+/// The rows, for [`READ_BATCH`], and what each takes, as long as that is little. A stored size does not tell how large a value
+/// is, it may be compressed a hundredfold; `#> '{}'` is the value uncompressed. Nothing is uncompressed that is stored in more
+/// than is little. No headers are stored in 8 bytes at most.
 const ROWS: &str = "
-    select ctid, *, pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[]) as size
-    from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2";
+unnest($1::smallint[], $5::bigint[]) t(partition, bound)
+cross join lateral (
+    select ctid, *, case
+        when pg_catalog.pg_column_size(payload) > $3 or pg_catalog.pg_column_size(headers) > $3
+            or greatest(pg_catalog.octet_length(source), pg_catalog.octet_length(aggregate_type),
+                pg_catalog.octet_length(aggregate_id), pg_catalog.octet_length(correlation_id),
+                pg_catalog.octet_length(causation_id)) > $3
+            then 2147483647
+        when pg_catalog.pg_column_size(headers) <= 8
+            then pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[])
+        else pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[])
+            + pg_catalog.pg_column_size(headers operator(pg_catalog.#>) '{}'::text[])
+    end as size
+    from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
+) o";
 
-/// The same where some may be large: about `$6` bytes of them, measured by their text where they are. Adding up costs a
-/// quarter of all that reading does, and is left out as long as all are small.
+/// The same where some may be large: about `$6` bytes of them, in all. Adding up costs a quarter of all that reading does, and
+/// is left out as long as all are small. `offset 0` keeps what is measured from being measured again wherever it is named.
+///
+/// - Of what exceeds its limit only the size is read. `unfit` names it, and counts as what settling it copies.
+/// - The text of a `jsonb` has at least a quarter of the bytes that it takes uncompressed (`[1, 1]` is such), and that at least
+///   those that it takes compressed. So what is stored in over four times the limit is not looked into, and what takes over four
+///   times the limit uncompressed is not printed. Headers are a map of texts, of which each byte prints as one to six.
+/// - After five seconds nothing more is measured: what is left is read by the next claim.
 const ROWS_WITHIN_BYTES: &str = "
-    select s.*
+(
+    select b.*, (pg_catalog.sum(b.size) over (order by b.place, b.id, b.destination rows unbounded preceding))::bigint
+        - b.size as bytes_before
     from (
-        select e.*, pg_catalog.sum(e.size) over (order by e.id, e.destination rows unbounded preceding) - e.size as bytes_before
+        select m.*, case
+            when m.unfit is null then m.payload_bytes + m.headers_bytes + m.texts_bytes
+            else least(2147483647::bigint, m.payload_stored::bigint + m.headers_stored + m.texts_bytes)::int
+        end as size
         from (
-            select m.*, case when m.uncompressed <= 2000 then m.uncompressed else pg_catalog.octet_length(m.payload::text) end as size
+            select c.*, case
+                when c.headers_bytes > {max_headers} then 'headers ' || c.headers_bytes::text
+                when pg_catalog.octet_length(c.source) > {max_text} then 'source ' || pg_catalog.octet_length(c.source)::text
+                when pg_catalog.octet_length(c.aggregate_type) > {max_text}
+                    then 'aggregate_type ' || pg_catalog.octet_length(c.aggregate_type)::text
+                when pg_catalog.octet_length(c.aggregate_id) > {max_text}
+                    then 'aggregate_id ' || pg_catalog.octet_length(c.aggregate_id)::text
+                when pg_catalog.octet_length(c.correlation_id) > {max_text}
+                    then 'correlation_id ' || pg_catalog.octet_length(c.correlation_id)::text
+                when pg_catalog.octet_length(c.causation_id) > {max_text}
+                    then 'causation_id ' || pg_catalog.octet_length(c.causation_id)::text
+                when c.payload_bytes > $3 then 'payload ' || c.payload_bytes::text
+            end as unfit,
+            least(2147483647::bigint, coalesce(pg_catalog.octet_length(c.source), 0)::bigint
+                + coalesce(pg_catalog.octet_length(c.aggregate_type), 0)
+                + coalesce(pg_catalog.octet_length(c.aggregate_id), 0)
+                + coalesce(pg_catalog.octet_length(c.correlation_id), 0)
+                + coalesce(pg_catalog.octet_length(c.causation_id), 0))::int as texts_bytes
             from (
-                select ctid, *, pg_catalog.pg_column_size(payload operator(pg_catalog.#>) '{}'::text[]) as uncompressed
-                from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
-            ) m
-        ) e
-    ) s
-    where s.bytes_before < $6";
+                select u.*, case
+                    when u.payload_size is null then u.payload_stored
+                    when u.payload_size <= 2000 or u.payload_size > 4 * $3::bigint then u.payload_size
+                    else pg_catalog.octet_length(u.payload::text)
+                end as payload_bytes, case
+                    when u.headers_size <= {max_headers} / 6 - 8 or u.headers_size > {max_headers} + 16 then u.headers_size
+                    else pg_catalog.octet_length(u.headers::text)
+                end as headers_bytes
+                from (
+                    select s.*, case
+                        when s.payload_stored <= 4 * $3::bigint
+                            then pg_catalog.pg_column_size(s.payload operator(pg_catalog.#>) '{}'::text[])
+                    end as payload_size, case
+                        when s.headers_stored <= 8 then 0
+                        when s.headers_stored > {max_headers} + 16 then s.headers_stored
+                        else pg_catalog.pg_column_size(s.headers operator(pg_catalog.#>) '{}'::text[])
+                    end as headers_size
+                    from (
+                        select t.place, e.*, pg_catalog.pg_column_size(e.payload) as payload_stored,
+                            pg_catalog.pg_column_size(e.headers) as headers_stored
+                        from unnest($1::smallint[], $5::bigint[]) with ordinality t(partition, bound, place)
+                        cross join lateral (
+                            select ctid, *
+                            from {schema}.event_outbox where partition = t.partition and id > t.bound
+                            order by id, destination limit $2
+                        ) e
+                        where pg_catalog.clock_timestamp() < (select pg_catalog.clock_timestamp()) + interval '5 seconds'
+                        offset 0
+                    ) s
+                    offset 0
+                ) u
+                offset 0
+            ) c
+            offset 0
+        ) m
+        offset 0
+    ) b
+    offset 0
+) o";
 
-static READ_SMALL: LazyLock<&str> = LazyLock::new(|| complete(ROWS));
-static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| complete(ROWS_WITHIN_BYTES));
+static READ_SMALL: LazyLock<&str> = LazyLock::new(|| {
+    let small = |column: &str| match column {
+        "headers" => {
+            "case when o.size <= $3 and pg_catalog.pg_column_size(o.headers) > 8 then o.headers end".to_owned()
+        }
+        _ => format!("case when o.size <= $3 then o.{column} end"),
+    };
+    complete(ROWS, "", "", small)
+});
 
-fn complete(rows: &str) -> &'static str {
-    READ_BATCH.replace("{rows}", rows).replace("{moves}", MOVES).leak()
+static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| {
+    // A key within its bounds is told of a row that is not read, too.
+    let within = |column: &str| match column {
+        "headers" => "case when o.unfit is null then nullif(o.headers, '{}') end".to_owned(),
+        "payload" => "case when o.unfit is null then o.payload end".to_owned(),
+        _ => format!("case when pg_catalog.octet_length(o.{column}) <= {MAX_TEXT_BYTES} then o.{column} end"),
+    };
+    complete(ROWS_WITHIN_BYTES, ", o.unfit", "\nwhere o.bytes_before < $6", within)
+});
+
+fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> String) -> &'static str {
+    let mut text = READ_BATCH.to_owned() + filter;
+    let columns = ["source", "aggregate_type", "aggregate_id", "payload", "headers", "correlation_id", "causation_id"];
+    for name in columns {
+        text = text.replacen(&format!("{{{name}}}"), &column(name), 1);
+    }
+    text.replace("{rows}", rows)
+        .replace("{unfit}", unfit)
+        .replace("{moves}", MOVES)
+        .replace("{max_headers}", &MAX_HEADERS_BYTES.to_string())
+        .replace("{max_text}", &MAX_TEXT_BYTES.to_string())
+        .leak()
 }
 
-/// Payloads up to this size, in bytes as PostgreSQL stores them, are small.
+/// Events up to this size, in bytes as PostgreSQL stores them, are small.
 const SMALL: usize = 2000;
 
-/// The rows of the partitions `taken`, of each above the id at its place in `bounds`: of all of them at most the first of
-/// `limits`, of each at most the second, and about so many bytes as the third. `large` remembers from batch to batch whether
-/// some payload is not small.
+/// A connection that has received more than so much gives back the memory of its buffer.
+const LARGE_BUFFER: usize = 1 << 20;
+
+/// The rows of the partitions `taken`, of each above the id at its place in `bounds`: of all of them at most `limit`, of each at
+/// most `share`, and about so many bytes in all as are requested. `large` remembers from batch to batch whether some event is not
+/// small.
 pub(super) async fn read(
     connection: &mut PgConnection,
     sql: Sql,
     large: &mut bool,
     (taken, bounds): (&[i16], &[i64]),
-    (limit, share, bytes_share): (usize, usize, usize),
+    (limit, share): (usize, usize),
     request: ClaimRequest<'_>,
 ) -> Result<Batch, sqlx::Error> {
     let small = SMALL.min(request.max_bytes / limit).min(request.max_payload);
-    let query = |text: &'static str, max_payload| {
+    let query = |text: &'static str, largest| {
         sql.query(text)
             .bind(taken.to_vec())
             .bind(to_i64(share))
-            .bind(to_i64(max_payload))
+            .bind(i32::try_from(largest).unwrap_or(i32::MAX))
             .bind(request.destinations.to_vec())
             .bind(bounds.to_vec())
     };
-    let all_within = |rows: &[PgRow], size: usize| -> Result<bool, sqlx::Error> {
-        rows.iter().try_fold(true, |all, row| Ok(all && to_usize(row.try_get(17)?) <= size))
-    };
     if !*large {
-        let rows = query(&READ_SMALL, small).fetch_all(&mut *connection).await?;
-        if all_within(&rows, small)? {
-            return Ok(Batch { rows, cut: false });
+        let mut batch = Batch::default();
+        let mut all_small = true;
+        let mut rows = query(&READ_SMALL, small).fetch(&mut *connection);
+        while let Some(row) = rows.try_next().await? {
+            all_small = all_small && to_usize(row.try_get(17)?) <= small;
+            if all_small {
+                batch.add(&row, request, false)?;
+            }
+        }
+        drop(rows);
+        if all_small {
+            return Ok(batch);
         }
     }
-    let rows = query(&READ_WITHIN_BYTES, request.max_payload).bind(to_i64(bytes_share)).fetch_all(connection).await?;
+    let mut batch = Batch::default();
+    let mut rows =
+        query(&READ_WITHIN_BYTES, request.max_payload).bind(to_i64(request.max_bytes)).fetch(&mut *connection);
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
-    *large = !all_within(&rows, small / 4)?;
-    Ok(Batch { rows, cut: true })
+    *large = false;
+    while let Some(row) = rows.try_next().await? {
+        *large |= to_usize(row.try_get(17)?) > small / 4;
+        batch.add(&row, request, true)?;
+    }
+    drop(rows);
+    if batch.bytes > LARGE_BUFFER {
+        connection.shrink_buffers();
+    }
+    batch.cut = true;
+    Ok(batch)
 }
 
 /// What one partition gave to a batch.
 #[derive(Default)]
 pub(super) struct Given {
     pub(super) events: usize,
-    /// Of payload.
-    pub(super) bytes: usize,
     pub(super) last_id: i64,
 }
 
-/// The rows as they came.
+/// What was read. Each row is decoded as it comes, so that it is not held twice.
+#[derive(Default)]
 pub(super) struct Batch {
-    rows: Vec<PgRow>,
+    /// In the order in which they were read; [`Batch::sort`] puts them in theirs.
+    pub(super) claimed: Vec<Claimed>,
+    pub(super) given: HashMap<i16, Given>,
+    /// Of all of them; of one that was not read, what is stored of it.
+    pub(super) bytes: usize,
     /// The bytes may have cut some partitions short.
     pub(super) cut: bool,
+    /// The epoch when they were read; none without rows.
+    pub(super) epoch: Option<i64>,
+    /// The number of moves then; none without rows.
+    pub(super) moves: Option<i64>,
+    /// The partition that was read last.
+    pub(super) last: Option<i16>,
 }
 
 impl Batch {
-    /// The epoch when they were read; none without rows.
-    pub(super) fn epoch(&self) -> Result<Option<i64>, sqlx::Error> {
-        self.rows.first().map(|row| row.try_get(19)).transpose()
-    }
-
-    /// The number of moves then; none without rows.
-    pub(super) fn moves(&self) -> Result<Option<i64>, sqlx::Error> {
-        self.rows.first().map(|row| row.try_get(20)).transpose()
-    }
-
-    /// The events, in order, and what each partition gave.
-    pub(super) fn decode(&self, max_payload: usize) -> Result<(Vec<Claimed>, HashMap<i16, Given>), sqlx::Error> {
-        let mut claimed = Vec::with_capacity(self.rows.len());
-        let mut given: HashMap<i16, Given> = HashMap::new();
-        for row in &self.rows {
-            let (event, size) = read_claimed(row, max_payload)?;
-            let given = given.entry(event.event.row.partition).or_default();
-            given.events += 1;
-            given.bytes += size;
-            given.last_id = given.last_id.max(event.event.row.id);
-            claimed.push(event);
+    /// Adds a row, unless there are enough bytes: what a few stored bytes print as may be long, 1e131071 has so many digits.
+    fn add(&mut self, row: &PgRow, request: ClaimRequest<'_>, within_bytes: bool) -> Result<(), sqlx::Error> {
+        if self.cut || self.bytes >= request.max_bytes {
+            self.cut = true;
+            return Ok(()); // it and all after it are for the next claim
         }
-        claimed.sort_by(|a, b| {
+        if self.epoch.is_none() {
+            (self.epoch, self.moves) = (row.try_get(19)?, row.try_get(20)?);
+        }
+        let claimed = read_claimed(row, request.max_payload, within_bytes)?;
+        self.bytes += claimed.event.bytes().max(to_usize(row.try_get(17)?));
+        let RowKey { partition, id, .. } = claimed.event.row;
+        let given = self.given.entry(partition).or_default();
+        given.events += 1;
+        given.last_id = given.last_id.max(id);
+        self.last = Some(partition);
+        self.claimed.push(claimed);
+        Ok(())
+    }
+
+    pub(super) fn sort(&mut self) {
+        self.claimed.sort_by(|a, b| {
             let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
             place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
         });
-        Ok((claimed, given))
     }
 }
 
-/// Decodes a row of [`READ_BATCH`], and the size of its payload. Only a driver that disagrees with our own statement makes
-/// it fail.
-fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
-    let payload = jsonb_text(row, 9)?;
+/// Decodes a row of [`READ_BATCH`]. Only a driver that disagrees with our own statement makes it fail.
+fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<Claimed, sqlx::Error> {
+    let mut payload = jsonb_text(row, 9)?.unwrap_or_default();
     // What the statement measured is not the text where that is small.
-    let size = match payload {
-        Some(payload) => payload.len(),
-        None => to_usize(row.try_get(17)?),
-    };
-    let mut defect = decode::too_large(size, max_payload);
+    let mut defect = decode::too_large(payload.len(), max_payload);
+    if defect.is_some() {
+        payload = &[];
+    }
+    if within_bytes && let Some(over) = row.try_get::<Option<&str>, _>(21)? {
+        let (column, bytes) = over.split_once(' ').unwrap_or((over, ""));
+        defect = Some(decode::over(column, bytes.parse().unwrap_or_default(), max_payload));
+    }
     let headers = decode::headers(jsonb_text(row, 10)?).unwrap_or_else(|error| {
         defect = Some(error);
         Vec::new()
@@ -219,7 +349,7 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
             source,
             aggregate_type,
             aggregate_id,
-            payload: payload.unwrap_or_default().to_vec(),
+            payload: payload.to_vec(),
             headers,
             correlation_id,
             causation_id,
@@ -231,7 +361,7 @@ fn read_claimed(row: &PgRow, max_payload: usize) -> Result<(Claimed, usize), sql
         defect,
         behind: behind.into_iter().map(remaining).collect(),
     };
-    Ok((claimed, size))
+    Ok(claimed)
 }
 
 /// A text column, and whether it is UTF-8, which in a database without an encoding (SQL_ASCII) nobody guarantees: that is the

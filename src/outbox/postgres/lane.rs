@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
-use crate::outbox::postgres::batch::{self, Given};
+use crate::outbox::postgres::batch::{self, Batch, Given};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::proof::is_content;
 use crate::outbox::postgres::salvage::SAVEPOINT;
@@ -76,6 +76,15 @@ static NO_BOUNDS: BTreeMap<i16, i64> = BTreeMap::new();
 /// Where all are deep a batch takes its share of so many partitions: of each page of the table, which has rows of many, it
 /// deletes more at once.
 const DEEP_PARTITIONS: i16 = 4;
+
+/// A claim that takes longer is followed by one of fewer events.
+const LONG_CLAIM: Duration = Duration::from_secs(3);
+
+/// After a claim that had no answer in time the next one reads a part of as many events: one in so many.
+const FEWER_AFTER_TIMEOUT: usize = 10;
+
+/// How long a claim may take that reads one event.
+const SINGLE_EVENT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// See the module.
 pub struct PgLane {
@@ -156,11 +165,11 @@ impl PgLane {
         self.last_taken = last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
         let share = limit / taken.len();
-        let bytes_share = request.max_bytes.div_ceil(taken.len());
-        let limits = (limit, share, bytes_share);
+        let limits = (limit, share);
         let bounds = known.bounds_of(&taken);
+        let begun = Instant::now();
         let mut batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
-        if let Some(moves) = batch.moves()?
+        if let Some(moves) = batch.moves
             && moves != known.moves
         {
             // An event was put back since, maybe below a bound.
@@ -168,24 +177,34 @@ impl PgLane {
             let bounds = vec![i64::MIN; taken.len()];
             batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
         }
-        let (claimed, given) = batch.decode(request.max_payload)?;
-        let out_of_bytes = given.values().any(|given| given.bytes >= bytes_share);
+        batch.sort();
+        let Batch { claimed, given, bytes, cut, epoch, last: last_read, .. } = batch;
+        let out_of_bytes = bytes >= request.max_bytes;
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
         // Where only some are deep, a share of each would make their batches small.
         let deep = given.values().filter(|given| given.events == share).count() == taken.len();
         let least = if deep { DEEP_PARTITIONS } else { 1 };
         self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PARTITIONS);
-        // What a few stored bytes print as may be long: 1e131071 has so many digits.
-        let bytes: usize = given.values().map(|given| given.bytes).sum();
-        self.rows = if out_of_bytes { claimed.len() * request.max_bytes / bytes.max(1) } else { self.rows * 2 }
-            .clamp(1, MAX_ROWS);
-        let Some(epoch) = batch.epoch()? else {
+        self.rows = match begun.elapsed() {
+            // Whatever it is that takes so long, the next claim asks for no more of it.
+            took if took > LONG_CLAIM && !claimed.is_empty() => limit.min(claimed.len()) / 2,
+            _ if out_of_bytes => claimed.len() * request.max_bytes / bytes.max(1),
+            _ => self.rows * 2,
+        }
+        .clamp(1, MAX_ROWS);
+        let Some(epoch) = epoch else {
             connection.execute("commit").await?;
             return Ok(Claim::Busy); // the last owner settled between our two statements
         };
-        let reached = taken.iter().map(|&partition| {
-            let more = |given: &&Given| batch.cut || given.events == share;
+        if let Some(last) = last_read
+            && cut
+        {
+            self.last_taken = last; // those after it gave nothing
+        }
+        // Of a partition that the bytes have cut off nothing is known.
+        let reached = taken.iter().filter(|partition| !cut || given.contains_key(partition)).map(|&partition| {
+            let more = |given: &&Given| cut || given.events == share;
             (partition, given.get(&partition).filter(more).map(|given| given.last_id))
         });
         self.reading = Some(known.reading(reached, claimed.len()));
@@ -265,7 +284,22 @@ impl Lane for PgLane {
             return Ok(Claim::Busy);
         }
         let mut connection = self.ready().await?;
-        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await?;
+        // One event is waited for longer: there is no less to ask for.
+        let rows = self.rows.min(request.max_events);
+        let (what, timeout) = match rows {
+            1 => ("claim a single event", SINGLE_EVENT_TIMEOUT),
+            _ => ("claim events", STATEMENT_TIMEOUT),
+        };
+        let claim = answered(what, timeout, self.try_claim(&mut connection, request)).await;
+        if matches!(claim, Err(OutboxError::TimedOut { .. })) {
+            self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
+            tracing::warn!(
+                "reading {rows} events took longer than {} s; the next claim reads {}",
+                timeout.as_secs(),
+                self.rows
+            );
+        }
+        let claim = claim?;
         hit("claimed")?;
         if matches!(claim, Claim::Batch { .. })
             && (self.outbox.unrecorded.is_salvaging() || self.outbox.unrecorded.is_set())
@@ -395,10 +429,12 @@ impl Lane for PgLane {
 ///
 /// - The timeout ends the claim of a relay that stalled; it must outlast every publish.
 /// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
-pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 7] {
+/// - A statement whose relay has given it up is ended, which a server that computes does not notice by itself.
+pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 8] {
     let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
     [
         ("idle_in_transaction_session_timeout", idle.to_string()),
+        ("statement_timeout", SINGLE_EVENT_TIMEOUT.as_millis().to_string()),
         ("plan_cache_mode", "force_generic_plan".to_owned()),
         ("enable_seqscan", "off".to_owned()),
         ("enable_bitmapscan", "off".to_owned()),

@@ -14,25 +14,37 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{Executor, Row};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::event::{Noted, Renewed, Term};
+use crate::event::{MAX_HEADERS_BYTES, MAX_TEXT_BYTES, Noted, Renewed, Term};
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::identity::FileId;
 use crate::outbox::sqlite::proof::{self, is_content};
+use crate::outbox::sqlite::row::{self, Sizes};
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
-use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, query_failed, row, schema};
-use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, query_failed, schema};
+use crate::outbox::{Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Peek, Promoted};
 
-/// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` payload limit; `?3`
-/// destinations. What waits behind a failed event of its key is asked per row only where anything waits at all: for how
-/// long, at most ten minutes, and not behind one that is done and could not be recorded.
+/// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
+/// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
+/// event of its key is asked per row only where anything waits at all: for how long, at most ten minutes, and not behind one
+/// that is done and could not be recorded.
 ///
 /// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
-/// which for nineteen of them took longer than all the rest.
+/// which for nineteen of them took longer than all the rest. It hands over fifty rows in advance.
 const READ_BATCH: &str = "
-select json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
+select case when octet_length(o.payload) > ?2 or octet_length(o.headers) > ?4 or octet_length(o.source) > ?5
+    or octet_length(o.aggregate_type) > ?5 or octet_length(o.aggregate_id) > ?5 or octet_length(o.correlation_id) > ?5
+    or octet_length(o.causation_id) > ?5
+then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, '',
+    case when octet_length(o.aggregate_type) <= ?5 then o.aggregate_type end,
+    case when octet_length(o.aggregate_id) <= ?5 then o.aggregate_id end,
+    null, null, null, o.schema_version, o.created_at, o.attempts,
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(octet_length(o.payload),
+    octet_length(o.headers), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
+    octet_length(o.correlation_id), octet_length(o.causation_id)))
+else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
     o.aggregate_id, nullif(o.headers, '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at, o.attempts,
-    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), octet_length(o.payload),
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
     json(case when o.aggregate_id is not null and (
         select exists (
             select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
@@ -50,11 +62,24 @@ select json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.even
             limit 1
         ))
         from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-    ) end)) || case when octet_length(o.payload) <= ?2 then o.payload else '' end
+    ) end), null) || o.payload end
 from event_outbox o
 where o.partition < 640
 order by o.partition, o.id, o.destination
 limit ?1";
+
+/// How many bytes the rows have that [`READ_BATCH`] reads.
+const SIZES: &str = "
+select octet_length(o.payload) + octet_length(o.headers) + octet_length(o.source) + ifnull(octet_length(o.aggregate_type), 0)
+    + ifnull(octet_length(o.aggregate_id), 0) + ifnull(octet_length(o.correlation_id), 0)
+    + ifnull(octet_length(o.causation_id), 0)
+from event_outbox o
+where o.partition < 640
+order by o.partition, o.id, o.destination
+limit ?1";
+
+/// Payloads and headers up to so many bytes are small: fifty rows of them can be in memory without being asked for.
+const SMALL: usize = 32 * 1024;
 
 /// The due rows of each destination, its earliest first, and the milliseconds until its next one: `?1` destinations,
 /// `?2` at most so many of each.
@@ -111,6 +136,8 @@ pub(super) struct Turn {
     /// What could not be recorded of the last claim, and in which file it belongs.
     unsettled: Vec<(Settle, FileId)>,
     traffic: Traffic,
+    /// The last batch had an event that is not small.
+    large: bool,
 }
 
 impl Turn {
@@ -173,7 +200,7 @@ impl Turn {
         let batch = answered("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
-            read_batch(&mut connection, ClaimRequest { max_events, ..request }).await
+            read_batch(&mut connection, &mut self.large, ClaimRequest { max_events, ..request }).await
         })
         .await?;
         self.connection = Some(connection);
@@ -307,27 +334,100 @@ impl Lane for SqliteLane {
     }
 }
 
-async fn read_batch(connection: &mut SqliteConnection, request: ClaimRequest<'_>) -> Result<Claim, sqlx::Error> {
-    let mut rows = sqlx::query(READ_BATCH)
-        .bind(i64::try_from(request.max_events).unwrap_or(i64::MAX))
-        .bind(i64::try_from(request.max_payload).unwrap_or(i64::MAX))
-        .bind(json_text(request.destinations))
-        .fetch(&mut *connection);
-    let (mut claimed, mut bytes) = (Vec::new(), 0);
-    while bytes < request.max_bytes
-        && let Some(row) = rows.try_next().await?
-    {
-        let (event, size) = row::decode(row.try_get(0)?, request.max_payload)?;
-        claimed.push(event);
-        bytes += size;
+/// `large` remembers from batch to batch whether some event is not small.
+async fn read_batch(
+    connection: &mut SqliteConnection,
+    large: &mut bool,
+    request: ClaimRequest<'_>,
+) -> Result<Claim, sqlx::Error> {
+    let small = SMALL.min(request.max_payload);
+    let mut batch = Batch::default();
+    if !*large {
+        batch.read(connection, request, (request.max_events, small, SMALL)).await?;
+        *large = batch.stopped_by.is_some();
     }
-    if claimed.is_empty() {
+    if batch.claimed.is_empty() && *large {
+        let rows = rows_within_bytes(connection, request).await?;
+        batch = Batch::default();
+        batch.read(connection, request, (rows, request.max_payload, MAX_HEADERS_BYTES)).await?;
+        *large = batch.largest > small;
+        batch.cut |= rows < request.max_events;
+    }
+    if batch.claimed.is_empty() {
         return Ok(Claim::Empty);
     }
-    drop(rows);
-    let full = claimed.len() == request.max_events || bytes >= request.max_bytes;
+    let full = batch.cut || batch.stopped_by.is_some() || batch.claimed.len() == request.max_events;
     let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
-    Ok(Claim::Batch { claimed, full, term: Term { outbox: outbox.into(), epoch, token: fastrand::u64(..) } })
+    let term = Term { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
+    Ok(Claim::Batch { claimed: batch.claimed, full, term })
+}
+
+/// How many of the first rows have about so many bytes as are requested; at least one.
+async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequest<'_>) -> Result<usize, sqlx::Error> {
+    let mut sizes =
+        sqlx::query_scalar(SIZES).bind(i64::try_from(request.max_events).unwrap_or(i64::MAX)).fetch(connection);
+    let (mut rows, mut bytes) = (0, 0);
+    while let Some(size) = sizes.try_next().await? {
+        let size: i64 = size;
+        bytes += usize::try_from(size).unwrap_or_default();
+        if rows > 0 && bytes > request.max_bytes {
+            break;
+        }
+        rows += 1;
+    }
+    Ok(rows.max(1))
+}
+
+/// What is read.
+#[derive(Default)]
+struct Batch {
+    claimed: Vec<Claimed>,
+    bytes: usize,
+    /// Of one event.
+    largest: usize,
+    /// The bytes have cut it short.
+    cut: bool,
+    /// So has a row that was not read, because it is not small.
+    stopped_by: Option<Sizes>,
+}
+
+impl Batch {
+    /// Reads so many rows, with payloads and headers up to these sizes.
+    async fn read(
+        &mut self,
+        connection: &mut SqliteConnection,
+        request: ClaimRequest<'_>,
+        (rows, max_payload, max_headers): (usize, usize, usize),
+    ) -> Result<(), sqlx::Error> {
+        let number = |number| i64::try_from(number).unwrap_or(i64::MAX);
+        let mut rows = sqlx::query(READ_BATCH)
+            .bind(number(rows))
+            .bind(number(max_payload))
+            .bind(json_text(request.destinations))
+            .bind(number(max_headers))
+            .bind(number(MAX_TEXT_BYTES))
+            .fetch(connection);
+        while let Some(row) = rows.try_next().await? {
+            if self.bytes >= request.max_bytes {
+                self.cut = true;
+                break;
+            }
+            let (mut claimed, sizes) = row::decode(row.try_get(0)?)?;
+            if let Some(sizes) = sizes {
+                let Some(defect) = sizes.defect(request.max_payload) else {
+                    self.stopped_by = Some(sizes);
+                    break;
+                };
+                self.bytes += sizes.total(); // settling it copies that
+                claimed.defect = Some(defect);
+            }
+            let size = claimed.event.bytes();
+            self.bytes += size;
+            self.largest = self.largest.max(size);
+            self.claimed.push(claimed);
+        }
+        Ok(())
+    }
 }
 
 /// A time that has passed is no time.

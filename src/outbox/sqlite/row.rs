@@ -6,7 +6,7 @@ use serde::Deserialize;
 use time::{Date, Month, PrimitiveDateTime, Time};
 use uuid::Uuid;
 
-use crate::event::{Event, Fault, PublishError, RowKey};
+use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
 use crate::outbox::sqlite::lane::milliseconds;
 use crate::outbox::{Behind, Claimed, decode};
 
@@ -29,13 +29,39 @@ struct Columns {
     created_at: String,
     attempts: i32,
     due: u8,
-    payload_bytes: usize,
     behind: Option<BTreeMap<String, Option<i64>>>,
+    sizes: Option<Sizes>,
 }
 
-/// Decodes a row: a JSON array, and after it the payload unless that has more bytes than allowed. Returns the size of the
-/// payload as well.
-pub(super) fn decode(row: &[u8], max_payload: usize) -> Result<(Claimed, usize), sqlx::Error> {
+/// How many bytes a row has that was not read: payload, headers, and its texts in the order of [`TEXTS`].
+#[derive(Debug, Deserialize)]
+pub(super) struct Sizes(usize, usize, Option<usize>, Option<usize>, Option<usize>, Option<usize>, Option<usize>);
+
+const TEXTS: [&str; 5] = ["source", "aggregate_type", "aggregate_id", "correlation_id", "causation_id"];
+
+impl Sizes {
+    fn texts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        let Self(_, _, source, aggregate_type, aggregate_id, correlation_id, causation_id) = *self;
+        let sizes = [source, aggregate_type, aggregate_id, correlation_id, causation_id];
+        TEXTS.into_iter().zip(sizes.map(Option::unwrap_or_default))
+    }
+
+    /// Of all of them.
+    pub(super) fn total(&self) -> usize {
+        self.0 + self.1 + self.texts().map(|(_, size)| size).sum::<usize>()
+    }
+
+    /// The defect of such a row, if it is one.
+    pub(super) fn defect(&self, max_payload: usize) -> Option<PublishError> {
+        let headers = (self.1 > MAX_HEADERS_BYTES).then_some(("headers", self.1));
+        let text = || self.texts().find(|(_, size)| *size > MAX_TEXT_BYTES);
+        let (column, size) = headers.or_else(text).or_else(|| (self.0 > max_payload).then_some(("payload", self.0)))?;
+        Some(decode::over(column, size, max_payload))
+    }
+}
+
+/// Decodes a row: a JSON array, and after it the payload, unless it was not read; then its sizes come instead.
+pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error> {
     let mut defect = None;
     let (columns, payload) = match split(row) {
         Ok(parts) => parts,
@@ -48,8 +74,6 @@ pub(super) fn decode(row: &[u8], max_payload: usize) -> Result<(Claimed, usize),
     if defect.is_none() && std::str::from_utf8(&payload).is_err() {
         defect = Some(not_utf8());
     }
-    let size = columns.payload_bytes;
-    defect = decode::too_large(size, max_payload).or(defect);
     let headers = decode::headers(columns.headers.as_ref().map(String::as_bytes)).unwrap_or_else(|error| {
         defect = Some(error);
         Vec::new()
@@ -86,7 +110,7 @@ pub(super) fn decode(row: &[u8], max_payload: usize) -> Result<(Claimed, usize),
             .filter_map(|(destination, ms)| Some(Behind { destination, remaining: milliseconds(ms?) }))
             .collect(),
     };
-    Ok((claimed, size))
+    Ok((claimed, columns.sizes))
 }
 
 fn split(row: &[u8]) -> Result<(Columns, Vec<u8>), sqlx::Error> {
