@@ -8,7 +8,7 @@ use crate::binary::{PATIENCE, Running, relay};
 use crate::harness::{Setup, column, count, sql};
 use crate::scripted::ScriptedSink;
 use crate::servers::redis;
-use crate::stores::{Client, Postgres, Sqlite, Store};
+use crate::stores::{Postgres, Sqlite, Store};
 use crate::stub::EventBridgeStub;
 
 const MB: u64 = 1 << 20;
