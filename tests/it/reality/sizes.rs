@@ -134,7 +134,7 @@ async fn fill<S: Old>(store: &S, count: i64, column: &str, value: &str) {
 
 async fn large_values_in_any_column_cost_no_memory<S: Old>(text: fn(u32) -> String, json: fn(&str) -> String) {
     let large = text(1_000_000);
-    for (column, value) in [("headers", json(&large)), ("correlation_id", large.clone()), ("aggregate_id", large)] {
+    for (column, value) in [("headers", json(&large)), ("correlation_id", large.clone()), ("aggregate_type", large)] {
         let store = S::new().await;
         fill(&store, 300, column, &value).await;
         let (code, peak) = drained(store.url(), &[("RELAY_STDOUT", "true"), ("RELAY_LOG", "warn")]);
