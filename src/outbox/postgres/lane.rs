@@ -83,9 +83,6 @@ const LONG_CLAIM: Duration = Duration::from_secs(3);
 /// After a claim that had no answer in time the next one reads a part of as many events: one in so many.
 const FEWER_AFTER_TIMEOUT: usize = 10;
 
-/// How long a claim may take that reads one event.
-const SINGLE_EVENT_TIMEOUT: Duration = Duration::from_secs(120);
-
 /// See the module.
 pub struct PgLane {
     outbox: PgOutbox,
@@ -284,20 +281,11 @@ impl Lane for PgLane {
             return Ok(Claim::Busy);
         }
         let mut connection = self.ready().await?;
-        // One event is waited for longer: there is no less to ask for.
         let rows = self.rows.min(request.max_events);
-        let (what, timeout) = match rows {
-            1 => ("claim a single event", SINGLE_EVENT_TIMEOUT),
-            _ => ("claim events", STATEMENT_TIMEOUT),
-        };
-        let claim = answered(what, timeout, self.try_claim(&mut connection, request)).await;
-        if matches!(claim, Err(OutboxError::TimedOut { .. })) {
+        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await;
+        if claim.as_ref().is_err_and(is_timeout) {
             self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
-            tracing::warn!(
-                "reading {rows} events took longer than {} s; the next claim reads {}",
-                timeout.as_secs(),
-                self.rows
-            );
+            tracing::warn!(rows, next = self.rows, "reading events took too long; the next claim asks for fewer");
         }
         let claim = claim?;
         hit("claimed")?;
@@ -429,12 +417,10 @@ impl Lane for PgLane {
 ///
 /// - The timeout ends the claim of a relay that stalled; it must outlast every publish.
 /// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
-/// - A statement whose relay has given it up is ended, which a server that computes does not notice by itself.
-pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 8] {
+pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 7] {
     let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
     [
         ("idle_in_transaction_session_timeout", idle.to_string()),
-        ("statement_timeout", SINGLE_EVENT_TIMEOUT.as_millis().to_string()),
         ("plan_cache_mode", "force_generic_plan".to_owned()),
         ("enable_seqscan", "off".to_owned()),
         ("enable_bitmapscan", "off".to_owned()),
@@ -451,6 +437,17 @@ async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
         .persistent(false)
         .fetch_one(connection)
         .await
+}
+
+/// Whether a statement was given up, by us or by the server.
+fn is_timeout(error: &OutboxError) -> bool {
+    match error {
+        OutboxError::TimedOut { .. } => true,
+        OutboxError::Query { source, .. } => {
+            source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("57014"))
+        }
+        _ => false,
+    }
 }
 
 /// A time that has passed is no time.
