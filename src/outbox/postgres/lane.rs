@@ -280,14 +280,22 @@ impl Lane for PgLane {
         if self.outbox.unrecorded.is_salvaging() {
             return Ok(Claim::Busy);
         }
-        let mut connection = self.ready().await?;
-        let rows = self.rows.min(request.max_events);
-        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await;
-        if claim.as_ref().is_err_and(is_timeout) {
-            self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
-            tracing::warn!(rows, next = self.rows, "reading events took too long; the next claim asks for fewer");
-        }
-        let claim = claim?;
+        let (mut connection, claim) = loop {
+            let mut connection = self.ready().await?;
+            let rows = self.rows.min(request.max_events);
+            match answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
+                // Repeated as it was, it would fail again: some events are so large, or print so long.
+                Err(error) if rows > 1 && is_timeout(&error) => {
+                    self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
+                    tracing::warn!(
+                        rows,
+                        next = self.rows,
+                        "reading events took too long; the next claim asks for fewer"
+                    );
+                }
+                claim => break (connection, claim?),
+            }
+        };
         hit("claimed")?;
         if matches!(claim, Claim::Batch { .. })
             && (self.outbox.unrecorded.is_salvaging() || self.outbox.unrecorded.is_set())

@@ -116,7 +116,11 @@ fn drained(url: &str, variables: &[(&str, &str)]) -> (Option<i32>, u64) {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     println!("{} MB for {variables:?}", peak / MB); // the password is a throwaway server's
-    (running.finish().code, peak)
+    let finished = running.finish();
+    if finished.code == Some(1) {
+        println!("{}", finished.stderr);
+    }
+    (finished.code, peak)
 }
 
 /// So many events with large values in `column`; on PostgreSQL a text of 1 MB is stored in 12 KB.
