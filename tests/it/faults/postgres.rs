@@ -365,7 +365,7 @@ async fn f21_too_many_connections_and_a_changed_password_are_waited_out_and_char
     let server = Server::start("postgres", &settings);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
-    let roles = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/sql/roles.sql")).unwrap();
+    let roles = crate::schema::roles::script();
     sql(&mut connection, roles).await;
     sql(
         &mut connection,
