@@ -35,7 +35,7 @@ const DRAWN: &str = "
         select s.oid::regclass as sequence,
                pg_catalog.concat_ws('.', t.oid, t.relfilenode, s.oid, s.relfilenode) as life
         from pg_catalog.pg_class t
-        join pg_catalog.pg_class s
+        left join pg_catalog.pg_class s
             on s.oid = pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id')::regclass::oid
         where t.oid = '{schema}.event_outbox'::regclass::oid
     ) serial";

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Act, Gate, ScriptedSink};
+use crate::servers::{Server, database_on};
 use crate::stores::{Postgres, Sqlite, Store};
 
 /// What an application may do to the relay's tables so that writes are lost: how, how to undo it, and what the relay says.
@@ -235,6 +236,32 @@ async fn f66_what_comes_while_relays_work_costs_one_repeat_at_most() {
 #[tokio::test(flavor = "multi_thread")]
 async fn f66_what_comes_while_a_relay_works_on_sqlite_costs_no_repeat() {
     what_comes_while_it_works_costs_a_repeat_at_most::<Sqlite>("", &met(&SQLITE), 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f66_row_policies_that_keep_the_relay_from_deleting_are_named() {
+    // A server of its own: roles are the server's.
+    let server = Server::start("postgres", &["--fast"]);
+    let database = database_on(&server).await;
+    let mut connection = database.connect().await;
+    sql(&mut connection, crate::schema::roles::script()).await;
+    sql(
+        &mut connection,
+        "create role worker login password 'known' in role relay_worker;
+         alter table event_outbox enable row level security;
+         create policy everybody on event_outbox using (true);
+         create policy no_delete on event_outbox as restrictive for delete using (false)",
+    )
+    .await;
+    emit(&mut connection, "e", "k").await;
+    let (_, place) = database.url().rsplit_once('@').unwrap();
+    let sink = ScriptedSink::accepting();
+    let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
+    setup.outbox.url = Secret::inline(format!("postgres://worker:known@{place}"));
+    let error = setup.relay().drain(CancellationToken::new()).await.unwrap_err().explain();
+    let named = error.contains("row policy no_delete on event_outbox") || error.contains("row-level security");
+    assert!(named, "{error}");
+    assert_eq!(sink.calls(), 0);
 }
 
 /// An operator's change during a publish gives a row another place; what was published is settled all the same.
