@@ -189,7 +189,7 @@ async fn try_all(
         add(&survivor.event, vec![("proof", if survivor.moves { retry() } else { published() })]);
     }
     let records = Records::new(&deliveries, usage.history);
-    Settle::new(connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
+    Settle::proof(connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
     Ok(tried)
 }
 

@@ -86,11 +86,18 @@ pub(super) struct Settle<'c> {
     worker: &'c str,
     /// Where rows are that have another place by now.
     moved_to: HashMap<RowKey, String>,
+    /// All of it is taken back.
+    is_proof: bool,
 }
 
 impl<'c> Settle<'c> {
     pub(super) fn new(connection: &'c mut PgConnection, sql: Sql, worker: &'c str) -> Self {
-        Self { connection, sql, worker, moved_to: HashMap::new() }
+        Self { connection, sql, worker, moved_to: HashMap::new(), is_proof: false }
+    }
+
+    /// One that is taken back, and draws no ids that people see.
+    pub(super) fn proof(connection: &'c mut PgConnection, sql: Sql, worker: &'c str) -> Self {
+        Self { is_proof: true, ..Self::new(connection, sql, worker) }
     }
 
     /// Writes all of `records`, but commits nothing. Returns how many of their rows were there.
@@ -343,19 +350,24 @@ impl Written for DeadLetter<'_> {
 
     async fn insert(settle: &mut Settle<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
-            insert into {schema}.event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
+            insert into {schema}.event_dead_letter ({id}outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
                 headers, correlation_id, causation_id, schema_version, priority, created_at, destination, attempts,
                 error_code, error, first_failed_at, failed_at)
-            select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload,
+            {own}
+            select {value}o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload,
                 o.headers, o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, d.destination,
                 d.attempts, d.code, d.error, least(o.first_failed_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp()
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
                 as d(tid, id, destination, attempts, code, error)
             join {schema}.event_outbox o on o.ctid = d.tid and o.id = d.id";
+        let (id, own, value) = match settle.is_proof {
+            true => ("id, ", "overriding system value", "-1 - (pg_catalog.random() * 1e15::float8)::bigint, "),
+            false => ("", "", ""),
+        };
+        let query = query.replace("{id}", id).replace("{own}", own).replace("{value}", value);
         let rows = settle.rows(letters.iter().map(|letter| &letter.event.row));
-        let written = settle
-            .sql
-            .query(query)
+        let written = sqlx::query(settle.sql.schema.fill_once(&query))
+            .persistent(settle.sql.persistent)
             .bind(rows.tids)
             .bind(rows.ids)
             .bind(column(letters, |letter| letter.destination))

@@ -162,7 +162,7 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
 
 /// A login with the rights of `relay_worker` and no others.
 async fn worker_of(database: &Database, connection: &mut sqlx::PgConnection) -> String {
-    sql(connection, crate::schema::roles::script()).await;
+    crate::schema::roles::apply(connection).await;
     sql(connection, "create role worker login password 'known' in role relay_worker").await;
     let (_, place) = database.url().rsplit_once('@').unwrap();
     format!("postgres://worker:known@{place}")

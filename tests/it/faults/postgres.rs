@@ -365,8 +365,7 @@ async fn f21_too_many_connections_and_a_changed_password_are_waited_out_and_char
     let server = Server::start("postgres", &settings);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
-    let roles = crate::schema::roles::script();
-    sql(&mut connection, roles).await;
+    crate::schema::roles::apply(&mut connection).await;
     sql(
         &mut connection,
         "create role worker login password 'old' in role relay_worker; create role others login password 'x'",

@@ -81,7 +81,7 @@ async fn f68_where_the_relay_may_not_make_a_day_it_says_so_and_publishes_nothing
     let server = Server::start("postgres", &["--fast"]);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
-    sql(&mut connection, crate::schema::roles::script()).await;
+    crate::schema::roles::apply(&mut connection).await;
     sql(&mut connection, "create role worker login password 'known' in role relay_worker").await;
     let (_, place) = database.url().rsplit_once('@').unwrap();
     let sink = ScriptedSink::accepting();

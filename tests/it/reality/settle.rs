@@ -244,7 +244,7 @@ async fn f66_row_policies_that_keep_the_relay_from_deleting_are_named() {
     let server = Server::start("postgres", &["--fast"]);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
-    sql(&mut connection, crate::schema::roles::script()).await;
+    crate::schema::roles::apply(&mut connection).await;
     sql(
         &mut connection,
         "create role worker login password 'known' in role relay_worker;

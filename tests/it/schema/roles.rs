@@ -15,7 +15,7 @@ const ROLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/sql/roles.sql")
 static APPLYING: Mutex<()> = Mutex::const_new(());
 
 /// The file without what only psql understands.
-pub(crate) fn script() -> String {
+fn script() -> String {
     let script = std::fs::read_to_string(ROLES).unwrap();
     let is_sql = |line: &&str| !line.starts_with('\\') && !line.contains("relay.revoke_create = 'on'");
     script.lines().filter(is_sql).map(|line| format!("{line}\n")).collect()
