@@ -7,9 +7,10 @@ mod migrate;
 mod run;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, Targets};
@@ -19,7 +20,7 @@ use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
 use crate::stderr;
-use crate::text::shown;
+use crate::text::{may_hold_password, shown};
 
 /// The exit code of a wrong usage or configuration.
 const WRONG_CONFIGURATION: u8 = 2;
@@ -105,13 +106,26 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     };
     let matches = match command.try_get_matches_from_mut(&args) {
         Ok(matches) => matches,
-        Err(error) => with_variable(&command, error).exit(),
+        Err(error) => {
+            let error = with_variable(&command, error);
+            if !error.use_stderr() {
+                error.exit(); // help and version
+            }
+            if let Some(what) = unshowable(&error) {
+                return Err(ConfigError::Invalid { setting: what, reason: NOT_SHOWN.to_owned() }.into());
+            }
+            stderr::say(&error.render().to_string());
+            return Ok(WRONG_CONFIGURATION.into());
+        }
     };
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if cli.once && !matches!(cli.command, None | Some(Command::Run { .. })) {
         command.error(ErrorKind::ArgumentConflict, "--once goes with `relay run` only").exit();
     }
     start_logging(&cli.settings)?;
+    for variable in &file.misspelt {
+        tracing::warn!("ignored: unknown variable {variable}");
+    }
     let settings = &cli.settings;
     match cli.command {
         None => run::run(settings, &file, cli.once),
@@ -123,6 +137,29 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),
     }
+}
+
+/// Why a refused value is not quoted.
+const NOT_SHOWN: &str = "the value cannot be used; it is not shown, because it may hold a password";
+
+/// What was refused, where the error would show a value that may be a password, or hold one.
+fn unshowable(error: &clap::Error) -> Option<String> {
+    let refused = error.context().filter(|(kind, _)| *kind != ContextKind::Usage).flat_map(|(_, value)| match value {
+        ContextValue::String(text) => vec![text.clone()],
+        ContextValue::Strings(texts) => texts.clone(),
+        _ => Vec::new(),
+    });
+    if !refused.into_iter().any(|text| may_hold_password(&text)) {
+        return None;
+    }
+    let named = error.get(ContextKind::InvalidArg).map(ToString::to_string);
+    let named = named.filter(|name| !may_hold_password(name)).unwrap_or_else(|| "an argument".to_owned());
+    // What with_variable found.
+    let variable = match error.get(ContextKind::Suggested) {
+        Some(ContextValue::StyledStrs(tips)) => tips.iter().map(|tip| format!(" ({tip})")).collect(),
+        _ => String::new(),
+    };
+    Some(format!("{named}{variable}"))
 }
 
 /// Adds the variable that a refused value stands in; by itself clap names the option only.
@@ -164,7 +201,9 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
     // sqlx does not know, such as sslpassword, it logs with its value, as a warning.
     let filter = filter
         .with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)))
-        .with_target("sqlx_postgres::options", LevelFilter::OFF);
+        .with_target("sqlx_postgres::options", LevelFilter::OFF)
+        // What it cannot use of its configuration, whole: what matters of it comes back as an error.
+        .with_targets(["aws_config", "aws_runtime", "aws_types"].map(|target| (target, LevelFilter::ERROR)));
     let terminal = std::io::stderr().is_terminal();
     let layer = tracing_subscriber::fmt::layer().with_writer(|| stderr::Lines).with_ansi(terminal).with_target(false);
     let layer = match settings.log_format {
@@ -180,6 +219,15 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
         tracing::error!(place, "panic: {}", shown(message, MAX_PANIC_CHARS));
     }));
     Ok(())
+}
+
+/// Writes what a command found to standard output.
+///
+/// # Errors
+/// Nobody takes it.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut output = std::io::stdout().lock();
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("cannot write to standard output")
 }
 
 /// The runtime of a command; `threads` beyond one only where lanes can use them.

@@ -11,6 +11,7 @@ pub mod settings;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
@@ -41,14 +42,12 @@ pub enum ConfigError {
         /// Where and why.
         reason: String,
     },
-    /// A variable that looks like one of ours, and is none.
-    #[error("unknown variable {name}{}", nearest.as_ref().map(|name| format!("; did you mean {name}?")).unwrap_or_default())]
-    UnknownVariable {
-        /// Its name.
-        name: String,
-        /// The most similar one there is.
-        nearest: Option<String>,
-    },
+    /// Variables that can only be meant for us, and are none of ours.
+    #[error("{}", .0.iter().map(|name| format!("unknown variable {name}")).collect::<Vec<_>>().join("; "))]
+    UnknownVariables(
+        /// Their names, each with the most similar ones there are.
+        Vec<Unknown>,
+    ),
     /// Settings that do not go together, or lack another.
     #[error("{0}")]
     Contradiction(String),
@@ -62,18 +61,25 @@ pub enum ConfigError {
     },
 }
 
-/// Beginnings of variables that can only be meant for us.
-const OUR_PREFIXES: [&str; 9] = [
-    "RELAY_",
-    "EVENT_OUTBOX_",
-    "EVENT_DEFAULT_",
-    "EVENT_EXPONENTIAL_",
-    "EVENT_BACKOFF_",
-    "EVENT_CIRCUIT_BREAKER_",
-    "EVENT_HISTORY_",
-    "EVENT_SYSTEM_",
-    "EVENT_MAX_",
-];
+/// The beginning of variables that can only be meant for us.
+const OUR_PREFIX: &str = "RELAY_";
+
+/// Beginnings of variables that may be misspelt ones of ours, or another program's.
+const SHARED_PREFIXES: [&str; 4] = ["EVENT_", "REDIS_", "AWS_EVENTBRIDGE_", "DATABASE_"];
+
+/// A variable that is none of ours, and the most similar ones of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unknown {
+    name: String,
+    nearest: Vec<String>,
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&text::shown(&self.name, 100))?;
+        if self.nearest.is_empty() { Ok(()) } else { write!(f, "; did you mean {}?", self.nearest.join(" or ")) }
+    }
+}
 
 /// Prepares `command` for parsing: settings of the file become defaults, empty variables count as not set, and every
 /// setting may stand before or after the subcommand.
@@ -97,12 +103,18 @@ pub fn prepare(command: Command, args: &[OsString]) -> Result<(Command, ConfigFi
         let empty = std::env::var_os(&variable).is_some_and(|value| value.is_empty());
         if empty { arg.env(None::<&str>) } else { arg }
     });
-    if let Some(name) = defaults.into_keys().next() {
-        let reason =
-            format!("unknown setting {name:?}; settings are named as the options of `relay --help`, with _ for -");
+    if !defaults.is_empty() {
+        let place = |name: &String| file.lines.get(name).map(|line| format!("line {line}: ")).unwrap_or_default();
+        let names: Vec<_> = defaults.keys().map(|name| format!("{}unknown setting {name:?}", place(name))).collect();
+        let reason = format!("{}; settings are named as the options of `relay --help`, with _ for -", names.join("; "));
         return Err(ConfigError::File { path: file.path, reason });
     }
-    unknown_variable(&variables).map_or(Ok((command, file)), Err)
+    let unknown = unknown_variables(&variables, &[OUR_PREFIX]);
+    if !unknown.is_empty() {
+        return Err(ConfigError::UnknownVariables(unknown));
+    }
+    file.misspelt = unknown_variables(&variables, &SHARED_PREFIXES);
+    Ok((command, file))
 }
 
 /// The path of the file, looked up before anything else is parsed because it changes what the rest means.
@@ -119,13 +131,28 @@ fn file_path(args: &[OsString]) -> Option<PathBuf> {
     std::env::var_os("RELAY_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-fn unknown_variable(known: &[String]) -> Option<ConfigError> {
-    let name = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).find(|name| {
-        OUR_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) && !known.contains(name) && !is_service_link(name)
-    })?;
-    let nearest = known.iter().min_by_key(|other| strsim::levenshtein(other, &name)).cloned();
-    let nearest = nearest.filter(|other| strsim::levenshtein(other, &name) <= name.len() / 3);
-    Some(ConfigError::UnknownVariable { name, nearest })
+/// The variables of the environment with one of these beginnings that are not `known`, by name.
+fn unknown_variables(known: &[String], prefixes: &[&str]) -> Vec<Unknown> {
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(|name| {
+        prefixes.iter().any(|prefix| name.starts_with(prefix)) && !known.contains(name) && !is_service_link(name)
+    });
+    let mut unknown: Vec<Unknown> = names.map(|name| Unknown { nearest: nearest(&name, known), name }).collect();
+    unknown.sort_by(|one, other| one.name.cmp(&other.name));
+    unknown
+}
+
+/// The names most similar to this one, at most three.
+fn nearest(name: &str, known: &[String]) -> Vec<String> {
+    let distance = |other: &String| {
+        // With words left out it is the same name to who writes it.
+        let mut words = other.split('_');
+        let shortened = name.split('_').all(|word| words.any(|other| other == word)) || other.starts_with(name);
+        if shortened { 1 } else { strsim::levenshtein(other, name) }
+    };
+    let Some(least) = known.iter().map(distance).min().filter(|least| *least <= name.len() / 3) else {
+        return Vec::new();
+    };
+    known.iter().filter(|other| distance(other) == least).take(3).cloned().collect()
 }
 
 /// What Kubernetes sets in every pod for a Service that happens to be called `relay`.

@@ -44,13 +44,18 @@ fn is_scheme(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
+/// Whether it is a name or an IPv4 address, and nothing else.
+pub(crate) fn is_host_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-._".contains(c))
+}
+
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((address, rest)) if address.chars().all(|c| c.is_ascii_hexdigit() || ":.%".contains(c)) => (address, rest),
         Some(_) => return false,
         None => {
             let (name, port) = text.split_at(text.find(':').unwrap_or(text.len()));
-            if !name.chars().all(|c| c.is_alphanumeric() || "-._".contains(c)) {
+            if !is_host_name(name) {
                 return false;
             }
             (name, port)

@@ -91,6 +91,11 @@ pub trait Sink: Send + Sync {
         String::new()
     }
 
+    /// Ends, with the reason, when this process can never publish here again.
+    async fn ended(&self) -> String {
+        std::future::pending().await
+    }
+
     /// Tries the destination without publishing; on success says in a few words what is there.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use crate::audit::{Audit, Finding, Judgement, Obligation, Report};
 use crate::cli::run::explained;
-use crate::cli::{database, runtime};
+use crate::cli::{database, print, runtime};
 use crate::config::ConfigError;
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
@@ -73,9 +73,9 @@ pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) ->
     })?;
     let repeated = args.exactly_once && report.repeats > 0;
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        print(&format!("{}\n", serde_json::to_string(&report)?))?;
     } else {
-        print(&report);
+        print(&text(&report))?;
     }
     Ok(if report.is_clean() && !repeated { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -90,9 +90,9 @@ fn read_obligations(path: &Path) -> Result<Vec<Obligation>, ConfigError> {
     BufReader::new(file).lines().enumerate().map(line).collect()
 }
 
-fn print(report: &Report) {
-    println!(
-        "{} entries of {} events, {} repeats, {} entries of others; {} still owed, {} dead letters",
+fn text(report: &Report) -> String {
+    let mut text = format!(
+        "{} entries of {} events, {} repeats, {} entries of others; {} still owed, {} dead letters\n",
         report.entries, report.events, report.repeats, report.foreign, report.pending, report.dead_letters
     );
     for (finding, words) in [
@@ -102,9 +102,10 @@ fn print(report: &Report) {
         (Finding::Changed, "changed"),
         (Finding::Disagreement, "disagreements of the log"),
     ] {
-        println!("{:6} {words}", report.count(finding));
+        text.push_str(&format!("{:6} {words}\n", report.count(finding)));
     }
     for example in &report.examples {
-        println!("       {example}");
+        text.push_str(&format!("       {example}\n"));
     }
+    text
 }

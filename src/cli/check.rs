@@ -1,15 +1,20 @@
 //! `relay check`.
 
+use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::json;
 
-use crate::cli::{database, runtime};
+use crate::cli::{database, print, runtime};
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::{Check, Usage};
+use crate::text::shown;
+
+/// The longest line, in characters.
+const MAX_LINE_CHARS: usize = 4000;
 
 /// How long a destination may take to answer: a person waits.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(15);
@@ -49,19 +54,22 @@ pub(super) fn check(
                 Err(problem) => json!({ "subject": check.subject, "ok": false, "problem": problem }),
             })
             .collect();
-        println!("{}", json!({ "settings": settings, "checks": checks }));
+        print(&format!("{}\n", json!({ "settings": settings, "checks": checks })))?;
     } else {
+        let mut text = String::new();
         let width = in_force.iter().map(|(name, ..)| name.len()).max().unwrap_or_default();
         for (name, value, from) in in_force {
-            println!("{name:width$}  {value}  ({from})");
+            writeln!(text, "{name:width$}  {}  ({from})", shown(value, MAX_LINE_CHARS))?;
         }
-        println!();
+        writeln!(text)?;
         for check in &checks {
-            match &check.result {
-                Ok(found) => println!("ok    {}: {found}", check.subject),
-                Err(problem) => println!("FAIL  {}: {problem}", check.subject),
-            }
+            let (word, said) = match &check.result {
+                Ok(found) => ("ok  ", found),
+                Err(problem) => ("FAIL", problem),
+            };
+            writeln!(text, "{word}  {}: {}", shown(&check.subject, MAX_LINE_CHARS), shown(said, MAX_LINE_CHARS))?;
         }
+        print(&text)?;
     }
     let failed = checks.iter().any(|check| check.result.is_err());
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -8,11 +8,13 @@ use anyhow::Context;
 use clap::Args;
 
 use crate::cli::run::explained;
-use crate::cli::{database, runtime};
+use crate::cli::{database, print, runtime};
 use crate::config::ConfigError;
 use crate::config::settings::Settings;
 use crate::event::NewEvent;
+use crate::outbox::OutboxError;
 use crate::outbox::database::Unemitted;
+use crate::outbox::emit::EmitError;
 
 #[derive(Args)]
 pub(super) struct EmitArgs {
@@ -80,14 +82,15 @@ pub(super) fn emit(settings: &Settings, args: EmitArgs) -> anyhow::Result<ExitCo
         event = event.header(name, value);
     }
     let emitted = runtime(1)?.block_on(database.emit(event));
-    println!(
-        "{}",
-        emitted.map_err(|error| match error {
-            // What is refused for its content is wrong usage.
-            Unemitted::Refused(reason) => ConfigError::Contradiction(reason).into(),
-            Unemitted::Outbox(error) => explained(error),
-            Unemitted::Emit(error) => error.into(),
-        })?
-    );
+    let event_id = emitted.map_err(|error| match error {
+        // What is refused for its content is wrong usage.
+        Unemitted::Refused(reason) => ConfigError::Contradiction(reason).into(),
+        Unemitted::Outbox(error) => explained(error),
+        Unemitted::Emit(EmitError::Insert(source)) => {
+            explained(OutboxError::Query { operation: "emit the event", source, advice: None })
+        }
+        Unemitted::Emit(error) => error.into(),
+    })?;
+    print(&format!("{event_id}\n")).with_context(|| format!("event {event_id} was emitted"))?;
     Ok(ExitCode::SUCCESS)
 }

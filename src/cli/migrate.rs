@@ -3,17 +3,15 @@
 use std::process::ExitCode;
 
 use crate::cli::run::explained;
-use crate::cli::{database, runtime};
+use crate::cli::{database, print, runtime};
 use crate::config::settings::Settings;
 
 pub(super) fn migrate(settings: &Settings) -> anyhow::Result<ExitCode> {
     let database = database(settings)?;
     let migrated = runtime(1)?.block_on(database.migrate()).map_err(explained)?;
-    for name in &migrated.applied {
-        println!("applied {name}");
-    }
+    let mut applied: String = migrated.applied.iter().map(|name| format!("applied {name}\n")).collect();
     if let Some(schema) = &migrated.mended {
-        println!("made the functions anew for schema {schema}");
+        applied.push_str(&format!("made the functions anew for schema {schema}\n"));
     }
     let rest = if migrated.to > migrated.known {
         format!("; this relay knows up to {}, and can work with it: nothing to do", migrated.known)
@@ -22,6 +20,6 @@ pub(super) fn migrate(settings: &Settings) -> anyhow::Result<ExitCode> {
     } else {
         String::new()
     };
-    println!("schema version {}{rest}", migrated.to);
+    print(&format!("{applied}schema version {}{rest}\n", migrated.to))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! `relay run` and `relay --once`.
 
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use sd_notify::NotifyState;
@@ -18,7 +18,7 @@ use crate::outbox::sqlite::SqliteOutbox;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Usage};
 use crate::relay::{Readiness, Relay};
 use crate::shutdown;
-use crate::sink::Sink;
+use crate::sink::{Sink, stdout};
 
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
@@ -30,6 +30,11 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Ok(ExitCode::SUCCESS);
     }
     let (destinations, router) = destinations(settings, file)?;
+    if destinations.iter().any(Destination::is_stdout)
+        && let Some(reason) = stdout::closed()
+    {
+        return Err(ConfigError::Contradiction(reason.to_owned()).into());
+    }
     let database = database(settings)?;
     if settings.ghost_barrier && database.kind() == Kind::Sqlite {
         let reason = "RELAY_GHOST_BARRIER is for PostgreSQL, and DATABASE_URL names a SQLite file; unset it".to_owned();
@@ -45,23 +50,53 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         ghost_barrier: settings.ghost_barrier,
         worker: worker(),
     };
+    let names: Vec<&str> = destinations.iter().map(|destination| destination.name.as_str()).collect();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        store = database.shown(),
+        lanes = settings.lanes,
+        destinations = names.join(", "),
+        worker = outbox.worker,
+        "relay starts{}",
+        if once { ": it publishes what is due, then ends" } else { "" }
+    );
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);
     let runtime = runtime(threads)?;
-    let ended = runtime.block_on(async {
+    let ended: anyhow::Result<ExitCode> = runtime.block_on(async {
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let sinks = open_all(destinations, settings).await;
-        match database.kind() {
+        let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
+        let code = match database.kind() {
             Kind::Postgres => {
                 work(Relay::new(PgOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
             }
             Kind::Sqlite => {
                 work(Relay::new(SqliteOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
             }
+        }?;
+        match lost.and_then(|lost| lost.get().cloned()) {
+            Some(reason) => anyhow::bail!(reason),
+            None => Ok(code),
         }
     });
     // All is settled; a write to a standard output that nobody reads never ends, and is not waited for.
     runtime.shutdown_background();
     ended
+}
+
+/// Stops the relay when a destination can never be published to again. Returns where the reason will stand.
+fn stop_when_lost(sinks: &[(String, Arc<dyn Sink>)], stop: &CancellationToken) -> Arc<OnceLock<String>> {
+    let lost = Arc::new(OnceLock::new());
+    for (name, sink) in sinks {
+        let (name, sink) = (name.clone(), Arc::clone(sink));
+        let (lost, stop) = (Arc::clone(&lost), stop.clone());
+        tokio::spawn(async move {
+            let reason = sink.ended().await;
+            lost.get_or_init(|| format!("destination {name}: {reason}"));
+            stop.cancel();
+        });
+    }
+    lost
 }
 
 /// Opens the destinations and tries each, beside the work, which a destination that hangs must not hold up.
@@ -73,7 +108,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(S
             let (name, sink) = (name.clone(), Arc::clone(&sink));
             async move {
                 match sink.check().await {
-                    Ok(found) => tracing::info!(destination = name, "{found}"),
+                    Ok(found) => tracing::info!(destination = name, found, "destination reached"),
                     // It may be up by the time there is an event for it.
                     Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
                 }

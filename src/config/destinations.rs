@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use url::Url;
 use wildmatch::WildMatch;
 
 use crate::config::file::{ConfigFile, DestinationSpec, RedisSpec, RouteSpec};
@@ -11,7 +12,7 @@ use crate::config::{ConfigError, secret};
 use crate::route::{Route, Router};
 use crate::secret::Secret;
 use crate::sink::Sink;
-use crate::sink::eventbridge::{DEFAULT_REQUESTS_IN_FLIGHT, EventBridge, EventBridgeConfig};
+use crate::sink::eventbridge::{DEFAULT_REQUESTS_IN_FLIGHT, ENDPOINT_VARIABLES, EventBridge, EventBridgeConfig};
 use crate::sink::redis::RedisAddress;
 use crate::sink::redis_pubsub::RedisPubSub;
 use crate::sink::redis_stream::RedisStream;
@@ -56,6 +57,10 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
         destinations.push(Destination { name: "redis".to_owned(), kind });
     }
     if let Some(bus) = &settings.eventbridge_bus_name {
+        // The SDK ignores one that is no URL, and logs it whole.
+        for variable in ENDPOINT_VARIABLES {
+            usable_endpoint(variable, &std::env::var(variable).unwrap_or_default())?;
+        }
         destinations.push(Destination {
             name: "eventbridge".to_owned(),
             kind: Kind::EventBridge(EventBridgeConfig {
@@ -102,6 +107,11 @@ impl Destination {
         }
     }
 
+    /// Whether it writes to standard output.
+    pub fn is_stdout(&self) -> bool {
+        matches!(self.kind, Kind::Stdout)
+    }
+
     /// Opens it. Nothing is connected before the first event.
     pub async fn open(self, settings: &Settings) -> (String, Arc<dyn Sink>) {
         let source = settings.default_source.clone();
@@ -145,11 +155,14 @@ fn kind(settings: &Settings, name: &str, spec: &DestinationSpec) -> Result<Kind,
             exactly_once: s.exactly_once.unwrap_or(settings.redis_exactly_once),
         },
         DestinationSpec::Eventbridge(s) => Kind::EventBridge(EventBridgeConfig {
+            endpoint_url: match &s.endpoint_url {
+                Some(url) => usable_endpoint(&field("endpoint_url"), url).map(|()| Some(url.clone()))?,
+                None => None,
+            },
             bus: s.bus.clone(),
             source: s.source.clone().unwrap_or_else(|| settings.default_source.clone()),
             format: s.format.unwrap_or(settings.eventbridge_format),
             region: s.region.clone(),
-            endpoint_url: s.endpoint_url.clone(),
             timeout: Duration::from_millis(settings.publish_timeout),
             max_entry_bytes: s
                 .max_entry_size
@@ -188,6 +201,19 @@ fn usable(setting: &str, address: RedisAddress) -> Result<RedisAddress, ConfigEr
     }
 }
 
+/// Empty: there is none. The value may hold a password, so it is not quoted.
+fn usable_endpoint(setting: &str, url: &str) -> Result<(), ConfigError> {
+    let reason = match Url::parse(url) {
+        _ if url.is_empty() => return Ok(()),
+        Ok(url) if !url.username().is_empty() || url.password().is_some() => {
+            "an endpoint takes no user and no password"
+        }
+        Ok(url) if url.has_host() && matches!(url.scheme(), "http" | "https") => return Ok(()),
+        _ => "this is no URL of an endpoint; it is written https://host or http://host:port",
+    };
+    Err(ConfigError::Invalid { setting: setting.to_owned(), reason: reason.to_owned() })
+}
+
 fn redis_address(settings: &Settings) -> Result<Option<RedisAddress>, ConfigError> {
     let url = secret("REDIS_URL", settings.redis_url.as_ref(), settings.redis_url_file.as_ref())?;
     let password = secret("REDIS_PASSWORD", settings.redis_password.as_ref(), settings.redis_password_file.as_ref())?;
@@ -207,7 +233,7 @@ fn redis_address(settings: &Settings) -> Result<Option<RedisAddress>, ConfigErro
                 username: settings.redis_username.clone(),
                 password,
             };
-            usable("REDIS_PASSWORD", address).map(Some)
+            usable("REDIS_HOST", address).map(Some)
         }
         (None, None) => Ok(None),
     }

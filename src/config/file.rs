@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, Unknown};
 use crate::sink::Format;
+use crate::text::may_hold_password;
 
 /// A file that was read; empty where there is none.
 #[derive(Debug, Default)]
@@ -17,6 +18,10 @@ pub struct ConfigFile {
     pub settings: BTreeMap<String, String>,
     /// The ids of all settings it has.
     pub names: BTreeSet<String>,
+    /// The line of each of them.
+    pub lines: BTreeMap<String, usize>,
+    /// Variables of the environment that may be misspelt ones of ours.
+    pub misspelt: Vec<Unknown>,
     /// Named destinations.
     pub destinations: BTreeMap<String, DestinationSpec>,
     /// Routes, in order.
@@ -95,16 +100,6 @@ pub struct RouteSpec {
     pub destinations: Vec<String>,
 }
 
-#[derive(Deserialize)]
-struct Raw {
-    #[serde(default)]
-    destinations: BTreeMap<String, DestinationSpec>,
-    #[serde(default)]
-    routes: Vec<RouteSpec>,
-    #[serde(flatten)]
-    settings: BTreeMap<String, toml::Value>,
-}
-
 impl ConfigFile {
     /// Reads the file at `path`.
     ///
@@ -119,28 +114,96 @@ impl ConfigFile {
     fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let fail = |reason: String| ConfigError::File { path: path.to_owned(), reason };
         // The error's own rendering quotes the line, which may hold a password.
-        let raw: Raw = toml::from_str(text).map_err(|error| {
+        let table: toml::Table = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             let place = if line > 0 { format!("line {line}: ") } else { String::new() };
-            fail(format!("{place}{}", error.message()))
+            fail(format!("{place}{}", without_value(error.message())))
         })?;
-        let mut settings = BTreeMap::new();
-        for (name, value) in raw.settings {
-            let value = match value {
-                toml::Value::String(text) => text,
-                toml::Value::Integer(number) => number.to_string(),
-                toml::Value::Boolean(flag) => flag.to_string(),
-                _ => return Err(fail(format!("setting {name:?} must be a string, an integer or a boolean"))),
+        let mut file = Self { path: path.to_owned(), ..Self::default() };
+        for (name, value) in table {
+            let line = line_of(text, None, 0, &name);
+            let at = |line: Option<usize>| line.map(|line| format!("line {line}: ")).unwrap_or_default();
+            let value = match (name.as_str(), value) {
+                ("destinations", toml::Value::Table(destinations)) => {
+                    for (name, value) in destinations {
+                        let header = format!("destinations.{name}");
+                        let spec = DestinationSpec::deserialize(value);
+                        let spec = spec.map_err(|error| fail(misfit(text, &header, 0, error.message())))?;
+                        file.destinations.insert(name, spec);
+                    }
+                    continue;
+                }
+                ("routes", toml::Value::Array(routes)) => {
+                    for (index, value) in routes.into_iter().enumerate() {
+                        let spec = RouteSpec::deserialize(value);
+                        file.routes.push(spec.map_err(|error| fail(misfit(text, "routes", index, error.message())))?);
+                    }
+                    continue;
+                }
+                ("destinations" | "routes", _) => {
+                    let shape = "it is written [destinations.NAME] or [[routes]]";
+                    return Err(fail(format!("{}{name}: {shape}", at(line))));
+                }
+                (_, toml::Value::String(text)) => text,
+                (_, toml::Value::Integer(number)) => number.to_string(),
+                (_, toml::Value::Boolean(flag)) => flag.to_string(),
+                _ => {
+                    let reason = format!("setting {name:?} must be a string, an integer or a boolean");
+                    return Err(fail(format!("{}{reason}", at(line))));
+                }
             };
-            settings.insert(name, value);
+            file.names.insert(name.clone());
+            file.lines.extend(line.map(|line| (name.clone(), line)));
+            file.settings.insert(name, value);
         }
-        Ok(Self {
-            path: path.to_owned(),
-            names: settings.keys().cloned().collect(),
-            settings,
-            destinations: raw.destinations,
-            routes: raw.routes,
-        })
+        Ok(file)
+    }
+}
+
+/// What does not fit below the `index`-th header of this name, with its line.
+fn misfit(text: &str, header: &str, index: usize, message: &str) -> String {
+    let field = message.split('`').nth(1).unwrap_or_default();
+    let line = line_of(text, Some(header), index, field).or_else(|| line_of(text, Some(header), index, ""));
+    let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
+    format!("{place}{header}: {}", without_value(message))
+}
+
+/// The line, from 1, where `key` is set: before all tables, or below the `index`-th header of this name. Of an empty key the
+/// line of the header.
+fn line_of(text: &str, header: Option<&str>, index: usize, key: &str) -> Option<usize> {
+    let (mut seen, mut inside) = (0, header.is_none());
+    for (line, number) in text.lines().map(str::trim).zip(1..) {
+        if line.starts_with('[') {
+            let name: String = line.trim_matches(['[', ']', ' ']).chars().filter(|c| !"\"' ".contains(*c)).collect();
+            inside = header == Some(name.as_str()) && seen == index;
+            seen += usize::from(header == Some(name.as_str()));
+            if inside && key.is_empty() {
+                return Some(number);
+            }
+        } else if inside
+            && !key.is_empty()
+            && let Some((name, _)) = line.split_once('=')
+            && name.trim().trim_matches(['"', '\'']) == key
+        {
+            return Some(number);
+        }
+    }
+    None
+}
+
+/// The parser's message without the value that it quotes, where that may be a password.
+fn without_value(message: &str) -> String {
+    let message = message.trim_end();
+    if let Some((kind, rest)) = message.split_once("string \"")
+        && let Some((_, expected)) = rest.rsplit_once('"')
+    {
+        return format!("{kind}string{expected}");
+    }
+    match (message.find('`'), message.rfind('`')) {
+        (Some(begin), Some(end)) if may_hold_password(&message[begin..end]) => {
+            "a value cannot be used; it is not shown, because it may hold a password".to_owned()
+        }
+        _ => message.replace('\n', "; "),
     }
 }
 
@@ -192,6 +255,25 @@ mod tests {
         assert!(error.contains("event_types"), "{error}");
         let error = parse("batch_size = [1]").expect_err("a list");
         assert!(error.contains("batch_size"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told_with_its_own_line() {
+        let text = "lanes = 1\n\n[destinations.\"a\"]\ntype = \"stdout\"\n[destinations.b]\ntype = \"redis-stream\"\nurl = \"x\"\n";
+        for (more, place) in [
+            ("straem = \"x\"", "line 8: destinations.b: "),
+            ("port = \"redis://:secret@host\"", "line 5: destinations.b: "),
+            ("[destinations.c]\ntype = \"kafka\"", "line 8: destinations.c: "),
+            ("[destinations.c]\ntype = \"redis://:secret@host\"", "line 8: destinations.c: "),
+            ("[[routes]]\ndestinations = []\n[[routes]]\ndestination = []", "line 11: routes: "),
+            ("[destinations.b]\n", "line 8: "),
+        ] {
+            let error = parse(&format!("{text}{more}")).expect_err(more);
+            assert!(error.starts_with(&format!("relay.toml: {place}")), "{error}");
+            assert!(!error.contains("secret") && !error.contains('\n'), "{error}");
+        }
+        assert_eq!(line_of("a = 1\nb = 2\n[x]\nc = 3", None, 0, "b"), Some(2));
+        assert_eq!(line_of("a = 1\n[x]\nb = 3", None, 0, "b"), None);
     }
 
     #[test]

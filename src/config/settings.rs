@@ -46,6 +46,11 @@ pub struct Settings {
     #[arg(long, env = "EVENT_SYSTEM_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "General")]
     pub enabled: bool,
+    /// Whether events are published past the outbox: false. Events always go through the outbox; a commit wakes the relay
+    /// within milliseconds.
+    #[arg(long, env = "EVENT_IMMEDIATE_PROCESSING", value_name = "BOOL", default_value = "false",
+          action = ArgAction::Set, value_parser = never, help_heading = "General")]
+    pub immediate_processing: bool,
     /// What is logged: a level (error, warn, info, debug, trace), or target=level pairs separated by commas.
     #[arg(long, env = "RELAY_LOG", value_name = "FILTER", default_value = "info", help_heading = "General")]
     pub log: String,
@@ -333,6 +338,16 @@ pub fn hide(value: &str) -> String {
             }
             None => "***".to_owned(),
         },
+    }
+}
+
+fn never(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "false" | "0" | "no" | "n" | "off" | "f" => Ok(false),
+        _ => {
+            Err("only false: events always go through the outbox; a commit wakes the relay within milliseconds"
+                .to_owned())
+        }
     }
 }
 

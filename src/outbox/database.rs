@@ -3,10 +3,12 @@
 use sqlx::Connection;
 use uuid::Uuid;
 
+use crate::config::settings::hide;
 use crate::event::NewEvent;
 use crate::outbox::emit::{EmitError, emit};
 use crate::outbox::{Check, Migrated, OutboxError, Usage, postgres, sqlite};
 use crate::secret::Secret;
+use crate::text;
 
 /// A database that is not connected yet.
 #[derive(Debug, Clone)]
@@ -60,6 +62,15 @@ impl Database {
     /// Where it is.
     pub fn url(&self) -> &Secret {
         &self.url
+    }
+
+    /// Where it is, without secrets.
+    pub fn shown(&self) -> String {
+        match (self.url.read(), self.kind) {
+            (Err(error), _) => error.to_string(),
+            (Ok(url), Kind::Postgres) => hide(&url),
+            (Ok(url), Kind::Sqlite) => text::setting(url.split('?').next().unwrap_or_default()).into_owned(),
+        }
     }
 
     /// Brings it to the schema of this binary. Safe to run twice, twice at once, and beside running relays.

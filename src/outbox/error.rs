@@ -149,6 +149,10 @@ impl OutboxError {
         let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
+            if matches!(cause.downcast_ref(), Some(sqlx::Error::WorkerCrashed)) {
+                text.push_str(": the connection to the file has broken down; it is opened anew");
+                break;
+            }
             // Some drivers' errors repeat their cause.
             if text.ends_with(&cause.to_string()) {
                 source = cause.source();

@@ -41,6 +41,9 @@ const TIME_BYTES: usize = 14;
 /// Becomes an event's `TraceHeader`. `traceparent` does not: EventBridge takes X-Ray's format only.
 const TRACE_HEADER: &str = "x-amzn-trace-id";
 
+/// The variables that name another endpoint, the more special one first.
+pub const ENDPOINT_VARIABLES: [&str; 2] = ["AWS_ENDPOINT_URL_EVENTBRIDGE", "AWS_ENDPOINT_URL"];
+
 /// EventBridge's limit since January 2026.
 pub const DEFAULT_MAX_ENTRY_BYTES: usize = 1_048_576;
 /// 8,000 events/s at 40 ms a call need 32 requests of 10 in flight; twice that leaves room for slower calls.
@@ -316,6 +319,13 @@ impl EventBridge {
         Ok(())
     }
 
+    fn encryption(&self) -> &'static str {
+        let endpoint = self.config.endpoint_url.clone();
+        let endpoint = endpoint.or_else(|| ENDPOINT_VARIABLES.iter().find_map(|name| std::env::var(name).ok()));
+        let plain = endpoint.is_some_and(|url| url.trim_start().to_ascii_lowercase().starts_with("http:"));
+        if plain { "not encrypted" } else { "encrypted (TLS)" }
+    }
+
     /// Asks for the bus itself.
     async fn describe(&self, deadline: Instant) -> Result<String, PublishError> {
         let bus = &self.config.bus;
@@ -323,14 +333,16 @@ impl EventBridge {
         let region = client.config().region().map_or("no region", Region::as_ref);
         let request = client.describe_event_bus().name(bus).send();
         let Err(mut error) = self.call(request, deadline).await else {
-            return Ok(format!("event bus {bus:?} in {region}"));
+            return Ok(format!("event bus {bus:?} in {region}, {}", self.encryption()));
         };
         error.fault = match error.fault {
             Fault::Unknown => Fault::Destination, // nothing was published that could have arrived
             Fault::Event => Fault::Misconfigured, // all that it sent is the name of the bus
             fault => fault,
         };
-        if error.fault == Fault::Misconfigured {
+        if error.code == "not_sent" && client.config().region().is_none() {
+            error.message = "there is no AWS region: set AWS_REGION".to_owned();
+        } else if error.fault == Fault::Misconfigured && !matches!(error.code.as_str(), "not_sent" | "no_credentials") {
             error.message = format!(
                 "event bus {bus:?} in {region}: {}; AWS_EVENTBRIDGE_BUS_NAME and AWS_REGION must name an existing bus, \
                  and the relay needs credentials that allow events:DescribeEventBus and events:PutEvents on it",

@@ -358,7 +358,67 @@ impl Redis {
             self.give_up(number).await;
             return Err(call_error(error));
         }
-        self.address.target().map(|target| target.to_string())
+        let target = self.address.target()?;
+        let eviction = self.eviction().await.map(|policy| format!(", {policy}")).unwrap_or_default();
+        Ok(format!("{target}, {}{eviction}", target.encryption()))
+    }
+
+    /// What there is to be said about the keys that Redis may evict; nothing where it may not be asked.
+    async fn eviction(&self) -> Option<String> {
+        let (_, mut connection) = self.connection().await.ok()?;
+        let info: String =
+            redis::from_redis_value(connection.call(redis::cmd("INFO").arg("memory"), 0).await.ok()?).ok()?;
+        let policy = info.lines().find_map(|line| line.strip_prefix("maxmemory_policy:"))?.trim();
+        policy.starts_with("allkeys-").then(|| {
+            format!(
+                "warning: with maxmemory-policy {policy} Redis may evict the stream itself, read or not; set noeviction"
+            )
+        })
+    }
+
+    /// Tries commands that change nothing, each because the user may lack the right to run it on this key.
+    pub(super) async fn probe(&self, key: &str, commands: &[&[&str]]) -> Result<(), PublishError> {
+        let (_, mut connection) = self.connection().await?;
+        for (name, rest) in commands.iter().filter_map(|command| command.split_first()) {
+            let mut command = redis::cmd(name);
+            command.arg(key).arg(rest);
+            if let Err(error) = connection.call(&command, slot_of(key.as_bytes())).await {
+                let error = call_error(error);
+                // "ERR" is the command itself, which was given nothing that it can use.
+                if error.code != "ERR" || error.fault != Fault::Destination {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries what the script does with the states beside a stream.
+    pub(super) async fn probe_states(&self, stream: &str) -> Result<(), PublishError> {
+        let commands: [&[&str]; 8] = [
+            &["HMGET", "owner", "0"],
+            &["HGET", "owner"],
+            &["HLEN"],
+            &["HGETALL"],
+            &["HSET", "a", "b", "c"],
+            &["DEL"],
+            &["PERSIST"],
+            &["EXPIRE", "x"],
+        ];
+        self.probe(&once::state_key(Some(stream), "check"), &commands).await
+    }
+
+    /// Whether the user may publish to this channel, where Redis tells. Nothing can be tried: it would reach subscribers.
+    pub(super) async fn may_publish(&self, channel: &str) -> Result<(), PublishError> {
+        let (_, mut connection) = self.connection().await?;
+        let Ok(user) = connection.call(redis::cmd("ACL").arg("WHOAMI"), 0).await else { return Ok(()) };
+        let Ok(user) = redis::from_redis_value::<String>(user) else { return Ok(()) };
+        let mut dry_run = redis::cmd("ACL");
+        dry_run.arg("DRYRUN").arg(user).arg("PUBLISH").arg(channel).arg("");
+        match connection.call(&dry_run, 0).await.map(redis::from_redis_value::<String>) {
+            Ok(Ok(answer)) if answer != "OK" => Err(PublishError::new(Fault::Misconfigured, "NOPERM", answer)),
+            _ => Ok(()),
+        }
     }
 
     /// The type of a key, as Redis names it; `none` where there is no such key.

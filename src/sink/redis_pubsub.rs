@@ -74,7 +74,10 @@ impl Sink for RedisPubSub {
     async fn check(&self) -> Result<String, PublishError> {
         let server = self.redis.check().await?;
         Ok(match self.messages.channel.fixed() {
-            Some(channel) => format!("{server}, channel {channel:?}"),
+            Some(channel) => {
+                self.redis.may_publish(channel).await?;
+                format!("{server}, channel {channel:?}")
+            }
             None => format!("{server}, channels by template"),
         })
     }

@@ -107,7 +107,13 @@ impl Sink for RedisStream {
         let server = self.redis.check().await?;
         let Some(stream) = self.entries.stream.fixed() else { return Ok(format!("{server}, streams by template")) };
         match self.redis.key_type(stream).await?.as_str() {
-            "stream" | "none" => Ok(format!("{server}, stream {stream:?}")),
+            "stream" | "none" => {
+                self.redis.probe(stream, &[&["XADD", "MAXLEN", "x", "*", "a", "b"]]).await?;
+                if self.exactly_once {
+                    self.redis.probe_states(stream).await?;
+                }
+                Ok(format!("{server}, stream {stream:?}"))
+            }
             other => {
                 let message = format!(
                     "the key {stream:?} holds a {other}, not a stream; choose another name by RELAY_REDIS_STREAM"

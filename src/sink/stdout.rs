@@ -6,6 +6,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::{Sink, cloudevent};
@@ -18,6 +19,8 @@ pub struct StdoutSink {
     source: String,
     /// One writer at a time, so that lines never mix.
     output: Mutex<Output>,
+    /// Cancelled when the reader is gone.
+    gone: CancellationToken,
 }
 
 struct Output {
@@ -27,6 +30,8 @@ struct Output {
     written: usize,
     /// The last byte written is not the end of a line.
     in_line: bool,
+    /// A write failed, and nobody knows how much of it arrived: the next line begins on a new one.
+    broken: bool,
 }
 
 impl StdoutSink {
@@ -37,8 +42,8 @@ impl StdoutSink {
 
     /// The same to another writer, such as a pipe.
     pub fn with_writer(writer: impl AsyncWrite + Send + Unpin + 'static, source: String) -> Self {
-        let output = Output { writer: Box::new(writer), lines: Vec::new(), written: 0, in_line: false };
-        Self { source, output: Mutex::new(output) }
+        let output = Output { writer: Box::new(writer), lines: Vec::new(), written: 0, in_line: false, broken: false };
+        Self { source, output: Mutex::new(output), gone: CancellationToken::new() }
     }
 }
 
@@ -68,6 +73,15 @@ impl StdoutSink {
 impl Output {
     /// Writes whole lines. A call that is dropped half-way may leave half a line, which the next one completes.
     async fn write(&mut self, lines: Vec<u8>) -> io::Result<()> {
+        if std::mem::take(&mut self.broken) {
+            (self.lines, self.written, self.in_line) = (b"\n".to_vec(), 0, true);
+        }
+        let written = self.try_write(lines).await;
+        self.broken = written.is_err();
+        written
+    }
+
+    async fn try_write(&mut self, lines: Vec<u8>) -> io::Result<()> {
         let mut rest = self.lines.split_off(self.written);
         let end = if self.in_line { rest.iter().position(|byte| *byte == b'\n').map_or(0, |at| at + 1) } else { 0 };
         rest.truncate(end);
@@ -90,6 +104,22 @@ impl Output {
     }
 }
 
+/// Why what is written to standard output is lost, and the write a success all the same. Where it was closed, Rust opens
+/// `/dev/null` in its place, for reading too, which a shell's `>/dev/null` does not.
+pub fn closed() -> Option<&'static str> {
+    let info = std::fs::read_to_string("/proc/self/fdinfo/1").ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    let mode = u32::from_str_radix(flags.trim(), 8).ok()? & 3;
+    let is_null = std::fs::read_link("/proc/self/fd/1").is_ok_and(|file| file.as_os_str() == "/dev/null");
+    match mode {
+        0 => Some("standard output is open for reading only: every event would be lost"),
+        2 if is_null => Some(
+            "standard output is closed: every event would be lost; for that on purpose, write >/dev/null in a shell",
+        ),
+        _ => None,
+    }
+}
+
 #[async_trait]
 impl Sink for StdoutSink {
     async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
@@ -103,8 +133,13 @@ impl Sink for StdoutSink {
                 tokio::time::timeout_at(deadline.into(), async { self.output.lock().await.write(lines).await }).await;
             let outcome = match written {
                 Ok(Ok(())) => Outcome::Delivered { message_id: None },
-                // A reader that is gone does not come back; some lines may have reached it.
-                Ok(Err(error)) => Outcome::Failed(PublishError::new(Fault::Misconfigured, "stdout", error.to_string())),
+                // Some lines may have reached it.
+                Ok(Err(error)) => {
+                    if error.kind() == io::ErrorKind::BrokenPipe {
+                        self.gone.cancel();
+                    }
+                    Outcome::Failed(PublishError::new(Fault::Misconfigured, "stdout", error.to_string()))
+                }
                 Err(_) => {
                     let message = "the reader of standard output did not take the lines in time";
                     Outcome::Failed(PublishError::new(Fault::Unknown, "timeout", message))
@@ -121,6 +156,14 @@ impl Sink for StdoutSink {
     }
 
     async fn check(&self) -> Result<String, PublishError> {
-        Ok("one line per event".to_owned())
+        match closed() {
+            Some(reason) => Err(PublishError::new(Fault::Misconfigured, "stdout", reason)),
+            None => Ok("one line per event".to_owned()),
+        }
+    }
+
+    async fn ended(&self) -> String {
+        self.gone.cancelled().await;
+        "whoever read standard output is gone; what it did not get is pending".to_owned()
     }
 }

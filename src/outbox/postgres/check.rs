@@ -74,7 +74,7 @@ pub async fn check(url: &Secret, pooled: bool, usage: Usage) -> Vec<Check> {
             return checks;
         }
     };
-    let server = facts(&mut connection).await;
+    let server = facts(&mut connection, pooled).await;
     if push("database", server) | push("schema", schema::require_fit(&mut connection).await) {
         return checks;
     }
@@ -117,11 +117,13 @@ async fn creators(connection: &mut PgConnection) -> Result<Option<String>, Outbo
     }))
 }
 
-async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
+async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, OutboxError> {
     let row = answered("look at the server", STATEMENT_TIMEOUT, async {
         sqlx::query(
             "select pg_catalog.current_database(), pg_catalog.current_setting('server_version'), current_user::text,
-                    pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean",
+                    pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
+                    (select version from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid() and ssl),
+                    pg_catalog.inet_client_addr() is null",
         )
         .persistent(false)
         .fetch_one(connection)
@@ -132,7 +134,14 @@ async fn facts(connection: &mut PgConnection) -> Result<String, OutboxError> {
         return Err(read_only());
     }
     let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-    Ok(format!("{database} on PostgreSQL {version} as {user}"))
+    let encryption = match (row.get::<Option<String>, _>(4), row.get(5)) {
+        // It is the pooler's connection that the server knows.
+        _ if pooled => "by way of a pooler".to_owned(),
+        (Some(protocol), _) => format!("encrypted ({protocol})"),
+        (None, true) => "over a local socket".to_owned(),
+        (None, false) => "not encrypted".to_owned(),
+    };
+    Ok(format!("{database} on PostgreSQL {version} as {user}, {encryption}"))
 }
 
 /// The error of a database that takes no writes.

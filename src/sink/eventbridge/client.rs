@@ -12,7 +12,7 @@ use aws_sdk_eventbridge::config::timeout::TimeoutConfig;
 use aws_sdk_eventbridge::config::{SharedHttpClient, StalledStreamProtectionConfig};
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
-use crate::sink::eventbridge::EventBridgeConfig;
+use crate::sink::eventbridge::{ENDPOINT_VARIABLES, EventBridgeConfig};
 
 /// Shorter than a publish call's timeout, so that an unreachable endpoint is seen as just that: nothing was sent.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,8 +79,7 @@ fn client(sdk: &SdkConfig, config: &EventBridgeConfig) -> Client {
         builder = builder.region(Region::new(region.clone()));
     }
     // `AWS_ENDPOINT_URL=` is how unit files write "none", and the SDK's requests panic over an empty URL.
-    let variables = ["AWS_ENDPOINT_URL_EVENTBRIDGE", "AWS_ENDPOINT_URL"];
-    let empty = || variables.iter().find_map(|name| env::var(name).ok()).is_some_and(|url| url.is_empty());
+    let empty = || ENDPOINT_VARIABLES.iter().find_map(|name| env::var(name).ok()).is_some_and(|url| url.is_empty());
     if config.endpoint_url.is_some() || empty() {
         builder.set_endpoint_url(config.endpoint_url.clone().filter(|url| !url.is_empty()));
     }

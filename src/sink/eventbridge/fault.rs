@@ -102,10 +102,26 @@ fn of_dispatch(error: Option<&ConnectorError>) -> PublishError {
         (_, Some(client), _) if client.is_connect() => {
             PublishError::new(Fault::Destination, "connection_failed", chain(client))
         }
-        (_, _, Some(credentials)) => PublishError::new(Fault::Misconfigured, "no_credentials", chain(credentials)),
+        (_, _, Some(credentials)) => no_credentials(credentials),
         (Some(error), None, None) if error.is_user() || error.is_other() => not_sent(),
         _ => PublishError::new(Fault::Unknown, "connection_lost", cause.map(chain).unwrap_or_default()),
     }
+}
+
+/// The SDK's own text names every place that it has looked at, in the words of a programmer.
+fn no_credentials(error: &CredentialsError) -> PublishError {
+    let message = match error {
+        CredentialsError::CredentialsNotLoaded(_) => {
+            "there are no AWS credentials: neither in variables, nor in a profile, nor from a role of the host. Set \
+             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the host a role."
+                .to_owned()
+        }
+        _ => {
+            let root = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source()).last();
+            format!("the AWS credentials could not be loaded: {}", root.map(ToString::to_string).unwrap_or_default())
+        }
+    };
+    PublishError::new(Fault::Misconfigured, "no_credentials", message)
 }
 
 /// The SDK gave up before it asked the HTTP client. Its text is not for us: on a bad endpoint, it quotes the request.

@@ -3,10 +3,10 @@
 use std::fmt;
 
 use redis::sentinel::SentinelNodeConnectionInfo;
-use redis::{ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, TlsMode};
+use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo, TlsMode};
 
 use crate::event::{Fault, PublishError};
-use crate::hosts::{Hosts, is_cut};
+use crate::hosts::{Hosts, is_cut, is_host_name};
 use crate::secret::Secret;
 
 const REDIS_PORT: u16 = 6379;
@@ -84,11 +84,23 @@ impl RedisAddress {
                 if let Some(password) = password {
                     settings = settings.set_password(read(password)?);
                 }
+                if !is_host(host) {
+                    // With one of these in it, it may be a URL, or hold a password.
+                    let shown = if host.contains(['@', ':']) { String::new() } else { format!(" {host:?}") };
+                    return Err(unusable(&format!(
+                        "the host{shown} cannot be used: it is a name or an address alone, as in cache.example; a URL is set as \
+                         REDIS_URL, or as url in a file"
+                    )));
+                }
                 let info = (host.clone(), *port).into_connection_info().map_err(no_url)?;
                 Ok(Target::Single(info.set_redis_settings(settings)))
             }
         }
     }
+}
+
+fn is_host(text: &str) -> bool {
+    is_host_name(text) || text.parse::<std::net::Ipv6Addr>().is_ok()
 }
 
 fn unusable(reason: &str) -> PublishError {
@@ -181,6 +193,22 @@ fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
     }
     let sentinels = info.into_iter().map(|info| info.set_redis_settings(own.clone())).collect();
     Ok(Target::Sentinel { sentinels, master, node, database })
+}
+
+impl Target {
+    /// Whether others can read along, in words.
+    pub(super) fn encryption(&self) -> &'static str {
+        let address = match self {
+            Self::Single(info) => Some(info.addr()),
+            Self::Cluster(nodes) => nodes.first().map(ConnectionInfo::addr),
+            Self::Sentinel { sentinels, .. } => sentinels.first().map(ConnectionInfo::addr),
+        };
+        match address {
+            Some(ConnectionAddr::TcpTls { .. }) => "encrypted (TLS)",
+            Some(ConnectionAddr::Unix(_)) => "over a local socket",
+            _ => "not encrypted",
+        }
+    }
 }
 
 impl fmt::Display for Target {

@@ -19,12 +19,12 @@ async fn a_check_of_what_is_well_says_what_it_found() {
     for part in [
         "\nok    database: test_",
         " on PostgreSQL ",
-        " as postgres\n",
+        " as postgres, not encrypted\n",
         &format!("\nok    schema: version {SCHEMA_VERSION}\n"),
         "\nok    privileges: all granted\n",
         "\nok    recording: all that a relay writes, tried and taken back\n",
         "\nok    destination redis: 127.0.0.1:",
-        "stream \"cli:check\"\n",
+        ", database 0, not encrypted, stream \"cli:check\"\n",
         "\nok    destination stdout: ",
     ] {
         assert!(text.stdout.contains(part), "{part:?} is missing in:\n{}", text.stdout);

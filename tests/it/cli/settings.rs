@@ -14,9 +14,8 @@ fn refused(variables: &[(&str, &str)]) -> Finished {
 fn an_unknown_variable_is_named_and_the_likely_one_suggested() {
     for (unknown, meant) in [
         ("RELAY_LANE", "RELAY_LANES"),
-        ("EVENT_OUTBOX_BATCHSIZE", "EVENT_OUTBOX_BATCH_SIZE"),
-        ("EVENT_DEFAULT_MAX_RETRY", "EVENT_DEFAULT_MAX_RETRIES"),
-        ("EVENT_CIRCUIT_BREAKER_TRESHOLD", "EVENT_CIRCUIT_BREAKER_THRESHOLD"),
+        ("RELAY_REDIS_MAXLENGTH", "RELAY_REDIS_MAXLEN"),
+        ("RELAY_GOST_BARRIER", "RELAY_GHOST_BARRIER"),
     ] {
         let refused = refused(&[NOWHERE, STDOUT, (unknown, "3")]);
         assert_eq!(refused.complaint(), format!("unknown variable {unknown}; did you mean {meant}?"));

@@ -1,11 +1,12 @@
 //! Signals, standard streams, and an end that comes whatever hangs.
 
-use std::process::Command;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::binary::{Running, relay};
+use crate::binary::{Running, finished, relay, until};
 use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Database, Server, database, redis};
@@ -26,7 +27,7 @@ fn relay_after(setup: &str, args: &[&str], variables: &[(&str, &str)]) -> Comman
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).arg(relay.get_program()).args(relay.get_args());
     shell.env_clear().envs(relay.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.stdin(std::process::Stdio::null());
+    shell.stdin(Stdio::null());
     shell
 }
 
@@ -149,4 +150,125 @@ async fn f90_a_lane_that_ends_in_trouble_leaves_the_callers_token_alone() {
     gate.open(1);
     assert!(draining.await.unwrap().is_err(), "the settle cannot have worked");
     assert!(!stop.is_cancelled());
+}
+
+/// A pipe that takes nothing more until somebody reads it.
+fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(&[b'.'; 64 << 10]).unwrap();
+    (reader, writer)
+}
+
+/// Waits for the end of a process whose standard error nobody reads; returns its code.
+fn code(mut child: std::process::Child) -> Option<i32> {
+    until("it ends", || child.try_wait().unwrap().is_some());
+    child.wait().unwrap().code()
+}
+
+#[tokio::test]
+async fn f88_a_standard_error_that_nobody_reads_holds_up_nothing() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let (_unread, writer) = full_pipe();
+    let start = |args: &[&str], variables: &[(&str, &str)]| {
+        let mut command = relay(args, variables);
+        command.stdout(Stdio::null()).stderr(writer.try_clone().unwrap()).spawn().unwrap()
+    };
+    let variables = [("DATABASE_URL", database.url()), STDOUT, ("RELAY_LOG", "debug")];
+    // Refused before there is a log.
+    assert_eq!(code(start(&["--once"], &[STDOUT])), Some(2));
+    assert_eq!(code(start(&["--bogus"], &[STDOUT])), Some(2));
+    sql(&mut connection, "select emit_event('a')").await;
+    assert_eq!(code(start(&["--once"], &variables)), Some(0));
+    let running = start(&["run"], &variables);
+    sql(&mut connection, "select emit_event('a')").await;
+    eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    terminate(running.id());
+    assert_eq!(code(running), Some(0));
+    // A second signal ends it at once all the same.
+    let mut hangs = Server::start("redis", &[]);
+    let url = hangs.url().to_owned();
+    let running = start(&["run"], &[variables[0], ("REDIS_URL", &url), ("EVENT_DEFAULT_TIMEOUT", "600000")]);
+    sql(&mut connection, "select emit_event('a')").await;
+    eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    hangs.pause();
+    sql(&mut connection, "select emit_event('held')").await;
+    eventually("it is being published", async || count(&mut connection, CLAIMED).await > 0).await;
+    terminate(running.id());
+    tokio::time::sleep(Duration::from_millis(200)).await; // two at once would be one
+    terminate(running.id());
+    assert_eq!(code(running), Some(1));
+}
+
+fn terminate(process: u32) {
+    assert!(Command::new("kill").args(["-TERM", &process.to_string()]).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn f88_lines_that_nobody_read_are_counted() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let (mut reader, writer) = full_pipe();
+    let variables =
+        [("DATABASE_URL", database.url()), STDOUT, ("RELAY_LOG", "debug"), ("EVENT_OUTBOX_BATCH_SIZE", "1")];
+    let mut command = relay(&["run"], &variables);
+    let running = command.stdout(Stdio::null()).stderr(writer).spawn().unwrap();
+    drop(command); // with the pipe's other end
+    sql(&mut connection, "select emit_event('a') from generate_series(1, 2500)").await;
+    eventually("all is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    let (say, said) = std::sync::mpsc::channel();
+    let log = std::thread::spawn(move || {
+        let mut log = Vec::new();
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&log).contains("lines of this log were dropped") {
+            match reader.read(&mut buffer).unwrap() {
+                0 => panic!("it was not said: {}", String::from_utf8_lossy(&log)),
+                count => log.extend_from_slice(&buffer[..count]),
+            }
+        }
+        say.send(()).unwrap();
+        reader.read_to_end(&mut log).unwrap();
+    });
+    said.recv_timeout(Duration::from_secs(60)).unwrap();
+    terminate(running.id());
+    assert_eq!(code(running), Some(0));
+    log.join().unwrap();
+}
+
+#[tokio::test]
+async fn f88_a_daemon_whose_reader_is_gone_says_so_and_loses_nothing() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut running = Running::start_writing_to(relay(&["run"], &[("DATABASE_URL", database.url()), STDOUT]), writer);
+    running.until_log("\"message\":\"ready\"");
+    drop(reader);
+    sql(&mut connection, "select emit_event('a')").await;
+    running.finish().exited(1).says(&["destination stdout: whoever read standard output is gone"]);
+    assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 1);
+}
+
+#[tokio::test]
+async fn f88_a_standard_output_that_leads_nowhere_takes_no_event() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    sql(&mut connection, "select emit_event('a')").await;
+    let variables = [("DATABASE_URL", database.url()), STDOUT];
+    let run = |setup: &str, args: &[&str]| Running::start(relay_after(setup, args, &variables)).finish();
+    for (setup, reason) in [("exec >&-", "standard output is closed"), ("exec 1</dev/zero", "open for reading only")] {
+        for args in [&["--once"][..], &["run"]] {
+            assert!(run(setup, args).exited(2).complaint().contains(reason), "{setup}");
+        }
+    }
+    run("exec >/dev/full", &["--once"]).exited(3).says(&["No space left on device"]);
+    assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 1);
+    run("exec >/dev/full", &["check"]).exited(1).says(&["cannot write to standard output"]);
+    // None of these is a reason not to work.
+    run("exec 2>&-", &["--once"]).exited(0);
+    for setup in ["exec <&-", "exec >/dev/null", "exec <&- 2>&-"] {
+        sql(&mut connection, "select emit_event('a')").await;
+        run(setup, &["--once"]).exited(0);
+    }
+    assert_eq!(count(&mut connection, "event_outbox").await, 0);
+    finished(&["check"], &variables).exited(0);
 }
