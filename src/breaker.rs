@@ -1,6 +1,9 @@
 //! The circuit breaker of one destination: asked before anything is claimed for it, told afterwards.
 //!
 //! It charges nobody and forgets nothing: while it refuses, events wait in the outbox. Time is passed in.
+//!
+//! Only calls that were admitted in the present state count. A call that was admitted before the breaker opened says
+//! nothing about the destination of now: it neither closes the breaker nor prolongs the pause.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -28,11 +31,18 @@ pub struct BreakerPolicy {
 pub enum Admission {
     /// Go ahead.
     Yes,
-    /// Go ahead with a small batch: this call decides whether the breaker closes. It must be answered with
-    /// [`Breaker::succeeded`], [`Breaker::failed`] or [`Breaker::unused`].
+    /// Go ahead with a small batch: this call decides whether the breaker closes.
     Probe,
     /// Not before this instant.
     No(Instant),
+}
+
+/// The leave to make one call. What became of the call is told with it, so that calls that were admitted in an earlier
+/// state do not count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "the breaker must be told what became of the call"]
+pub struct Ticket {
+    state: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +57,9 @@ enum State {
 pub struct Breaker {
     policy: BreakerPolicy,
     state: State,
+    /// How many states there were before this one.
+    number: u64,
+    /// Calls that failed since the last one that was answered.
     failures: VecDeque<Instant>,
     consecutive: u32,
 }
@@ -54,18 +67,20 @@ pub struct Breaker {
 impl Breaker {
     /// A closed breaker.
     pub fn new(policy: BreakerPolicy) -> Self {
-        Self { policy, state: State::Closed { not_before: None }, failures: VecDeque::new(), consecutive: 0 }
+        Self { policy, state: State::Closed { not_before: None }, number: 0, failures: VecDeque::new(), consecutive: 0 }
     }
 
     /// Asks for leave to call the destination now. After the recovery time exactly one caller gets a probe.
-    pub fn admit(&mut self, now: Instant) -> Admission {
+    ///
+    /// # Errors
+    /// Not before this instant.
+    pub fn admit(&mut self, now: Instant) -> Result<Ticket, Instant> {
         match self.peek(now) {
-            Admission::Probe => {
-                self.state = State::HalfOpen { since: now };
-                Admission::Probe
-            }
-            other => other,
+            Admission::No(until) => return Err(until),
+            Admission::Probe => self.enter(State::HalfOpen { since: now }),
+            Admission::Yes => {}
         }
+        Ok(Ticket { state: self.number })
     }
 
     /// What [`Self::admit`] would answer, without taking the probe.
@@ -86,52 +101,68 @@ impl Breaker {
         !matches!(self.state, State::Closed { .. })
     }
 
-    /// A call was answered. Returns whether this closed the breaker.
-    pub fn succeeded(&mut self) -> bool {
-        let was_open = self.is_open();
-        self.state = State::Closed { not_before: None };
-        self.consecutive = 0;
-        if was_open {
-            self.failures.clear();
+    /// Whether a call was admitted in the present state.
+    pub fn is_current(&self, ticket: Ticket) -> bool {
+        ticket.state == self.number
+    }
+
+    /// A call was answered: what failed before it is over. Returns whether this closed the breaker.
+    pub fn succeeded(&mut self, ticket: Ticket) -> bool {
+        if !self.is_current(ticket) {
+            return false;
         }
+        let was_open = self.is_open();
+        self.close(None);
+        self.consecutive = 0;
+        self.failures.clear();
         was_open
     }
 
     /// A call failed by the destination's fault. Returns whether this opened the breaker.
-    pub fn failed(&mut self, now: Instant) -> bool {
+    pub fn failed(&mut self, ticket: Ticket, now: Instant) -> bool {
+        if !self.is_current(ticket) {
+            return false;
+        }
         self.consecutive = self.consecutive.saturating_add(1);
         self.failures.push_back(now);
         while self.failures.front().is_some_and(|at| *at + self.policy.window < now) {
             self.failures.pop_front();
         }
-        match self.state {
-            State::Open { .. } => false, // a straggler that was admitted before it opened
-            State::HalfOpen { .. } => self.open(now),
-            State::Closed { .. } if self.failures.len() >= self.policy.threshold as usize => self.open(now),
-            State::Closed { .. } => {
-                self.state = State::Closed { not_before: Some(now + self.pause()) };
-                false
-            }
+        if self.is_open() || self.failures.len() >= self.policy.threshold as usize {
+            self.open(now);
+            return true;
         }
+        self.close(Some(now + self.pause()));
+        false
     }
 
     /// A call was answered in part, as when a destination throttles: pauses, but never opens, because the destination works.
-    pub fn strained(&mut self, now: Instant) {
+    /// Returns whether this closed the breaker.
+    pub fn strained(&mut self, ticket: Ticket, now: Instant) -> bool {
+        if !self.is_current(ticket) {
+            return false;
+        }
+        let was_open = self.is_open();
         self.consecutive = self.consecutive.saturating_add(1).min(MAX_STRAIN);
-        self.state = State::Closed { not_before: Some(now + self.pause()) };
+        self.close(Some(now + self.pause()));
+        self.failures.clear();
+        was_open
     }
 
     /// The destination is set up wrongly: opens at once, whatever the threshold. Returns whether it was closed.
-    pub fn misconfigured(&mut self, now: Instant) -> bool {
+    pub fn misconfigured(&mut self, ticket: Ticket, now: Instant) -> bool {
+        if !self.is_current(ticket) {
+            return false;
+        }
         let was_open = self.is_open();
         self.open(now);
         !was_open
     }
 
-    /// An admitted caller made no call after all: a probe goes back to the next caller.
-    pub fn unused(&mut self, now: Instant) {
-        if matches!(self.state, State::HalfOpen { .. }) {
-            self.state = State::Open { until: now };
+    /// An admitted call says nothing about the destination: a probe goes to the next caller.
+    pub fn unused(&mut self, ticket: Ticket, now: Instant) {
+        if self.is_current(ticket) && matches!(self.state, State::HalfOpen { .. }) {
+            self.enter(State::Open { until: now });
         }
     }
 
@@ -141,14 +172,25 @@ impl Breaker {
         doubled.min(self.policy.recovery)
     }
 
-    fn open(&mut self, now: Instant) -> bool {
-        self.state = State::Open { until: now + self.policy.recovery };
+    fn open(&mut self, now: Instant) {
+        self.enter(State::Open { until: now + self.policy.recovery });
         self.failures.clear();
-        true
+    }
+
+    /// Closes it, or sets the pause of a closed one, which is the same state: calls that are under way still count.
+    fn close(&mut self, not_before: Option<Instant>) {
+        let state = State::Closed { not_before };
+        if self.is_open() { self.enter(state) } else { self.state = state }
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.number += 1;
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -159,75 +201,109 @@ mod tests {
         (Breaker::new(policy), Instant::now())
     }
 
+    /// A call that is admitted as soon as it may, and fails at once; returns whether that opened the breaker, and when.
+    fn fail(breaker: &mut Breaker, now: Instant) -> (bool, Instant) {
+        let at = if let Admission::No(until) = breaker.peek(now) { until } else { now };
+        let ticket = breaker.admit(at).unwrap();
+        (breaker.failed(ticket, at), at)
+    }
+
     #[test]
     fn a_failure_pauses_and_the_pause_doubles() {
         let (mut breaker, now) = breaker();
-        assert!(!breaker.failed(now));
-        assert_eq!(breaker.admit(now), Admission::No(now + FIRST_PAUSE));
-        assert_eq!(breaker.admit(now + FIRST_PAUSE), Admission::Yes);
-        assert!(!breaker.failed(now));
-        assert_eq!(breaker.admit(now), Admission::No(now + 2 * FIRST_PAUSE));
+        assert_eq!(fail(&mut breaker, now), (false, now));
+        assert_eq!(breaker.admit(now), Err(now + FIRST_PAUSE));
+        let later = now + FIRST_PAUSE;
+        assert_eq!(fail(&mut breaker, later), (false, later));
+        assert_eq!(breaker.admit(later), Err(later + 2 * FIRST_PAUSE));
         assert!(!breaker.is_open());
     }
 
     #[test]
     fn it_opens_at_the_threshold_and_lets_one_probe_through_after_recovery() {
         let (mut breaker, now) = breaker();
-        assert_eq!([breaker.failed(now), breaker.failed(now), breaker.failed(now)], [false, false, true]);
-        assert_eq!(breaker.admit(now + 29 * SECOND), Admission::No(now + 30 * SECOND));
+        let tickets = [(); 3].map(|()| breaker.admit(now).unwrap());
+        assert_eq!(tickets.map(|ticket| breaker.failed(ticket, now)), [false, false, true]);
+        assert_eq!(breaker.admit(now + 29 * SECOND), Err(now + 30 * SECOND));
         let later = now + 30 * SECOND;
-        assert_eq!(breaker.admit(later), Admission::Probe);
-        assert_eq!(breaker.admit(later), Admission::No(later + 30 * SECOND));
-        assert!(breaker.succeeded());
-        assert_eq!(breaker.admit(later), Admission::Yes);
-        assert!(!breaker.failed(later), "the failures of the last outage are forgotten");
+        assert_eq!(breaker.peek(later), Admission::Probe);
+        let probe = breaker.admit(later).unwrap();
+        assert_eq!(breaker.admit(later), Err(later + 30 * SECOND));
+        assert!(breaker.succeeded(probe));
+        assert_eq!(fail(&mut breaker, later), (false, later), "the failures of the last outage are forgotten");
     }
 
     #[test]
     fn a_failed_probe_opens_it_again() {
         let (mut breaker, now) = breaker();
-        assert_eq!((0..3).filter(|_| breaker.failed(now)).count(), 1);
+        let ticket = breaker.admit(now).unwrap();
+        assert!(breaker.misconfigured(ticket, now));
         let later = now + 30 * SECOND;
-        assert_eq!(breaker.admit(later), Admission::Probe);
-        assert!(breaker.failed(later));
-        assert_eq!(breaker.admit(later), Admission::No(later + 30 * SECOND));
+        assert_eq!(fail(&mut breaker, later), (true, later));
+        assert_eq!(breaker.admit(later), Err(later + 30 * SECOND));
     }
 
     #[test]
     fn an_unused_probe_goes_to_the_next_caller_and_a_lost_one_expires() {
         let (mut breaker, now) = breaker();
-        assert!(breaker.misconfigured(now));
+        let ticket = breaker.admit(now).unwrap();
+        assert!(breaker.misconfigured(ticket, now));
         let later = now + 30 * SECOND;
-        assert_eq!(breaker.admit(later), Admission::Probe);
-        breaker.unused(later);
-        assert_eq!(breaker.admit(later), Admission::Probe);
-        assert_eq!(breaker.admit(later + 30 * SECOND), Admission::Probe);
+        let unused = breaker.admit(later).unwrap();
+        breaker.unused(unused, later);
+        let lost = breaker.admit(later).unwrap();
+        let another = breaker.admit(later + 30 * SECOND).unwrap();
+        assert!(!breaker.succeeded(lost) && breaker.is_open(), "a probe that was given up does not decide");
+        assert!(breaker.succeeded(another));
     }
 
     #[test]
-    fn failures_outside_the_window_do_not_count() {
+    fn failures_outside_the_window_or_before_a_success_do_not_count() {
         let (mut breaker, now) = breaker();
-        breaker.failed(now);
-        breaker.failed(now);
-        assert!(!breaker.failed(now + 61 * SECOND));
+        let tickets = [(); 9].map(|()| breaker.admit(now).unwrap());
+        assert!(!breaker.failed(tickets[0], now) && !breaker.failed(tickets[1], now));
+        assert!(!breaker.failed(tickets[2], now + 61 * SECOND));
+        assert!(!breaker.failed(tickets[3], now + 61 * SECOND));
+        assert!(!breaker.succeeded(tickets[4]));
+        assert!(!breaker.failed(tickets[5], now + 61 * SECOND));
+        assert!(!breaker.failed(tickets[6], now + 61 * SECOND));
+        assert!(!breaker.strained(tickets[7], now + 61 * SECOND));
+        assert!(!breaker.failed(tickets[8], now + 61 * SECOND));
         assert!(!breaker.is_open());
     }
 
     #[test]
     fn strain_pauses_a_little_longer_each_time_and_never_opens() {
         let (mut breaker, now) = breaker();
-        (0..100).for_each(|_| breaker.strained(now));
-        assert_eq!(breaker.admit(now), Admission::No(now + 16 * FIRST_PAUSE));
+        let ticket = breaker.admit(now).unwrap();
+        (0..100).for_each(|_| _ = breaker.strained(ticket, now));
+        assert_eq!(breaker.admit(now), Err(now + 16 * FIRST_PAUSE));
         assert!(!breaker.is_open());
-        assert!(!breaker.succeeded());
-        assert_eq!(breaker.admit(now), Admission::Yes);
+        assert!(!breaker.succeeded(ticket));
+        assert_eq!(breaker.peek(now), Admission::Yes);
     }
 
     #[test]
-    fn a_straggler_does_not_prolong_an_open_breaker() {
+    fn f65_a_call_that_was_admitted_before_the_breaker_opened_neither_closes_it_nor_prolongs_its_pause() {
         let (mut breaker, now) = breaker();
-        assert!(breaker.misconfigured(now));
-        assert!(!breaker.failed(now + 10 * SECOND));
-        assert_eq!(breaker.admit(now + 30 * SECOND), Admission::Probe);
+        let stragglers = [(); 5].map(|()| breaker.admit(now).unwrap());
+        let ticket = breaker.admit(now).unwrap();
+        assert!(breaker.misconfigured(ticket, now));
+        let soon = now + 10 * SECOND;
+        assert!(!breaker.succeeded(stragglers[0]));
+        assert!(!breaker.failed(stragglers[1], soon));
+        assert!(!breaker.misconfigured(stragglers[2], soon));
+        assert!(!breaker.strained(stragglers[3], soon));
+        breaker.unused(stragglers[4], soon);
+        assert_eq!(breaker.admit(soon), Err(now + 30 * SECOND));
+        // Nor do they decide for the probe.
+        let probe = breaker.admit(now + 30 * SECOND).unwrap();
+        assert!(!breaker.succeeded(stragglers[0]) && breaker.is_open());
+        assert!(!breaker.misconfigured(stragglers[2], now + 31 * SECOND));
+        breaker.unused(stragglers[4], now + 31 * SECOND);
+        assert_eq!(breaker.admit(now + 31 * SECOND), Err(now + 60 * SECOND));
+        assert!(breaker.succeeded(probe));
+        // And those of the outage not for the time after it.
+        assert!(!breaker.misconfigured(ticket, now + 32 * SECOND) && !breaker.is_open());
     }
 }

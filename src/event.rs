@@ -236,6 +236,11 @@ pub enum Verdict {
         /// Why.
         error: PublishError,
     },
+    /// Failed for a reason that concerns its key and not the destination: uncharged, and its key waits, each time longer.
+    Block {
+        /// Why.
+        error: PublishError,
+    },
     /// Given up.
     DeadLetter {
         /// Why.
@@ -277,7 +282,7 @@ impl Tally {
             Verdict::Retry { .. } => self.retried += 1,
             Verdict::DeadLetter { .. } => self.dead_lettered += 1,
             Verdict::Drop { .. } => self.dropped += 1,
-            Verdict::Wait { .. } => self.waiting += 1,
+            Verdict::Wait { .. } | Verdict::Block { .. } => self.waiting += 1,
         }
     }
 

@@ -43,3 +43,41 @@ pub(crate) fn crash_on(events: &[&crate::event::Event]) {
     });
     let _ = events;
 }
+
+/// Panics where `panic_on_event=return(<event type>)` names the type of `event`.
+pub(crate) fn panic_on(event: &crate::event::Event) {
+    fail::fail_point!("panic_on_event", |named: Option<String>| {
+        assert!(named.as_ref() != Some(&event.event_type), "a test asked for this panic");
+    });
+    let _ = event;
+}
+
+/// Ends the process like [`crash_on`], but some time later: `crash_late_on_event=return(<event type>)`.
+#[cfg_attr(
+    not(feature = "failpoints"),
+    expect(clippy::unused_async, reason = "without the feature nothing is awaited")
+)]
+pub(crate) async fn crash_late_on(events: &[&crate::event::Event]) {
+    #[cfg(feature = "failpoints")]
+    {
+        let named = (|| {
+            fail::fail_point!("crash_late_on_event", |named: Option<String>| named);
+            None
+        })();
+        if events.iter().any(|event| named.as_ref() == Some(&event.event_type)) {
+            tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+            std::process::abort();
+        }
+    }
+    let _ = events;
+}
+
+/// Ends the process where it has claimed more than `crash_on_claim_of_more_than=return(<events>)`, as one without memory.
+pub(crate) fn crash_on_many(events: usize) {
+    fail::fail_point!("crash_on_claim_of_more_than", |most: Option<String>| {
+        if most.and_then(|most| most.parse().ok()).is_some_and(|most: usize| events > most) {
+            std::process::abort();
+        }
+    });
+    let _ = events;
+}

@@ -141,8 +141,10 @@ pub struct Claimed {
     pub event: Event,
     /// `available_at` has come.
     pub due: bool,
-    /// Why it can go nowhere, such as a payload over the limit.
+    /// Why it can go nowhere, such as a payload over the limit; or, where no event is charged for that, why it must wait.
     pub defect: Option<PublishError>,
+    /// It failed before in a way that it was not charged for, and waited.
+    pub blocked_before: bool,
     /// The destinations at which an earlier event of its key still waits.
     pub behind: Vec<Behind>,
 }
@@ -174,8 +176,10 @@ pub struct Delivery<'a> {
 pub struct Suspicion {
     /// How many events were published together the last time.
     pub together: usize,
-    /// How many relays died while they published this event alone.
+    /// How many relays died as soon as they began to publish this event alone.
     pub crashes_alone: usize,
+    /// How many died some time after that.
+    pub deaths_alone: usize,
 }
 
 /// What a promotion found.
@@ -198,17 +202,23 @@ pub struct Peek {
 
 /// The notes that end a crash loop.
 pub trait CrashNotes {
-    /// Notes that the relay `run` begins to publish. Returns whether one has died lately, or is as young as this one.
+    /// Notes that the relay `run` begins to work. Returns how many others have died lately, or are as young as this one.
     ///
     /// # Errors
     /// Unknown.
-    fn begin_run(&self, run: Uuid) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+    fn begin_run(&self, run: Uuid) -> impl Future<Output = Result<usize, OutboxError>> + Send;
 
     /// Forgets a run that has ended in good order, or has lived for a while.
     ///
     /// # Errors
     /// It will be taken for one that died, for a while.
     fn end_run(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Forgets a run and all its notes, because whatever ends it from now on is not its events.
+    ///
+    /// # Errors
+    /// It will be taken for one that died of its events, for a while.
+    fn withdraw(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// What relays other than `run` have left noted of `events`, by their places.
     ///
@@ -225,6 +235,19 @@ pub trait CrashNotes {
     /// # Errors
     /// It may be noted or not.
     fn suspect(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// `run` lives for a while after it began to publish `events`: what it dies of later may be something else.
+    ///
+    /// # Errors
+    /// They stay suspects in full.
+    fn outlived(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Forgets, of each of `events`, one relay that died some time after it began to publish it alone: it may be tried
+    /// once more.
+    ///
+    /// # Errors
+    /// Nothing was forgotten.
+    fn forgive(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Nobody died of `events`.
     ///

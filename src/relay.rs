@@ -3,17 +3,23 @@
 //! Data flows one way. Only this module knows stores, sinks, routes, retries and breakers at once; they do not know
 //! each other.
 //!
+//! - `blame`: whether a failed call is the destination's fault, or its events'.
+//! - `blocked`: which blocked keys the log has named.
 //! - `caution`: what ends a crash loop.
 //! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
 //! - `lane`: one loop on one connection.
 //! - `watch`: looking for work, and sleeping while there is none.
+//! - `panics`: what finds the event on which a destination's code panics.
 //! - `report`: what is logged of events and of the work.
 //! - `pass`: from a claimed batch to what is settled.
 
+mod blame;
+mod blocked;
 mod caution;
 mod destination;
 mod ending;
 mod lane;
+mod panics;
 mod pass;
 mod report;
 mod watch;
@@ -32,6 +38,7 @@ use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
 use crate::sink::Sink;
 use crate::text::shown;
+use blocked::Named;
 use caution::Caution;
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
@@ -99,6 +106,7 @@ pub struct Relay<O: Outbox> {
     readiness: channel::Sender<Readiness>,
     caution: Caution,
     report: Arc<Report>,
+    named: Named,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -116,7 +124,8 @@ impl<O: Outbox> Relay<O> {
             .map(|(name, sink)| Destination::new(name, sink, config.breaker.clone(), Arc::clone(&report)))
             .collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution: Caution::new(), report })
+        let (caution, named) = (Caution::new(), Named::default());
+        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution, report, named })
     }
 
     /// Follows whether the relay can do its work.
@@ -191,6 +200,7 @@ impl<O: Outbox> Relay<O> {
         let spawn = |lanes: &mut JoinSet<_>| {
             lanes.spawn(Lane::new(Arc::clone(self), Arc::clone(&shared), stop.clone()).run());
         };
+        let life = tokio::spawn(Arc::clone(self).watch_life(stop.clone()));
         let mut lanes = JoinSet::new();
         (0..self.config.lanes).for_each(|_| spawn(&mut lanes));
         let mut result = Ok(());
@@ -228,7 +238,8 @@ impl<O: Outbox> Relay<O> {
             }
         }
         self.report.tick(true);
-        drop(tokio::time::timeout(ending::IDLE_GRACE, self.caution.end(&self.outbox)).await);
+        life.abort();
+        drop(tokio::time::timeout(ending::IDLE_GRACE, self.caution.stop(&self.outbox)).await);
         match (result, self.given_up(&shared)) {
             (Ok(()), what) if !what.is_empty() => {
                 Err(OutboxError::GivenUp { after: self.config.shutdown_timeout, what })

@@ -47,14 +47,18 @@ pub(super) struct Kept<'a> {
     pub(super) destination: &'a str,
 }
 
+/// The delay of a row that waits for as long as it has failed already, between a second and five minutes, spread by half.
+/// What failed together must not come back together each time.
+pub(super) const GROWING: f64 = -1.0;
+
 /// A scheduled row of the outbox: what one destination is still owed.
 pub(super) struct Owed<'a> {
     pub(super) event: &'a Event,
     pub(super) destination: &'a str,
     pub(super) attempts: i32,
-    /// `None`: until somebody acts.
+    /// [`GROWING`]: as long as it has failed already. `None`: until somebody acts.
     pub(super) delay_seconds: Option<f64>,
-    /// Why it was charged, or cannot be settled; `None`: neither, and the row keeps what it has.
+    /// Why it failed, or cannot be settled; `None`: neither, and the row keeps what it has.
     pub(super) error: Option<String>,
 }
 
@@ -113,6 +117,10 @@ impl<'a> Records<'a> {
                 ("dead_lettered", None, Some(error.to_string()))
             }
             Verdict::Drop { reason } => ("dropped", None, Some((*reason).to_owned())),
+            Verdict::Block { error } => {
+                let (attempts, error) = (delivery.event.attempts, Some(error.to_string()));
+                return Some(Owed { event, destination, attempts, delay_seconds: Some(GROWING), error });
+            }
             Verdict::Wait { park } => {
                 let delay_seconds = Some(park.unwrap_or_default().as_secs_f64());
                 let attempts = delivery.event.attempts;

@@ -3,15 +3,23 @@
 //! A relay that finds that others have died lately publishes with care in its first minute: it notes the events before it
 //! publishes them. What a crash leaves noted comes back in batches of a thirty-second, then alone; an event that was alone
 //! with three relays that died is dead-lettered. As long as relays end in good order, nothing is noted but that they began.
+//!
+//! A relay also dies because somebody kills it, most of all while a destination hangs, and then no event is to blame. So a
+//! note counts in full only for the first second of a call. After that it says no more than that a relay died some time
+//! later: an event that was alone with three of those waits, each time longer, and is neither charged nor given up. A relay
+//! that is told to stop takes its notes back at once.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 
 use crate::event::{Fault, PublishError};
-use crate::outbox::{Claimed, CrashNotes, OutboxError, Suspicion};
+use crate::outbox::{Claimed, CrashNotes, Outbox, OutboxError, Suspicion};
+use crate::relay::Relay;
 
 /// How long a relay must live to be one that does not die of its first events.
 const PROBATION: Duration = Duration::from_secs(60);
@@ -22,76 +30,141 @@ const NARROWING: usize = 32;
 /// So many crashes alone are no coincidence.
 const CRASHES_ALONE: usize = 3;
 
+/// What a relay dies of later than this after a call began may be something else than its events.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
 /// One run's care.
 pub(super) struct Caution {
-    run: Uuid,
+    run: Mutex<Uuid>,
     stage: Mutex<Stage>,
     /// Events that nobody died of, and whose notes are still there: the store could not be reached.
     innocent: Mutex<Vec<Uuid>>,
+    /// Held alone while suspects are published, so that an event of another lane is not taken for the cause.
+    lanes: Arc<RwLock<()>>,
+    /// How many events may be claimed at once: few after others have died, who left no note if they died in a claim.
+    claim: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
-    /// Nothing was published yet.
+    /// Nothing was claimed yet.
     Fresh,
     /// It began then; `careful`: others have died.
     Begun { since: Instant, careful: bool },
-    /// It has lived for a while.
+    /// It is told to stop, and its notes are being taken back.
+    Stopping,
+    /// It has lived for a while, or has taken its notes back.
     Proven,
+}
+
+/// The care that is taken of one batch; it ends with the value.
+#[derive(Default)]
+pub(super) struct Care {
+    noted: Vec<Uuid>,
+    lanes: Option<Turn>,
+    ended: Option<DropGuard>,
+}
+
+enum Turn {
+    Alone(#[expect(dead_code, reason = "held")] OwnedRwLockWriteGuard<()>),
+    Beside(#[expect(dead_code, reason = "held")] OwnedRwLockReadGuard<()>),
 }
 
 impl Caution {
     pub(super) fn new() -> Self {
-        Self { run: Uuid::new_v4(), stage: Mutex::new(Stage::Fresh), innocent: Mutex::default() }
+        Self {
+            run: Mutex::new(Uuid::new_v4()),
+            stage: Mutex::new(Stage::Fresh),
+            innocent: Mutex::default(),
+            lanes: Arc::default(),
+            claim: AtomicUsize::new(usize::MAX),
+        }
+    }
+
+    /// Whether it is noted that this relay began.
+    pub(super) fn has_begun(&self) -> bool {
+        self.stage() != Stage::Fresh
+    }
+
+    /// To be called before the first claim: what a relay dies of may be that it reads a batch.
+    pub(super) async fn begin(&self, outbox: &impl CrashNotes, batch_events: usize) -> Result<(), OutboxError> {
+        let others = outbox.begin_run(self.run()).await?;
+        if self.has_begun() {
+            return Ok(()); // another lane was faster
+        }
+        self.set(Stage::Begun { since: Instant::now(), careful: others > 0 });
+        if others > 0 {
+            self.claim.store(first_claim(batch_events, others), Ordering::SeqCst);
+            tracing::info!("another relay ended without a word, or has just begun: publishing with care for a minute");
+        }
+        Ok(())
+    }
+
+    /// How many of so many events to claim at once.
+    pub(super) fn claim_events(&self, events: usize) -> usize {
+        events.min(self.claim.load(Ordering::SeqCst))
     }
 
     /// To be called before a batch is published. Where care is needed, shortens it to what may be published together, gives
-    /// those a defect that are known to kill, notes the rest, and returns them.
+    /// those a defect that are known to kill, and notes the rest.
     pub(super) async fn before(
         &self,
         outbox: &impl CrashNotes,
         batch: &mut Vec<Claimed>,
-    ) -> Result<Vec<Uuid>, OutboxError> {
-        if self.stage() == Stage::Fresh {
-            let careful = outbox.begin_run(self.run).await?;
-            self.set(Stage::Begun { since: Instant::now(), careful });
-            if careful {
-                tracing::info!(
-                    "another relay ended without a word, or has just begun: publishing with care for a minute"
-                );
-            }
-        }
+        stop: &CancellationToken,
+    ) -> Result<Care, OutboxError> {
         match self.stage() {
-            Stage::Begun { since, .. } if since.elapsed() > PROBATION => {
-                self.set(Stage::Proven);
-                outbox.end_run(self.run).await?;
-                return Ok(Vec::new());
-            }
-            Stage::Begun { careful: true, .. } => {}
-            _ => return Ok(Vec::new()),
+            Stage::Begun { careful: true, .. } if !stop.is_cancelled() => {}
+            _ => return Ok(Care::default()),
         }
         self.acquit(outbox, &[]).await;
         let ids: Vec<Uuid> = batch.iter().map(|claimed| claimed.event.event_id).collect();
-        let known = outbox.suspicions(self.run, &ids).await?;
+        let run = self.run();
+        let known = outbox.suspicions(run, &ids).await?;
+        let lanes = if known.is_empty() {
+            Turn::Beside(Arc::clone(&self.lanes).read_owned().await)
+        } else {
+            Turn::Alone(Arc::clone(&self.lanes).write_owned().await)
+        };
         batch.truncate(together(batch.len(), &known));
+        let mut parked = Vec::new();
         for (place, suspicion) in known {
-            if let Some(claimed) = batch.get_mut(place)
-                && suspicion.crashes_alone >= CRASHES_ALONE
-            {
-                let message =
-                    format!("{} relays died while they published this event and no other", suspicion.crashes_alone);
-                claimed.defect = Some(PublishError::new(Fault::Unfit, "relay_crashed", message));
+            let Some(claimed) = batch.get_mut(place) else { continue };
+            match suspicion.judge() {
+                Judgement::Kills => {
+                    let count = suspicion.crashes_alone;
+                    let message = format!("{count} relays died while they published this event and no other");
+                    claimed.defect = Some(PublishError::new(Fault::Unfit, "relay_crashed", message));
+                }
+                Judgement::MayKill => {
+                    let message = "relays died some time after they began to publish this event and no other; whether it \
+                                   is the cause is not known, so it waits, and is not charged";
+                    claimed.defect = Some(PublishError::new(Fault::Unknown, "relay_died", message));
+                    parked.push(claimed.event.event_id);
+                }
+                Judgement::Unknown => {}
             }
+        }
+        if !parked.is_empty() {
+            outbox.forgive(&parked).await?;
         }
         let noted: Vec<Uuid> =
             batch.iter().filter(|claimed| claimed.defect.is_none()).map(|claimed| claimed.event.event_id).collect();
-        outbox.suspect(self.run, &noted).await?;
-        Ok(noted)
+        outbox.suspect(run, &noted).await?;
+        if stop.is_cancelled() {
+            self.acquit(outbox, &noted).await; // the stop may have been faster than the notes
+        }
+        Ok(Care { noted, lanes: Some(lanes), ended: None })
     }
 
     /// To be called when the batch is settled, or could not be: whatever became of it, nobody died.
-    pub(super) async fn after(&self, outbox: &impl CrashNotes, noted: &[Uuid]) {
-        self.acquit(outbox, noted).await;
+    pub(super) async fn after(&self, outbox: &impl CrashNotes, care: Care) {
+        drop(care.ended);
+        if self.claim.load(Ordering::SeqCst) != usize::MAX {
+            let twice = |limit: usize| Some(limit.saturating_mul(2));
+            _ = self.claim.fetch_update(Ordering::SeqCst, Ordering::SeqCst, twice);
+        }
+        self.acquit(outbox, &care.noted).await;
     }
 
     async fn acquit(&self, outbox: &impl CrashNotes, events: &[Uuid]) {
@@ -105,18 +178,41 @@ impl Caution {
         }
     }
 
-    /// A panic is a crash that somebody survived: from now on with care.
+    /// A panic is a crash that somebody survived: from now on with care. The notes of the lane that panicked are those of
+    /// a run that is over.
     pub(super) fn panicked(&self) {
+        *self.run.lock().unwrap_or_else(PoisonError::into_inner) = Uuid::new_v4();
         self.set(Stage::Begun { since: Instant::now(), careful: true });
     }
 
-    /// To be called at the end.
-    pub(super) async fn end(&self, outbox: &impl CrashNotes) {
-        if matches!(self.stage(), Stage::Begun { .. })
-            && let Err(error) = outbox.end_run(self.run).await
-        {
-            tracing::debug!(error = error.explain(), "the end was not noted; the next relay begins with care");
+    /// To be called when the relay is told to stop: whatever ends it from now on, no event is to blame.
+    pub(super) async fn stop(&self, outbox: &impl CrashNotes) {
+        if matches!(self.stage(), Stage::Begun { .. } | Stage::Stopping) {
+            self.set(Stage::Stopping);
+            match outbox.withdraw(self.run()).await {
+                Ok(()) => self.set(Stage::Proven),
+                Err(error) => {
+                    tracing::debug!(error = error.explain(), "the end was not noted; the next relay begins with care");
+                }
+            }
         }
+    }
+
+    /// To be called now and then: whoever lives for a while needs no care any more.
+    async fn prove(&self, outbox: &impl CrashNotes) {
+        if let Stage::Begun { since, .. } = self.stage()
+            && since.elapsed() > PROBATION
+        {
+            self.set(Stage::Proven);
+            self.claim.store(usize::MAX, Ordering::SeqCst);
+            if let Err(error) = outbox.end_run(self.run()).await {
+                tracing::debug!(error = error.explain(), "that this relay lives was not noted");
+            }
+        }
+    }
+
+    fn run(&self) -> Uuid {
+        *self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stage(&self) -> Stage {
@@ -128,13 +224,65 @@ impl Caution {
     }
 }
 
+impl<O: Outbox> Relay<O> {
+    /// Lets the notes of a call that begins now count in full for its first second only, and other lanes go on after it.
+    pub(super) fn watch_call(self: &Arc<Self>, care: &mut Care) {
+        if care.noted.is_empty() {
+            return;
+        }
+        let (relay, noted, lanes) = (Arc::clone(self), care.noted.clone(), care.lanes.take());
+        let (run, ended) = (self.caution.run(), CancellationToken::new());
+        care.ended = Some(ended.clone().drop_guard());
+        tokio::spawn(async move {
+            if tokio::time::timeout(AT_ONCE, ended.cancelled()).await.is_err()
+                && let Err(error) = relay.outbox.outlived(run, &noted).await
+            {
+                tracing::debug!(error = error.explain(), "that this relay lives was not noted");
+            }
+            drop(lanes);
+        });
+    }
+
+    /// Takes the notes back when the relay is told to stop, and ends its care when it has lived for a while.
+    pub(super) async fn watch_life(self: Arc<Self>, stop: CancellationToken) {
+        while tokio::time::timeout(PROBATION, stop.cancelled()).await.is_err() {
+            self.caution.prove(&self.outbox).await;
+        }
+        self.caution.stop(&self.outbox).await;
+    }
+}
+
+/// How many events are claimed at first after so many others have died.
+fn first_claim(batch_events: usize, others: usize) -> usize {
+    (0..others.min(9)).fold(batch_events, |events, _| events / NARROWING).max(1)
+}
+
+/// What follows from what is known of an event.
+enum Judgement {
+    Kills,
+    MayKill,
+    Unknown,
+}
+
+impl Suspicion {
+    fn judge(self) -> Judgement {
+        if self.crashes_alone >= CRASHES_ALONE {
+            Judgement::Kills
+        } else if self.crashes_alone + self.deaths_alone >= CRASHES_ALONE {
+            Judgement::MayKill
+        } else {
+            Judgement::Unknown
+        }
+    }
+}
+
 /// How many of a batch may be published together, from its beginning.
 fn together(batch: usize, known: &[(usize, Suspicion)]) -> usize {
     let mut known = known.to_vec();
     known.sort_unstable_by_key(|(place, _)| *place);
     let mut most = batch;
     for (place, suspicion) in known {
-        if suspicion.crashes_alone >= CRASHES_ALONE {
+        if !matches!(suspicion.judge(), Judgement::Unknown) {
             continue; // it is not published
         }
         if place >= most {
@@ -152,7 +300,7 @@ mod tests {
     use super::*;
 
     fn suspect(place: usize, together: usize) -> (usize, Suspicion) {
-        (place, Suspicion { together, crashes_alone: 0 })
+        (place, Suspicion { together, crashes_alone: 0, deaths_alone: 0 })
     }
 
     #[test]
@@ -173,6 +321,15 @@ mod tests {
 
     #[test]
     fn a_known_killer_limits_nobody() {
-        assert_eq!(together(10, &[(0, Suspicion { together: 1, crashes_alone: 3 })]), 10);
+        let known = |crashes_alone, deaths_alone| (0, Suspicion { together: 1, crashes_alone, deaths_alone });
+        assert_eq!(together(10, &[known(3, 0)]), 10);
+        assert_eq!(together(10, &[known(1, 2)]), 10);
+        assert_eq!(together(10, &[known(1, 1)]), 1);
+    }
+
+    #[test]
+    fn the_more_have_died_the_fewer_events_are_claimed_at_first() {
+        assert_eq!([1, 2, 3, 50].map(|others| first_claim(1000, others)), [31, 1, 1, 1]);
+        assert_eq!(first_claim(10_000, 2), 9);
     }
 }

@@ -1,14 +1,20 @@
 //! One destination as the engine sees it: a sink behind its breaker.
 
+use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
-use crate::breaker::{Admission, Breaker, BreakerPolicy};
+use crate::breaker::{Admission, Breaker, BreakerPolicy, Ticket};
 use crate::event::{Event, Fault, Outcome, PublishError, Term};
-use crate::failpoint::crash_on;
+use crate::failpoint::{crash_late_on, crash_on};
+use crate::outbox::Claimed;
+use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
+use crate::relay::panics::{PANICS_ALONE, Panics, Split};
 use crate::relay::report::Report;
 use crate::sink::{Ledger, Published, Sink, Tenure};
 use crate::text::{cut_content, shown};
@@ -19,10 +25,15 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// The longest name of a place that is logged whole, in characters.
 const MAX_PLACE_CHARS: usize = 200;
 
+/// How long past its deadline a call may last before it is given up.
+const GRACE: Duration = Duration::from_secs(1);
+
 pub(super) struct Destination {
     pub(super) name: String,
     sink: Arc<dyn Sink>,
     breaker: Mutex<Breaker>,
+    blame: Mutex<Blame>,
+    panics: Mutex<Panics>,
     in_flight: AtomicUsize,
     given_up: AtomicUsize,
     /// Since when it is unwell.
@@ -43,6 +54,8 @@ struct Outage {
 pub(super) struct Answers {
     /// One per event, in order.
     pub(super) outcomes: Vec<Outcome>,
+    /// The places of those that failed uncharged and whose keys wait; other uncharged ones are tried again as they are.
+    pub(super) blocked: HashSet<usize>,
     pub(super) duration: Duration,
     /// See [`Published::once_settled`].
     pub(super) once_settled: Option<BoxFuture<'static, ()>>,
@@ -51,7 +64,8 @@ pub(super) struct Answers {
 impl Answers {
     /// Of a call that was not made.
     pub(super) fn held(count: usize) -> Self {
-        Self { outcomes: vec![Outcome::Held; count], duration: Duration::ZERO, once_settled: None }
+        let outcomes = vec![Outcome::Held; count];
+        Self { outcomes, blocked: HashSet::new(), duration: Duration::ZERO, once_settled: None }
     }
 }
 
@@ -64,6 +78,8 @@ impl Destination {
             name,
             sink,
             breaker: Mutex::new(Breaker::new(policy)),
+            blame: Mutex::default(),
+            panics: Mutex::default(),
             in_flight: AtomicUsize::new(0),
             given_up: AtomicUsize::new(0),
         }
@@ -79,32 +95,129 @@ impl Destination {
         self.breaker().is_open()
     }
 
-    /// Publishes `events` and tells the breaker. While it is paused, all of them are held.
+    /// Publishes the events at `indexes` of `batch` and tells the breaker. While it is paused, all of them are held.
     pub(super) async fn publish(
         &self,
-        events: &[&Event],
+        batch: &[Claimed],
+        indexes: &[usize],
         term: &Term,
         ledger: &dyn Ledger,
         timeout: Duration,
     ) -> Answers {
         let begun = Instant::now();
-        let admission = self.breaker().admit(begun);
-        if let Admission::No(_) = admission {
-            return Answers::held(events.len());
+        let Ok(ticket) = self.breaker().admit(begun) else { return Answers::held(indexes.len()) };
+        let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
+        let deadline = begun + timeout;
+        let split = self.panics().split(&events);
+        let Some(Split { unsuspected, suspects }) = split else {
+            return self.call(batch, indexes, term, ledger, ticket, deadline).await;
+        };
+        let mut answers = Answers::held(indexes.len());
+        let mut stopped = HashSet::new();
+        for (number, mut places) in (0..).zip([unsuspected, suspects]) {
+            places.retain(|&place| events[place].key().is_none_or(|key| !stopped.contains(&key)));
+            if places.is_empty() {
+                continue;
+            }
+            let some: Vec<usize> = places.iter().map(|&place| indexes[place]).collect();
+            // Of one claim, but two calls: each must have its own token.
+            let term = Term { token: term.token.wrapping_add(number), ..term.clone() };
+            let answered = self.call(batch, &some, &term, ledger, ticket, deadline).await;
+            for (&place, outcome) in places.iter().zip(answered.outcomes) {
+                if !matches!(outcome, Outcome::Delivered { .. }) {
+                    stopped.extend(events[place].key());
+                }
+                answers.outcomes[place] = outcome;
+            }
+            answers.blocked.extend(answered.blocked.into_iter().map(|place| places[place]));
+            answers.once_settled = match (answers.once_settled.take(), answered.once_settled) {
+                (Some(first), Some(second)) => Some(Box::pin(async { _ = tokio::join!(first, second) })),
+                (first, second) => first.or(second),
+            };
         }
-        crash_on(events);
+        Answers { duration: begun.elapsed(), ..answers }
+    }
+
+    /// One call of the sink. Whatever its code does, the engine goes on: a panic, and a call that never ends, are unknown
+    /// outcomes.
+    async fn call(
+        &self,
+        batch: &[Claimed],
+        indexes: &[usize],
+        term: &Term,
+        ledger: &dyn Ledger,
+        ticket: Ticket,
+        deadline: Instant,
+    ) -> Answers {
+        let begun = Instant::now();
+        let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
+        crash_on(&events);
+        crash_late_on(&events).await;
         let tenure = Tenure { destination: &self.name, term, ledger };
-        let Published { mut outcomes, mut once_settled } =
-            self.sink.publish_once(events, &tenure, begun + timeout).await;
-        if outcomes.len() != events.len() {
+        let call = AssertUnwindSafe(async { self.sink.publish_once(&events, &tenure, deadline).await }).catch_unwind();
+        let unknown = |code: &str, message: String| {
+            let error = PublishError::new(Fault::Unknown, code, message);
+            Published::of(vec![Outcome::Failed(error); events.len()])
+        };
+        let mut published = match tokio::time::timeout_at((deadline + GRACE).into(), call).await {
+            Ok(Ok(published)) => published,
+            Ok(Err(_)) => return self.panicked(&events, begun, ticket),
+            Err(_) => unknown("no_answer", "the code of this destination did not end in time".to_owned()),
+        };
+        if published.outcomes.len() != events.len() {
             // A sink that loses count must not settle anything by accident.
-            let message = format!("the sink gave {} answers for {} events", outcomes.len(), events.len());
-            let error = PublishError::new(Fault::Unknown, "answers_do_not_match", message);
-            (outcomes, once_settled) = (vec![Outcome::Failed(error); events.len()], None);
+            let count = published.outcomes.len();
+            let message = format!("the sink gave {count} answers for {} events", events.len());
+            published = unknown("answers_do_not_match", message);
         }
-        cut_content(events, &mut outcomes);
-        self.judge_health(&outcomes);
-        Answers { outcomes, duration: begun.elapsed(), once_settled }
+        let Published { mut outcomes, once_settled } = published;
+        cut_content(&events, &mut outcomes);
+        let answered = events.iter().zip(&outcomes).filter(|(_, outcome)| **outcome != Outcome::Held);
+        answered.for_each(|(event, _)| self.panics().answered(event));
+        let candidate = |place: usize| {
+            let claimed: &Claimed = &batch[indexes[place]];
+            Candidate { event_id: claimed.event.event_id, blocked_before: claimed.blocked_before }
+        };
+        let blocked = self.judge_health(candidate, &outcomes, begun, ticket);
+        Answers { outcomes, blocked, duration: begun.elapsed(), once_settled }
+    }
+
+    /// The answers of a call that panicked. An event on which it always does is given up, if the destination has taken
+    /// others meanwhile; else it is not known whether anything at all could be published, and its key waits.
+    fn panicked(&self, events: &[&Event], begun: Instant, ticket: Ticket) -> Answers {
+        let now = Instant::now();
+        if self.report.admits("calls panicked; their events are published again in smaller groups", &self.name, "") {
+            tracing::error!(
+                destination = self.name,
+                event_count = events.len(),
+                "the code of this destination panicked; whether these events arrived is unknown, and they are published again in smaller groups"
+            );
+        }
+        let alone = self.panics().panicked(events, now);
+        let message = "the code of this destination panicked while it published this event";
+        let mut error = PublishError::new(Fault::Unknown, "sink_panicked", message);
+        let mut blocked = HashSet::new();
+        match alone {
+            Some((times, since)) if times >= PANICS_ALONE => {
+                if self.blame.lock().unwrap_or_else(PoisonError::into_inner).delivered_since(since) {
+                    error.fault = Fault::Unfit;
+                    error.message = format!("{message} and no other, {times} times");
+                } else {
+                    blocked.insert(0);
+                }
+                self.breaker().unused(ticket, now);
+            }
+            _ => {
+                let mut breaker = self.breaker();
+                if breaker.is_open() {
+                    breaker.failed(ticket, now);
+                } else {
+                    breaker.strained(ticket, now);
+                }
+            }
+        }
+        let outcomes = vec![Outcome::Failed(error); events.len()];
+        Answers { outcomes, blocked, duration: begun.elapsed(), once_settled: None }
     }
 
     /// Counts events as in flight while the value lives.
@@ -130,52 +243,69 @@ impl Destination {
         Answers { outcomes: vec![Outcome::Failed(error); count], ..Answers::held(0) }
     }
 
-    fn judge_health(&self, outcomes: &[Outcome]) {
-        let worst = |wanted: &[Fault]| {
-            outcomes.iter().find_map(|outcome| match outcome {
-                Outcome::Failed(error) if wanted.contains(&error.fault) => Some(error),
-                _ => None,
-            })
-        };
-        let answered = outcomes.iter().any(|outcome| match outcome {
-            Outcome::Delivered { .. } => true,
-            Outcome::Failed(error) => error.fault == Fault::Event,
-            Outcome::Held => false,
-        });
+    /// Tells the breaker of a call that began at `begun`. Returns the places of the events whose keys wait.
+    fn judge_health(
+        &self,
+        candidate: impl Fn(usize) -> Candidate,
+        outcomes: &[Outcome],
+        begun: Instant,
+        ticket: Ticket,
+    ) -> HashSet<usize> {
         let now = Instant::now();
         let (name, mut breaker) = (self.name.as_str(), self.breaker());
-        if let Some(error) = worst(&[Fault::Misconfigured]) {
-            breaker.misconfigured(now);
-            self.log_outage(
-                error,
-                now,
-                "destination misconfigured, a human must act; its events wait, none is charged",
-            );
-        } else if let Some(error) = worst(&[Fault::Destination, Fault::Unknown]) {
-            if answered {
-                breaker.strained(now);
-                tracing::debug!(destination = name, %error, "destination took a part only; pausing");
-            } else if breaker.failed(now) {
-                self.log_outage(error, now, "destination down, breaker open; its events wait, none is charged");
-            } else {
-                self.outage().get_or_insert(Outage::since(now)).failed_calls += 1;
-                if self.report.admits("calls failed; their events wait, none is charged", name, &error.code) {
-                    tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
+        let current = breaker.is_current(ticket);
+        let call = Call { begun, now, current, probe: current && breaker.is_open() };
+        let mut blame = self.blame.lock().unwrap_or_else(PoisonError::into_inner);
+        let Judgement { health, blocked } = blame.judge(candidate, outcomes, call);
+        let closed = match health {
+            Health::Misconfigured(error) => {
+                breaker.misconfigured(ticket, now);
+                if current {
+                    let message = "destination misconfigured, a human must act; its events wait, none is charged";
+                    self.log_outage(error, now, message);
                 }
+                false
             }
-        } else if answered {
-            let closed = breaker.succeeded();
-            if let (Some(outage), true) = (self.outage().take(), closed) {
-                tracing::info!(
-                    destination = name,
-                    away_s = (now - outage.since).as_secs_f64(),
-                    failed_calls = outage.failed_calls,
-                    "destination back, breaker closed"
-                );
+            Health::Failed(error) => {
+                if breaker.failed(ticket, now) {
+                    self.log_outage(error, now, "destination down, breaker open; its events wait, none is charged");
+                } else if current {
+                    self.outage().get_or_insert(Outage::since(now)).failed_calls += 1;
+                    if self.report.admits("calls failed; their events wait, none is charged", name, &error.code) {
+                        tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
+                    }
+                }
+                false
             }
-        } else {
-            breaker.unused(now);
+            Health::Strained(error) => {
+                tracing::debug!(destination = name, %error, "destination took a part only; pausing");
+                breaker.strained(ticket, now)
+            }
+            Health::Answered => {
+                let closed = breaker.succeeded(ticket);
+                if !closed && current {
+                    self.outage().take();
+                }
+                closed
+            }
+            Health::Silent => {
+                breaker.unused(ticket, now);
+                false
+            }
+        };
+        if closed && let Some(outage) = self.outage().take() {
+            tracing::info!(
+                destination = name,
+                away_s = (now - outage.since).as_secs_f64(),
+                failed_calls = outage.failed_calls,
+                "destination back, breaker closed"
+            );
         }
+        blocked.into_iter().collect()
+    }
+
+    fn panics(&self) -> MutexGuard<'_, Panics> {
+        self.panics.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logs that the breaker is open: at once, then once a minute.

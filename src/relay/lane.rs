@@ -210,24 +210,25 @@ impl<O: Outbox> Lane<O> {
     async fn pass(&mut self) -> Result<bool, OutboxError> {
         let Some(Work { mut batch, term, begun: claiming, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
-        let suspects = match relay.caution.before(&relay.outbox, &mut batch).await {
-            Ok(suspects) => suspects,
+        let mut care = match relay.caution.before(&relay.outbox, &mut batch, &self.stop).await {
+            Ok(care) => care,
             Err(error) => {
                 self.lane.settle(&[]).await?; // gives the claim up
                 return Err(error);
             }
         };
         let begun = Instant::now();
+        relay.watch_call(&mut care);
         hit("before_publish")?;
         let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane), asking: AtomicBool::new(false) };
         let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger, &self.shared.give_up).await;
-        if ledger.asking.load(Ordering::SeqCst) {
+        if ledger.asking.load(Ordering::SeqCst) && self.shared.give_up.is_cancelled() {
             return Ok(false);
         }
         hit("acked")?;
         let published = begun.elapsed();
         let settled = self.lane.settle(&deliveries).await;
-        relay.caution.after(&relay.outbox, &suspects).await;
+        relay.caution.after(&relay.outbox, care).await;
         settled?;
         self.tell(once_settled);
         let mut tally = Tally::default();

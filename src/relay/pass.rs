@@ -1,12 +1,14 @@
 //! From a claimed batch to what is settled: route, publish everywhere at once, judge each delivery.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{Event, Fault, Key, PublishError, Term, Verdict};
+use crate::event::{Event, Fault, Key, Outcome, PublishError, Term, Verdict};
+use crate::failpoint::panic_on;
 use crate::outbox::{Claimed, Delivery, Outbox};
 use crate::relay::Relay;
 use crate::relay::destination::{Answers, Destination};
@@ -36,12 +38,11 @@ impl<O: Outbox> Relay<O> {
             if indexes.is_empty() {
                 return Answers::held(0);
             }
-            let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
-            let _in_flight = destination.in_flight(events.len());
+            let _in_flight = destination.in_flight(indexes.len());
             tokio::select! {
                 biased;
-                answers = destination.publish(&events, term, ledger, self.config.publish_timeout) => answers,
-                () = give_up.cancelled() => destination.given_up(events.len()),
+                answers = destination.publish(batch, indexes, term, ledger, self.config.publish_timeout) => answers,
+                () = give_up.cancelled() => destination.given_up(indexes.len()),
             }
         }))
         .await;
@@ -55,6 +56,8 @@ impl<O: Outbox> Relay<O> {
     }
 
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {
+        // Keys of which an event waits: those after it do not go before it.
+        let mut blocked = HashSet::new();
         let mut plan = Plan { decided: Vec::new(), publish: vec![Vec::new(); self.destinations.len()] };
         for (index, claimed) in batch.iter().enumerate() {
             let event = &claimed.event;
@@ -65,18 +68,32 @@ impl<O: Outbox> Relay<O> {
                 decide(&event.row.destination, Verdict::Wait { park: Some(Duration::ZERO) });
                 continue;
             }
-            if let Some(defect) = &claimed.defect {
+            if event.key().is_some_and(|key| blocked.contains(&key)) {
+                decide(&event.row.destination, Verdict::Wait { park: None });
+                continue;
+            }
+            let defect = claimed.defect.as_ref();
+            if let Some(defect) = defect.filter(|defect| defect.fault.charges_event()) {
                 self.log_dead_letter(event, None, defect);
                 decide(&event.row.destination, Verdict::DeadLetter { error: defect.clone() });
                 continue;
             }
-            let targets = match self.targets(event) {
+            let targets = match self.targets_or_panic(event) {
                 Ok(targets) => targets,
                 Err(verdict) => {
                     decide(&event.row.destination, verdict);
                     continue;
                 }
             };
+            if let Some(reason) = defect {
+                blocked.extend(event.key());
+                for target in targets {
+                    let name = self.names[target].as_str();
+                    self.log_blocked(event, &self.destinations[target], reason);
+                    decide(name, Verdict::Block { error: reason.clone() });
+                }
+                continue;
+            }
             for target in targets {
                 let name = self.names[target].as_str();
                 match claimed.behind.iter().find(|behind| behind.destination == name) {
@@ -86,6 +103,19 @@ impl<O: Outbox> Relay<O> {
             }
         }
         plan
+    }
+
+    /// The same where an event makes it panic: that one is given up, and the rest of its batch goes on.
+    fn targets_or_panic(&self, event: &Event) -> Result<Vec<usize>, Verdict> {
+        std::panic::catch_unwind(AssertUnwindSafe(|| {
+            panic_on(event);
+            self.targets(event)
+        }))
+        .unwrap_or_else(|_| {
+            let error = PublishError::new(Fault::Unfit, "routing_panicked", "choosing its destinations panicked");
+            self.log_dead_letter(event, None, &error);
+            Err(Verdict::DeadLetter { error })
+        })
     }
 
     /// Where an event goes, or what becomes of one that goes nowhere.
@@ -135,9 +165,12 @@ impl<O: Outbox> Relay<O> {
     ) {
         // The keys that failed here and are tried again: what was held behind them waits as long as they do.
         let mut retried: HashMap<Key<'a>, Duration> = HashMap::new();
-        for (&index, outcome) in indexes.iter().zip(answers.outcomes) {
+        for (place, (&index, outcome)) in indexes.iter().zip(answers.outcomes).enumerate() {
             let event = &batch[index].event;
-            let mut verdict = self.config.retry.judge(outcome, event.attempts, fastrand::f64());
+            let mut verdict = match outcome {
+                Outcome::Failed(error) if answers.blocked.contains(&place) => Verdict::Block { error },
+                outcome => self.config.retry.judge(outcome, event.attempts, fastrand::f64()),
+            };
             match (&mut verdict, event.key()) {
                 (Verdict::Retry { delay, error }, key) => {
                     self.log_retry(event, destination, error, *delay);
@@ -146,6 +179,7 @@ impl<O: Outbox> Relay<O> {
                 (Verdict::DeadLetter { error }, _) => {
                     self.log_dead_letter(event, Some(destination), error);
                 }
+                (Verdict::Block { error }, _) => self.log_blocked(event, destination, error),
                 (Verdict::Wait { park }, key) => {
                     let behind = key.and_then(|key| retried.get(&key).copied());
                     // A row owed to this destination alone would be claimed again and again for the sake of the others.
@@ -175,6 +209,27 @@ impl<O: Outbox> Relay<O> {
             next_try_s = delay.as_secs_f64(),
             %error,
             "event failed; it will be tried again"
+        );
+    }
+
+    /// Each key and cause once, for as long as the relay runs.
+    fn log_blocked(&self, event: &Event, destination: &Destination, error: &PublishError) {
+        let name = destination.name.as_str();
+        if !self.named.is_new(event, name, error)
+            || !self.report.admits("events failed while others were taken; their keys wait", name, &error.code)
+        {
+            return;
+        }
+        let EventText { event_type, key } = EventText::of(event);
+        tracing::warn!(
+            destination = name,
+            place = destination.place(event),
+            event_type,
+            key,
+            outbox_id = event.row.id,
+            event_id = %event.event_id,
+            %error,
+            "event blocked: it failed while others are taken; its key waits, up to 5 minutes at a time, and it is not charged"
         );
     }
 

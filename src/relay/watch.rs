@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::breaker::Admission;
 use crate::event::Tally;
+use crate::failpoint::crash_on_many;
 use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Wakeup};
 use crate::relay::destination::Destination;
 use crate::relay::lane::{Busy, Ending, Lane, Work};
@@ -110,8 +111,15 @@ impl<O: Outbox> Lane<O> {
     /// Tries to claim a batch.
     pub(super) async fn look(&mut self) -> Result<Look<O::Wakeup>, OutboxError> {
         let relay = Arc::clone(&self.relay);
+        if !relay.caution.has_begun() {
+            if !self.lane.peek(&[]).await?.pending {
+                relay.ready();
+                return Ok(Look::Empty);
+            }
+            relay.caution.begin(&relay.outbox, relay.config.batch_events).await?;
+        }
         let request = ClaimRequest {
-            max_events: relay.batch_events(Instant::now()),
+            max_events: relay.caution.claim_events(relay.batch_events(Instant::now())),
             max_bytes: relay.config.batch_bytes,
             max_payload: relay.config.max_payload,
             destinations: &relay.names,
@@ -119,6 +127,9 @@ impl<O: Outbox> Lane<O> {
         let mut busy = Busy::new(Arc::clone(&self.shared));
         let begun = Instant::now();
         let claim = self.lane.claim(request).await?;
+        if let Claim::Batch { claimed, .. } = &claim {
+            crash_on_many(claimed.len());
+        }
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
             Claim::Batch { claimed: batch, term, .. } => {

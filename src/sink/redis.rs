@@ -33,7 +33,7 @@ use crate::text::message_id;
 pub use address::RedisAddress;
 use alone::Suspects;
 use connection::{Connection, slot_of};
-use fault::{call_error, connect_error, server_error, wants_new_connection};
+use fault::{call_error, concerns_a_key, connect_error, server_error, wants_new_connection};
 use once::{ChunkStates, Dirty, Once};
 pub use read::StreamReader;
 pub(super) use script::{Command, Commands};
@@ -131,7 +131,7 @@ impl Redis {
             rounds = rounds.at_places(|index| place(events[index], commands));
         }
         let mut once = tenure.map(Once::new);
-        let mut lost = false;
+        let (mut lost, mut one_key_a_call) = (false, connection.has_slots());
         while Instant::now() < deadline {
             let chunks = rounds.next(limits, size);
             if chunks.is_empty() {
@@ -165,6 +165,12 @@ impl Redis {
                     Ok(Answer::Unsent) => vec![Outcome::Held; chunk.len()],
                     Ok(Answer::Dirty(found)) => {
                         dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
+                        continue;
+                    }
+                    // Nothing was done, because of one key. With each key in calls of its own the others go on.
+                    Err(error) if concerns_a_key(&error) && !one_key_a_call && !commands.one_key() => {
+                        one_key_a_call = true;
+                        rounds.move_to_places(|index| place(events[index], commands));
                         continue;
                     }
                     Err(error) => {

@@ -39,8 +39,13 @@ impl<'a> Rounds<'a> {
     /// The same with each event at its place.
     #[must_use]
     pub fn at_places(mut self, place: impl FnMut(usize) -> u16) -> Self {
-        self.places = (0..self.events.len()).map(place).collect();
+        self.move_to_places(place);
         self
+    }
+
+    /// From now on each event is at this place.
+    pub fn move_to_places(&mut self, place: impl FnMut(usize) -> u16) {
+        self.places = (0..self.events.len()).map(place).collect();
     }
 
     /// The next requests to send together, as indexes into the events, ascending within a request. Empty: nothing is

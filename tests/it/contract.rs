@@ -1,9 +1,11 @@
 //! What holds on every store. Each test is written once, and run on all of them.
 
 pub(crate) mod bad_input;
+mod blame;
 mod crash;
 mod destinations;
 mod order;
+mod panics;
 mod rules;
 mod time;
 mod trouble;
@@ -74,6 +76,19 @@ contract! {
         f61_rows_deleted_by_an_operator_during_a_publish_are_no_trouble
         f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_batch_at_most_and_another_goes_on
         f06_twenty_restarts_under_load_repeat_nothing;
+    blame:
+        f64_a_key_that_a_destination_refuses_waits_uncharged_and_the_destination_is_not_paused
+        f64_a_key_with_an_error_that_nobody_knows_waits_uncharged_and_the_destination_is_not_paused
+        f64_a_key_whose_answers_are_lost_waits_uncharged_and_the_destination_is_not_paused
+        f64_an_event_that_is_refused_alone_shortly_after_others_were_taken_pauses_nobody
+        f64_a_blocked_event_waits_longer_each_time_and_a_restart_does_not_begin_anew
+        f64_a_destination_that_refuses_everything_is_paused_although_a_key_was_blocked_before
+        f65_a_call_from_before_a_pause_does_not_end_it;
+    panics:
+        f63_an_event_that_panics_its_destination_is_found_and_given_up_and_the_others_go_on
+        f63_a_destination_that_panics_on_everything_costs_no_event_anything
+        f63_a_call_that_never_ends_is_an_unknown_outcome
+        f63_an_event_on_which_routing_panics_is_given_up_alone;
 }
 
 /// The log as `type destination status attempt`, in the order of events and attempts.

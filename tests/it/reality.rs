@@ -1,6 +1,8 @@
 //! What applications, operators, servers and platforms really do, and what the relay makes of it.
 
 mod additions;
+mod blame;
+mod crash;
 mod days;
 mod file;
 mod hostile;

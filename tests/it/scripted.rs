@@ -22,6 +22,10 @@ pub(crate) enum Act {
     Misconfigured,
     /// Take it, and lose the answer.
     AcceptThenFail,
+    /// Panic; what stands before it in the call was taken.
+    Panic,
+    /// Never answer, whatever the deadline.
+    Hang,
 }
 
 /// Holds publish calls until a test lets them go.
@@ -51,7 +55,7 @@ impl Gate {
     }
 }
 
-type Script = Box<dyn Fn(&Event) -> Act + Send + Sync>;
+type Script = Arc<dyn Fn(&Event) -> Act + Send + Sync>;
 
 /// See the module.
 pub(crate) struct ScriptedSink {
@@ -64,7 +68,7 @@ pub(crate) struct ScriptedSink {
 impl ScriptedSink {
     pub(crate) fn new(script: impl Fn(&Event) -> Act + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
-            script: Mutex::new(Box::new(script)),
+            script: Mutex::new(Arc::new(script)),
             gate: Mutex::new(None),
             accepted: Mutex::new(Vec::new()),
             calls: Mutex::default(),
@@ -81,7 +85,7 @@ impl ScriptedSink {
     }
 
     pub(crate) fn then(&self, script: impl Fn(&Event) -> Act + Send + Sync + 'static) {
-        *self.script.lock().unwrap() = Box::new(script);
+        *self.script.lock().unwrap() = Arc::new(script);
     }
 
     /// The events it took, in order, repeats included.
@@ -112,7 +116,7 @@ impl Sink for ScriptedSink {
         if let Some(gate) = gate {
             gate.pass().await;
         }
-        let script = self.script.lock().unwrap();
+        let script = Arc::clone(&self.script.lock().unwrap());
         let mut stopped = HashSet::new();
         let mut outcomes = Vec::new();
         for event in events {
@@ -134,6 +138,8 @@ impl Sink for ScriptedSink {
                 Act::Unreachable => Fault::Destination,
                 Act::Misconfigured => Fault::Misconfigured,
                 Act::AcceptThenFail => Fault::Unknown,
+                Act::Panic => panic!("a test asked for this panic"),
+                Act::Hang => std::future::pending().await,
             };
             key.map(|key| stopped.insert(key));
             outcomes.push(Outcome::Failed(PublishError::new(fault, "SCRIPTED", format!("{act:?}"))));

@@ -82,6 +82,8 @@ struct Inner {
     replies: VecDeque<Reply>,
     descriptions: VecDeque<Reply>,
     requests: Vec<Vec<Value>>,
+    /// Entries of this source fail with this code, whatever else is scripted.
+    refused: Option<(&'static str, &'static str)>,
     event_count: usize,
     in_flight: usize,
     peak: usize,
@@ -112,6 +114,11 @@ impl EventBridgeStub {
     /// Queues the answers to the next `PutEvents`; after them comes [`Reply::Ok`].
     pub(crate) fn script(&self, replies: impl IntoIterator<Item = Reply>) {
         self.script.lock().replies.extend(replies);
+    }
+
+    /// From now on entries of this source fail with this code; `None`: no longer.
+    pub(crate) fn refuse_source(&self, refused: Option<(&'static str, &'static str)>) {
+        self.script.lock().refused = refused;
     }
 
     /// The entries of every `PutEvents` request so far, in order of arrival.
@@ -193,7 +200,7 @@ async fn serve(
         Reply::Ok | Reply::Expired(_) | Reply::Entries(_) | Reply::FailEntry(..) | Reply::WrongCount => {}
     }
     match entries {
-        Some(entries) => response(200, script.answer(entries.len(), &reply)),
+        Some(entries) => response(200, script.answer(&entries, &reply)),
         None if request["Name"] == "orders" => {
             response(200, json!({ "Name": "orders", "Arn": "arn:aws:events:eu-west-1:123456789012:event-bus/orders" }))
         }
@@ -202,13 +209,17 @@ async fn serve(
 }
 
 impl Script {
-    fn answer(&self, entry_count: usize, reply: &Reply) -> Value {
-        let mut replies = vec![EntryReply::Accepted; entry_count];
+    fn answer(&self, entries: &[Value], reply: &Reply) -> Value {
+        let mut replies = vec![EntryReply::Accepted; entries.len()];
         match reply {
             Reply::Entries(entries) => replies.clone_from(entries),
             Reply::FailEntry(index, code) => replies[*index] = EntryReply::Failed(code),
             Reply::WrongCount => _ = replies.pop(),
             _ => {}
+        }
+        if let Some((source, code)) = self.lock().refused {
+            let refused = replies.iter_mut().zip(entries).filter(|(_, entry)| entry["Source"] == source);
+            refused.for_each(|(reply, _)| *reply = EntryReply::Failed(code));
         }
         let failed = replies.iter().filter(|reply| !matches!(reply, EntryReply::Accepted)).count();
         let mut script = self.lock();

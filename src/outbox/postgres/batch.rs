@@ -25,12 +25,13 @@ use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 /// destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per
 /// row only where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no
 /// calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what holds up its key may wait for a
-/// person, who lets it go earlier.
+/// person, who lets it go earlier. An event without attempts that has failed before has -1.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
        {payload}, {headers}, {correlation_id}, {causation_id},
        o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
-       o.attempts, o.available_at <= pg_catalog.statement_timestamp(), o.size,
+       case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
+       o.available_at <= pg_catalog.statement_timestamp(), o.size,
        case when waiting.any and o.aggregate_id is not null then (
            select pg_catalog.jsonb_object_agg(d.destination, head.remaining_ms)
            from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
@@ -335,6 +336,7 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
     };
     let (event_type, source) = (text(5)?.unwrap_or_default(), text(6)?.unwrap_or_default());
     let (aggregate_type, aggregate_id, correlation_id, causation_id) = (text(7)?, text(8)?, text(11)?, text(12)?);
+    let attempts: i32 = row.try_get(15)?;
     let remaining = |(destination, ms)| Behind { destination, remaining: Duration::from_millis(ms) };
     let claimed = Claimed {
         event: Event {
@@ -355,10 +357,11 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
             causation_id,
             schema_version: row.try_get(13)?,
             created_at: created_at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
-            attempts: row.try_get(15)?,
+            attempts: attempts.max(0),
         },
         due: row.try_get(16)?,
         defect,
+        blocked_before: attempts < 0,
         behind: behind.into_iter().map(remaining).collect(),
     };
     Ok(claimed)

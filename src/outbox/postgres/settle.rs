@@ -41,7 +41,12 @@ where attrelid = '{schema}.event_outbox'::regclass::oid and attnum > 0 and not a
 /// When what is owed is due: `w` tells the delay, `o` is the row. An event parked uncharged is due at once, or behind the head
 /// of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
 const AVAILABLE_AT: &str = "case when w.delay_seconds is null then 'infinity'
-    else greatest(o.available_at, pg_catalog.statement_timestamp() + pg_catalog.make_interval(secs => w.delay_seconds)) end";
+    else greatest(o.available_at, pg_catalog.statement_timestamp() + case
+        when w.delay_seconds >= 0::float8 then pg_catalog.make_interval(secs => w.delay_seconds)
+        else (0.5::float8 + pg_catalog.random()) * least(
+            greatest(pg_catalog.statement_timestamp() - o.first_failed_at, interval '1 second'), interval '5 minutes'
+        )
+    end) end";
 
 const FIRST_FAILED_AT: &str = "case when w.error is null then o.first_failed_at
     else coalesce(o.first_failed_at, pg_catalog.statement_timestamp()) end";

@@ -19,16 +19,36 @@ const BEGIN_RUN: &str = "
 with old_runs as (delete from {schema}.event_relay_run where begun_at < pg_catalog.clock_timestamp() - interval '1 day'),
      old_suspects as (delete from {schema}.event_crash_suspect where noted_at < pg_catalog.clock_timestamp() - interval '1 day'),
      begun as (insert into {schema}.event_relay_run (run_id, worker) values ($1, $2) on conflict do nothing)
-select exists (select from {schema}.event_relay_run where run_id <> $1 and begun_at > pg_catalog.clock_timestamp() - interval '10 minutes')";
+select pg_catalog.count(*) from {schema}.event_relay_run
+where run_id <> $1 and begun_at > pg_catalog.clock_timestamp() - interval '10 minutes'";
 
 const SUSPECT: &str = "
 insert into {schema}.event_crash_suspect (event_id, run_id, together)
 select distinct event_id, $2, $3 from pg_catalog.unnest($1::uuid[]) s(event_id)
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = pg_catalog.clock_timestamp()";
 
+/// `together` is negative from then on, which older relays do not count as a death of this event.
+const OUTLIVED: &str = "
+update {schema}.event_crash_suspect set together = -together
+where event_id = any($1) and run_id = $2 and together > 0";
+
+const FORGIVE: &str = "
+delete from {schema}.event_crash_suspect s
+using (
+    select distinct on (event_id) event_id, run_id from {schema}.event_crash_suspect
+    where event_id = any($1) and together = -1
+    order by event_id, noted_at
+) oldest
+where s.event_id = oldest.event_id and s.run_id = oldest.run_id";
+
+const WITHDRAW: &str = "
+with notes as (delete from {schema}.event_crash_suspect where run_id = $1)
+delete from {schema}.event_relay_run where run_id = $1";
+
 /// What other runs have left noted.
 const SUSPICIONS: &str = "
-select e.place::int, (pg_catalog.array_agg(s.together order by s.noted_at desc))[1], (pg_catalog.count(*) filter (where s.together = 1))::int
+select e.place::int, (pg_catalog.array_agg(pg_catalog.abs(s.together) order by s.noted_at desc))[1],
+       (pg_catalog.count(*) filter (where s.together = 1))::int, (pg_catalog.count(*) filter (where s.together = -1))::int
 from pg_catalog.unnest($1::uuid[]) with ordinality e(event_id, place)
 join {schema}.event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
 group by e.place";
@@ -64,12 +84,14 @@ impl PgOutbox {
 }
 
 impl CrashNotes for PgOutbox {
-    async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
-        self.aside("note that a relay begins", async |connection| {
-            let query = self.sql().query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
-            query.fetch_one(connection).await
-        })
-        .await
+    async fn begin_run(&self, run: Uuid) -> Result<usize, OutboxError> {
+        let others: i64 = self
+            .aside("note that a relay begins", async |connection| {
+                let query = self.sql().query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
+                query.fetch_one(connection).await
+            })
+            .await?;
+        Ok(usize::try_from(others).unwrap_or_default())
     }
 
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
@@ -77,6 +99,13 @@ impl CrashNotes for PgOutbox {
             let query =
                 self.sql().query("delete from {schema}.event_relay_run where run_id = $1").persistent(false).bind(run);
             query.execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn withdraw(&self, run: Uuid) -> Result<(), OutboxError> {
+        self.aside("take back the notes of a relay that ends", async |connection| {
+            self.sql().query(WITHDRAW).persistent(false).bind(run).execute(connection).await.map(drop)
         })
         .await
     }
@@ -89,7 +118,8 @@ impl CrashNotes for PgOutbox {
             .await?;
         let number = |row: &PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
         let suspicion = |row| {
-            let known = Suspicion { together: number(row, 1), crashes_alone: number(row, 2) };
+            let known =
+                Suspicion { together: number(row, 1), crashes_alone: number(row, 2), deaths_alone: number(row, 3) };
             (number(row, 0).saturating_sub(1), known)
         };
         Ok(rows.iter().map(suspicion).collect())
@@ -100,6 +130,20 @@ impl CrashNotes for PgOutbox {
             let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
             let query = self.sql().query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
             query.execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn outlived(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
+        self.aside("note that a relay lives", async |connection| {
+            self.sql().query(OUTLIVED).persistent(false).bind(events).bind(run).execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn forgive(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        self.aside("note that events are tried again", async |connection| {
+            self.sql().query(FORGIVE).persistent(false).bind(events).execute(connection).await.map(drop)
         })
         .await
     }

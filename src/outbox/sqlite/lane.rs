@@ -28,6 +28,7 @@ use crate::outbox::{Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, P
 /// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
 /// event of its key is asked per row only where anything waits at all: for how long, at most ten minutes, and not behind one
 /// that is done and could not be recorded.
+/// An event without attempts that has failed before has -1.
 ///
 /// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
 /// which for nineteen of them took longer than all the rest. It hands over fifty rows in advance.
@@ -38,12 +39,14 @@ select case when octet_length(o.payload) > ?2 or octet_length(o.headers) > ?4 or
 then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, '',
     case when octet_length(o.aggregate_type) <= ?5 then o.aggregate_type end,
     case when octet_length(o.aggregate_id) <= ?5 then o.aggregate_id end,
-    null, null, null, o.schema_version, o.created_at, o.attempts,
+    null, null, null, o.schema_version, o.created_at,
+    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
     o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(octet_length(o.payload),
     octet_length(o.headers), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
     octet_length(o.correlation_id), octet_length(o.causation_id)))
 else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
-    o.aggregate_id, nullif(o.headers, '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at, o.attempts,
+    o.aggregate_id, nullif(o.headers, '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
+    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
     o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
     json(case when o.aggregate_id is not null and (
         select exists (

@@ -99,10 +99,11 @@ pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error
             created_at: time(&columns.created_at)
                 .ok_or_else(|| sqlx::Error::Decode("created_at is not as the schema demands it".into()))?
                 .assume_utc(),
-            attempts: columns.attempts,
+            attempts: columns.attempts.max(0),
         },
         due: columns.due != 0,
         defect,
+        blocked_before: columns.attempts < 0,
         behind: columns
             .behind
             .into_iter()

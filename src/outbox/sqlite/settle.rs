@@ -98,8 +98,13 @@ select 1 where changes() <> $17 and exists (select 1 from event_outbox where row
 select changes();
 ";
 
-const AVAILABLE_AT: &str =
-    "coalesce(max(o.available_at, strftime('%Y-%m-%d %H:%M:%f', 'now', (e.value ->> 3) || ' seconds')),
+const AVAILABLE_AT: &str = "coalesce(max(o.available_at, strftime('%Y-%m-%d %H:%M:%f', 'now', case
+        when e.value ->> 3 < 0
+        -- Between a half and one and a half of it.
+        then (abs(random() % 1000) / 1000.0 + 0.5)
+            * max(1, min(300, coalesce((julianday('now') - julianday(o.first_failed_at)) * 86400, 0)))
+        else e.value ->> 3
+    end || ' seconds')),
         '9999-12-31 23:59:59')";
 
 const FIRST_FAILED_AT: &str = "case when e.value ->> 4 is null then o.first_failed_at

@@ -12,26 +12,39 @@ delete from event_crash_suspect where noted_at < strftime('%Y-%m-%d %H:%M:%f', '
 
 /// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
 const OTHER_RUNS: &str = "
-select exists (
-    select 1 from event_relay_run
-    where run_id <> ?1 and begun_at > strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 minutes')
-)";
+select count(*) from event_relay_run
+where run_id <> ?1 and begun_at > strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 minutes')";
 
 const SUSPECT: &str = "
 insert into event_crash_suspect (event_id, run_id, together)
 select distinct e.value, ?2, ?3 from json_each(?1) e where true
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = excluded.noted_at";
 
+/// `together` is negative from then on, which older relays do not count as a death of this event.
+const OUTLIVED: &str = "
+update event_crash_suspect set together = -together
+where event_id in (select value from json_each(?1)) and run_id = ?2 and together > 0";
+
+const FORGIVE: &str = "
+delete from event_crash_suspect
+where (event_id, run_id) in (
+    select event_id, run_id from (
+        select event_id, run_id, min(noted_at) from event_crash_suspect
+        where event_id in (select value from json_each(?1)) and together = -1
+        group by event_id
+    )
+)";
+
 /// What other runs have left noted: SQLite takes `together` from the row with the highest time.
 const SUSPICIONS: &str = "
-select e.key, s.together, sum(s.together = 1), max(s.noted_at)
+select e.key, abs(s.together), sum(s.together = 1), sum(s.together = -1), max(s.noted_at)
 from json_each(?1) e join event_crash_suspect s on s.event_id = e.value and s.run_id <> ?2
 group by e.key";
 
 impl CrashNotes for SqliteOutbox {
-    async fn begin_run(&self, run: Uuid) -> Result<bool, OutboxError> {
+    async fn begin_run(&self, run: Uuid) -> Result<usize, OutboxError> {
         let mut connection = self.connect().await?;
-        answered("note that a relay begins", async {
+        let others: i64 = answered("note that a relay begins", async {
             connection.execute(FORGET_OLD).await?;
             sqlx::query("insert or ignore into event_relay_run (run_id, worker) values (?1, ?2)")
                 .bind(run.to_string())
@@ -40,7 +53,8 @@ impl CrashNotes for SqliteOutbox {
                 .await?;
             sqlx::query_scalar(OTHER_RUNS).bind(run.to_string()).fetch_one(&mut *connection).await
         })
-        .await
+        .await?;
+        Ok(usize::try_from(others).unwrap_or_default())
     }
 
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
@@ -49,15 +63,29 @@ impl CrashNotes for SqliteOutbox {
         answered("note that a relay ends", query.execute(&mut *connection)).await.map(drop)
     }
 
+    async fn withdraw(&self, run: Uuid) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        answered("take back the notes of a relay that ends", async {
+            for table in
+                ["delete from event_crash_suspect where run_id = ?1", "delete from event_relay_run where run_id = ?1"]
+            {
+                sqlx::query(table).bind(run.to_string()).execute(&mut *connection).await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let mut connection = self.connect().await?;
-        let rows: Vec<(i64, i64, i64, String)> = answered("read what relays died of", async {
+        let rows: Vec<(i64, i64, i64, i64, String)> = answered("read what relays died of", async {
             sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut *connection).await
         })
         .await?;
         let number = |number: i64| usize::try_from(number).unwrap_or_default();
-        let suspicion = |(place, together, crashes_alone, _)| {
-            (number(place), Suspicion { together: number(together), crashes_alone: number(crashes_alone) })
+        let suspicion = |(place, together, crashes, deaths, _)| {
+            let (crashes_alone, deaths_alone) = (number(crashes), number(deaths));
+            (number(place), Suspicion { together: number(together), crashes_alone, deaths_alone })
         };
         Ok(rows.into_iter().map(suspicion).collect())
     }
@@ -67,6 +95,18 @@ impl CrashNotes for SqliteOutbox {
         let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let query = sqlx::query(SUSPECT).bind(json(events)).bind(run.to_string()).bind(together);
         answered("note what is about to be published", query.execute(&mut *connection)).await.map(drop)
+    }
+
+    async fn outlived(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        let query = sqlx::query(OUTLIVED).bind(json(events)).bind(run.to_string());
+        answered("note that a relay lives", query.execute(&mut *connection)).await.map(drop)
+    }
+
+    async fn forgive(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+        let mut connection = self.connect().await?;
+        let query = sqlx::query(FORGIVE).bind(json(events));
+        answered("note that events are tried again", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {

@@ -83,6 +83,11 @@ pub(super) fn wants_new_connection(error: &PublishError) -> bool {
         )
 }
 
+/// A call of the script that is refused like this may be refused because of one of its keys.
+pub(super) fn concerns_a_key(error: &PublishError) -> bool {
+    matches!(error.code.as_str(), "NOPERM" | "CROSSSLOT" | "MOVED" | "ASK")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
