@@ -44,7 +44,7 @@ with ours as (
 select pg_catalog.format('trigger %s on %s', t.tgname, r.relname)
 from (select * from ours union all select * from days) r
 join pg_catalog.pg_trigger t on t.tgrelid = r.oid join pg_catalog.pg_proc p on p.oid = t.tgfoid
-where not t.tgisinternal and t.tgparentid = 0 and t.tgenabled <> 'D' and p.proname not like 'event\\_outbox\\_%'
+where not t.tgisinternal and t.tgparentid = 0::oid and t.tgenabled <> 'D' and p.proname::text not like 'event\\_outbox\\_%'
 union all
 select pg_catalog.format('rule %s on %s', w.rulename, r.relname)
 from (select * from ours union all select * from days) r join pg_catalog.pg_rewrite w on w.ev_class = r.oid
@@ -59,7 +59,7 @@ union all
 select pg_catalog.format('constraint %s on %s', n.conname, r.relname)
 from (select * from ours union all select * from days) r
 join pg_catalog.pg_constraint n on (n.conrelid = r.oid or n.confrelid = r.oid)
-where n.contype in ('c', 'f', 'u', 'x') and n.conparentid = 0
+where n.contype in ('c', 'f', 'u', 'x') and n.conparentid = 0::oid
   and n.conname not in ('event_is_valid', 'status_is_known', 'error_iff_not_delivered', 'attempts_start_at_1',
                         'first_failure_is_not_after_last')
 union all

@@ -137,7 +137,7 @@ async fn set_traps(database: &Database, connection: &mut PgConnection) {
             foreach a in array types loop
                 foreach b in array types loop
                     execute format('create function app.trap(%s, %s) returns boolean %s', a, b, body);
-                    foreach o in array '{=,<>,<,>,<=,>=,+,-,*,/,%,||,~,&,|,<<,>>,#>,->,->>,?|,?,@>,~~}'::text[] loop
+                    foreach o in array '{=,<>,<,>,<=,>=,+,-,*,/,%,||,~,&,|,<<,>>,#>,->,->>,?|,?,@>,~~,!~~,!~}'::text[] loop
                         if not exists (select from pg_operator where oprname = o and oprnamespace = 'pg_catalog'::regnamespace
                                        and oprleft = a::regtype and oprright = b::regtype) then
                             execute format('create operator app.%s (function = app.trap, leftarg = %s, rightarg = %s)', o, a, b);

@@ -141,7 +141,11 @@ async fn the_tables_may_lie_in_other_schemas_by_the_urls_search_path() {
         let added = format!("select {schema}.relay_add_days('event_processing_log', 8)");
         assert!(value::<i32>(&mut connection, &added).await >= 1);
         let dead_letter = DEAD_LETTER.replace("event_dead_letter", &format!("{schema}.event_dead_letter"));
-        sql(&mut connection, format!("{dead_letter}; select {schema}.redrive_dead_letter(1)")).await;
+        sql(
+            &mut connection,
+            format!("{dead_letter}; select {schema}.redrive_dead_letter(max(id)) from {schema}.event_dead_letter"),
+        )
+        .await;
         assert_eq!(drain(&url)[0]["type"], "dead");
     }
     let in_public: i64 = value(
