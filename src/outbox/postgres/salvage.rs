@@ -34,7 +34,7 @@ const BACK: &str = "rollback to savepoint before_settle";
 /// In order, as all do who wait for them.
 const TAKE_AGAIN: &str = "
 select pg_catalog.pg_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, partition::int)
-from (select distinct unnest($1::smallint[]) as partition order by 1) p";
+from (select distinct pg_catalog.unnest($1::smallint[]) as partition order by 1) p";
 
 /// What goes on is told once in so long.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);

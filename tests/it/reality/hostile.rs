@@ -22,14 +22,14 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
-/// What is called in `text`: the name, the characters before it, and where it stands.
-fn calls(text: &str) -> Vec<(&str, &str)> {
+/// What is called in `text`: the name, and what stands before and after it.
+fn calls(text: &str) -> Vec<(&str, &str, &str)> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     text.match_indices('(')
         .filter_map(|(end, _)| {
             let before = text[..end].trim_end_matches('"');
             let start = before.rfind(|c| !is_name(c)).map_or(0, |at| at + 1);
-            (start < before.len()).then(|| (&before[start..], &text[..start]))
+            (start < before.len()).then(|| (&before[start..], &text[..start], &text[end + 1..]))
         })
         .collect()
 }
@@ -63,14 +63,17 @@ async fn f73_every_call_of_a_function_in_our_sql_names_its_schema() {
     let mut unqualified = Vec::new();
     for file in sources() {
         for statement in statements(&file) {
-            for (name, before) in calls(&statement) {
+            for (name, before, after) in calls(&statement) {
                 // These are syntax, or the names of columns and of lists of them.
-                let syntax =
-                    ["unnest", "extract", "range", "name", "text", "interval", "timestamp", "any", "array", "values"];
+                let syntax = ["extract", "range", "name", "text", "interval", "timestamp", "any", "array", "values"];
                 let declared = before.ends_with("as ") || before.ends_with(") ") || before.ends_with("function ");
+                // With several arguments it is syntax too, and always PostgreSQL's own.
+                let several =
+                    name == "unnest" && after.split(')').next().is_some_and(|arguments| arguments.contains(','));
                 if known.iter().any(|known| known == name)
                     && !before.ends_with(['.', '"'])
                     && !declared
+                    && !several
                     && !syntax.contains(&name)
                 {
                     let at = before.lines().last().unwrap_or_default();
@@ -91,7 +94,7 @@ async fn set_traps(database: &Database, connection: &mut PgConnection) {
         .iter()
         .flat_map(|file| {
             let text = std::fs::read_to_string(file).unwrap();
-            calls(&text).into_iter().map(|(name, _)| format!("('{name}')")).collect::<Vec<_>>()
+            calls(&text).into_iter().map(|(name, ..)| format!("('{name}')")).collect::<Vec<_>>()
         })
         .collect();
     names.sort();
@@ -118,7 +121,7 @@ async fn set_traps(database: &Database, connection: &mut PgConnection) {
         connection,
         r"do $traps$
         declare
-            types text[] := '{text,integer,bigint,smallint,jsonb,name,oid,regclass,text[],timestamptz,interval,boolean,varchar,uuid,numeric}';
+            types text[] := '{text,integer,bigint,smallint,jsonb,name,oid,regclass,text[],timestamptz,interval,boolean,varchar,uuid,numeric,smallint[],bigint[],uuid[]}';
             body text := $$ language plpgsql as 'begin perform pg_catalog.nextval(''attacker.trapped''); raise exception ''a trap was run''; end' $$;
             f text; a text; b text; o text;
         begin
