@@ -5,7 +5,7 @@ SEEDS ?= 10
 PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build dist setup test lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-check bench-embedded bench-peers check-deploy clean
+.PHONY: help build dist setup test test-upgrade lint fmt-check clippy doc demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-check bench-embedded bench-peers check-deploy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,10 @@ figures: setup ## what the README's reliability page says, one fault after the o
 	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
 	    chaos::figures::$(FIGURE) --ignored --nocapture --test-threads 1
 
-test-matrix: setup ## store, sinks and a short chaos run on every supported version of PostgreSQL, Redis and Valkey
+test-upgrade: setup ## relays of before the present schema, which work through its migrations and after them
+	cargo test --locked --features failpoints --test it -- reality::migration::relays_of_before --ignored --nocapture
+
+test-matrix: setup test-upgrade ## store, sinks and a short chaos run on every supported version of PostgreSQL, Redis and Valkey
 	python3 tests/matrix
 
 fuzz-build: ## the fuzz targets, without running them

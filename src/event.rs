@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use crate::text::shown;
 
+pub(crate) use new_event::HeaderName;
 pub use new_event::{
     MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, NewEvent, NewEventError, RESERVED_HEADERS,
 };

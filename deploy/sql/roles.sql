@@ -59,8 +59,7 @@ revoke all on event_outbox, event_processing_log, event_dead_letter, event_histo
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq
     from relay_app, relay_worker, relay_operator;
-revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter,
-    event_partition, event_is_valid
+revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter
     from relay_app, relay_worker, relay_operator;
 
 -- Applications add events and see nothing of any but these two columns, which tell nobody anything: an ORM that inserts with
@@ -83,8 +82,6 @@ begin
     end loop;
 end
 $$;
--- Who inserts must be allowed what the table itself calls.
-grant execute on function event_partition, event_is_valid to relay_app, relay_worker, relay_operator;
 
 -- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
 grant select, insert, update, delete on event_outbox to relay_worker;

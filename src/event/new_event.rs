@@ -15,8 +15,9 @@ pub const MAX_TEXT_BYTES: usize = 16_384;
 /// The most bytes that all headers have together, as the JSON that the database prints: a rule of the schema.
 pub const MAX_HEADERS_BYTES: usize = 262_144;
 
-/// Header names that would hide an attribute consumers rely on; the schema refuses them too.
-pub const RESERVED_HEADERS: [&str; 15] = [
+/// Header names that would hide an attribute consumers rely on, in any case and with any space around them; the schema
+/// refuses them too. (`replayed` will mark events that are published once more on purpose.)
+pub const RESERVED_HEADERS: [&str; 16] = [
     "specversion",
     "id",
     "source",
@@ -32,7 +33,27 @@ pub const RESERVED_HEADERS: [&str; 15] = [
     "schemaversion",
     "data",
     "data_base64",
+    "replayed",
 ];
+
+/// What is wrong with the name of a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeaderName {
+    Empty,
+    Reserved,
+}
+
+impl HeaderName {
+    /// Whoever reads an event may trim names, or ignore their case.
+    pub(crate) fn trouble(name: &str) -> Option<Self> {
+        let name = name.trim_matches(|c: char| c.is_whitespace() || c.is_control());
+        if name.is_empty() {
+            Some(Self::Empty)
+        } else {
+            RESERVED_HEADERS.iter().any(|reserved| reserved.eq_ignore_ascii_case(name)).then_some(Self::Reserved)
+        }
+    }
+}
 
 /// An event an application is about to emit; hand it to [`crate::emit`] inside the transaction it belongs to.
 ///
@@ -174,8 +195,12 @@ impl NewEvent {
         if self.schema_version < 1 {
             return Err(NewEventError::SchemaVersion { version: self.schema_version });
         }
-        if let Some(name) = self.headers.keys().find(|name| RESERVED_HEADERS.contains(&name.as_str())) {
-            return Err(NewEventError::ReservedHeader { name: name.clone() });
+        for name in self.headers.keys() {
+            match HeaderName::trouble(name) {
+                Some(HeaderName::Empty) => return Err(NewEventError::EmptyHeader),
+                Some(HeaderName::Reserved) => return Err(NewEventError::ReservedHeader { name: name.clone() }),
+                None => {}
+            }
         }
         let texts = [
             ("event_type", Some(&self.event_type)),
@@ -190,6 +215,18 @@ impl NewEvent {
         }
         if self.headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
             return Err(NewEventError::Nul { field: "headers" });
+        }
+        // The type has a bound of its own.
+        if let Some((field, bytes)) = texts[1..].iter().find_map(|(field, text)| {
+            text.map(String::len).filter(|bytes| *bytes > MAX_TEXT_BYTES).map(|bytes| (*field, bytes))
+        }) {
+            return Err(NewEventError::TooLong { field, bytes, most: MAX_TEXT_BYTES });
+        }
+        // PostgreSQL prints a space after each colon and each comma.
+        let spaces = (2 * self.headers.len()).saturating_sub(1);
+        let bytes = serde_json::to_string(&self.headers).map_or(0, |json| json.len() + spaces);
+        if bytes > MAX_HEADERS_BYTES {
+            return Err(NewEventError::TooLong { field: "headers", bytes, most: MAX_HEADERS_BYTES });
         }
         unstorable_escape(&self.payload).map_or(Ok(()), Err)
     }
@@ -239,6 +276,19 @@ pub enum NewEventError {
         /// What was given.
         version: i32,
     },
+    /// A header without a name, or with one of space alone.
+    #[error("a header has no name; give it one")]
+    EmptyHeader,
+    /// More bytes than the schema takes.
+    #[error("{field} has {bytes} bytes, at most {most} are allowed")]
+    TooLong {
+        /// Which column.
+        field: &'static str,
+        /// How many it has.
+        bytes: usize,
+        /// How many it may have.
+        most: usize,
+    },
     /// One of [`RESERVED_HEADERS`].
     #[error("the header name {name:?} is taken by an attribute of the event itself; choose another")]
     ReservedHeader {
@@ -287,7 +337,19 @@ mod tests {
         assert!(event(&"é".repeat(128)).validate().is_ok());
         assert!(matches!(event("a").priority(10).validate(), Err(NewEventError::Priority { priority: 10 })));
         assert!(matches!(event("a").schema_version(0).validate(), Err(NewEventError::SchemaVersion { .. })));
-        assert!(matches!(event("a").header("id", "x").validate(), Err(NewEventError::ReservedHeader { .. })));
+        for name in ["id", "ID", "Type", " data\t", "\u{a0}Source\n", "replayed"] {
+            let refused = event("a").header(name, "x").validate();
+            assert!(matches!(refused, Err(NewEventError::ReservedHeader { .. })), "{name:?}");
+        }
+        for name in ["", " ", "\t\u{2003}"] {
+            assert!(matches!(event("a").header(name, "x").validate(), Err(NewEventError::EmptyHeader)), "{name:?}");
+        }
+        for name in ["traceparent", "x-amzn-trace-id", "_id", "i d", "identity"] {
+            assert!(event("a").header(name, "x").validate().is_ok(), "{name:?}");
+        }
+        assert!(event("a").source("é".repeat(8192)).validate().is_ok());
+        let long = event("a").source("é".repeat(8193)).validate();
+        assert!(matches!(long, Err(NewEventError::TooLong { field: "source", bytes: 16_386, .. })));
         assert!(matches!(event("a").key("k", "4\0").validate(), Err(NewEventError::Nul { field: "aggregate_id" })));
         let nul = NewEvent::new("a", &"x\0y").expect("a string is JSON");
         assert!(matches!(nul.validate(), Err(NewEventError::Nul { field: "payload" })));

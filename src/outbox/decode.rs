@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::event::{Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError};
+use crate::event::{Fault, HeaderName, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError};
 
 /// The defect of a payload of so many bytes, if it is one.
 pub(super) fn too_large(size: usize, max_payload: usize) -> Option<PublishError> {
@@ -27,7 +27,17 @@ pub(super) fn over(column: &str, size: usize, max_payload: usize) -> PublishErro
 pub(super) fn headers(json: Option<&[u8]>) -> Result<Vec<(String, String)>, PublishError> {
     match json.map(serde_json::from_slice::<BTreeMap<String, String>>) {
         None => Ok(Vec::new()),
-        Some(Ok(headers)) => Ok(headers.into_iter().collect()),
+        // What is older than the rule, or than this form of it.
+        Some(Ok(headers)) => match headers.keys().find_map(|name| HeaderName::trouble(name)) {
+            None => Ok(headers.into_iter().collect()),
+            Some(HeaderName::Empty) => {
+                Err(PublishError::new(Fault::Unfit, "header_name_empty", "a header of the event has no name"))
+            }
+            Some(HeaderName::Reserved) => {
+                let message = "a header of the event has the name of an attribute of events";
+                Err(PublishError::new(Fault::Unfit, "header_name_reserved", message))
+            }
+        },
         Some(Err(error)) => {
             let message = format!("the headers are not a flat map of strings ({:?} error)", error.classify());
             Err(PublishError::new(Fault::Unfit, "headers_invalid", message))

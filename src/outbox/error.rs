@@ -103,6 +103,31 @@ pub enum OutboxError {
         /// What is swallowed or refused, by whom, and what to do about it.
         reason: String,
     },
+    /// Triggers that the relay needs are not there, or others are in their way.
+    #[error("event_outbox cannot be used as it is: {reason}")]
+    Triggers {
+        /// Which, and the statement that mends it.
+        reason: String,
+    },
+    /// Events wait that this relay cannot read.
+    #[error("{reason}")]
+    Formats {
+        /// Which, and what to do.
+        reason: String,
+    },
+    /// The sequence of the ids is behind the rows.
+    #[error(
+        "event_outbox has ids up to {highest}, and its sequence gave {last} last: new events would get ids that are taken, or \
+         come before those that wait; {cure}"
+    )]
+    Ids {
+        /// The highest id of a row.
+        highest: i64,
+        /// The last that the sequence gave.
+        last: i64,
+        /// The statement that mends it.
+        cure: String,
+    },
     /// The relay's role lacks rights.
     #[error("the role lacks: {missing}; deploy/sql/roles.sql has all the relay needs")]
     Privileges {

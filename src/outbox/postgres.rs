@@ -6,6 +6,8 @@
 //! - `settle`: what is written of a batch; `salvage`: and where that is refused. `proof`: whether all of it can be written.
 //! - [`wake`]: sleeping until a producer commits.
 //! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
+//! - `formats`: events that this relay cannot read.
+//! - `triggers`: what must be there of them. `patience`: the locks of a migration.
 //! - `suspects`: the notes that end a crash loop.
 //! - [`emit`](mod@emit): the insert for applications.
 
@@ -14,9 +16,11 @@ mod batch;
 mod bounds;
 pub mod check;
 pub mod emit;
+mod formats;
 mod home;
 pub mod lane;
 pub mod migrate;
+mod patience;
 mod proof;
 mod salvage;
 mod schema;
@@ -25,6 +29,7 @@ mod sql;
 mod suspects;
 mod take;
 mod tid;
+mod triggers;
 mod url;
 pub mod wake;
 
@@ -128,6 +133,13 @@ impl PgOutbox {
         Ok(Arc::clone(self.id.get_or_init(|| id.into())))
     }
 
+    async fn look_at_formats(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        if let Some(trouble) = formats::look(connection, self.sql().schema).await? {
+            tracing::error!("{trouble}");
+        }
+        Ok(())
+    }
+
     async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         // A week ahead: that long the relay may be without the right or the luck to add more.
         let mut parents = vec!["event_processing_log"];
@@ -162,6 +174,8 @@ impl Outbox for PgOutbox {
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         drop(schema::require_fit(&mut connection).await?);
+        triggers::require(&mut connection, self.sql()).await?;
+        self.look_at_formats(&mut connection).await?;
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
         self.prove(&mut connection, "begin").await
@@ -169,6 +183,7 @@ impl Outbox for PgOutbox {
 
     async fn maintain(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
+        self.look_at_formats(&mut connection).await?;
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
         for (parent, retention) in

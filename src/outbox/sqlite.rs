@@ -11,6 +11,7 @@
 //! the write lock is taken to settle and given back at once, never held while anything is published.
 
 pub mod emit;
+mod formats;
 mod identity;
 pub mod lane;
 mod owner;
@@ -143,6 +144,9 @@ impl Outbox for SqliteOutbox {
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         drop(schema::require_fit(&mut connection).await?);
+        if let Some(trouble) = formats::look(&mut connection).await? {
+            tracing::error!("{trouble}");
+        }
         proof::prove(&mut connection, &self.config.worker, self.config.usage).await.map(drop)
     }
 

@@ -237,11 +237,16 @@ pub(crate) async fn empty_database() -> Database {
 
 /// A fresh [`Database`] on a server of the test's own.
 pub(crate) async fn database_on(server: &Server) -> Database {
+    let database = database_on_unmigrated(server).await;
+    migrate(&database.url).await;
+    database
+}
+
+/// The same without a single table.
+pub(crate) async fn database_on_unmigrated(server: &Server) -> Database {
     let name = new_name();
     execute(server.url(), &format!("create database {name}")).await;
-    let url = url_of(server, &name);
-    migrate(&url).await;
-    Database { name, url, shared: false }
+    Database { url: url_of(server, &name), name, shared: false }
 }
 
 impl Database {

@@ -58,6 +58,9 @@ pub(crate) trait Store: Sized {
 
     /// SQL: ends a [`Self::refuse`] on `table`.
     fn allow(table: &str) -> String;
+
+    /// Runs statements while nothing asks for the rules that a trigger holds: what they insert is as old as can be.
+    async fn unruled(connection: &mut Self::Connection, statements: &str);
 }
 
 /// A connection of a test.
@@ -154,6 +157,11 @@ impl Store for Postgres {
     fn allow(table: &str) -> String {
         format!("drop trigger refuse on {table}")
     }
+
+    async fn unruled(connection: &mut PgConnection, statements: &str) {
+        let unruled = format!("set session_replication_role = replica; {statements}; reset session_replication_role");
+        connection.execute(&unruled).await.unwrap();
+    }
 }
 
 /// Waits until something in this process is told of writes to the file.
@@ -249,5 +257,15 @@ impl<const WAL: bool> Store for SqliteFile<WAL> {
 
     fn allow(_: &str) -> String {
         "drop trigger refuse".to_owned()
+    }
+
+    async fn unruled(connection: &mut SqliteConnection, statements: &str) {
+        let triggers = "from sqlite_schema where type = 'trigger' and tbl_name = 'event_outbox'";
+        let names = connection.texts(&format!("select name {triggers}")).await;
+        let made = connection.texts(&format!("select sql {triggers}")).await;
+        let drop = names.iter().map(|name| format!("drop trigger {name};"));
+        let make = made.iter().map(|sql| format!("{sql};"));
+        let all: String = drop.chain([format!("{statements};")]).chain(make).collect();
+        connection.execute(&all).await.unwrap();
     }
 }

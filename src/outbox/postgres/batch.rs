@@ -32,7 +32,12 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
        o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
        case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
        o.available_at <= pg_catalog.statement_timestamp(), o.size,
-       case when waiting.any and o.aggregate_id is not null then (
+       case when waiting.apart and o.aggregate_id is not null and exists (
+           select from {schema}.event_outbox h
+           where h.partition in (o.partition + 1280, o.partition + 1920) and h.id < o.id and h.aggregate_id = o.aggregate_id
+             and coalesce(h.aggregate_type, '') = coalesce(o.aggregate_type, '')
+       ) then '{\"*\": 0}'::jsonb
+       when waiting.any and o.aggregate_id is not null then (
            select pg_catalog.jsonb_object_agg(d.destination, head.remaining_ms)
            from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
            cross join lateral (
@@ -57,7 +62,9 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
 from {rows}
 cross join (select exists (
     select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
-) as any) waiting";
+) as any, exists (
+    select from {schema}.event_outbox where partition >= 1280
+) as apart) waiting";
 
 /// The rows, for [`READ_BATCH`], and what each takes, as long as that is little. A stored size does not tell how large a value
 /// is, it may be compressed a hundredfold; `#> '{}'` is the value uncompressed. Nothing is uncompressed that is stored in more

@@ -4,12 +4,14 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, connect, connect_options, proof, schema};
+use crate::outbox::postgres::{
+    STATEMENT_TIMEOUT, answered, connect, connect_options, formats, proof, schema, triggers,
+};
 use crate::outbox::{Check, OutboxError, Usage};
 use crate::secret::Secret;
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 14] = [
+const PRIVILEGES: [(&str, &str); 13] = [
     (
         "select, insert, update and delete on event_outbox",
         "select pg_catalog.has_table_privilege('{schema}.event_outbox', 'select') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'insert') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'update') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'delete')",
@@ -50,10 +52,6 @@ const PRIVILEGES: [(&str, &str); 14] = [
         "select pg_catalog.has_function_privilege('{schema}.relay_epoch_above(bigint)', 'execute')",
     ),
     (
-        "execute on event_partition and event_is_valid",
-        "select pg_catalog.has_function_privilege('{schema}.event_partition(text, smallint, text, text, uuid)', 'execute') and pg_catalog.has_function_privilege('{schema}.event_is_valid(text, jsonb, jsonb, integer, smallint, text, integer)', 'execute')",
-    ),
-    (
         "execute on relay_schema_version",
         "select pg_catalog.has_function_privilege('{schema}.relay_schema_version()', 'execute')",
     ),
@@ -79,7 +77,16 @@ pub async fn check(url: &Secret, pooled: bool, usage: Usage) -> Vec<Check> {
         return checks;
     }
     if !push("privileges", privileges(&mut connection).await) {
-        push("recording", proof::check(&mut connection, usage).await);
+        // Without its triggers the table takes no row.
+        if !push("triggers", triggers_fit(&mut connection).await) {
+            push("recording", proof::check(&mut connection, usage).await);
+        }
+        push("ids", ids_ahead(&mut connection).await);
+        match formats(&mut connection).await {
+            Ok(None) => {}
+            Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
+            Err(error) => drop(push("formats", Err(error))),
+        }
     }
     match creators(&mut connection).await {
         Ok(None) => {}
@@ -115,6 +122,27 @@ async fn creators(connection: &mut PgConnection) -> Result<Option<String>, Outbo
              deploy/sql/roles.sql takes that right away with -v revoke_create=1"
         )
     }))
+}
+
+/// How this command sends statements.
+async fn sql(connection: &mut PgConnection) -> Result<Sql, OutboxError> {
+    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
+    Ok(Sql { schema: schema.unwrap_or_default(), persistent: false })
+}
+
+async fn triggers_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    let sql = sql(connection).await?;
+    triggers::require(connection, sql).await.map(|()| "as the relay needs them".to_owned())
+}
+
+async fn formats(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
+    let schema = sql(connection).await?.schema;
+    formats::look(connection, schema).await
+}
+
+async fn ids_ahead(connection: &mut PgConnection) -> Result<String, OutboxError> {
+    let sql = sql(connection).await?;
+    triggers::require_ids_ahead(connection, sql).await
 }
 
 async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, OutboxError> {

@@ -14,6 +14,7 @@ use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
 use crate::outbox::postgres::batch::{self, Batch, Given};
 use crate::outbox::postgres::bounds::{Known, Reading};
+use crate::outbox::postgres::formats;
 use crate::outbox::postgres::proof::is_content;
 use crate::outbox::postgres::salvage::SAVEPOINT;
 use crate::outbox::postgres::settle::Settle;
@@ -64,8 +65,9 @@ select (select pg_catalog.count(*) from promoted), (select pg_catalog.count(*) f
     ) e
 )";
 
-const HAS_OWED: &str =
-    "select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')";
+const HAS_OWED: &str = "
+select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')
+    or exists (select from {schema}.event_outbox where partition >= 1280 and available_at <= pg_catalog.statement_timestamp())";
 
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
 /// takes longer is not repeated for a hundred times as long.
@@ -145,6 +147,19 @@ impl PgLane {
         connection: &mut PgConnection,
         request: ClaimRequest<'_>,
     ) -> Result<Claim, sqlx::Error> {
+        loop {
+            if let Some(claim) = self.claim_once(connection, request).await? {
+                return Ok(claim);
+            }
+        }
+    }
+
+    /// Nothing where it has set aside what it found, and is to be tried again.
+    async fn claim_once(
+        &mut self,
+        connection: &mut PgConnection,
+        request: ClaimRequest<'_>,
+    ) -> Result<Option<Claim>, sqlx::Error> {
         let sql = self.outbox.sql();
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
@@ -154,10 +169,10 @@ impl PgLane {
             let (pending, drawn) = take::any(connection, sql, Ranges::all(&known.bounds)).await?;
             connection.execute("commit").await?;
             if self.outbox.bounds.drew(&drawn) || pending {
-                return Ok(Claim::Busy);
+                return Ok(Some(Claim::Busy));
             }
             self.outbox.bounds.empty(&known);
-            return Ok(Claim::Empty);
+            return Ok(Some(Claim::Empty));
         };
         self.last_taken = last;
         // Each partition gives the same share, so a batch is full as soon as one of them has more to give.
@@ -176,6 +191,10 @@ impl PgLane {
         }
         batch.sort();
         let Batch { claimed, given, bytes, cut, epoch, last: last_read, .. } = batch;
+        if formats::set_aside(connection, sql, &claimed).await? {
+            connection.execute("commit").await?;
+            return Ok(None);
+        }
         let out_of_bytes = bytes >= request.max_bytes;
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
@@ -192,7 +211,7 @@ impl PgLane {
         .clamp(1, MAX_ROWS);
         let Some(epoch) = epoch else {
             connection.execute("commit").await?;
-            return Ok(Claim::Busy); // the last owner settled between our two statements
+            return Ok(Some(Claim::Busy)); // the last owner settled between our two statements
         };
         if let Some(last) = last_read
             && cut
@@ -206,7 +225,7 @@ impl PgLane {
         });
         self.reading = Some(known.reading(reached, claimed.len()));
         let term = Term { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
-        Ok(Claim::Batch { claimed, full, term })
+        Ok(Some(Claim::Batch { claimed, full, term }))
     }
 
     /// Searches for rows that bounds hide, if that is due.

@@ -4,12 +4,13 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
 use crate::outbox::postgres::home::Home;
+use crate::outbox::postgres::patience::{Patience, WAIT_BRIEFLY};
 use crate::outbox::postgres::{connect, connect_options, query_failed, schema};
 use crate::outbox::{Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 15] = [
+const MIGRATIONS: [(&str, &str); 17] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -25,6 +26,8 @@ const MIGRATIONS: [(&str, &str); 15] = [
     ("0013_blocked_keys", include_str!("../../../migrations/postgres/0013_blocked_keys.sql")),
     ("0014_emit_event_types", include_str!("../../../migrations/postgres/0014_emit_event_types.sql")),
     ("0015_ids_begin_anew", include_str!("../../../migrations/postgres/0015_ids_begin_anew.sql")),
+    ("0016_row_trigger", include_str!("../../../migrations/postgres/0016_row_trigger.sql")),
+    ("0017_format", include_str!("../../../migrations/postgres/0017_format.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -42,6 +45,7 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
     let mut from = None;
     let mut applied = Vec::new();
+    let mut patience = Patience::default();
     loop {
         // Under the lock the version is read anew: another migrator may just have finished.
         run(
@@ -64,7 +68,11 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
             run(&mut connection, "commit").await?;
             return Ok(Migrated { from, to: version.found, known: SCHEMA_VERSION, applied, mended });
         };
-        run(&mut connection, sql).await?;
+        run(&mut connection, WAIT_BRIEFLY).await?;
+        if let Err(error) = run(&mut connection, sql).await {
+            patience.after(&mut connection, name, error).await?;
+            continue;
+        }
         crate::failpoint::hit("migrate_step")?;
         run(&mut connection, "commit").await?;
         applied.push(*name);

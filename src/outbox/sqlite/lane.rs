@@ -128,7 +128,13 @@ where exists (
       and o.destination in ('', ?2)
 )";
 
-const HAS_OWED: &str = "select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')";
+/// What is of an unknown format, or behind such an event, is not owed to one destination, and due all the same.
+const HAS_OWED: &str = "
+select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')
+    or exists (
+        select 1 from event_outbox
+        where status = 'scheduled' and destination = '' and available_at = '9999-12-31 23:59:59' and format <> 0
+    )";
 
 /// What the lane needs whose turn it is to claim and to settle.
 #[derive(Debug, Default)]

@@ -9,12 +9,12 @@ use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
-use crate::outbox::sqlite::{answered, open, open_or_create, path};
+use crate::outbox::sqlite::{answered, formats, open, open_or_create, path};
 use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion, Usage};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 9] = [
+const MIGRATIONS: [(&str, &str); 11] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -24,6 +24,8 @@ const MIGRATIONS: [(&str, &str); 9] = [
     ("0007_crash_loops", include_str!("../../../migrations/sqlite/0007_crash_loops.sql")),
     ("0008_older_relays", include_str!("../../../migrations/sqlite/0008_older_relays.sql")),
     ("0009_blocked_keys", include_str!("../../../migrations/sqlite/0009_blocked_keys.sql")),
+    ("0010_bounds", include_str!("../../../migrations/sqlite/0010_bounds.sql")),
+    ("0011_format", include_str!("../../../migrations/sqlite/0011_format.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -103,6 +105,11 @@ pub async fn check(url: &Secret, usage: Usage) -> Vec<Check> {
     }
     push("names", one_name(url));
     push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
+    match formats::look(&mut connection).await {
+        Ok(None) => {}
+        Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
+        Err(error) => drop(push("formats", Err(error))),
+    }
     checks
 }
 

@@ -205,13 +205,15 @@ pub(super) async fn headers_are_a_flat_map_of_strings_without_reserved_names<S: 
         let refused = scene.connection.emit(healthy("sick").header(name, "x")).await.unwrap_err();
         assert!(matches!(refused, EmitError::Event(NewEventError::ReservedHeader { .. })), "{refused}");
     }
-    let odd = healthy("odd").header("", "empty").header("ID", "not reserved").header("é \"\n", "\\\t🦀");
+    let odd = healthy("odd").header("_id", "not reserved").header("é \"\n", "\\\t🦀");
+    let odd = odd.header("x-amzn-trace-id", "Root=1").header("i d", "inside").header("identity", "longer");
     scene.emit_among_healthy(odd).await;
     assert!(!scene.drain().await.undelivered);
     scene.assert_arrived("odd", true, true);
     let entries = scene.entries();
     let odd = entries.iter().find(|entry| entry.field("type") == "odd").unwrap();
-    assert_eq!((odd.field(""), odd.field("ID"), odd.field("é \"\n")), ("empty", "not reserved", "\\\t🦀"));
+    assert_eq!((odd.field("_id"), odd.field("é \"\n")), ("not reserved", "\\\t🦀"));
+    assert_eq!((odd.field("x-amzn-trace-id"), odd.field("i d"), odd.field("identity")), ("Root=1", "inside", "longer"));
 }
 
 pub(super) async fn a_key_may_be_long_or_empty<S: Store>() {

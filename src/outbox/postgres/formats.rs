@@ -1,0 +1,99 @@
+//! Events of a format that this relay does not know.
+//!
+//! The schema keeps them in partitions of their own, where no claim looks: see `migrations/postgres/0017_format.sql`. What is
+//! done here is that the later events of their keys stay behind them, and are not read by each claim anew.
+
+use sqlx::Executor;
+use sqlx::postgres::PgConnection;
+
+use crate::outbox::postgres::sql::{Schema, Sql};
+use crate::outbox::postgres::tid;
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
+use crate::outbox::{Claimed, OutboxError};
+
+/// In a claim, the name of what an event waits behind that is of another format.
+pub(super) const APART: &str = "*";
+
+/// Puts rows behind the event of another format that they wait for. `$1` places, `$2` ids.
+const SET_ASIDE: &str = "
+update {schema}.event_outbox o set format = -1
+from unnest($1::text[]::tid[], $2::bigint[]) c(tid, id)
+where o.ctid = c.tid and o.id = c.id and o.format = 0";
+
+/// Gives rows back that wait behind nothing any more: somebody deleted it, or changed its format. The partitions are locked by
+/// a statement before, so that no claim has read a later event of such a key.
+const GIVE_BACK: &str = "
+update {schema}.event_outbox o set format = 0
+where o.partition >= 1280 and o.format = -1 and (o.partition % 640) = any($1::int[])
+  and not exists (
+      select from {schema}.event_outbox h
+      where h.partition in (o.partition % 640 + 1280, o.partition % 640 + 1920) and h.format not in (0, -1) and h.id < o.id
+        and h.aggregate_id = o.aggregate_id and coalesce(h.aggregate_type, '') = coalesce(o.aggregate_type, '')
+  )";
+
+const LOCK: &str = "
+select array(
+    select p.partition
+    from (select distinct o.partition % 640 as partition from {schema}.event_outbox o
+          where o.partition >= 1280 and o.format = -1) p
+    where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, p.partition)
+)";
+
+/// What there is of them: how many, of which formats, how many behind them, and since when.
+const COUNT: &str = "
+select pg_catalog.count(*) filter (where o.format <> -1),
+       pg_catalog.string_agg(distinct o.format::text, ', ') filter (where o.format <> -1),
+       pg_catalog.count(*) filter (where o.format = -1), pg_catalog.min(o.created_at)::text
+from {schema}.event_outbox o where o.partition >= 1280";
+
+/// Sets those of the events aside that wait behind one of another format; the claim is to be begun anew then.
+pub(super) async fn set_aside(
+    connection: &mut PgConnection,
+    sql: Sql,
+    claimed: &[Claimed],
+) -> Result<bool, sqlx::Error> {
+    let waits = |claimed: &&Claimed| claimed.behind.iter().any(|behind| behind.destination == APART);
+    let (tids, ids): (Vec<String>, Vec<i64>) = claimed
+        .iter()
+        .filter(waits)
+        .map(|claimed| (tid::from_locator(claimed.event.row.locator), claimed.event.row.id))
+        .unzip();
+    if ids.is_empty() {
+        return Ok(false);
+    }
+    let count = ids.len();
+    let set_aside = sql.query(SET_ASIDE).bind(tids).bind(ids).execute(connection).await?.rows_affected();
+    if set_aside == 0 {
+        // Else the next claim would find the same again, at once.
+        let message = format!("none of {count} events that wait behind one of an unknown format can be set aside");
+        return Err(sqlx::Error::Protocol(message));
+    }
+    Ok(true)
+}
+
+/// Gives back what waits behind nothing any more. Returns what else there is, in words.
+pub(super) async fn look(connection: &mut PgConnection, schema: Schema) -> Result<Option<String>, OutboxError> {
+    let sql = Sql { schema, persistent: false };
+    let (events, formats, behind, since): (i64, Option<String>, i64, Option<String>) =
+        answered("look for events of unknown formats", STATEMENT_TIMEOUT, async {
+            let mut found = sql.query_as(COUNT).fetch_one(&mut *connection).await?;
+            let (_, _, behind, _): &(i64, Option<String>, i64, Option<String>) = &found;
+            if *behind > 0 {
+                connection.execute("begin").await?;
+                let locked: Vec<i32> = sql.query_scalar(LOCK).fetch_one(&mut *connection).await?;
+                sql.query(GIVE_BACK).bind(locked).execute(&mut *connection).await?;
+                connection.execute("commit").await?;
+                found = sql.query_as(COUNT).fetch_one(connection).await?;
+            }
+            Ok(found)
+        })
+        .await?;
+    Ok((events + behind > 0).then(|| {
+        format!(
+            "{events} events of format {} wait, which this relay does not know, and {behind} behind them by their keys; the \
+             oldest since {}: start a relay of the version that they were made for, or delete them",
+            formats.unwrap_or_default(),
+            since.unwrap_or_default()
+        )
+    }))
+}

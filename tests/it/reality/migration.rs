@@ -1,0 +1,165 @@
+//! Migrations of a database that is in use.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::binary::{Running, finished, relay};
+use crate::harness::{count, eventually, sql};
+use crate::servers::{Database, Server, database_on_unmigrated};
+use crate::stores::Client;
+
+/// The migrations that the relay of before had.
+const BEFORE: usize = 10;
+
+fn files() -> Vec<PathBuf> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations/postgres");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+/// A database as the relay of before has left it.
+async fn of_before(server: &Server) -> Database {
+    let database = database_on_unmigrated(server).await;
+    let mut connection = database.connect().await;
+    for file in &files()[..BEFORE] {
+        sql(&mut connection, std::fs::read_to_string(file).unwrap()).await;
+    }
+    database
+}
+
+/// Inserts one event after the other until told to stop; returns the longest that one took.
+async fn longest_insert(database: &Database, stop: tokio_util::sync::CancellationToken) -> Duration {
+    let mut connection = database.connect().await;
+    let mut longest = Duration::ZERO;
+    for n in 0.. {
+        if stop.is_cancelled() {
+            break;
+        }
+        let begun = Instant::now();
+        sql(&mut connection, format!("insert into event_outbox (event_type, aggregate_id) values ('new', '{n}')"))
+            .await;
+        longest = longest.max(begun.elapsed());
+    }
+    longest
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_of_300000_waiting_events_holds_up_inserts_for_a_second_at_most() {
+    let server = Server::start("postgres", &["--fast"]);
+    let database = of_before(&server).await;
+    let mut connection = database.connect().await;
+    sql(
+        &mut connection,
+        "insert into event_outbox (event_type, aggregate_id, status, available_at)
+         select 'waits', (n % 1000)::text, 'scheduled', now() + interval '1 day' from generate_series(1, 300000) n",
+    )
+    .await;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let inserting = (0..2).map(|_| longest_insert(&database, stop.clone()));
+    let migrating = async {
+        // A report that has read the table for a while, and goes on for a while.
+        let mut report = database.connect().await;
+        sql(&mut report, "begin; select count(*) from event_outbox").await;
+        let variables = [("DATABASE_URL", database.url()), ("RELAY_LOG", "warn")];
+        let mut migrating = Running::start(relay(&["migrate"], &variables));
+        tokio::task::block_in_place(|| migrating.until_log("is tried again"));
+        let pid = report.number("select pg_backend_pid()::bigint").await;
+        let log = migrating.log();
+        assert!(log.contains(&format!("pid {pid}")) && log.contains("since"), "{log}");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        sql(&mut report, "commit").await;
+        let done = tokio::task::block_in_place(|| migrating.finish()).exited(0);
+        assert!(done.stdout.contains(&format!("schema version {}", files().len())), "{}", done.stdout);
+        stop.cancel();
+    };
+    let (longest, ()) = tokio::join!(futures_util::future::join_all(inserting), migrating);
+    let longest = longest.into_iter().max().unwrap();
+    println!("longest insert beside the migrations of 300,000 events, and a lock that lasted: {longest:?}");
+    // A second for the lock; the rest is for the machine.
+    assert!(longest < Duration::from_secs(4), "{longest:?}");
+    assert_eq!(count(&mut connection, "event_outbox where event_type = 'waits'").await, 300_000);
+    finished(&["check"], &[("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true")]).exited(0);
+    sql(&mut connection, "update event_outbox set available_at = now() where id <= 1000").await;
+    eventually("a relay works", async || {
+        finished(&["--once"], &[("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true")]);
+        count(&mut connection, "event_outbox where available_at <= now()").await == 0
+    })
+    .await;
+}
+
+/// A relay of before that publishes to its standard output.
+fn relay_of_before(program: &str, database: &Database) -> Running {
+    let mut command = Command::new(program);
+    command.env_clear().stdin(Stdio::null()).envs([
+        ("DATABASE_URL", database.url()),
+        ("RELAY_STDOUT", "true"),
+        ("RELAY_LOG", "warn"),
+        ("EVENT_OUTBOX_POLLING_INTERVAL", "200"),
+    ]);
+    Running::start(command)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "compiles the relay of before, which takes minutes: make test-upgrade"]
+async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them() {
+    let built =
+        Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/before")).stderr(Stdio::inherit()).output().unwrap();
+    assert!(built.status.success(), "there is no relay of before: see what tests/before says above");
+    let program = String::from_utf8(built.stdout).unwrap();
+    let server = Server::start("postgres", &["--fast"]);
+    let database = of_before(&server).await;
+    let mut connection = database.connect().await;
+    sql(
+        &mut connection,
+        "insert into event_outbox (event_type, aggregate_id, status, available_at)
+         select 'waits', (n % 1000)::text, 'scheduled', now() + interval '1 day' from generate_series(1, 250000) n;
+         insert into event_outbox (event_type, aggregate_id) select 'backlog', (n % 1000)::text from generate_series(1, 50000) n",
+    )
+    .await;
+    let mut relays: Vec<Running> = (0..3).map(|_| relay_of_before(program.trim(), &database)).collect();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let inserting = (0..2).map(|_| longest_insert(&database, stop.clone()));
+    let migrating = async {
+        let published = async || count(&mut database.connect().await, "event_processing_log").await > 0;
+        eventually("the relays work", published).await;
+        let variables = [("DATABASE_URL", database.url()), ("RELAY_LOG", "warn")];
+        let migrating = Running::start(relay(&["migrate"], &variables));
+        let done = tokio::task::block_in_place(|| migrating.finish()).exited(0);
+        assert!(done.stdout.contains(&format!("schema version {}", files().len())), "{}", done.stdout);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        stop.cancel();
+    };
+    let (longest, ()) = tokio::join!(futures_util::future::join_all(inserting), migrating);
+    let longest = longest.into_iter().max().unwrap();
+    println!("longest insert beside three relays and the migrations of 300,000 events: {longest:?}");
+    assert!(longest < Duration::from_secs(4), "{longest:?}");
+    // After the migrations: retries, promotions and dead letters go by statements of before, too.
+    sql(
+        &mut connection,
+        "insert into event_outbox (event_type, aggregate_id, status) select 'later', n::text, 'scheduled' from generate_series(1, 1000) n",
+    )
+    .await;
+    eventually("all is published", async || {
+        count(&mut connection, "event_outbox where event_type <> 'waits'").await == 0
+    })
+    .await;
+    assert!(relays.iter_mut().all(Running::is_running));
+    let outputs = relays.into_iter().map(|relay| {
+        relay.signal("TERM");
+        tokio::task::block_in_place(|| relay.finish()).exited(0)
+    });
+    let (mut events, mut ids) = (0, HashSet::new());
+    for output in outputs {
+        assert_eq!(output.stderr, "", "they say nothing");
+        for line in output.stdout.lines() {
+            let event: serde_json::Value = serde_json::from_str(line).unwrap();
+            ids.insert(event["id"].as_str().unwrap().to_owned());
+            events += 1;
+        }
+    }
+    let logged = count(&mut connection, "event_processing_log where status = 'published'").await;
+    assert_eq!((events, i64::try_from(ids.len()).unwrap()), (ids.len(), logged), "each once");
+}
