@@ -4,6 +4,7 @@
 //! - [`database`]: which of them a URL names.
 //! - [`emit`](mod@emit): the insert for applications.
 //! - [`error`]: what to do about what goes wrong.
+//! - `standstill`: what keeps events from moving.
 
 pub mod database;
 mod decode;
@@ -12,6 +13,7 @@ pub mod error;
 pub mod postgres;
 mod records;
 pub mod sqlite;
+pub mod standstill;
 
 use std::future::Future;
 use std::time::Duration;
@@ -21,6 +23,7 @@ use uuid::Uuid;
 use crate::event::{Event, Noted, PublishError, Renewed, Term, Verdict};
 use crate::secret::Secret;
 pub use error::OutboxError;
+pub use standstill::Standstill;
 
 /// How a relay uses its store.
 #[derive(Debug, Clone)]
@@ -101,6 +104,27 @@ pub struct Check {
     pub subject: String,
     /// What was found, or what is wrong and what to do about it.
     pub result: Result<String, String>,
+}
+
+impl Check {
+    /// What stands still, one failed line each.
+    fn standstills(found: Vec<Standstill>) -> impl Iterator<Item = Self> {
+        found.into_iter().map(|standstill| Self {
+            subject: format!("standstill {}", standstill.cause),
+            result: Err(standstill.text),
+        })
+    }
+}
+
+/// What a check looks for besides the store itself.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckRequest<'a> {
+    /// The names of all configured destinations.
+    pub destinations: &'a [String],
+    /// How long one publish call may take.
+    pub publish_timeout: Duration,
+    /// What of the tables is used.
+    pub usage: Usage,
 }
 
 /// What a lane asks for.
@@ -280,6 +304,20 @@ pub trait Outbox: CrashNotes + Send + Sync + 'static {
     /// # Errors
     /// What stands in the way; it is enough to try again within a few days.
     fn maintain(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Who holds pending events now, this relay's own lanes included: each in words for people.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn holders(&self) -> impl Future<Output = Result<Vec<String>, OutboxError>> + Send;
+
+    /// What keeps events from moving, as far as the store can tell. `destinations`: the names of all configured ones. Never
+    /// waits for a lock on a table.
+    ///
+    /// # Errors
+    /// Nothing is known.
+    fn standstills(&self, destinations: &[String])
+    -> impl Future<Output = Result<Vec<Standstill>, OutboxError>> + Send;
 }
 
 /// One loop's access to the store.
@@ -336,6 +374,18 @@ pub trait Lane: Send {
     /// # Errors
     /// Unknown.
     fn has_owed(&mut self) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+
+    /// The highest id of a pending event; `None` where none is pending.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn last_id(&mut self) -> impl Future<Output = Result<Option<i64>, OutboxError>> + Send;
+
+    /// Whether an event with an id up to this one is pending, whoever holds it.
+    ///
+    /// # Errors
+    /// Unknown.
+    fn is_pending_up_to(&mut self, id: i64) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 }
 
 /// Whether producers will wake a sleeper.

@@ -12,6 +12,7 @@
 //! - `panics`: what finds the event on which a destination's code panics.
 //! - `report`: what is logged of events and of the work.
 //! - `pass`: from a claimed batch to what is settled.
+//! - `standstills`: what keeps events from moving, logged and shown.
 
 mod blame;
 mod blocked;
@@ -22,18 +23,22 @@ mod lane;
 mod panics;
 mod pass;
 mod report;
+mod standstills;
 mod watch;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::watch as channel;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::breaker::BreakerPolicy;
 use crate::event::Tally;
-use crate::outbox::{Outbox, OutboxError};
+use crate::failpoint::hit;
+use crate::outbox::{Outbox, OutboxError, Standstill};
 use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
 use crate::sink::Sink;
@@ -43,6 +48,7 @@ use caution::Caution;
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
 use report::Report;
+use standstills::Standstills;
 
 /// How often the days of the processing log are looked after.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
@@ -88,12 +94,15 @@ pub enum Readiness {
 }
 
 /// How a drain ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Drained {
     /// What was done.
     pub tally: Tally,
-    /// Something due is still undelivered: dead-lettered in this run, waiting for a retry, or its destination is down.
+    /// Something due is still undelivered: dead-lettered in this run, waiting for a retry, its destination is down, or others
+    /// hold it.
     pub undelivered: bool,
+    /// Who holds it, where others do.
+    pub held_by: Vec<String>,
 }
 
 /// A store, its destinations, and the rules between them.
@@ -107,6 +116,7 @@ pub struct Relay<O: Outbox> {
     caution: Caution,
     report: Arc<Report>,
     named: Named,
+    standstills: Standstills,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -124,13 +134,18 @@ impl<O: Outbox> Relay<O> {
             .map(|(name, sink)| Destination::new(name, sink, config.breaker.clone(), Arc::clone(&report)))
             .collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        let (caution, named) = (Caution::new(), Named::default());
-        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution, report, named })
+        let (caution, named, standstills) = (Caution::new(), Named::default(), Standstills::new());
+        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution, report, named, standstills })
     }
 
     /// Follows whether the relay can do its work.
     pub fn readiness(&self) -> channel::Receiver<Readiness> {
         self.readiness.subscribe()
+    }
+
+    /// Follows what keeps events from moving.
+    pub fn standstills(&self) -> channel::Receiver<Vec<Standstill>> {
+        self.standstills.shown()
     }
 
     /// Works until `stop`, then settles what is in flight. Outages of the store or a destination are waited out.
@@ -139,16 +154,22 @@ impl<O: Outbox> Relay<O> {
     /// Where waiting cannot help ([`OutboxError::is_final`]), and where something in flight had to be given up
     /// ([`OutboxError::GivenUp`]).
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) -> Result<Tally, OutboxError> {
-        if !self.prepare(&stop).await? {
-            return Ok(Tally::default()); // stopped before there was anything to do
+        // What is in the way of a start is looked for too.
+        let looking = self.supervise("search for standstills", &stop, Self::look_for_standstills);
+        let prepared = self.prepare(&stop).await;
+        if !matches!(prepared, Ok(true)) {
+            looking.abort();
+            return prepared.map(|_| Tally::default()); // stopped before there was anything to do
         }
-        let maintenance = tokio::spawn(Arc::clone(self).maintain(stop.clone()));
-        let ended = self.work(Ending::Stop, stop).await;
-        // Between two statements of its own it can be dropped: it owns no claim. It does own a part of the store, which a
-        // relay that has ended must have let go of.
-        maintenance.abort();
-        drop(tokio::time::timeout(ending::IDLE_GRACE, maintenance).await);
-        ended.map(|(tally, _)| tally)
+        let beside = [self.supervise("maintenance of the store", &stop, Self::maintain), looking];
+        let worked = self.work(Ending::Stop, stop).await;
+        // Between two statements of their own they can be dropped: they own no claim. They do own a part of the store, which
+        // a relay that has ended must have let go of.
+        for task in beside {
+            task.abort();
+            drop(tokio::time::timeout(ending::IDLE_GRACE, task).await);
+        }
+        worked.map(|worked| worked.tally)
     }
 
     /// Publishes what is due and returns. Short trouble of a destination is waited out; one whose breaker opens is not.
@@ -161,13 +182,25 @@ impl<O: Outbox> Relay<O> {
             self.look_after_days().await;
             Ok::<_, OutboxError>(())
         };
-        tokio::select! {
-            prepared = prepared => prepared?,
-            () = stop.cancelled() => return Ok(Drained { tally: Tally::default(), undelivered: true }),
+        let prepared = tokio::select! {
+            prepared = prepared => prepared,
+            () = stop.cancelled() => return Ok(Drained { undelivered: true, ..Drained::default() }),
+        };
+        if let Err(error) = prepared {
+            self.find_standstills().await;
+            return Err(error);
         }
         self.readiness.send_replace(Readiness::Ready);
-        let (tally, undelivered) = self.work(Ending::Drained, stop.clone()).await?;
-        Ok(Drained { tally, undelivered: undelivered || tally.dead_lettered > 0 || stop.is_cancelled() })
+        let looking = self.supervise("search for standstills", &stop, Self::look_for_standstills);
+        let worked = self.work(Ending::Drained, stop.clone()).await;
+        looking.abort();
+        drop(tokio::time::timeout(ending::IDLE_GRACE, looking).await);
+        if !matches!(worked, Ok(Drained { undelivered: false, .. })) && !stop.is_cancelled() {
+            self.find_standstills().await;
+        }
+        let mut drained = worked?;
+        drained.undelivered |= drained.tally.dead_lettered > 0 || stop.is_cancelled();
+        Ok(drained)
     }
 
     /// Waits until the store can be used. Returns false where `stop` came first.
@@ -193,7 +226,7 @@ impl<O: Outbox> Relay<O> {
     }
 
     /// Runs all lanes to their end. A lane that panics is replaced: one bad batch must not end the relay.
-    async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<(Tally, bool), OutboxError> {
+    async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<Drained, OutboxError> {
         let shared = Arc::new(Shared::new(self.outbox.wakeup(), ending));
         // A lane that cannot go on stops the others, and nothing else that the caller's token is for.
         let stop = stop.child_token();
@@ -257,8 +290,37 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
+    /// Runs a task beside the lanes, to its end, and again after each panic: that must not end what nobody would miss.
+    fn supervise<F>(
+        self: &Arc<Self>,
+        name: &'static str,
+        stop: &CancellationToken,
+        task: fn(Arc<Self>, CancellationToken) -> F,
+    ) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (relay, stop) = (Arc::clone(self), stop.clone());
+        tokio::spawn(async move {
+            while AssertUnwindSafe(task(Arc::clone(&relay), stop.clone())).catch_unwind().await.is_err() {
+                tracing::error!(task = name, "a task panicked; it begins anew");
+                if !sleep(Duration::from_secs(1), &stop).await {
+                    break;
+                }
+            }
+        })
+    }
+
+    async fn look_for_standstills(self: Arc<Self>, stop: CancellationToken) {
+        self.watch_standstills(&stop).await;
+    }
+
     async fn look_after_days(&self) {
-        if let Err(error) = self.outbox.maintain().await {
+        let maintained = async {
+            hit("maintain")?;
+            self.outbox.maintain().await
+        };
+        if let Err(error) = maintained.await {
             // Days are made a week ahead, so there is time to mend it.
             tracing::warn!(error = error.explain(), "the days of the processing log were not looked after");
         }
@@ -270,6 +332,7 @@ impl<O: Outbox> Relay<O> {
             .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Ready) != Readiness::Ready);
         if changed {
             tracing::info!("ready");
+            self.standstills.clear("not_ready", "");
         }
     }
 
@@ -279,6 +342,7 @@ impl<O: Outbox> Relay<O> {
             Readiness::NotReady(known) if *known == reason => false,
             _ => {
                 tracing::error!(error = reason, "not ready; trying again");
+                self.standstills.report_logged(Standstill::new("not_ready", format!("not ready: {reason}")));
                 *readiness = Readiness::NotReady(reason);
                 true
             }

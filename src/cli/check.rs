@@ -10,7 +10,7 @@ use crate::cli::{database, print, runtime};
 use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
-use crate::outbox::{Check, Usage};
+use crate::outbox::{Check, CheckRequest, Usage};
 use crate::text::shown;
 
 /// The longest line, in characters.
@@ -29,7 +29,9 @@ pub(super) fn check(
     let (destinations, _) = destinations(settings, file)?;
     let usage = Usage { several_destinations: destinations.len() > 1, history: settings.history };
     let checks = runtime(1)?.block_on(async {
-        let mut checks = database.check(usage).await;
+        let names: Vec<_> = destinations.iter().map(|destination| destination.name.clone()).collect();
+        let publish_timeout = Duration::from_millis(settings.publish_timeout);
+        let mut checks = database.check(CheckRequest { destinations: &names, publish_timeout, usage }).await;
         for destination in destinations {
             let (name, sink) = destination.open(settings).await;
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {

@@ -15,7 +15,7 @@ use crate::config::settings::Settings;
 use crate::outbox::database::Kind;
 use crate::outbox::postgres::PgOutbox;
 use crate::outbox::sqlite::SqliteOutbox;
-use crate::outbox::{Outbox, OutboxConfig, OutboxError, Usage};
+use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill, Usage};
 use crate::relay::{Readiness, Relay};
 use crate::shutdown;
 use crate::sink::{Sink, stdout};
@@ -110,7 +110,9 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(S
                 match sink.check().await {
                     Ok(found) => tracing::info!(destination = name, found, "destination reached"),
                     // It may be up by the time there is an event for it.
-                    Err(error) => tracing::warn!(destination = name, %error, "destination not reached yet"),
+                    Err(error) => {
+                        tracing::warn!(destination = name, %error, "destination not reached yet")
+                    }
                 }
             }
         });
@@ -128,6 +130,14 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(S
 async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationToken) -> anyhow::Result<ExitCode> {
     if once {
         let drained = relay.drain(stop).await.map_err(explained)?;
+        if !drained.held_by.is_empty() {
+            tracing::error!(
+                published = drained.tally.published,
+                held_by = drained.held_by.join("; "),
+                "done, but for events that others hold and did not publish within the publish timeout"
+            );
+            return Ok(UNDELIVERED.into());
+        }
         tracing::info!(
             published = drained.tally.published,
             retried = drained.tally.retried,
@@ -149,22 +159,42 @@ pub(super) fn explained(error: OutboxError) -> anyhow::Error {
     anyhow::anyhow!(error.explain())
 }
 
-/// Follows the relay's readiness; without systemd nobody listens, which is fine.
+/// Follows whether the relay can do its work, and what stands still; without systemd nobody listens, which is fine.
 async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
-    let mut readiness = relay.readiness();
+    let (mut readiness, mut standstills) = (relay.readiness(), relay.standstills());
     loop {
-        let now = readiness.borrow_and_update().clone();
-        let told = match now {
-            Readiness::Ready => sd_notify::notify(&[NotifyState::Ready, NotifyState::Status("ready")]),
-            Readiness::NotReady(reason) => sd_notify::notify(&[NotifyState::Status(&format!("not ready: {reason}"))]),
-        };
+        let ready = *readiness.borrow_and_update() == Readiness::Ready;
+        let status = status(&readiness.borrow(), &standstills.borrow_and_update());
+        let status = NotifyState::Status(&status);
+        let told = if ready { sd_notify::notify(&[NotifyState::Ready, status]) } else { sd_notify::notify(&[status]) };
         if let Err(error) = told {
             tracing::debug!(%error, "systemd was not told");
         }
-        if readiness.changed().await.is_err() {
+        let followed = tokio::select! {
+            changed = readiness.changed() => changed,
+            changed = standstills.changed() => changed,
+        };
+        if followed.is_err() {
             return;
         }
     }
+}
+
+/// One line for systemd, of a length that `systemctl status` shows.
+fn status(readiness: &Readiness, standstills: &[Standstill]) -> String {
+    const LONGEST: usize = 2000;
+    let mut status = match readiness {
+        Readiness::Ready => "ready".to_owned(),
+        Readiness::NotReady(reason) => format!("not ready: {reason}"),
+    };
+    // Why it is not ready stands there already.
+    for standstill in standstills.iter().filter(|standstill| standstill.cause != "not_ready") {
+        status.push_str("; ");
+        status.push_str(&standstill.text);
+    }
+    let mut status = status.replace('\n', " ");
+    status.truncate(status.floor_char_boundary(LONGEST));
+    status
 }
 
 /// Who writes the processing log: host name and process id.

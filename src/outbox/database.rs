@@ -6,7 +6,7 @@ use uuid::Uuid;
 use crate::config::settings::hide;
 use crate::event::NewEvent;
 use crate::outbox::emit::{EmitError, emit};
-use crate::outbox::{Check, Migrated, OutboxError, Usage, postgres, sqlite};
+use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, postgres, sqlite};
 use crate::secret::Secret;
 use crate::text;
 
@@ -84,11 +84,12 @@ impl Database {
         }
     }
 
-    /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless.
-    pub async fn check(&self, usage: Usage) -> Vec<Check> {
+    /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless. At last it looks for what
+    /// stands still.
+    pub async fn check(&self, request: CheckRequest<'_>) -> Vec<Check> {
         match self.kind {
-            Kind::Postgres => postgres::check::check(&self.url, self.pooled, usage).await,
-            Kind::Sqlite => sqlite::schema::check(&self.url, usage).await,
+            Kind::Postgres => postgres::check::check(&self.url, self.pooled, request).await,
+            Kind::Sqlite => sqlite::schema::check(&self.url, request).await,
         }
     }
 
@@ -101,7 +102,7 @@ impl Database {
         let (emitted, refusal): (_, fn(&sqlx::Error, &str) -> Option<String>) = match self.kind {
             Kind::Postgres => {
                 let mut connection = postgres::open(&self.url, self.pooled).await.map_err(Unemitted::Outbox)?;
-                let emitted = emit(&mut connection, event).await;
+                let emitted = postgres::emit::alone(&mut connection, event).await;
                 drop(connection.close().await); // it is committed, or an error tells
                 (emitted, postgres::emit::refusal)
             }

@@ -134,6 +134,20 @@ pub enum OutboxError {
         /// Which, in words.
         missing: String,
     },
+    /// Row-level security applies to the relay's role.
+    #[error("row-level security hides rows of {tables} from this role: {advice}")]
+    RowSecurity {
+        /// Which tables.
+        tables: String,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// One session's advisory lock does not keep another from taking it.
+    #[error(
+        "this server accepts advisory locks and does not enforce them, so two relays would publish the same events: use a \
+         PostgreSQL, or a compatible server, whose pg_try_advisory_xact_lock excludes other sessions"
+    )]
+    LocksDoNotExclude,
     /// A statement failed.
     #[error("cannot {operation}")]
     Query {
@@ -166,7 +180,7 @@ pub enum OutboxError {
 impl OutboxError {
     /// Waiting cannot help: a human must change the configuration or the binary.
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Url { .. } | Self::SchemaTooNew { .. })
+        matches!(self, Self::Url { .. } | Self::LocksDoNotExclude | Self::SchemaTooNew { .. })
     }
 
     /// The whole chain of causes, and what to do about it where the error tells. One line, without any row's values.

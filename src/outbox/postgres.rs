@@ -9,6 +9,8 @@
 //! - `formats`: events that this relay cannot read.
 //! - `triggers`: what must be there of them. `patience`: the locks of a migration.
 //! - `suspects`: the notes that end a crash loop.
+//! - `exclusion`: whether advisory locks are what they should be.
+//! - `standstill`: what keeps events from moving.
 //! - [`emit`](mod@emit): the insert for applications.
 
 pub mod audit;
@@ -16,6 +18,7 @@ mod batch;
 mod bounds;
 pub mod check;
 pub mod emit;
+mod exclusion;
 mod formats;
 mod home;
 pub mod lane;
@@ -26,6 +29,7 @@ mod salvage;
 mod schema;
 mod settle;
 mod sql;
+mod standstill;
 mod suspects;
 mod take;
 mod tid;
@@ -39,14 +43,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions, Connection, Executor};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
 use crate::outbox::postgres::salvage::Unrecorded;
 use crate::outbox::postgres::sql::{Schema, Sql};
+use crate::outbox::postgres::standstill::Question;
 use crate::outbox::postgres::suspects::Aside;
-use crate::outbox::{Outbox, OutboxConfig, OutboxError};
+use crate::outbox::standstill::Memory;
+use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill};
 use crate::secret::Secret;
 
 /// How long a statement may go unanswered before its connection is given up. Far above what any of ours takes, and
@@ -70,25 +76,29 @@ pub struct PgOutbox {
     /// Where the last connection found our tables.
     schema: Arc<Mutex<Schema>>,
     unrecorded: Unrecorded,
+    memory: Memory,
+    /// Advisory locks were proven to exclude.
+    exclusion: Arc<OnceLock<()>>,
 }
 
 impl PgOutbox {
     /// Nothing is connected yet.
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
-        let (schema, unrecorded) = Default::default();
-        Self { config, id: Arc::default(), aside: Aside::default(), bounds, schema, unrecorded }
+        let (id, aside, schema, memory) = (Arc::default(), Aside::default(), Arc::default(), Memory::default());
+        let (unrecorded, exclusion) = Default::default();
+        Self { config, id, aside, bounds, schema, unrecorded, memory, exclusion }
     }
 
     /// One connection to a database that can be written to.
     async fn connect(&self) -> Result<PgConnection, OutboxError> {
         hit("connect")?;
-        self.bounds.forget();
         let mut options = connect_options(&self.config.url, self.config.pooled)?;
         if !self.config.pooled {
             options = options.options(lane::settings(&self.config));
         }
         let mut connection = connect(&options).await?;
+        answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(&mut connection)).await?;
         // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what
         // it has. (PgBouncer carries this setting from server to server.)
         let look = "
@@ -111,7 +121,25 @@ impl PgOutbox {
         if let Some(found) = found {
             *self.schema.lock().unwrap_or_else(PoisonError::into_inner) = found;
         }
+        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(&mut connection)).await?;
         Ok(connection)
+    }
+
+    /// Begins a transaction where a pooler may send each one to another server connection. There a statement with parameters
+    /// needs one even if it is the only one: its parts travel apart.
+    async fn begin_pooled(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        if self.config.pooled {
+            connection.execute(AssertSqlSafe(lane::begin(&self.config))).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends what [`Self::begin_pooled`] has begun.
+    async fn commit_pooled(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        if self.config.pooled {
+            connection.execute("commit").await?;
+        }
+        Ok(())
     }
 
     /// How statements are sent on this outbox' connections.
@@ -140,18 +168,54 @@ impl PgOutbox {
         Ok(())
     }
 
+    /// Fails where this relay cannot work with what is there.
+    async fn look_at(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
+        answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(connection)).await?;
+        drop(schema::require_fit(connection).await?);
+        check::require_all_rows(connection, Sql { persistent: false, ..self.sql() }).await?;
+        triggers::require(connection, Sql { persistent: false, ..self.sql() }).await?;
+        self.look_at_formats(connection).await?;
+        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(connection)).await
+    }
+
+    async fn find_standstills(
+        &self,
+        connection: &mut PgConnection,
+        destinations: &[String],
+    ) -> Result<(Vec<Standstill>, bool), sqlx::Error> {
+        let (sql, publish_timeout) = (Sql { persistent: false, ..self.sql() }, self.config.publish_timeout);
+        let bounds = self.bounds.known().0.bounds_of(&(0..take::PARTITIONS).collect::<Vec<_>>());
+        let question = Question { sql, destinations, publish_timeout, memory: &self.memory, bounds };
+        standstill::find(connection, &question).await
+    }
+
+    async fn look_for_standstills(&self, destinations: &[String]) -> Result<(Vec<Standstill>, bool), OutboxError> {
+        let operation = "look for what stands still";
+        // The connection aside may itself be waiting for what is to be found.
+        if let Some(answer) = self
+            .aside_unless_busy(operation, async |connection| self.find_standstills(connection, destinations).await)
+            .await
+        {
+            return answer;
+        }
+        let mut connection = self.connect().await?;
+        answered(operation, STATEMENT_TIMEOUT, self.find_standstills(&mut connection, destinations)).await
+    }
+
     async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         // A week ahead: that long the relay may be without the right or the luck to add more.
         let mut parents = vec!["event_processing_log"];
         parents.extend(self.config.usage.history.then_some("event_history"));
         for parent in parents {
             answered("add the day partitions ahead", STATEMENT_TIMEOUT, async {
+                self.begin_pooled(connection).await?;
                 self.sql()
                     .query("select {schema}.relay_add_days($1, 7)")
                     .persistent(false)
                     .bind(parent)
                     .execute(&mut *connection)
-                    .await
+                    .await?;
+                self.commit_pooled(connection).await
             })
             .await?;
         }
@@ -173,12 +237,14 @@ impl Outbox for PgOutbox {
 
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
-        drop(schema::require_fit(&mut connection).await?);
-        triggers::require(&mut connection, self.sql()).await?;
-        self.look_at_formats(&mut connection).await?;
+        self.look_at(&mut connection).await?;
+        if self.exclusion.get().is_none() {
+            exclusion::prove(&mut connection, &mut self.connect().await?).await?;
+            self.exclusion.get_or_init(|| ());
+        }
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
-        self.prove(&mut connection, "begin").await
+        self.prove(&mut connection, &lane::begin(&self.config)).await
     }
 
     async fn maintain(&self) -> Result<(), OutboxError> {
@@ -190,17 +256,35 @@ impl Outbox for PgOutbox {
             [("event_processing_log", self.config.log_retention), ("event_history", self.config.history_retention)]
         {
             answered("drop the days past their retention", STATEMENT_TIMEOUT, async {
+                self.begin_pooled(&mut connection).await?;
                 self.sql()
                     .query("select {schema}.relay_drop_days($1, pg_catalog.make_interval(secs => $2))")
                     .persistent(false)
                     .bind(parent)
                     .bind(retention.as_secs_f64())
                     .execute(&mut connection)
-                    .await
+                    .await?;
+                self.commit_pooled(&mut connection).await
             })
             .await?;
         }
         Ok(())
+    }
+
+    async fn standstills(&self, destinations: &[String]) -> Result<Vec<Standstill>, OutboxError> {
+        let (found, brief) = self.look_for_standstills(destinations).await?;
+        if !brief {
+            return Ok(found);
+        }
+        tokio::time::sleep(standstill::BRIEF).await;
+        self.look_for_standstills(destinations).await.map(|(found, _)| found)
+    }
+
+    async fn holders(&self) -> Result<Vec<String>, OutboxError> {
+        self.aside("look who holds events", async |connection| {
+            standstill::holders(connection, Sql { persistent: false, ..self.sql() }).await
+        })
+        .await
     }
 }
 
@@ -234,7 +318,10 @@ fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOptions, Outbo
     if options.get_application_name().is_none() {
         options = options.application_name("relay");
     }
-    if !pooled {
+    if pooled {
+        // A pooler refuses what it does not know, and no float of ours needs it.
+        options = options.extra_float_digits(None);
+    } else {
         // The server notices within about 15 s that a relay's host has vanished, and frees its claims. A pooler refuses
         // start-up options, and they would concern the wrong connection.
         options = options.options([
@@ -272,6 +359,9 @@ fn query_failed(operation: &'static str, source: sqlx::Error) -> OutboxError {
 
 /// What to do about an error, where its SQLSTATE tells.
 fn advice(error: &sqlx::Error) -> Option<&'static str> {
+    if let Some(advice) = error.as_database_error().and_then(|error| advice_by_words(error.message())) {
+        return Some(advice);
+    }
     let sqlstate = match error {
         sqlx::Error::Database(error) => error.code()?,
         sqlx::Error::Io(error) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
@@ -279,7 +369,9 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
                 "is its certificate signed by whom sslrootcert in DATABASE_URL names, and for the host there?",
             );
         }
-        sqlx::Error::Io(_) => return Some("is the server up, and are host and port in DATABASE_URL right?"),
+        sqlx::Error::Io(_) => {
+            return Some("is the server up, and are host and port in DATABASE_URL right?");
+        }
         sqlx::Error::Tls(_) => return Some("check sslmode and sslrootcert in DATABASE_URL"),
         _ => return None,
     };
@@ -291,8 +383,33 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
             "run `relay migrate`; where the tables lie in another schema, set search_path in DATABASE_URL"
         }
         "25006" => "point DATABASE_URL at the primary",
+        "55P03" => "another session holds a lock on the table: `relay check` names it",
+        "57014" => "the server is slow or another session is in the way: `relay check` names who holds locks",
         "53300" => "raise max_connections, or lower RELAY_LANES",
         "26000" | "42P05" => "a transaction-pooling proxy stands in front: set RELAY_DATABASE_POOLED=true",
         _ => return None,
     })
 }
+
+/// The same where only the words tell: PgBouncer gives all its errors one SQLSTATE, and PostgreSQL gives row-level security that
+/// of missing rights.
+fn advice_by_words(message: &str) -> Option<&'static str> {
+    let says = |words: &str| message.contains(words);
+    if says("row-level security") {
+        Some(ROW_SECURITY_ADVICE)
+    } else if says("unsupported startup parameter") {
+        Some(
+            "a pooler stands in front: set RELAY_DATABASE_POOLED=true, and take `options` out of DATABASE_URL (the search path can \
+             be set for the role: alter role ... set search_path = ...), or let the pooler ignore it: ignore_startup_parameters",
+        )
+    } else if says("transaction blocks not allowed in statement pooling mode") || says("long transactions not allowed")
+    {
+        Some("the pooler is in statement mode: the relay needs pool_mode = transaction or session for its database")
+    } else {
+        None
+    }
+}
+
+/// What to do where row-level security applies to the relay's role.
+const ROW_SECURITY_ADVICE: &str = "the relay must see every row: `alter role ... bypassrls` for its role, or let it connect as \
+     the tables' owner (where FORCE ROW LEVEL SECURITY is set, `alter table ... no force row level security`)";

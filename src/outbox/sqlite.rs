@@ -6,6 +6,7 @@
 //! - [`wake`]: sleeping until the application commits.
 //! - [`schema`]: migrations, and whether a file fits.
 //! - `retention`: forgetting what is old, a little at a time.
+//! - `standstill`: what keeps events from moving.
 //!
 //! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection;
 //! the write lock is taken to settle and given back at once, never held while anything is published.
@@ -20,6 +21,7 @@ mod retention;
 mod row;
 pub mod schema;
 mod settle;
+mod standstill;
 mod suspects;
 mod traffic;
 pub mod wake;
@@ -34,11 +36,13 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::sync::Mutex;
 
-use crate::outbox::{Outbox, OutboxConfig, OutboxError};
+use crate::outbox::standstill::Memory;
+use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill};
 use crate::secret::Secret;
 use identity::FileId;
 use lane::Turn;
 use owner::Owner;
+use standstill::Question;
 
 /// How long a write waits for another program's transaction to end before it fails, to be tried again later. What is
 /// told to stop waits no longer than this either.
@@ -54,12 +58,14 @@ pub struct SqliteOutbox {
     /// Held by the lane that has a claim. One at a time is enough: all writes to a file are one after the other anyhow, and
     /// the rows of a claim lie side by side, so that deleting them empties whole pages.
     turn: Arc<Mutex<Turn>>,
+    memory: Memory,
 }
 
 impl SqliteOutbox {
     /// Nothing is opened yet.
     pub fn new(config: OutboxConfig) -> Self {
-        Self { config: Arc::new(config), owner: Arc::default(), path: Arc::default(), turn: Arc::default() }
+        let (config, memory) = (Arc::new(config), Memory::default());
+        Self { config, owner: Arc::default(), path: Arc::default(), turn: Arc::default(), memory }
     }
 
     /// A connection for a relay's own work.
@@ -104,7 +110,7 @@ impl SqliteOutbox {
 
     /// Whether this relay is the one that works on the file; becomes it where no other is.
     fn owns(&self) -> Result<bool, OutboxError> {
-        self.owner.owns(&self.path()?)
+        self.owner.owns(&self.config.worker, &self.path()?)
     }
 }
 
@@ -157,6 +163,18 @@ impl Outbox for SqliteOutbox {
         let mut connection = self.connect().await?;
         retention::forget(&mut connection, "event_processing_log", "processed_at", self.config.log_retention).await?;
         retention::forget(&mut connection, "event_history", "published_at", self.config.history_retention).await
+    }
+
+    async fn holders(&self) -> Result<Vec<String>, OutboxError> {
+        Ok(owner::holder(&self.path()?)?.into_iter().collect())
+    }
+
+    async fn standstills(&self, destinations: &[String]) -> Result<Vec<Standstill>, OutboxError> {
+        let mut connection = self.connect().await?;
+        let owner = if self.owns()? { None } else { self.holders().await?.pop() };
+        let (publish_timeout, memory) = (self.config.publish_timeout, &self.memory);
+        let question = Question { destinations, publish_timeout, memory, owner };
+        answered("look for what stands still", standstill::find(&mut connection, &question)).await
     }
 }
 

@@ -19,7 +19,7 @@ use crate::event::{Noted, Renewed, Tally, Term};
 use crate::failpoint::hit;
 use crate::outbox::{self, Claimed, Lane as _, Outbox, OutboxError};
 use crate::relay::watch::{Look, Watch};
-use crate::relay::{Backoff, Relay, sleep};
+use crate::relay::{Backoff, Drained, Relay, sleep};
 use crate::sink::Ledger;
 
 /// How long a lane that ends waits for destinations to have heard of its last settle.
@@ -51,7 +51,7 @@ pub(super) struct Shared<W> {
     pub(super) claims: AtomicUsize,
     /// Cancelled when publish calls are no longer waited for: the relay is to end.
     pub(super) give_up: CancellationToken,
-    result: Mutex<(Tally, bool)>,
+    result: Mutex<Drained>,
 }
 
 impl<W> Shared<W> {
@@ -71,14 +71,20 @@ impl<W> Shared<W> {
     }
 
     /// What all lanes did together, and whether a drain left something undelivered.
-    pub(super) fn result(&self) -> (Tally, bool) {
-        *self.result.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn result(&self) -> Drained {
+        self.result.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(super) fn record(&self, tally: Tally, undelivered: bool) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
-        result.0.add(tally);
-        result.1 |= undelivered;
+        result.tally.add(tally);
+        result.undelivered |= undelivered;
+    }
+
+    /// Others hold what a drain has waited for.
+    pub(super) fn record_holders(&self, holders: Vec<String>) {
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        (result.undelivered, result.held_by) = (true, holders);
     }
 }
 
@@ -227,7 +233,9 @@ impl<O: Outbox> Lane<O> {
         }
         hit("acked")?;
         let published = begun.elapsed();
+        let asking = relay.standstills.asking();
         let settled = self.lane.settle(&deliveries).await;
+        drop(asking);
         relay.caution.after(&relay.outbox, care).await;
         settled?;
         self.tell(once_settled);
@@ -277,9 +285,9 @@ impl<O: Outbox> Lane<O> {
         if self.eager && self.relay.paused_until(Instant::now()).is_none() {
             // With all lanes here nobody keeps watch, and what is scheduled must come in its turn all the same.
             if let Ok(mut watch) = shared.watch.try_lock()
-                && watch.next_promotion <= Instant::now()
+                && watch.schedule.next_promotion <= Instant::now()
             {
-                self.promote(&mut watch).await?;
+                self.promote(&mut watch.schedule).await?;
             }
             if let Look::Found(work) = self.look().await? {
                 return Ok(Some(work));

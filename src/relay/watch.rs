@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use crate::breaker::Admission;
 use crate::event::Tally;
-use crate::failpoint::crash_on_many;
-use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Wakeup};
+use crate::failpoint::{crash_on_many, hit};
+use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Standstill, Wakeup};
 use crate::relay::destination::Destination;
 use crate::relay::lane::{Busy, Ending, Lane, Work};
+use crate::relay::standstills::Answer;
 use crate::relay::{Relay, sleep};
 
 /// The shortest time between two looks of one relay: while producers are busy it makes bigger batches, and after the
@@ -25,6 +26,12 @@ const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
 /// The longest time between two looks while all that is pending is another relay's; it bounds how long the events of a
 /// relay that was killed wait for this one.
 const BUSY_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The same for a drain.
+const HELD_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The note that polling is all that is left.
+const NOT_WOKEN: &str = "not_woken";
 
 /// How long a relay stays awake after its last work, at least and at most.
 const LINGER: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -42,9 +49,14 @@ const PROMOTION_INTERVAL: Duration = Duration::from_secs(1);
 /// Events in a batch that probes a destination: the fewer, the less can be repeated if it is still unwell.
 const PROBE_EVENTS: usize = 10;
 
-/// What a relay knows about when to look next; owned by the lane that looks.
+/// The right to look for work; owned by the lane that looks.
 pub(super) struct Watch<W> {
     wakeup: Option<W>,
+    pub(super) schedule: Schedule,
+}
+
+/// What a relay knows about when to look next.
+pub(super) struct Schedule {
     last_look: Instant,
     last_work: Instant,
     linger: Duration,
@@ -53,12 +65,31 @@ pub(super) struct Watch<W> {
     pub(super) next_promotion: Instant,
     /// The warning that wake-ups do not work was given.
     warned: bool,
+    /// What a drain waits for that others hold.
+    held: Option<Held>,
+}
+
+/// Events that were pending when a drain had nothing left to claim.
+#[derive(Clone, Copy)]
+struct Held {
+    last_id: i64,
+    /// How long whoever holds them may take.
+    until: Instant,
 }
 
 impl<W> Watch<W> {
     pub(super) fn new(wakeup: Option<W>) -> Self {
         let now = Instant::now();
-        Self { wakeup, last_look: now, last_work: now, linger: LINGER.0, misses: 0, next_promotion: now, warned: false }
+        let schedule = Schedule {
+            last_look: now,
+            last_work: now,
+            linger: LINGER.0,
+            misses: 0,
+            next_promotion: now,
+            warned: false,
+            held: None,
+        };
+        Self { wakeup, schedule }
     }
 }
 
@@ -126,7 +157,15 @@ impl<O: Outbox> Lane<O> {
         };
         let mut busy = Busy::new(Arc::clone(&self.shared));
         let begun = Instant::now();
-        let claim = self.lane.claim(request).await?;
+        let asking = relay.standstills.asking();
+        let claim = self.lane.claim(request).await;
+        drop(asking);
+        relay.standstills.answered(match &claim {
+            Ok(Claim::Batch { .. } | Claim::Empty) => Answer::Moving,
+            Ok(Claim::Busy) => Answer::Busy,
+            Err(_) => Answer::Failed,
+        });
+        let claim = claim?;
         if let Claim::Batch { claimed, .. } = &claim {
             crash_on_many(claimed.len());
         }
@@ -153,9 +192,11 @@ impl<O: Outbox> Lane<O> {
         &mut self,
         watch: &mut Watch<O::Wakeup>,
     ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        let Watch { wakeup, schedule } = watch;
         loop {
             if self.shared.drained.load(Ordering::SeqCst)
-                || !sleep((watch.last_look + self.pace()).saturating_duration_since(Instant::now()), &self.stop).await
+                || !sleep((schedule.last_look + self.pace()).saturating_duration_since(Instant::now()), &self.stop)
+                    .await
             {
                 return Ok(None);
             }
@@ -169,31 +210,33 @@ impl<O: Outbox> Lane<O> {
                 sleep(until - now, &self.stop).await;
                 continue;
             }
-            watch.last_look = now;
-            if self.shared.scheduled.swap(false, Ordering::SeqCst) || watch.next_promotion <= now {
-                self.promote(watch).await?;
+            schedule.last_look = now;
+            if self.shared.scheduled.swap(false, Ordering::SeqCst) || schedule.next_promotion <= now {
+                self.promote(schedule).await?;
             }
             // Asked before the look: what a lane held then may be pending again now.
             let alone = self.alone();
             let look = self.look().await?;
             if let Look::Found(work) = look {
-                watch.last_work = Instant::now();
-                watch.misses = 0;
+                schedule.last_work = Instant::now();
+                schedule.misses = 0;
                 return Ok(Some(work));
             }
-            watch.misses = watch.misses.saturating_add(1);
+            schedule.misses = schedule.misses.saturating_add(1);
             if self.shared.ending == Ending::Drained {
-                if alone && self.drain_is_over(watch).await? {
+                let rest = if matches!(look, Look::Busy) { HELD_INTERVAL } else { LOOK_INTERVAL };
+                let over = alone && (matches!(look, Look::Empty) || !self.is_held_by_others(schedule).await?);
+                if over && self.drain_is_over(schedule).await? {
                     return Ok(None);
                 }
-                self.rest(LOOK_INTERVAL).await;
+                self.rest(rest).await;
             } else if matches!(look, Look::Busy) {
-                self.rest(interval(watch.misses, BUSY_INTERVAL)).await;
-            } else if now.duration_since(watch.last_work) < watch.linger {
-                self.rest(interval(watch.misses, AWAKE_INTERVAL)).await;
-            } else if let Some(work) = self.doze(watch).await? {
-                watch.last_work = Instant::now();
-                watch.misses = 0;
+                self.rest(interval(schedule.misses, BUSY_INTERVAL)).await;
+            } else if now.duration_since(schedule.last_work) < schedule.linger {
+                self.rest(interval(schedule.misses, AWAKE_INTERVAL)).await;
+            } else if let Some(work) = self.doze(schedule, wakeup.as_mut()).await? {
+                schedule.last_work = Instant::now();
+                schedule.misses = 0;
                 return Ok(Some(work));
             }
         }
@@ -201,74 +244,84 @@ impl<O: Outbox> Lane<O> {
 
     /// Makes due events pending. Returns how long until there may be more: until the next one is due, a paused destination
     /// takes events again, or a polling interval is over.
-    pub(super) async fn promote(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Duration, OutboxError> {
+    pub(super) async fn promote(&mut self, schedule: &mut Schedule) -> Result<Duration, OutboxError> {
         let relay = Arc::clone(&self.relay);
         let now = Instant::now();
         let limit = relay.batch_events(now);
+        hit("promote")?;
+        let _asking = relay.standstills.asking();
         let promoted = self.lane.promote(&relay.ready_destinations(now), limit).await?;
         let next = if promoted.count >= limit { Duration::ZERO } else { relay.rest(now, promoted.next_due) };
-        watch.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
+        schedule.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
         Ok(if promoted.count > 0 { Duration::ZERO } else { next })
     }
 
     /// Sleeps until there may be work: at most a polling interval, less where something is due or a destination may be
     /// back before, and less where a producer wakes us. Returns what the last look before falling asleep found.
-    async fn doze(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
-        let Some(mut wakeup) = watch.wakeup.take() else {
-            let at_most = self.promote(watch).await?;
+    async fn doze(
+        &mut self,
+        schedule: &mut Schedule,
+        wakeup: Option<&mut O::Wakeup>,
+    ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
+        let Some(wakeup) = wakeup else {
+            let at_most = self.promote(schedule).await?;
             self.rest(at_most).await;
             return Ok(None);
         };
-        let found = match wakeup.arm().await {
+        match wakeup.arm().await {
             Ok(Armed::No) => {
-                self.rest(interval(watch.misses, AWAKE_INTERVAL)).await;
+                self.rest(interval(schedule.misses, AWAKE_INTERVAL)).await;
                 Ok(None)
             }
-            Ok(armed) => self.doze_armed(watch, &mut wakeup, armed).await,
-            Err(error) => {
-                if !watch.warned {
-                    watch.warned = true;
-                    tracing::warn!(
-                        error = error.explain(),
-                        "cannot be woken by producers; polling every {} ms until that works",
-                        self.relay.config.polling_interval.as_millis()
-                    );
+            Ok(armed) => {
+                schedule.warned = false;
+                self.relay.standstills.clear(NOT_WOKEN, "");
+                let found = self.doze_armed(schedule, wakeup, armed).await;
+                // Whatever happened: as long as it is armed, producers pay for it.
+                if let Err(error) = wakeup.disarm().await {
+                    tracing::debug!(error = error.explain(), "the connection that wakes this relay was lost");
                 }
-                let at_most = self.promote(watch).await?;
+                found
+            }
+            Err(error) => {
+                let polling = format!(
+                    "producers cannot wake this relay; it polls every {} ms until they can: {}",
+                    self.relay.config.polling_interval.as_millis(),
+                    error.explain()
+                );
+                if !std::mem::replace(&mut schedule.warned, true) {
+                    tracing::warn!("{polling}");
+                }
+                self.relay.standstills.note(Standstill::new(NOT_WOKEN, polling));
+                let at_most = self.promote(schedule).await?;
                 self.rest(at_most).await;
                 Ok(None)
             }
-        };
-        watch.wakeup = Some(wakeup);
-        found
+        }
     }
 
     async fn doze_armed(
         &mut self,
-        watch: &mut Watch<O::Wakeup>,
+        schedule: &mut Schedule,
         wakeup: &mut O::Wakeup,
         armed: Armed,
     ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
-        watch.warned = false;
         // Once more, now that whoever commits after this will wake us.
         let look = self.look().await?;
         let begun = Instant::now();
         let mut woken = false;
         if matches!(look, Look::Empty) {
-            let at_most = self.promote(watch).await?;
-            woken = self.sleep_armed(watch, wakeup, armed, at_most).await?;
+            let at_most = self.promote(schedule).await?;
+            woken = self.sleep_armed(schedule, wakeup, armed, at_most).await?;
         }
         if woken {
             let now = Instant::now();
             let short = now.duration_since(begun) < SHORT_SLEEP;
-            watch.linger = if short { (watch.linger * 2).min(LINGER.1) } else { LINGER.0 };
-            watch.last_work = now;
-            watch.misses = 0;
+            schedule.linger = if short { (schedule.linger * 2).min(LINGER.1) } else { LINGER.0 };
+            schedule.last_work = now;
+            schedule.misses = 0;
             // It may have been a delayed event; the others come first.
-            watch.next_promotion = watch.next_promotion.min(now + LINGER.0 / 2);
-        }
-        if let Err(error) = wakeup.disarm().await {
-            tracing::debug!(error = error.explain(), "the connection that wakes this relay was lost");
+            schedule.next_promotion = schedule.next_promotion.min(now + LINGER.0 / 2);
         }
         Ok(match look {
             Look::Found(work) => Some(work),
@@ -280,7 +333,7 @@ impl<O: Outbox> Lane<O> {
     /// not all who insert wake anybody. Returns whether it was woken.
     async fn sleep_armed(
         &mut self,
-        watch: &mut Watch<O::Wakeup>,
+        schedule: &mut Schedule,
         wakeup: &mut O::Wakeup,
         mut armed: Armed,
         at_most: Duration,
@@ -290,9 +343,11 @@ impl<O: Outbox> Lane<O> {
             let now = Instant::now();
             if until <= now {
                 let relay = Arc::clone(&self.relay);
+                let asking = relay.standstills.asking();
                 let found = self.lane.peek(&relay.ready_destinations(now)).await?;
+                drop(asking);
                 if found.pending || found.next_due.is_some_and(|due| due.is_zero()) {
-                    watch.next_promotion = now;
+                    schedule.next_promotion = now;
                     return Ok(false);
                 }
                 until = now + relay.rest(now, found.next_due);
@@ -339,7 +394,7 @@ impl<O: Outbox> Lane<O> {
     }
 
     /// Whether a drain that found nothing, alone, has nothing left to do; records what it leaves behind.
-    async fn drain_is_over(&mut self, watch: &mut Watch<O::Wakeup>) -> Result<bool, OutboxError> {
+    async fn drain_is_over(&mut self, schedule: &mut Schedule) -> Result<bool, OutboxError> {
         let now = Instant::now();
         // Settled before the promotion, which leaves out what is owed to a destination that pauses.
         let pausing = self
@@ -347,11 +402,34 @@ impl<O: Outbox> Lane<O> {
             .destinations
             .iter()
             .any(|destination| matches!(destination.admission(now), Admission::No(_)) && !destination.is_down());
-        if pausing || self.promote(watch).await?.is_zero() {
+        if pausing || self.promote(schedule).await?.is_zero() {
             return Ok(false);
         }
         self.end_drain(false).await?;
         Ok(true)
+    }
+
+    /// Whether others hold events that a drain must wait for: those that were pending when it had nothing left to claim, for as
+    /// long as one publish call may take. Afterwards who holds them is told, and they count as undelivered.
+    async fn is_held_by_others(&mut self, schedule: &mut Schedule) -> Result<bool, OutboxError> {
+        let held = match schedule.held {
+            Some(held) => held,
+            None => {
+                let until = Instant::now() + self.relay.config.publish_timeout;
+                let Some(last_id) = self.lane.last_id().await? else {
+                    return Ok(false);
+                };
+                *schedule.held.insert(Held { last_id, until })
+            }
+        };
+        if !self.lane.is_pending_up_to(held.last_id).await? {
+            return Ok(false);
+        }
+        if Instant::now() < held.until {
+            return Ok(true);
+        }
+        self.shared.record_holders(self.relay.outbox.holders().await?);
+        Ok(false)
     }
 
     /// Ends a drain whose destinations are all down: nothing more is claimed for them.

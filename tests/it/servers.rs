@@ -20,7 +20,7 @@ pub(crate) struct Server {
     /// `None` only while it is dropped: closing it is what tells the supervisor to end.
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
-    info: Info,
+    info: Box<Info>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -30,6 +30,7 @@ struct Info {
     port: u16,
     ports: Vec<u16>,
     url: String,
+    bin: String,
     ca: Option<String>,
     other_ca: Option<String>,
 }
@@ -90,6 +91,11 @@ impl Server {
     /// That of one that did not.
     pub(crate) fn other_ca(&self) -> &str {
         self.info.other_ca.as_deref().expect("started with --tls")
+    }
+
+    /// One of the programs that came with it.
+    pub(crate) fn program(&self, name: &str) -> std::path::PathBuf {
+        std::path::Path::new(&self.info.bin).join(name)
     }
 
     /// The server's own process, not the supervisor's.
@@ -182,7 +188,12 @@ impl Drop for Server {
 
 /// A PgBouncer of two connections before `server`, in transaction mode.
 pub(crate) fn pgbouncer(server: &Server) -> Server {
-    Server::start("pgbouncer", &["--server", server.url()])
+    pgbouncer_with(server, &[])
+}
+
+/// The same with these options besides.
+pub(crate) fn pgbouncer_with(server: &Server, options: &[&str]) -> Server {
+    Server::start("pgbouncer", &[&["--server", server.url()], options].concat())
 }
 
 /// The server that tests share. Being shared, it cannot be stopped: a test that wants to starts one of its own.

@@ -1,8 +1,8 @@
 //! What the database knows of its events, for an audit.
 
 use futures_util::TryStreamExt;
-use sqlx::Row;
 use sqlx::postgres::PgConnection;
+use sqlx::{Executor, Row};
 use uuid::Uuid;
 
 use crate::audit::{Audit, Checksum, EntryId, Known};
@@ -31,7 +31,14 @@ from {schema}.event_history where destination = $1";
 /// Why it could not be read.
 pub async fn read(url: &Secret, destination: &str, audit: &mut Audit) -> Result<EntryId, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
-    feed(&mut connection, destination, audit).await.map_err(|source| query_failed("read what is recorded", source))
+    let read = async {
+        // A pooler may send each transaction to another server connection; and hidden rows would look lost.
+        connection.execute("begin; set local row_security = off").await?;
+        let since = feed(&mut connection, destination, audit).await?;
+        connection.execute("commit").await?;
+        Ok(since)
+    };
+    read.await.map_err(|source| query_failed("read what is recorded", source))
 }
 
 async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audit) -> Result<EntryId, sqlx::Error> {

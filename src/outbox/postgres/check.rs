@@ -1,13 +1,16 @@
 //! `relay check`: the database tried as a relay would use it.
 
-use sqlx::Row;
 use sqlx::postgres::PgConnection;
+use sqlx::{Executor, Row};
 
 use crate::outbox::postgres::sql::{Schema, Sql};
+use crate::outbox::postgres::standstill::{self, Question};
 use crate::outbox::postgres::{
-    STATEMENT_TIMEOUT, answered, connect, connect_options, formats, proof, schema, triggers,
+    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, formats, proof, schema,
+    triggers,
 };
-use crate::outbox::{Check, OutboxError, Usage};
+use crate::outbox::standstill::Memory;
+use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
 use crate::secret::Secret;
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
@@ -58,7 +61,7 @@ const PRIVILEGES: [(&str, &str); 13] = [
 ];
 
 /// Tries the database at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
-pub async fn check(url: &Secret, pooled: bool, usage: Usage) -> Vec<Check> {
+pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
         let failed = result.is_err();
@@ -72,26 +75,43 @@ pub async fn check(url: &Secret, pooled: bool, usage: Usage) -> Vec<Check> {
             return checks;
         }
     };
-    let server = facts(&mut connection, pooled).await;
-    if push("database", server) | push("schema", schema::require_fit(&mut connection).await) {
+    let server = transaction(&mut connection, async |connection| facts(connection, pooled).await).await;
+    if push("database", server) | push("schema", transaction(&mut connection, schema::require_fit).await) {
         return checks;
     }
-    if !push("privileges", privileges(&mut connection).await) {
+    let privileges = push("privileges", transaction(&mut connection, privileges).await);
+    // Nothing is said of what is as it should be.
+    let hidden = match transaction(&mut connection, all_rows).await {
+        Ok(()) => false,
+        Err(error) => push("row-level security", Err(error)),
+    };
+    if !privileges && !hidden {
         // Without its triggers the table takes no row.
-        if !push("triggers", triggers_fit(&mut connection).await) {
-            push("recording", proof::check(&mut connection, usage).await);
+        if !push("triggers", transaction(&mut connection, triggers_fit).await) {
+            let usage = request.usage;
+            let recording = transaction(&mut connection, async |connection| proof::check(connection, usage).await);
+            push("recording", recording.await);
         }
-        push("ids", ids_ahead(&mut connection).await);
-        match formats(&mut connection).await {
+        push("ids", transaction(&mut connection, ids_ahead).await);
+        match transaction(&mut connection, formats).await {
             Ok(None) => {}
             Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
             Err(error) => drop(push("formats", Err(error))),
         }
     }
-    match creators(&mut connection).await {
+    if let Err(error) = locks(&mut connection, url, pooled).await {
+        push("advisory locks", Err(error));
+    }
+    match transaction(&mut connection, creators).await {
         Ok(None) => {}
         other => {
             push("create rights", other.map(Option::unwrap_or_default));
+        }
+    }
+    match standstills(&mut connection, request).await {
+        Ok(found) => checks.extend(Check::standstills(found)),
+        Err(error) => {
+            push("standstills", Err(error));
         }
     }
     checks
@@ -124,6 +144,18 @@ async fn creators(connection: &mut PgConnection) -> Result<Option<String>, Outbo
     }))
 }
 
+/// Looks in a transaction of its own: a pooler may send each to another server connection, and what fails ends it.
+async fn transaction<T>(
+    connection: &mut PgConnection,
+    look: impl AsyncFnOnce(&mut PgConnection) -> Result<T, OutboxError>,
+) -> Result<T, OutboxError> {
+    answered("begin", STATEMENT_TIMEOUT, connection.execute("begin; set local row_security = off")).await?;
+    let found = look(connection).await;
+    // Where the connection is lost, the next look says so.
+    drop(answered("end a look", STATEMENT_TIMEOUT, connection.execute("rollback")).await);
+    found
+}
+
 /// How this command sends statements.
 async fn sql(connection: &mut PgConnection) -> Result<Sql, OutboxError> {
     let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
@@ -143,6 +175,51 @@ async fn formats(connection: &mut PgConnection) -> Result<Option<String>, Outbox
 async fn ids_ahead(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let sql = sql(connection).await?;
     triggers::require_ids_ahead(connection, sql).await
+}
+
+async fn standstills(
+    connection: &mut PgConnection,
+    CheckRequest { destinations, publish_timeout, .. }: CheckRequest<'_>,
+) -> Result<Vec<Standstill>, OutboxError> {
+    let memory = Memory::default();
+    loop {
+        let sql = transaction(connection, sql).await?;
+        let question = Question { sql, destinations, publish_timeout, memory: &memory, bounds: vec![i64::MIN; 640] };
+        let first = memory.is_empty();
+        let (found, brief) =
+            answered("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question)).await?;
+        if !(first && brief) {
+            return Ok(found);
+        }
+        tokio::time::sleep(standstill::BRIEF).await;
+    }
+}
+
+/// Whether advisory locks exclude each other.
+async fn locks(connection: &mut PgConnection, url: &Secret, pooled: bool) -> Result<(), OutboxError> {
+    exclusion::prove(connection, &mut connect(&connect_options(url, pooled)?).await?).await
+}
+
+async fn all_rows(connection: &mut PgConnection) -> Result<(), OutboxError> {
+    let sql = sql(connection).await?;
+    require_all_rows(connection, sql).await
+}
+
+/// Fails where row-level security hides rows of our tables from this role, or might.
+pub(super) async fn require_all_rows(connection: &mut PgConnection, sql: Sql) -> Result<(), OutboxError> {
+    let query = "
+        select pg_catalog.string_agg(t.relname::text, ', ' order by t.relname)
+        from pg_catalog.pg_class o
+        join pg_catalog.pg_class t on t.relnamespace = o.relnamespace
+        where o.oid = '{schema}.event_outbox'::regclass::oid and t.relrowsecurity
+          and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history', 'event_relay_run',
+                            'event_crash_suspect')
+          and pg_catalog.row_security_active(t.oid)";
+    let hidden: Option<String> = answered("look for row-level security", STATEMENT_TIMEOUT, async {
+        sql.query_scalar(query).fetch_one(connection).await
+    })
+    .await?;
+    hidden.map_or(Ok(()), |tables| Err(OutboxError::RowSecurity { tables, advice: ROW_SECURITY_ADVICE }))
 }
 
 async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, OutboxError> {
@@ -180,8 +257,7 @@ pub(super) fn read_only() -> OutboxError {
 
 async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let mut missing = Vec::new();
-    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
-    let sql = Sql { schema: schema.unwrap_or_default(), persistent: false };
+    let sql = sql(connection).await?;
     for (privilege, condition) in PRIVILEGES {
         let granted: bool = answered("look at the privileges", STATEMENT_TIMEOUT, async {
             sql.query_scalar(condition).fetch_one(&mut *connection).await

@@ -1,11 +1,12 @@
 //! The insert of one event.
 
-use sqlx::Postgres;
-use sqlx::postgres::PgArguments;
+use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::query::Query;
+use sqlx::{Executor, Postgres};
+use uuid::Uuid;
 
 use crate::event::NewEvent;
-use crate::outbox::emit::OutboxDatabase;
+use crate::outbox::emit::{EmitError, OutboxDatabase};
 
 impl OutboxDatabase for Postgres {
     fn insert(event: NewEvent) -> Query<'static, Self, PgArguments> {
@@ -28,6 +29,20 @@ impl OutboxDatabase for Postgres {
         .bind(event.priority)
         .bind(event.delay.as_secs_f64())
     }
+}
+
+/// Emits one event in a transaction of its own. Its statement has no name and travels in that transaction: behind a pooler
+/// another client may have used the name, and outside of one its parts may reach different connections.
+pub(in crate::outbox) async fn alone(connection: &mut PgConnection, event: NewEvent) -> Result<Uuid, EmitError> {
+    event.validate()?;
+    let event_id = event.event_id;
+    let emitted = async {
+        connection.execute("begin").await?;
+        Postgres::insert(event).persistent(false).execute(&mut *connection).await?;
+        connection.execute("commit").await
+    };
+    emitted.await.map_err(EmitError::Insert)?;
+    Ok(event_id)
 }
 
 /// Why the database refused an event for its content, told without that content.

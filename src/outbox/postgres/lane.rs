@@ -18,6 +18,7 @@ use crate::outbox::postgres::formats;
 use crate::outbox::postgres::proof::is_content;
 use crate::outbox::postgres::salvage::SAVEPOINT;
 use crate::outbox::postgres::settle::Settle;
+use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::{self, PARTITIONS, Peeked, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
@@ -69,6 +70,24 @@ const HAS_OWED: &str = "
 select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')
     or exists (select from {schema}.event_outbox where partition >= 1280 and available_at <= pg_catalog.statement_timestamp())";
 
+/// A scan from the right of each partition touches one index entry.
+const LAST_ID: &str = "
+select pg_catalog.max(last.id)
+from pg_catalog.generate_series(0, 639) p(partition)
+cross join lateral (
+    select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint
+    order by o.partition desc, o.id desc limit 1
+) last";
+
+const IS_PENDING_UP_TO: &str = "
+select exists (
+    select from pg_catalog.generate_series(0, 639) p(partition)
+    cross join lateral (
+        select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint and o.id <= $1
+        order by o.partition, o.id limit 1
+    ) first
+)";
+
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
 /// takes longer is not repeated for a hundred times as long.
 const SHORT_WALK: Duration = Duration::from_millis(1);
@@ -109,12 +128,7 @@ pub struct PgLane {
 
 impl PgLane {
     pub(super) fn new(outbox: PgOutbox) -> Self {
-        // Each statement after the first must see what was committed before it: no higher isolation.
-        let mut begin = "begin isolation level read committed".to_owned();
-        if outbox.config.pooled {
-            let local = |(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)");
-            begin = format!("{begin}; select {}", settings(&outbox.config).map(local).join(", "));
-        }
+        let begin = begin(&outbox.config);
         Self {
             outbox,
             connection: None,
@@ -133,13 +147,35 @@ impl PgLane {
     async fn ready(&mut self) -> Result<PgConnection, OutboxError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.outbox.connect().await?,
+            None => {
+                // The server may be another, in which ids start lower.
+                self.outbox.bounds.forget();
+                self.outbox.connect().await?
+            }
         };
         if self.unproven || self.outbox.unrecorded.is_set() {
             self.outbox.prove(&mut connection, &self.begin).await?;
             self.unproven = false;
         }
         Ok(connection)
+    }
+
+    /// Asks one question.
+    async fn ask<T>(
+        &mut self,
+        operation: &'static str,
+        query: impl AsyncFnOnce(Sql, &mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, OutboxError> {
+        let mut connection = self.ready().await?;
+        let answer = answered(operation, STATEMENT_TIMEOUT, async {
+            self.outbox.begin_pooled(&mut connection).await?;
+            let answer = query(self.outbox.sql(), &mut connection).await?;
+            self.outbox.commit_pooled(&mut connection).await?;
+            Ok(answer)
+        })
+        .await?;
+        self.connection = Some(connection);
+        Ok(answer)
     }
 
     async fn try_claim(
@@ -410,14 +446,17 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        answered("search below the bounds", STATEMENT_TIMEOUT, self.search(&mut connection)).await?;
-        let (known, _) = self.outbox.bounds.known();
-        let Peeked { mut pending, next_due_ms, moves, drawn } = answered(
-            "look whether there are events",
-            STATEMENT_TIMEOUT,
-            take::peek(&mut connection, self.outbox.sql(), Ranges::all(&known.bounds), &destinations),
-        )
-        .await?;
+        let (known, Peeked { mut pending, next_due_ms, moves, drawn }) =
+            answered("look whether there are events", STATEMENT_TIMEOUT, async {
+                self.outbox.begin_pooled(&mut connection).await?;
+                self.search(&mut connection).await?;
+                let (known, _) = self.outbox.bounds.known();
+                let ranges = Ranges::all(&known.bounds);
+                let found = take::peek(&mut connection, self.outbox.sql(), ranges, &destinations).await?;
+                self.outbox.commit_pooled(&mut connection).await?;
+                Ok((known, found))
+            })
+            .await?;
         if self.outbox.bounds.drew(&drawn) || known.moves != moves {
             // There may be, below what was a bound until now; the next look tells.
             self.outbox.bounds.at(moves);
@@ -430,24 +469,53 @@ impl Lane for PgLane {
     }
 
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
-        let mut connection = self.ready().await?;
-        let owed = answered("look for events still owed", STATEMENT_TIMEOUT, async {
-            self.outbox.sql().query_scalar(HAS_OWED).fetch_one(&mut connection).await
+        self.ask("look for events still owed", async |sql, connection| {
+            sql.query_scalar(HAS_OWED).fetch_one(connection).await
         })
-        .await?;
-        self.connection = Some(connection);
-        Ok(owed)
+        .await
+    }
+
+    async fn last_id(&mut self) -> Result<Option<i64>, OutboxError> {
+        self.ask("look for the last event", async |sql, connection| {
+            sql.query_scalar(LAST_ID).fetch_one(connection).await
+        })
+        .await
+    }
+
+    async fn is_pending_up_to(&mut self, id: i64) -> Result<bool, OutboxError> {
+        self.ask("look whether others are done", async |sql, connection| {
+            sql.query_scalar(IS_PENDING_UP_TO).bind(id).fetch_one(connection).await
+        })
+        .await
     }
 }
 
-/// What a lane's connection is set to; behind a transaction-pooling proxy, each of its transactions.
+/// How a transaction of a relay begins.
+pub(super) fn begin(config: &OutboxConfig) -> String {
+    // Each statement after the first must see what was committed before it: no higher isolation.
+    let begin = "begin isolation level read committed";
+    if !config.pooled {
+        return begin.to_owned();
+    }
+    let local = |(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)");
+    format!("{begin}; select {}", settings(config).map(local).join(", "))
+}
+
+/// What a relay's connection is set to; behind a transaction-pooling proxy, each of its transactions.
 ///
-/// - The timeout ends the claim of a relay that stalled; it must outlast every publish.
+/// - The idle timeout ends the claim of a relay that stalled; it must outlast every publish.
+/// - The server gives up before the client does: a connection that is dropped while it waits would wait on, and each attempt
+///   would leave one more behind. A claim gives up a lock after seconds, and is repeated; a settle has longer, which
+///   `take` sees to, because what is published already would be published again.
+/// - Row-level security that applies to this role fails a statement, and does not hide rows from it.
 /// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
-pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 7] {
+pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 10] {
     let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
     [
         ("idle_in_transaction_session_timeout", idle.to_string()),
+        ("lock_timeout", "5s".to_owned()),
+        ("statement_timeout", "28s".to_owned()),
+        ("row_security", "off".to_owned()),
         ("plan_cache_mode", "force_generic_plan".to_owned()),
         ("enable_seqscan", "off".to_owned()),
         ("enable_bitmapscan", "off".to_owned()),

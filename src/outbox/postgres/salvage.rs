@@ -106,11 +106,12 @@ impl Unrecorded {
 impl PgOutbox {
     /// Looks whether the application has added to the tables what may refuse a write.
     pub(super) async fn look_at_additions(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        let additions = answered(
-            "look at what was added to the tables",
-            STATEMENT_TIMEOUT,
-            proof::additions(connection, self.sql()),
-        )
+        let additions = answered("look at what was added to the tables", STATEMENT_TIMEOUT, async {
+            self.begin_pooled(connection).await?;
+            let additions = proof::additions(connection, self.sql()).await?;
+            self.commit_pooled(connection).await?;
+            Ok(additions)
+        })
         .await?;
         self.unrecorded.wary.store(!additions.is_empty(), Ordering::Relaxed);
         if !additions.is_empty() {

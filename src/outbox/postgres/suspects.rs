@@ -61,13 +61,38 @@ select pg_catalog.pg_logical_emit_message(true, 'relay', '');
 commit";
 
 impl PgOutbox {
-    /// Runs `query` on the connection aside, which is given up if it fails.
-    async fn aside<T>(
+    /// Runs `query` on the connection aside, which is given up if it fails; behind a pooler in a transaction.
+    pub(super) async fn aside<T>(
         &self,
         operation: &'static str,
         query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, OutboxError> {
         let mut aside = self.aside.lock().await;
+        self.ask(&mut aside, operation, async |connection| {
+            self.begin_pooled(connection).await?;
+            let answer = query(connection).await?;
+            self.commit_pooled(connection).await?;
+            Ok(answer)
+        })
+        .await
+    }
+
+    /// The same for a query that sees to its transactions by itself; `None` where somebody uses that connection.
+    pub(super) async fn aside_unless_busy<T>(
+        &self,
+        operation: &'static str,
+        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Option<Result<T, OutboxError>> {
+        let mut aside = self.aside.try_lock().ok()?;
+        Some(self.ask(&mut aside, operation, query).await)
+    }
+
+    async fn ask<T>(
+        &self,
+        aside: &mut Option<PgConnection>,
+        operation: &'static str,
+        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, OutboxError> {
         let mut connection = match aside.take() {
             Some(connection) => connection,
             None => self.connect().await?,
@@ -79,7 +104,9 @@ impl PgOutbox {
 
     /// Waits until all that is committed now is on disk.
     pub(super) async fn flush(&self) -> Result<(), OutboxError> {
-        self.aside("have commits flushed to disk", async |connection| connection.execute(FLUSH).await.map(drop)).await
+        let mut aside = self.aside.lock().await;
+        let flush = async |connection: &mut PgConnection| connection.execute(FLUSH).await.map(drop);
+        self.ask(&mut aside, "have commits flushed to disk", flush).await
     }
 }
 

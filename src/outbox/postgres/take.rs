@@ -12,13 +12,14 @@ use crate::outbox::postgres::sql::Sql;
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
 pub(super) const PARTITIONS: i16 = 640;
 
-/// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds.
+/// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds. What follows in this transaction may wait for
+/// longer: a settle that gave up would let be published again what is published. It still ends before the client gives up.
 const TAKE: &str = "
 select array(
     select pending.partition from ({ranges}) range cross join lateral ({pending}) pending
     where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, pending.partition)
     limit $4::smallint
-), {moves}";
+), {moves}, pg_catalog.set_config('lock_timeout', '55s', true), pg_catalog.set_config('statement_timeout', '58s', true)";
 
 /// Whether any partition of `{ranges}` is non-empty.
 const ANY: &str = "select exists (select from ({ranges}) range cross join lateral ({pending}) pending)";
@@ -166,13 +167,9 @@ pub(super) async fn take(
     ranges: Ranges,
     limit: i16,
 ) -> Result<(Vec<i16>, i64), sqlx::Error> {
-    sql.query_as(*TAKE_QUERY)
-        .bind(ranges.low)
-        .bind(ranges.above)
-        .bind(ranges.high)
-        .bind(limit)
-        .fetch_one(connection)
-        .await
+    let query = sql.query_as(*TAKE_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high).bind(limit);
+    let (taken, moves, _, _): (_, _, String, String) = query.fetch_one(connection).await?;
+    Ok((taken, moves))
 }
 
 /// Whether any partition has something, whoever holds it, and how far ids have come.

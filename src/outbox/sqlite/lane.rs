@@ -128,6 +128,10 @@ where exists (
       and o.destination in ('', ?2)
 )";
 
+const LAST_ID: &str = "select max(id) from event_outbox where partition < 640";
+
+const IS_PENDING_UP_TO: &str = "select exists (select 1 from event_outbox where partition < 640 and id <= ?1)";
+
 /// What is of an unknown format, or behind such an event, is not owed to one destination, and due all the same.
 const HAS_OWED: &str = "
 select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')
@@ -234,6 +238,18 @@ impl SqliteLane {
     async fn connection(&mut self) -> Result<Connected, OutboxError> {
         self.outbox.connect_unless(self.connection.take()).await
     }
+
+    /// Asks one question.
+    async fn ask<T>(
+        &mut self,
+        operation: &'static str,
+        query: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, OutboxError> {
+        let mut connection = self.connection().await?;
+        let answer = answered(operation, query(&mut connection)).await?;
+        self.connection = Some(connection);
+        Ok(answer)
+    }
 }
 
 impl Lane for SqliteLane {
@@ -241,7 +257,9 @@ impl Lane for SqliteLane {
         if !self.outbox.owns()? {
             return Ok(Claim::Busy);
         }
-        let Ok(mut turn) = Arc::clone(&self.outbox.turn).try_lock_owned() else { return Ok(Claim::Busy) };
+        let Ok(mut turn) = Arc::clone(&self.outbox.turn).try_lock_owned() else {
+            return Ok(Claim::Busy);
+        };
         turn.record(&self.outbox).await?;
         let batch = turn.read(&self.outbox, request).await?;
         if matches!(batch, Claim::Batch { .. }) {
@@ -333,13 +351,22 @@ impl Lane for SqliteLane {
     }
 
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
-        let mut connection = self.connection().await?;
-        let owed = answered("look for events still owed", async {
-            sqlx::query_scalar(HAS_OWED).fetch_one(&mut *connection).await
+        self.ask("look for events still owed", async |connection| {
+            sqlx::query_scalar(HAS_OWED).fetch_one(connection).await
         })
-        .await?;
-        self.connection = Some(connection);
-        Ok(owed)
+        .await
+    }
+
+    async fn last_id(&mut self) -> Result<Option<i64>, OutboxError> {
+        self.ask("look for the last event", async |connection| sqlx::query_scalar(LAST_ID).fetch_one(connection).await)
+            .await
+    }
+
+    async fn is_pending_up_to(&mut self, id: i64) -> Result<bool, OutboxError> {
+        self.ask("look whether others are done", async |connection| {
+            sqlx::query_scalar(IS_PENDING_UP_TO).bind(id).fetch_one(connection).await
+        })
+        .await
     }
 }
 

@@ -6,6 +6,7 @@
 //! only, and so is this.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -31,8 +32,9 @@ struct Share {
 }
 
 impl Owner {
-    /// Whether this relay holds the locks; takes them where they are free. `path` leads to the database.
-    pub(super) fn owns(&self, path: &Path) -> Result<bool, OutboxError> {
+    /// Whether this relay holds the locks; takes them where they are free, and notes beside that they are
+    /// `worker`'s. `path` leads to the database.
+    pub(super) fn owns(&self, worker: &str, path: &Path) -> Result<bool, OutboxError> {
         let database = file_id(path)?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(share) = state.as_ref().filter(|share| share.database == database)
@@ -53,7 +55,7 @@ impl Owner {
                 Share::new(path, database)?
             }
         };
-        let owns = share.try_lock(path);
+        let owns = share.try_lock(worker, path);
         *state = Some(share);
         owns
     }
@@ -64,7 +66,7 @@ impl Share {
         Ok(Self { database, beside: open(path)?, beside_locked: false, itself: None, standing_by: false })
     }
 
-    fn try_lock(&mut self, path: &Path) -> Result<bool, OutboxError> {
+    fn try_lock(&mut self, worker: &str, path: &Path) -> Result<bool, OutboxError> {
         if !self.beside_locked {
             match self.beside.try_lock() {
                 Ok(()) => self.beside_locked = true,
@@ -80,6 +82,10 @@ impl Share {
             .map_err(|source| OutboxError::File { operation: "lock the database file", source })?;
         if self.itself.is_none() {
             return Ok(self.stand_by("another relay works on this file, which has two names; standing by"));
+        }
+        // Only for who looks for it: the lock is what counts.
+        if let Err(error) = note(&self.beside, worker) {
+            tracing::debug!(%error, "the relay's file does not say who has locked it");
         }
         if std::mem::take(&mut self.standing_by) {
             tracing::info!("the other relay on this file is gone; this one works now");
@@ -110,6 +116,28 @@ pub(super) fn file_id(path: &Path) -> Result<FileId, OutboxError> {
         std::io::ErrorKind::NotFound => OutboxError::NoFile { file: path.display().to_string() },
         _ => OutboxError::File { operation: "look at the database file", source },
     })
+}
+
+/// Whose lock it is, for people; `None` where nobody holds it.
+pub(super) fn holder(database: &Path) -> Result<Option<String>, OutboxError> {
+    let mut file = open(database)?;
+    match file.try_lock_shared() {
+        Ok(()) => Ok(None), // given back with the file
+        Err(_) => {
+            let mut noted = String::new();
+            let known = file.read_to_string(&mut noted).is_ok() && !noted.trim().is_empty();
+            let holder = if known { noted.trim() } else { "one that did not note its name" };
+            Ok(Some(format!("the relay that works on this file ({holder})")))
+        }
+    }
+}
+
+fn note(mut file: &File, worker: &str) -> std::io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    let now = time::OffsetDateTime::now_utc();
+    let (hour, minute, second) = now.to_hms();
+    writeln!(file, "{worker}, since {} {hour:02}:{minute:02}:{second:02}Z", now.date())
 }
 
 /// The lock file of a database, wherever a symbolic link leads.

@@ -9,8 +9,10 @@ use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
+use crate::outbox::sqlite::standstill::{self, Question};
 use crate::outbox::sqlite::{answered, formats, open, open_or_create, path};
-use crate::outbox::{Check, Migrated, OutboxError, SchemaVersion, Usage};
+use crate::outbox::standstill::Memory;
+use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
@@ -85,7 +87,7 @@ async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, Out
 }
 
 /// Tries the file at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
-pub async fn check(url: &Secret, usage: Usage) -> Vec<Check> {
+pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
         let failed = result.is_err();
@@ -104,11 +106,19 @@ pub async fn check(url: &Secret, usage: Usage) -> Vec<Check> {
         return checks;
     }
     push("names", one_name(url));
+    let CheckRequest { destinations, publish_timeout, usage } = request;
     push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
     match formats::look(&mut connection).await {
         Ok(None) => {}
         Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
         Err(error) => drop(push("formats", Err(error))),
+    }
+    let question = Question { destinations, publish_timeout, memory: &Memory::default(), owner: None };
+    match answered("look for what stands still", standstill::find(&mut connection, &question)).await {
+        Ok(found) => checks.extend(Check::standstills(found)),
+        Err(error) => {
+            push("standstills", Err(error));
+        }
     }
     checks
 }

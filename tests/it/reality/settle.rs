@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use outbox_relay::outbox::Usage;
 use outbox_relay::outbox::database::Database;
+use outbox_relay::outbox::{CheckRequest, Usage};
 use outbox_relay::secret::Secret;
 use tokio_util::sync::CancellationToken;
 
@@ -157,7 +157,8 @@ const USAGE: Usage = Usage { several_destinations: false, history: true };
 /// The failed lines of `relay check`, as one text.
 pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
     let database = Database::new(Secret::inline(store.url()), false).unwrap();
-    let checks = database.check(usage).await;
+    let checks =
+        database.check(CheckRequest { destinations: &[], publish_timeout: Duration::from_secs(30), usage }).await;
     checks.into_iter().filter_map(|check| check.result.err()).collect::<Vec<_>>().join("\n")
 }
 

@@ -1,0 +1,300 @@
+//! What keeps events from moving: one probe a cause, one statement a probe.
+//!
+//! A probe must not wait for whoever blocks the tables: it reads catalogues, `pg_locks` and `pg_stat_activity`. One that reads
+//! a table of ours is given up after a second. To add a probe: a text, a function, and a line in [`PROBES`].
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use sqlx::postgres::{PgConnection, PgRow};
+use sqlx::{Executor, Row};
+
+use crate::outbox::postgres::sql::Sql;
+use crate::outbox::postgres::take::PARTITIONS;
+use crate::outbox::standstill::{Memory, NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
+
+/// What the probes go by.
+pub(super) struct Question<'a> {
+    /// How statements are sent.
+    pub(super) sql: Sql,
+    /// The names of all configured destinations.
+    #[expect(dead_code, reason = "for probes of what is owed to whom")]
+    pub(super) destinations: &'a [String],
+    /// How long one publish call may take: so long, and a little more, another relay may hold its claim.
+    pub(super) publish_timeout: Duration,
+    /// What was seen before.
+    pub(super) memory: &'a Memory,
+    /// For each partition, the id above which it may have pending events.
+    pub(super) bounds: Vec<i64>,
+}
+
+type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
+
+const PROBES: [Probe; 3] = [
+    |connection, question| table_locked(connection, question).boxed(),
+    |connection, question| partitions_held(connection, question).boxed(),
+    // The last one: it is left out where another has found the reason.
+    |connection, question| not_taken(connection, question).boxed(),
+];
+
+/// No probe may wait for long, whatever is locked.
+const BEGIN: &str = "
+begin isolation level read committed read only;
+set local lock_timeout = '1s';
+set local statement_timeout = '5s'";
+
+/// What lasts shorter is no standstill.
+pub(super) const BRIEF: Duration = Duration::from_secs(3);
+
+/// What stands still, and whether to look again after [`BRIEF`]: something may be over then, or last.
+pub(super) async fn find(
+    connection: &mut PgConnection,
+    question: &Question<'_>,
+) -> Result<(Vec<Standstill>, bool), sqlx::Error> {
+    let found = ask(connection, question).await?;
+    Ok((found, question.memory.forget_unseen()))
+}
+
+/// Who holds partitions now.
+pub(super) async fn holders(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
+    let rows = sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
+    rows.iter().map(|row| Session::of(row).map(|session| session.name(Duration::ZERO))).collect()
+}
+
+/// Asks all probes. One that the database refuses is left out.
+async fn ask(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
+    let mut found = Vec::new();
+    connection.execute(BEGIN).await?;
+    for probe in PROBES {
+        match probe(connection, question).await {
+            Ok(standstills) if found.is_empty() || standstills.iter().all(|found| found.cause != NOT_TAKEN) => {
+                found.extend(standstills);
+            }
+            Ok(_) => {}
+            Err(sqlx::Error::Database(error)) => {
+                tracing::debug!(error = error.message(), "a search for standstills was refused");
+                connection.execute("rollback").await?;
+                connection.execute(BEGIN).await?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    connection.execute("commit").await?;
+    Ok(found)
+}
+
+/// A session that stands in the way.
+struct Session {
+    /// Null: a prepared transaction.
+    pid: Option<i32>,
+    /// Its present transaction, as locks name it; ends in `/0` outside of one.
+    transaction: String,
+    application: Option<String>,
+    role: Option<String>,
+    /// What it does; hidden from other roles, as are the times.
+    state: Option<String>,
+    since: Option<String>,
+    seconds: Option<f64>,
+}
+
+impl Session {
+    fn of(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            pid: row.try_get("pid")?,
+            transaction: row.try_get("transaction")?,
+            application: row.try_get("application")?,
+            role: row.try_get("role")?,
+            state: row.try_get("state")?,
+            since: row.try_get("since")?,
+            seconds: row.try_get("seconds")?,
+        })
+    }
+
+    /// For people: who, and since when.
+    fn name(&self, seen: Duration) -> String {
+        let Some(pid) = self.pid else {
+            return format!("a prepared transaction ({})", self.transaction);
+        };
+        let mut name = format!("the session with pid {pid}");
+        let known = |part: &Option<String>| part.clone().filter(|part| !part.is_empty());
+        if let Some(application) = known(&self.application) {
+            name.push_str(&format!(", application {application:?}"));
+        }
+        if let Some(role) = known(&self.role) {
+            name.push_str(&format!(", role {role}"));
+        }
+        if let Some(state) = known(&self.state) {
+            name.push_str(&format!(", {state}"));
+        }
+        match &self.since {
+            Some(since) => name.push_str(&format!(", since {since}")),
+            None if seen.is_zero() => {}
+            None => name.push_str(&format!(", seen for {} s", seen.as_secs())),
+        }
+        name
+    }
+
+    /// The same as long as it lasts.
+    fn key(&self) -> String {
+        match self.pid {
+            Some(pid) => format!("pid {pid}"),
+            None => self.transaction.clone(),
+        }
+    }
+
+    fn cure(&self) -> String {
+        match self.pid {
+            Some(pid) => format!("let it end, or end it: select pg_terminate_backend({pid})"),
+            None => "end it with COMMIT PREPARED or ROLLBACK PREPARED; pg_prepared_xacts lists it".to_owned(),
+        }
+    }
+
+    fn held(&self, seen: Duration) -> Duration {
+        self.seconds.map_or(seen, |seconds| Duration::from_secs_f64(seconds.max(0.0)))
+    }
+}
+
+/// Our tables with their days. Conflicts with a claim (`AccessExclusiveLock`) or with a settle (the others); one that waits
+/// itself blocks all that come after it.
+const TABLE_LOCKED: &str = "
+with ours as (
+    select t.oid, t.relname from pg_catalog.pg_class o
+    join pg_catalog.pg_class t on t.relnamespace = o.relnamespace and t.relkind in ('r', 'p')
+     and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history')
+    where o.oid = '{schema}.event_outbox'::regclass::oid
+), tables as (
+    select oid, relname from ours
+    union all
+    select i.inhrelid, o.relname from ours o join pg_catalog.pg_inherits i on i.inhparent = o.oid
+)
+select distinct on (l.pid, l.virtualtransaction, t.relname)
+    l.pid, l.virtualtransaction as transaction, a.application_name as application, a.usename::text as role, a.state,
+    pg_catalog.to_char(a.xact_start at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SSZ') as since,
+    extract(epoch from pg_catalog.clock_timestamp() - a.xact_start)::float8 as seconds,
+    t.relname::text as relation, l.mode, l.granted,
+    case when l.granted then '{}' else pg_catalog.pg_blocking_pids(l.pid) end as behind
+from pg_catalog.pg_locks l
+join tables t on t.oid = l.relation
+left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+where l.locktype = 'relation'
+  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())
+  and l.mode in ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+  and l.pid is distinct from pg_catalog.pg_backend_pid()
+order by l.pid, l.virtualtransaction, t.relname, l.granted desc, l.mode";
+
+async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
+    let rows = question.sql.query(TABLE_LOCKED).fetch_all(connection).await?;
+    let mut found = Vec::new();
+    for row in &rows {
+        let session = Session::of(row)?;
+        let (relation, mode): (&str, &str) = (row.try_get("relation")?, row.try_get("mode")?);
+        let behind: Vec<i32> = row.try_get("behind")?;
+        let who = format!("{relation} {}", session.key());
+        let seen = question.memory.seen(&(who.clone() + &session.transaction));
+        if session.held(seen) < BRIEF {
+            question.memory.is_brief(&(who + &session.transaction));
+            continue;
+        }
+        let name = session.name(seen);
+        let text = if row.try_get("granted")? {
+            format!("{relation} is locked ({mode}) by {name}: events wait until it ends; {}", session.cure())
+        } else {
+            let behind: Vec<_> = behind.iter().map(ToString::to_string).collect();
+            format!(
+                "{name} waits for a lock on {relation} ({mode}) behind pid {}, and all others wait behind it; {}",
+                behind.join(", "),
+                session.cure()
+            )
+        };
+        found.push(Standstill::new("table_locked", text).about(who));
+    }
+    Ok(found)
+}
+
+/// Who holds partitions. A relay does so within a transaction, for as long as it publishes and settles. A stranger does so
+/// outside of one, or its last statement, where that is shown to this role, is none of a claim.
+const PARTITIONS_HELD: &str = "
+select l.pid, l.virtualtransaction as transaction, a.application_name as application, a.usename::text as role, a.state,
+    pg_catalog.to_char(coalesce(a.xact_start, a.state_change) at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SSZ') as since,
+    extract(epoch from pg_catalog.clock_timestamp() - coalesce(a.xact_start, a.state_change))::float8 as seconds,
+    pg_catalog.count(*) as partitions,
+    l.virtualtransaction like '%/0' or coalesce(a.state, '') = 'idle'
+        or a.application_name is distinct from pg_catalog.current_setting('application_name') and a.state is not null
+           and a.query !~ '(ctid|relay_epoch_above|pg_current_wal|event_processing_log|event_outbox_epoch|event_outbox_moves)'
+        as stranger
+from pg_catalog.pg_locks l
+left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+where l.locktype = 'advisory' and l.granted and l.objsubid = 2
+  and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())
+  and l.classid = '{schema}.event_outbox'::regclass::oid
+  and l.objid::bigint < 640
+  and l.pid is distinct from pg_catalog.pg_backend_pid()
+group by l.pid, l.virtualtransaction, a.application_name, a.usename, a.state, a.xact_start, a.state_change, a.query";
+
+async fn partitions_held(
+    connection: &mut PgConnection,
+    question: &Question<'_>,
+) -> Result<Vec<Standstill>, sqlx::Error> {
+    let rows = question.sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
+    let mut found = Vec::new();
+    for row in &rows {
+        let (session, partitions) = (Session::of(row)?, row.try_get::<i64, _>("partitions")?);
+        let who = format!("partitions {}", session.key());
+        let seen = question.memory.seen(&(who.clone() + &session.transaction));
+        let stranger: bool = row.try_get("stranger")?;
+        // A claim lasts no longer than it takes to publish, and then to settle, which may wait for others.
+        let patience = if stranger { BRIEF } else { question.publish_timeout + Duration::from_secs(75) };
+        if session.held(seen) < patience {
+            if stranger {
+                question.memory.is_brief(&(who + &session.transaction));
+            }
+            continue;
+        }
+        let what = if stranger { "advisory locks of the relay" } else { "a claim that does not end" };
+        let text = format!(
+            "{partitions} of 640 partitions of event_outbox are held by {} ({what}): their events wait; {}",
+            session.name(seen),
+            session.cure()
+        );
+        found.push(Standstill::new("partitions_held", text).about(who));
+    }
+    Ok(found)
+}
+
+/// The first event of each partition that is due for so many seconds.
+const FIRST_EVENTS: &str = "
+select first.id, first.event_id::text as event_id, first.event_type,
+    extract(epoch from pg_catalog.clock_timestamp() - first.available_at)::float8 as seconds
+from unnest($1::smallint[], $2::bigint[]) b(partition, bound)
+cross join lateral (
+    select o.id, o.event_id, o.event_type, o.available_at
+    from {schema}.event_outbox o where o.partition = b.partition and o.id > b.bound
+    order by o.partition, o.id limit 1
+) first
+where first.available_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $3)
+order by first.id";
+
+async fn not_taken(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
+    let patience = question.publish_timeout + TAKEN_AFTER;
+    let rows = question
+        .sql
+        .query(FIRST_EVENTS)
+        .bind((0..PARTITIONS).collect::<Vec<_>>())
+        .bind(&question.bounds)
+        .bind(patience.as_secs_f64())
+        .fetch_all(connection)
+        .await?;
+    let mut waiting = Vec::new();
+    for row in &rows {
+        let id: i64 = row.try_get("id")?;
+        if question.memory.seen(&format!("event {id}")) >= patience {
+            waiting.push(row);
+        }
+    }
+    let Some(first) = waiting.first() else {
+        return Ok(Vec::new());
+    };
+    let (id, event_type): (i64, &str) = (first.try_get("id")?, first.try_get("event_type")?);
+    Ok(vec![not_taken_text(waiting.len(), id, event_type, Duration::from_secs_f64(first.try_get("seconds")?), "")])
+}

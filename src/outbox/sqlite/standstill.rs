@@ -1,0 +1,71 @@
+//! What keeps events from moving: one probe a cause, one statement a probe.
+//!
+//! Reading waits for nobody where the file has a write-ahead log, and elsewhere at most for the busy timeout. To add a probe: a
+//! text, a function, and a line in [`PROBES`].
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use sqlx::sqlite::SqliteConnection;
+
+use crate::outbox::standstill::{self, Memory, NOT_TAKEN, Standstill, TAKEN_AFTER};
+
+/// What the probes go by.
+pub(super) struct Question<'a> {
+    /// The names of all configured destinations.
+    #[expect(dead_code, reason = "for probes of what is owed to whom")]
+    pub(super) destinations: &'a [String],
+    /// How long one publish call may take.
+    pub(super) publish_timeout: Duration,
+    /// What was seen before.
+    pub(super) memory: &'a Memory,
+    /// Who works on the file, where it is not this relay.
+    pub(super) owner: Option<String>,
+}
+
+type Probe =
+    for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
+
+const PROBES: [Probe; 1] = [|connection, question| not_taken(connection, question).boxed()];
+
+/// Asks all probes. One that the database refuses is left out.
+pub(super) async fn find(
+    connection: &mut SqliteConnection,
+    question: &Question<'_>,
+) -> Result<Vec<Standstill>, sqlx::Error> {
+    let mut found = Vec::new();
+    for probe in PROBES {
+        match probe(connection, question).await {
+            Ok(standstills) if found.is_empty() || standstills.iter().all(|found| found.cause != NOT_TAKEN) => {
+                found.extend(standstills);
+            }
+            Ok(_) => {}
+            Err(sqlx::Error::Database(error)) => {
+                tracing::debug!(error = error.message(), "a search for standstills was refused");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    question.memory.forget_unseen();
+    Ok(found)
+}
+
+/// The event that is to be published next, and for how many seconds it is due.
+const FIRST_EVENT: &str = "
+select id, event_type, (julianday('now') - julianday(available_at)) * 86400
+from event_outbox where partition < 640 order by partition, id, destination limit 1";
+
+async fn not_taken(connection: &mut SqliteConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
+    let first: Option<(i64, String, Option<f64>)> = sqlx::query_as(FIRST_EVENT).fetch_optional(connection).await?;
+    let Some((id, event_type, Some(due))) = first else {
+        return Ok(Vec::new());
+    };
+    let (due, patience) =
+        (Duration::try_from_secs_f64(due).unwrap_or_default(), question.publish_timeout + TAKEN_AFTER);
+    if due < patience || question.memory.seen(&format!("event {id}")) < patience {
+        return Ok(Vec::new());
+    }
+    let who = question.owner.as_ref().map(|owner| format!("; {owner} must do it")).unwrap_or_default();
+    Ok(vec![standstill::not_taken(1, id, &event_type, due, &who)])
+}

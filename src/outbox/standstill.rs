@@ -1,0 +1,94 @@
+//! What keeps events from moving, in words for people.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// An event that is due, and that nobody takes, whatever the reason.
+pub const NOT_TAKEN: &str = "not_taken";
+
+/// Besides the publish timeout, how long another relay may take for the events before it.
+pub(super) const TAKEN_AFTER: Duration = Duration::from_secs(15);
+
+/// One thing that keeps events from moving. The store finds it, or the engine reports it; a daemon logs it, shows it in
+/// systemd's status, and logs its end; `relay check` prints it as a failure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standstill {
+    /// Its kind, the same as long as it lasts, such as `table_locked`.
+    pub cause: &'static str,
+    /// Which one of its kind, where there can be several, such as a destination's name.
+    pub about: String,
+    /// What stands still, since when, why, and what to do about it. No payload, header value or secret.
+    pub text: String,
+}
+
+impl Standstill {
+    /// The only one of its kind.
+    pub fn new(cause: &'static str, text: impl Into<String>) -> Self {
+        Self { cause, about: String::new(), text: text.into() }
+    }
+
+    /// Tells it from others of its kind. Never what changes while it lasts, such as a count.
+    #[must_use]
+    pub fn about(self, about: impl Into<String>) -> Self {
+        Self { about: about.into(), ..self }
+    }
+}
+
+/// So many events are the first of their partition, due, and not taken; of the first of them its id, type and how long it is due.
+pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, who: &str) -> Standstill {
+    let due = due.as_secs();
+    let text = format!(
+        "event {id} (type {event_type:?}) has been due for {due} s and nobody takes it, nor what is behind it ({count} such \
+         partitions){who}: look whether another relay hangs, and at the log of each"
+    );
+    Standstill::new(NOT_TAKEN, text)
+}
+
+/// Since when what was seen now was seen each time: another role's times are hidden, and a file has none.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Memory {
+    seen: Arc<Mutex<HashMap<String, Seen>>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    first: Instant,
+    now: bool,
+    /// Too short to be a standstill so far.
+    brief: bool,
+}
+
+impl Memory {
+    /// How long this has been seen, each time that was looked.
+    pub(super) fn seen(&self, what: &str) -> Duration {
+        let mut seen = self.all();
+        let seen =
+            seen.entry(what.to_owned()).or_insert_with(|| Seen { first: Instant::now(), now: true, brief: false });
+        (seen.now, seen.brief) = (true, false);
+        seen.first.elapsed()
+    }
+
+    /// It may be over in a moment: worth another look then.
+    pub(super) fn is_brief(&self, what: &str) {
+        if let Some(seen) = self.all().get_mut(what) {
+            seen.brief = true;
+        }
+    }
+
+    /// Forgets what was not seen this time. Returns whether something was seen that may be over in a moment.
+    pub(super) fn forget_unseen(&self) -> bool {
+        let mut seen = self.all();
+        seen.retain(|_, seen| std::mem::replace(&mut seen.now, false));
+        seen.values().any(|seen| seen.brief)
+    }
+
+    /// Nothing was seen yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all().is_empty()
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<String, Seen>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,314 @@
+//! What keeps events from moving: found by the store or reported by the engine, logged, and shown.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+use tokio::sync::watch as channel;
+use tokio_util::sync::CancellationToken;
+
+use crate::outbox::standstill::NOT_TAKEN;
+use crate::outbox::{Outbox, Standstill};
+use crate::relay::{Relay, sleep};
+
+/// How often the store is asked while something looks stuck, and while nothing does.
+const STUCK_INTERVAL: Duration = Duration::from_secs(5);
+const IDLE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often this process looks at itself, which asks nobody.
+const TICK: Duration = Duration::from_secs(1);
+
+/// A question to the store that is unanswered for so long looks stuck; so does a relay for which all pending events are
+/// somebody else's for so long.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// A standstill that lasts is logged again after this time.
+const REPEAT: Duration = Duration::from_secs(60);
+
+/// What a relay knows to stand still.
+pub(super) struct Standstills {
+    state: Mutex<State>,
+    shown: channel::Sender<Vec<Standstill>>,
+}
+
+#[derive(Default)]
+struct State {
+    known: BTreeMap<(&'static str, String), Known>,
+    /// When each question began to which the store has not answered yet.
+    asking: BTreeMap<u64, Instant>,
+    last_question: u64,
+    /// Since when every answer was that all pending events are held by others.
+    busy_since: Option<Instant>,
+    /// The last question failed.
+    failed: bool,
+}
+
+struct Known {
+    text: String,
+    source: Source,
+    since: OffsetDateTime,
+    logged: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Store,
+    Engine,
+    /// The engine, and nothing stands still.
+    Note,
+}
+
+/// A question to the store, from its beginning until it is answered.
+pub(super) struct Asking<'a> {
+    standstills: &'a Standstills,
+    number: u64,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.standstills.state().asking.remove(&self.number);
+    }
+}
+
+/// The last answer of the store to a claim, as far as it tells whether events move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// Events were claimed, or none is pending.
+    Moving,
+    /// Events are pending, and all of them are held by others.
+    Busy,
+    /// There was none.
+    Failed,
+}
+
+impl Standstills {
+    pub(super) fn new() -> Self {
+        Self { state: Mutex::default(), shown: channel::Sender::new(Vec::new()) }
+    }
+
+    /// Follows what stands still.
+    pub(super) fn shown(&self) -> channel::Receiver<Vec<Standstill>> {
+        self.shown.subscribe()
+    }
+
+    /// Begins to ask the store something; a question that stays unanswered looks stuck.
+    pub(super) fn asking(&self) -> Asking<'_> {
+        let mut state = self.state();
+        state.last_question += 1;
+        let number = state.last_question;
+        state.asking.insert(number, Instant::now());
+        drop(state);
+        Asking { standstills: self, number }
+    }
+
+    /// Takes note of an answer of the store.
+    pub(super) fn answered(&self, answer: Answer) {
+        let mut state = self.state();
+        state.failed = answer == Answer::Failed;
+        match answer {
+            Answer::Moving => state.busy_since = None,
+            Answer::Busy => {
+                state.busy_since.get_or_insert_with(Instant::now);
+            }
+            Answer::Failed => {}
+        }
+    }
+
+    /// Something stands still, as the engine knows by itself. Logged when it is new, and then once a minute.
+    #[cfg_attr(not(test), expect(dead_code, reason = "what is reported so far is logged by who reports it"))]
+    pub(super) fn report(&self, standstill: Standstill) {
+        self.add(standstill, Source::Engine, true);
+    }
+
+    /// The same for what has just been logged in other words.
+    pub(super) fn report_logged(&self, standstill: Standstill) {
+        self.add(standstill, Source::Engine, false);
+    }
+
+    /// What is to be seen and keeps nothing from moving. It is not logged.
+    pub(super) fn note(&self, standstill: Standstill) {
+        self.add(standstill, Source::Note, false);
+    }
+
+    /// What was reported or noted is over; nothing where it was not.
+    pub(super) fn clear(&self, cause: &'static str, about: &str) {
+        let ended = |key: &(&'static str, String), known: &Known| {
+            key.0 == cause && key.1 == about && known.source != Source::Store
+        };
+        self.end(ended);
+    }
+
+    /// All that the store has found now; what it found before and does not any more is over.
+    fn found(&self, standstills: Vec<Standstill>) {
+        let keys: Vec<_> = standstills.iter().map(|found| (found.cause, found.about.clone())).collect();
+        standstills.into_iter().for_each(|standstill| self.add(standstill, Source::Store, true));
+        self.end(|key, known| known.source == Source::Store && !keys.contains(key));
+    }
+
+    fn add(&self, Standstill { cause, about, text }: Standstill, source: Source, log: bool) {
+        let mut state = self.state();
+        match state.known.get_mut(&(cause, about.clone())) {
+            Some(known) => known.text = text,
+            None => {
+                if log {
+                    tracing::error!(cause, about, "{text}");
+                }
+                let known = Known { text, source, since: OffsetDateTime::now_utc(), logged: Instant::now() };
+                state.known.insert((cause, about), known);
+            }
+        }
+        self.show(&state);
+    }
+
+    fn end(&self, ended: impl Fn(&(&'static str, String), &Known) -> bool) {
+        let mut state = self.state();
+        state.known.retain(|key, known| {
+            let over = ended(key, known);
+            if over {
+                let (cause, about) = key;
+                tracing::info!(cause, about, since = %utc(known.since), "over: {}", known.text);
+            }
+            !over
+        });
+        self.show(&state);
+    }
+
+    /// Logs again what has lasted for a minute since it was logged.
+    fn repeat(&self) {
+        for ((cause, about), known) in &mut self.state().known {
+            if known.source != Source::Note && known.logged.elapsed() >= REPEAT {
+                known.logged = Instant::now();
+                tracing::error!(cause, about, since = %utc(known.since), "still: {}", known.text);
+            }
+        }
+    }
+
+    fn looks_stuck(&self) -> bool {
+        let state = self.state();
+        state.failed
+            || state.known.values().any(|known| known.source == Source::Store)
+            || state.busy_since.is_some_and(|since| since.elapsed() >= PATIENCE)
+            || state.asking.values().any(|begun| begun.elapsed() >= PATIENCE)
+    }
+
+    fn show(&self, state: &State) {
+        let now: Vec<_> = state
+            .known
+            .iter()
+            .map(|((cause, about), known)| Standstill { cause, about: about.clone(), text: known.text.clone() })
+            .collect();
+        self.shown.send_if_modified(|shown| {
+            let changed = *shown != now;
+            *shown = now;
+            changed
+        });
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<O: Outbox> Relay<O> {
+    /// Asks the store what stands still, and logs what is new and what is over.
+    pub(super) async fn find_standstills(&self) {
+        match self.outbox.standstills(&self.names).await {
+            Ok(mut found) => {
+                // While all destinations are down nothing is taken, and that is said already.
+                if self.paused_until(Instant::now()).is_some() {
+                    found.retain(|standstill| standstill.cause != NOT_TAKEN);
+                }
+                self.standstills.found(found);
+            }
+            // Whoever claims finds the same, and says so.
+            Err(error) => tracing::debug!(error = error.explain(), "the store was not asked what stands still"),
+        }
+    }
+
+    fn report_destinations(&self) {
+        for destination in &self.destinations {
+            let (cause, name) = ("destination_down", &destination.name);
+            if destination.is_down() {
+                let text = format!("destination {name} is down or misconfigured: its events wait");
+                self.standstills.report_logged(Standstill::new(cause, text).about(name));
+            } else {
+                self.standstills.clear(cause, name);
+            }
+        }
+    }
+
+    /// Asks for standstills until `stop`: at once, every few seconds while something looks stuck, else once a minute.
+    pub(super) async fn watch_standstills(&self, stop: &CancellationToken) {
+        let ask = async {
+            loop {
+                self.find_standstills().await;
+                let asked = Instant::now();
+                let due =
+                    || asked.elapsed() >= if self.standstills.looks_stuck() { STUCK_INTERVAL } else { IDLE_INTERVAL };
+                while !due() {
+                    if !sleep(TICK, stop).await {
+                        return;
+                    }
+                }
+            }
+        };
+        let repeat = async {
+            loop {
+                self.report_destinations();
+                self.standstills.repeat();
+                if !sleep(TICK, stop).await {
+                    return;
+                }
+            }
+        };
+        tokio::join!(ask, repeat);
+    }
+}
+
+/// To the second: these are for people.
+fn utc(time: OffsetDateTime) -> String {
+    let (date, (hour, minute, second)) = (time.date(), time.to_hms());
+    format!("{date} {hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn causes(standstills: &Standstills) -> Vec<(&'static str, String)> {
+        standstills.shown().borrow().iter().map(|shown| (shown.cause, shown.about.clone())).collect()
+    }
+
+    #[test]
+    fn what_the_store_no_longer_finds_is_over_and_what_the_engine_reports_stays_until_it_is_cleared() {
+        let standstills = Standstills::new();
+        standstills.report(Standstill::new("down", "a").about("redis"));
+        standstills.found(vec![Standstill::new("locked", "by 1")]);
+        standstills.found(vec![Standstill::new("locked", "by 2")]);
+        assert_eq!(causes(&standstills), [("down", "redis".to_owned()), ("locked", String::new())]);
+        assert_eq!(standstills.shown().borrow()[1].text, "by 2");
+        assert!(standstills.looks_stuck());
+        standstills.found(vec![]);
+        assert_eq!(causes(&standstills), [("down", "redis".to_owned())]);
+        standstills.clear("down", "eventbridge");
+        assert_eq!(causes(&standstills).len(), 1);
+        standstills.clear("down", "redis");
+        assert_eq!(causes(&standstills), []);
+    }
+
+    #[test]
+    fn a_failed_claim_looks_stuck_at_once_and_an_unanswered_question_after_a_while() {
+        let standstills = Standstills::new();
+        standstills.answered(Answer::Busy);
+        let asking = standstills.asking();
+        assert!(!standstills.looks_stuck());
+        standstills.answered(Answer::Failed);
+        assert!(standstills.looks_stuck());
+        standstills.answered(Answer::Moving);
+        standstills.state().asking.values_mut().for_each(|begun| *begun -= PATIENCE);
+        assert!(standstills.looks_stuck());
+        drop(asking);
+        assert!(!standstills.looks_stuck());
+    }
+}

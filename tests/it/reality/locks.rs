@@ -1,0 +1,66 @@
+//! Somebody else's locks: on our tables, and the relay's own advisory locks.
+
+use crate::binary::{Running, finished, relay};
+use crate::harness::{count, emit, eventually, sql};
+use crate::servers::{Database, database};
+
+const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
+
+fn daemon(database: &Database) -> Running {
+    Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT]))
+}
+
+/// `relay check` fails with one line that has each of these parts.
+fn check_fails(database: &Database, parts: &[&str]) {
+    let check = finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).exited(1);
+    let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert_eq!(failed.len(), 1, "{}", check.stdout);
+    for part in parts {
+        assert!(failed[0].contains(part), "{part:?} is missing in: {}", failed[0]);
+    }
+}
+
+#[tokio::test]
+async fn f75_who_locks_a_table_is_named_in_log_and_check_until_it_ends() {
+    let database = database().await;
+    for table in ["event_outbox", "event_processing_log", "event_dead_letter"] {
+        let mut blocker = database.connect().await;
+        sql(&mut blocker, "set application_name = 'a migration'").await;
+        let pid = sqlx::query_scalar::<_, i32>("select pg_backend_pid()").fetch_one(&mut blocker).await.unwrap();
+        sql(&mut database.connect().await, "truncate event_outbox").await;
+        emit(&mut database.connect().await, "waits", "").await;
+        sql(&mut blocker, format!("begin; lock table {table} in access exclusive mode")).await;
+        let mut relay = daemon(&database);
+        let parts =
+            [&format!("{table} is locked (AccessExclusiveLock)"), &format!("pid {pid}"), "application \"a migration\""];
+        relay.until_log("\"cause\":\"table_locked\"");
+        for part in parts {
+            assert!(relay.log().replace("\\\"", "\"").contains(part), "{part:?} is missing in:\n{}", relay.log());
+        }
+        check_fails(&database, &parts);
+        sql(&mut blocker, "commit").await;
+        relay.until_log("over: ");
+        let mut look = database.connect().await;
+        eventually("the event is published", async || count(&mut look, "event_outbox").await == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn f75_a_strangers_hold_of_the_relays_advisory_locks_is_named() {
+    let database = database().await;
+    let hold = "pg_advisory{}_lock('event_outbox'::regclass::oid::int, p) from generate_series(0, 639) p";
+    for (begin, lock) in [("", ""), ("begin; ", ""), ("begin; ", "_xact")] {
+        let mut stranger = database.connect().await;
+        sql(&mut stranger, "set application_name = 'a stranger'").await;
+        sql(&mut stranger, format!("{begin}select {}", hold.replace("{}", lock))).await;
+        emit(&mut database.connect().await, "waits", "").await;
+        let mut relay = daemon(&database);
+        relay.until_log("\"cause\":\"partitions_held\"");
+        assert!(relay.log().contains("a stranger"), "{}", relay.log());
+        check_fails(&database, &["640 of 640 partitions of event_outbox are held by", "a stranger"]);
+        drop(stranger);
+        relay.until_log("over: ");
+        let mut look = database.connect().await;
+        eventually("the event is published", async || count(&mut look, "event_outbox").await == 0).await;
+    }
+}

@@ -1,0 +1,94 @@
+//! `relay --once` where another relay holds the work.
+
+use std::fs::File;
+use std::io::Write;
+
+use crate::binary::{Running, finished, relay, until};
+use crate::harness::{count, emit, eventually, sql};
+use crate::servers::{Database, database};
+use crate::stores::{Sqlite, Store};
+
+const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
+
+/// Stops a relay's process in the middle of its work.
+fn freeze(relay: &Running) {
+    relay.signal("STOP");
+}
+
+#[tokio::test]
+async fn f82_once_ends_with_3_and_names_a_hung_relay_that_holds_what_is_due() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    emit(&mut connection, "held", "k").await;
+    let named = format!("{}?application_name=hung", database.url());
+    let variables = [("DATABASE_URL", named.as_str()), STDOUT, ("FAILPOINTS", "before_publish=sleep(600000)")];
+    let hung = Running::start(relay(&[], &variables));
+    let claims = "pg_locks where locktype = 'advisory' and objid < 640 and objsubid = 2
+                  and database = (select oid from pg_database where datname = current_database())";
+    eventually("it has claimed", async || count(&mut connection, claims).await > 0).await;
+    freeze(&hung);
+    let variables = [("DATABASE_URL", database.url()), STDOUT, ("EVENT_DEFAULT_TIMEOUT", "2000")];
+    let once = finished(&["--once"], &variables).exited(3);
+    assert_eq!(once.stdout, "");
+    let last = once.stderr.lines().last().unwrap();
+    for part in ["held_by", "pid ", "hung", "since "] {
+        assert!(last.contains(part), "{part:?} is missing in: {last}");
+    }
+    hung.signal("CONT");
+}
+
+#[tokio::test]
+async fn f82_once_beside_a_relay_that_settles_what_is_due_ends_with_0() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    emit(&mut connection, "held", "k").await;
+    let variables = [("DATABASE_URL", database.url()), STDOUT, ("FAILPOINTS", "before_publish=1*sleep(3000)")];
+    let slow = Running::start(relay(&[], &variables));
+    let claims = "pg_locks where locktype = 'advisory' and objid < 640 and objsubid = 2
+                  and database = (select oid from pg_database where datname = current_database())";
+    eventually("it has claimed", async || count(&mut connection, claims).await > 0).await;
+    let once = finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+    assert_eq!(once.stdout, "");
+    assert_eq!(count(&mut connection, "event_outbox").await, 0, "it has waited");
+    // Where all is well and a producer goes on, it does not wait for what came later.
+    drop(slow);
+    sql(&mut connection, "insert into event_outbox (event_type) select 'a' from generate_series(1, 10)").await;
+    finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+}
+
+#[tokio::test]
+async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
+    let store = Sqlite::new().await;
+    let mut connection = store.connect().await;
+    emit(&mut connection, "held", "k").await;
+    let variables = [("DATABASE_URL", store.url()), STDOUT, ("FAILPOINTS", "before_publish=sleep(600000)")];
+    let hung = Running::start(relay(&[], &variables));
+    let mut lock = store.path().into_os_string();
+    lock.push("-relay");
+    until("it owns the file", || std::fs::read_to_string(&lock).is_ok_and(|noted| noted.contains("since")));
+    freeze(&hung);
+    let variables = [("DATABASE_URL", store.url()), STDOUT, ("EVENT_DEFAULT_TIMEOUT", "2000")];
+    let once = finished(&["--once"], &variables).exited(3);
+    let last = once.stderr.lines().last().unwrap();
+    assert!(last.contains(&format!(":{}, since", hung.id())), "{last}");
+    hung.signal("KILL");
+    drop(hung);
+    assert_eq!(finished(&["--once"], &variables).exited(0).stdout.lines().count(), 1);
+    // Any program that holds the lock without a name, such as a relay of before.
+    emit(&mut connection, "held", "k").await;
+    let mut file = File::options().write(true).truncate(true).open(&lock).unwrap();
+    file.flush().unwrap();
+    file.lock().unwrap();
+    finished(&["--once"], &variables).exited(3).says(&["one that did not note its name"]);
+}
+
+#[tokio::test]
+async fn f82_nothing_due_beside_an_owner_is_no_alarm() {
+    let store = Sqlite::new().await;
+    let mut owner = Running::start(relay(&[], &[("DATABASE_URL", store.url()), STDOUT]));
+    owner.until_log("ready");
+    finished(&["--once"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);
+    drop(owner);
+    let database: Database = database().await;
+    finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+}
