@@ -5,6 +5,7 @@
 //! - `alone`: finding the event on which Redis closes the connection.
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
 //! - `once`: what keeps an event that is published again from arriving twice.
+//! - `state_key`: where its notes lie.
 //! - `read`: reading a stream back.
 //! - `fault`: whose fault an error is.
 
@@ -17,6 +18,7 @@ pub mod fuzzing;
 mod once;
 mod read;
 mod script;
+mod state_key;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,10 +36,11 @@ pub use address::RedisAddress;
 use alone::Suspects;
 use connection::{Connection, slot_of};
 use fault::{call_error, concerns_a_key, connect_error, server_error, wants_new_connection};
-use once::{ChunkStates, Dirty, Once};
+use once::{ChunkStates, Dirty, Found, Once};
 pub use read::StreamReader;
 pub(super) use script::{Command, Commands};
 use script::{SCRIPT, eval};
+use state_key::{Replaced, is_state_key};
 
 /// A chunk of 100 keeps Redis busy for well under a millisecond, and is what can be unknown after a cut connection.
 const LIMITS: Limits = Limits { request_events: 100, request_bytes: 1 << 20, requests: 32 };
@@ -60,18 +63,27 @@ pub(super) struct Redis {
     connection: Mutex<Option<(u64, Connection)>>,
     suspects: Suspects,
     in_flight: Arc<Semaphore>,
+    replaced: Arc<Replaced>,
 }
 
 impl Redis {
     /// Nothing is connected yet. `timeout` bounds the wait for any one answer.
     pub(super) fn new(address: RedisAddress, timeout: Duration) -> Self {
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize));
-        Self { address, timeout, connection: Mutex::new(None), suspects: Suspects::default(), in_flight }
+        Self {
+            address,
+            timeout,
+            connection: Mutex::new(None),
+            suspects: Suspects::default(),
+            in_flight,
+            replaced: Arc::default(),
+        }
     }
 
     /// The same with a connection of its own.
     fn aside(&self) -> Self {
-        Self { in_flight: Arc::clone(&self.in_flight), ..Self::new(self.address.clone(), self.timeout) }
+        let (in_flight, replaced) = (Arc::clone(&self.in_flight), Arc::clone(&self.replaced));
+        Self { in_flight, replaced, ..Self::new(self.address.clone(), self.timeout) }
     }
 
     /// Waits until a call of so many bytes may be in flight; `None`: not before the deadline.
@@ -123,14 +135,14 @@ impl Redis {
         };
         // As if it were oversize, an event that is not to be sent rides alone: its turn comes when the earlier events of
         // its key have their answers.
-        let size = |index: usize| match refusal(events[index]) {
+        let size = |index: usize| match refusal(events[index], commands) {
             Some(_) => limits.request_bytes + 1,
             None => events[index].bytes() + 512,
         };
         if connection.has_slots() {
             rounds = rounds.at_places(|index| place(events[index], commands));
         }
-        let mut once = tenure.map(Once::new);
+        let mut once = tenure.map(|tenure| Once::new(tenure, &self.replaced));
         let (mut lost, mut one_key_a_call) = (false, connection.has_slots());
         while Instant::now() < deadline {
             let chunks = rounds.next(limits, size);
@@ -141,18 +153,20 @@ impl Redis {
                 Some(once) => chunks.iter().map(|chunk| once.chunk(events, chunk, commands)).collect(),
                 None => chunks.iter().map(|_| ChunkStates::default()).collect(),
             };
-            let answers =
-                join_all(chunks.iter().zip(&states).map(async |(chunk, states)| match refusal(events[chunk[0]]) {
+            let answers = join_all(chunks.iter().zip(&states).map(async |(chunk, states)| {
+                match refusal(events[chunk[0]], commands) {
                     Some(error) => Err(error),
                     None => {
                         let bytes = chunk.iter().map(|&index| size(index)).sum();
                         let Some(_room) = self.room(bytes, deadline).await else { return Ok(Answer::Unsent) };
                         let call = eval(events, chunk, commands, once.as_ref(), states);
-                        run(connection.clone(), call, place(events[chunk[0]], commands), states, chunk.len(), deadline)
-                            .await
+                        let reach = once.as_ref().map_or(i64::MAX, Once::highest_epoch);
+                        let expected = (states, reach, chunk.len());
+                        run(connection.clone(), call, place(events[chunk[0]], commands), expected, deadline).await
                     }
-                }))
-                .await;
+                }
+            }))
+            .await;
             let mut dirty: HashMap<String, Dirty> = HashMap::new();
             for ((chunk, states), answer) in chunks.iter().zip(&states).zip(answers) {
                 let outcomes = match answer {
@@ -163,9 +177,15 @@ impl Redis {
                         replies.split('\n').map(|reply| outcome(reply, commands.one_key())).collect()
                     }
                     Ok(Answer::Unsent) => vec![Outcome::Held; chunk.len()],
-                    Ok(Answer::Dirty(found)) => {
-                        dirty.extend(found.into_iter().map(|state| (state.key.clone(), state)));
-                        continue;
+                    Ok(Answer::States(found)) => {
+                        let (dirty_ones, others): (Vec<_>, Vec<_>) = found.into_iter().partition(Result::is_ok);
+                        dirty.extend(dirty_ones.into_iter().flatten().map(|state| (state.key.clone(), state)));
+                        let foreign = others.into_iter().filter_map(Result::err);
+                        match once.as_ref().and_then(|once| foreign.filter_map(|key| no_state(once, key)).next()) {
+                            // The events are sent once more, with another state.
+                            None => continue,
+                            Some(error) => vec![Outcome::Failed(error); chunk.len()],
+                        }
                     }
                     // Nothing was done, because of one key. With each key in calls of its own the others go on.
                     Err(error) if concerns_a_key(&error) && !one_key_a_call && !commands.one_key() => {
@@ -270,12 +290,32 @@ fn forget(
 }
 
 /// Why an event cannot be sent at all.
-fn refusal(event: &Event) -> Option<PublishError> {
+fn refusal(event: &Event, commands: &dyn Commands) -> Option<PublishError> {
     let count = event.headers.len();
-    (count > MAX_HEADERS).then(|| {
+    if count > MAX_HEADERS {
         let message = format!("the event has {count} headers, a Redis destination takes {MAX_HEADERS}");
-        PublishError::new(Fault::Unfit, "too_many_headers", message)
+        return Some(PublishError::new(Fault::Unfit, "too_many_headers", message));
+    }
+    // As a stream it would take the place of the state, and keep every event of that partition from being published.
+    let is_reserved = !commands.one_key() && commands.key(event).is_some_and(|key| is_state_key(&key));
+    is_reserved.then(|| {
+        let message = "the template makes a name of this event that the relay keeps for its own notes beside streams";
+        PublishError::new(Fault::Unfit, "reserved_name", message)
     })
+}
+
+/// Replaces a state whose key holds something else. Returns an error where that does not help any more.
+fn no_state(once: &Once<'_>, key: String) -> Option<PublishError> {
+    if once.replace(&key) {
+        tracing::warn!(
+            key,
+            "this Redis key holds something else than the relay's notes; they go on under a new key, and what lies there stays"
+        );
+        return None;
+    }
+    let message =
+        format!("{key:?} and the keys before it hold something else than the relay's notes: rename or delete them");
+    Some(PublishError::new(Fault::Misconfigured, "no_state", message))
 }
 
 /// The slot of a cluster that an event's command goes to.
@@ -290,8 +330,8 @@ enum Answer {
     Replies(String),
     /// It was not asked: there was no room before the deadline.
     Unsent,
-    /// Nothing was done: these states are to be looked into first.
-    Dirty(Vec<Dirty>),
+    /// Nothing was done: these states are to be looked into or replaced first.
+    States(Vec<Found>),
 }
 
 /// Runs one chunk.
@@ -299,8 +339,7 @@ async fn run(
     mut connection: Connection,
     command: Cmd,
     place: u16,
-    states: &ChunkStates,
-    event_count: usize,
+    (states, highest_epoch, event_count): (&ChunkStates, i64, usize),
     deadline: Instant,
 ) -> Result<Answer, PublishError> {
     let value = match send(connection.clone(), &command, place, deadline).await {
@@ -312,13 +351,13 @@ async fn run(
         }
         answer => answer?,
     };
-    answer(value, &states.keys, event_count)
+    answer(value, &states.keys, highest_epoch, event_count)
 }
 
 /// What the script answered to a chunk of so many events, with states of these keys.
-fn answer(value: Value, keys: &[String], event_count: usize) -> Result<Answer, PublishError> {
-    if let Some(dirty) = once::dirty(&value, keys) {
-        return Ok(Answer::Dirty(dirty));
+fn answer(value: Value, keys: &[String], highest_epoch: i64, event_count: usize) -> Result<Answer, PublishError> {
+    if let Some(found) = once::found(&value, keys, highest_epoch) {
+        return Ok(Answer::States(found));
     }
     let Value::BulkString(replies) = value else { return Err(unexpected_reply()) };
     let replies = String::from_utf8_lossy(&replies).into_owned();

@@ -24,7 +24,7 @@ use crate::stream;
 
 /// What happens to a sink's answers.
 #[derive(Clone, Copy, PartialEq)]
-enum Trouble {
+pub(crate) enum Trouble {
     /// Nothing; but the mark is lost.
     NoMark,
     /// They are lost: nobody knows.
@@ -34,14 +34,14 @@ enum Trouble {
 }
 
 /// A real sink between which and the relay answers get lost, call by call.
-struct Lossy {
+pub(crate) struct Lossy {
     sink: RedisStream,
     troubles: Mutex<VecDeque<Trouble>>,
     gate: Option<Arc<Gate>>,
 }
 
 impl Lossy {
-    fn new(stream: &str, troubles: &[Trouble]) -> Arc<Self> {
+    pub(crate) fn new(stream: &str, troubles: &[Trouble]) -> Arc<Self> {
         let troubles = Mutex::new(troubles.iter().copied().collect());
         Arc::new(Self { sink: sink(redis(), stream), troubles, gate: None })
     }
@@ -82,17 +82,17 @@ impl Sink for Lossy {
     }
 }
 
-fn address(server: &Server) -> RedisAddress {
+pub(crate) fn address(server: &Server) -> RedisAddress {
     RedisAddress::Url(Secret::inline(server.url()))
 }
 
-fn sink(server: &Server, stream: &str) -> RedisStream {
+pub(crate) fn sink(server: &Server, stream: &str) -> RedisStream {
     let stream = stream.parse().unwrap();
     RedisStream::new(address(server), stream, None, "outbox".into(), Duration::from_secs(30), true)
 }
 
 /// The types of the events in a stream, in order.
-fn arrived(stream: &str) -> Vec<String> {
+pub(crate) fn arrived(stream: &str) -> Vec<String> {
     stream::entries(&mut stream::connect(redis().url()), stream).into_iter().map(|e| e.fields["type"].clone()).collect()
 }
 

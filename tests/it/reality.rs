@@ -16,6 +16,7 @@ mod once;
 mod pinned;
 mod pooled;
 mod process;
+mod redis_states;
 mod replication;
 mod row_security;
 mod set_ups;

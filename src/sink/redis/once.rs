@@ -14,7 +14,6 @@
 //! So a claim that lost its partitions, and does not know it, is refused as soon as another has published there.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::LazyLock;
 
 use redis::{Cmd, Value};
 use uuid::Uuid;
@@ -23,10 +22,15 @@ use crate::event::{Event, Noted, Outcome};
 use crate::sink::Tenure;
 use crate::sink::redis::connection::slot_of;
 use crate::sink::redis::script::Commands;
+use crate::sink::redis::state_key::{Replaced, state_key};
 
 /// How long the state of a partition in which nothing happens is kept. It must outlast a publish call that was begun before
 /// another claim took over, which ends with its timeout.
 const STATE_LIFETIME_SECONDS: u32 = 86_400;
+
+/// How far above the claim's own an epoch may be. A failover of the database takes its epochs back by as many settles as it
+/// loses; a number that is further away is not a relay's, and would drive the database's own to its end.
+const EPOCH_REACH: i64 = 1 << 40;
 
 /// Takes over a state that was looked into, unless it has changed since. KEYS: the state. ARGV: its number of fields and its
 /// owner then; the owner from now on; what is carried.
@@ -70,6 +74,7 @@ pub(super) struct Dirty {
     pub(super) key: String,
     fields: usize,
     owner: String,
+    epoch: i64,
     added: Vec<Added>,
 }
 
@@ -84,6 +89,7 @@ struct Added {
 /// What one publish call knows of the states it writes to.
 pub(super) struct Once<'a> {
     tenure: &'a Tenure<'a>,
+    replaced: &'a Replaced,
     chunks: usize,
     states: HashMap<String, State>,
 }
@@ -101,8 +107,8 @@ struct State {
 }
 
 impl<'a> Once<'a> {
-    pub(super) fn new(tenure: &'a Tenure<'a>) -> Self {
-        Self { tenure, chunks: 0, states: HashMap::new() }
+    pub(super) fn new(tenure: &'a Tenure<'a>, replaced: &'a Replaced) -> Self {
+        Self { tenure, replaced, chunks: 0, states: HashMap::new() }
     }
 
     pub(super) fn token(&self) -> u64 {
@@ -120,7 +126,18 @@ impl<'a> Once<'a> {
     fn key(&self, event: &Event, commands: &dyn Commands) -> String {
         let Tenure { destination, term, .. } = self.tenure;
         let beside = commands.key(event);
-        state_key(beside.as_deref(), &format!("{}:{destination}:{}", term.outbox, event.row.partition))
+        let name = format!("{}:{destination}:{}", term.outbox, event.row.partition);
+        self.replaced.current(state_key(beside.as_deref(), &name))
+    }
+
+    /// A state of this key is of use only if its owner's epoch is at most this.
+    pub(super) fn highest_epoch(&self) -> i64 {
+        self.tenure.term.epoch.saturating_add(EPOCH_REACH)
+    }
+
+    /// What lies at this key is no state: another key takes its place. `false`: there have been too many.
+    pub(super) fn replace(&self, key: &str) -> bool {
+        self.replaced.replace(key)
     }
 
     /// The states of the next chunk.
@@ -173,8 +190,7 @@ impl<'a> Once<'a> {
     /// Asks the outbox about the events that states list, and returns the calls that take those states over. `None`: the
     /// claim is lost.
     pub(super) async fn look_into(&mut self, dirty: Vec<Dirty>) -> Option<Vec<(String, Cmd)>> {
-        let owner_epoch = |state: &Dirty| state.owner.split(' ').next().and_then(|epoch| epoch.parse().ok());
-        let floor = dirty.iter().filter_map(owner_epoch).fold(self.tenure.term.epoch, i64::max);
+        let floor = dirty.iter().map(|state| state.epoch).fold(self.tenure.term.epoch, i64::max);
         let mut noted = Vec::new();
         for state in &dirty {
             let partition = self.states.get(&state.key).map_or(0, |state| state.partition);
@@ -248,42 +264,30 @@ impl<'a> Once<'a> {
     }
 }
 
-/// The key of a state, in the same slot of a cluster as the stream that it lies beside.
-pub(super) fn state_key(stream: Option<&str>, name: &str) -> String {
-    // What goes to channels, which are no keys, all goes by way of slot 0.
-    let Some(stream) = stream else { return format!("relay:{{{}}}:{name}", *SLOT_0) };
-    let tagged =
-        stream.split_once('{').and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(tag, _)| !tag.is_empty());
-    if tagged {
-        return format!("{stream}:relay:{name}");
-    }
-    if !stream.is_empty() && !stream.contains('}') {
-        return format!("{{{stream}}}:relay:{name}");
-    }
-    // No tag says it: a number does that falls into the same slot.
-    format!("{{{}}}{stream}:relay:{name}", number_in(slot_of(stream.as_bytes())))
-}
-
-static SLOT_0: LazyLock<u32> = LazyLock::new(|| number_in(0));
-
-/// The first number that falls into a slot.
-fn number_in(slot: u16) -> u32 {
-    (0..).find(|number: &u32| slot_of(number.to_string().as_bytes()) == slot).unwrap_or_default()
-}
+/// A state that a chunk may not write to: one to be looked into, or the key of what is no state.
+pub(super) type Found = Result<Dirty, String>;
 
 /// The states in the answer of a chunk that added nothing; `None` where it is another answer.
-pub(super) fn dirty(answer: &Value, keys: &[String]) -> Option<Vec<Dirty>> {
+pub(super) fn found(answer: &Value, keys: &[String], highest_epoch: i64) -> Option<Vec<Found>> {
     let Value::Array(states) = answer else { return None };
     if states.is_empty() {
         return None;
     }
-    states.iter().map(|state| dirty_state(state, keys)).collect()
+    states.iter().map(|state| found_state(state, keys, highest_epoch)).collect()
 }
 
-fn dirty_state(state: &Value, keys: &[String]) -> Option<Dirty> {
+fn found_state(state: &Value, keys: &[String], highest_epoch: i64) -> Option<Found> {
     let Value::Array(parts) = state else { return None };
-    let [number, Value::Array(fields)] = parts.as_slice() else { return None };
+    let [number, fields] = parts.as_slice() else { return None };
     let key = keys.get(text(number)?.parse::<usize>().ok()?.checked_sub(1)?)?.clone();
+    let dirty = dirty_state(&key, fields).filter(|dirty| dirty.epoch <= highest_epoch);
+    Some(dirty.ok_or(key))
+}
+
+/// `None`: it is no state.
+fn dirty_state(key: &str, fields: &Value) -> Option<Dirty> {
+    // The error of a key of another type is no list.
+    let Value::Array(fields) = fields else { return None };
     let (mut owner, mut added) = (None, Vec::new());
     for field in fields.chunks_exact(2) {
         match text(&field[0])? {
@@ -291,7 +295,9 @@ fn dirty_state(state: &Value, keys: &[String]) -> Option<Dirty> {
             _ => added.append(&mut parse_added(text(&field[1])?)?),
         }
     }
-    Some(Dirty { key, fields: fields.len() / 2, owner: owner?, added })
+    let owner = owner?;
+    let epoch = owner.split(' ').next()?.parse().ok()?;
+    Some(Dirty { key: key.to_owned(), fields: fields.len() / 2, owner, epoch, added })
 }
 
 fn parse_added(text: &str) -> Option<Vec<Added>> {
@@ -336,19 +342,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_state_lies_in_the_slot_of_its_stream() {
-        for stream in ["events", "orders:{42}", "{", "}", "{}x", "a}b", "", "a{b", "{a}{b}", "x{}y{z}", "ö{", "}{a}"] {
-            assert_eq!(
-                slot_of(stream.as_bytes()),
-                slot_of(state_key(Some(stream), "o:redis:576").as_bytes()),
-                "{stream:?}"
-            );
-        }
-        assert_eq!(state_key(Some("events"), "o:redis:576"), "{events}:relay:o:redis:576");
-        assert_eq!(slot_of(state_key(None, "o:redis:576").as_bytes()), 0);
-    }
-
-    #[test]
     fn a_state_with_anything_unexpected_in_it_is_no_state() {
         let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
         let state = |fields: &[&str]| {
@@ -361,16 +354,20 @@ mod tests {
         let id = Uuid::from_u128(7);
         let line = format!("12 {id}\n13 {id}\n\n1-0\n");
         let added = Added { sequence: 12, event_id: id, reply: "1-0".to_owned() };
-        assert_eq!(
-            dirty(&state(&["owner", "3 4", "1", &line]), &keys),
-            Some(vec![Dirty { key: "k".to_owned(), fields: 2, owner: "3 4".to_owned(), added: vec![added.clone()] }])
-        );
+        let found = |value: &Value| found(value, &keys, 100);
+        let dirty =
+            Dirty { key: "k".to_owned(), fields: 2, owner: "3 4".to_owned(), epoch: 3, added: vec![added.clone()] };
+        assert_eq!(found(&state(&["owner", "3 4", "1", &line])), Some(vec![Ok(dirty)]));
         let both = [Added { sequence: -1, event_id: id, reply: "2-0".to_owned() }, added.clone()];
         assert_eq!(parse_added(&format_added(&both)), Some(both.to_vec()));
-        assert_eq!(dirty(&state(&["1", &line]), &keys), None);
-        assert_eq!(dirty(&state(&["owner", "3 4", "1", "12 x\n\n1-0"]), &keys), None);
-        assert_eq!(dirty(&state(&["owner", "3 4", "1", &format!("12 {id}\n\n1-0\n2-0")]), &keys), None);
-        assert_eq!(dirty(&Value::Array(vec![bulk("1-0")]), &keys), None);
-        assert_eq!(dirty(&Value::Nil, &keys), None);
+        let no_state = Some(vec![Err("k".to_owned())]);
+        assert_eq!(found(&state(&["1", &line])), no_state);
+        assert_eq!(found(&state(&["owner", "x", "1", &line])), no_state);
+        assert_eq!(found(&state(&["owner", "101 4"])), no_state, "its epoch is out of reach");
+        assert_eq!(found(&state(&["owner", "3 4", "1", "12 x\n\n1-0"])), no_state);
+        assert_eq!(found(&state(&["owner", "3 4", "1", &format!("12 {id}\n\n1-0\n2-0")])), no_state);
+        assert_eq!(found(&Value::Array(vec![Value::Array(vec![bulk("1"), bulk("WRONGTYPE ...")])])), no_state);
+        assert_eq!(found(&Value::Array(vec![bulk("1-0")])), None);
+        assert_eq!(found(&Value::Nil), None);
     }
 }

@@ -20,7 +20,8 @@ use crate::sink::redis::once::{ChunkStates, Once};
 /// shared values, and each event's own.
 ///
 /// Answers one text with a line for each event: the command's reply, `-` and an error, or nothing where an earlier event of its
-/// key failed. Or, with nothing done, the states that this claim may not write to before it has looked into them. One text
+/// key failed. Or, with nothing done, the states that this claim may not write to before it has looked into them, and
+/// those that are none. One text
 /// is less to take apart than a reply for each event. Shapes and runs, because what events share would else be most of what
 /// Redis parses: it costs as much as adding the entry.
 pub(super) static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
@@ -33,11 +34,14 @@ for n = 1, count do
   at = at + 2
   local mine = epoch .. ' ' .. token
   local found = redis.pcall('HMGET', key, 'owner', chunk)
-  if found.err then return found end
+  if found.err and string.sub(found.err, 1, 9) ~= 'WRONGTYPE' then return found end
   local owner = found[1]
-  if owner == mine then
+  local number = owner and tonumber(string.match(owner, '^%d+'))
+  if found.err then
+    dirty[#dirty + 1] = { tostring(n), 'WRONGTYPE' }
+  elseif owner == mine then
     if found[2] then return redis.status_reply('REPEATED') end
-  elseif owner and (tonumber(string.match(owner, '%d+')) >= tonumber(epoch) or redis.call('HLEN', key) > 1) then
+  elseif redis.call('HLEN', key) > (owner and 1 or 0) or owner and (not number or number >= tonumber(epoch)) then
     dirty[#dirty + 1] = { tostring(n), redis.call('HGETALL', key) }
   end
   states[n] = { key = key, owner = owner ~= mine and mine, texts = { list } }
