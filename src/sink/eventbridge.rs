@@ -161,7 +161,16 @@ impl EventBridge {
 
     /// The size of an entry as AWS counts it; the name of the bus and the trace header are free.
     fn entry_bytes(&self, event: &Event, detail_bytes: usize) -> usize {
-        TIME_BYTES + cloudevent::source(event, &self.config.source).len() + event.event_type.len() + detail_bytes
+        TIME_BYTES
+            + cloudevent::source(event, &self.config.source).len()
+            + event.event_type.len()
+            + detail_bytes
+            + self.resource(event).map_or(0, |resource| resource.len())
+    }
+
+    /// What carries the event's id where `Detail` is the bare payload: else no consumer could know a repeat.
+    fn resource(&self, event: &Event) -> Option<String> {
+        (self.config.format == Format::Payload).then(|| event.event_id.urn().to_string())
     }
 
     fn entry(&self, event: &Event, detail: String) -> PutEventsRequestEntry {
@@ -174,6 +183,7 @@ impl EventBridge {
             .detail_type(&event.event_type)
             .detail(detail)
             .event_bus_name(&self.config.bus)
+            .set_resources(self.resource(event).map(|resource| vec![resource]))
             .set_trace_header(trace.map(|(_, value)| value.clone()))
             .build()
     }
@@ -417,27 +427,32 @@ mod tests {
         Event { payload: payload.into(), ..event(1) }
     }
 
+    /// `urn:uuid:`, and a UUID.
+    const RESOURCE_BYTES: usize = 9 + 36;
+
     fn nested(levels: usize) -> Vec<u8> {
         [br#"{"a":"#.repeat(levels - 1), b"{}".to_vec(), b"}".repeat(levels - 1)].concat()
     }
 
     #[test]
-    fn the_size_of_an_entry_is_time_source_type_and_detail_in_utf8_bytes() {
-        let sink = sink(Format::Payload, LIMIT);
+    fn the_size_of_an_entry_is_time_source_type_detail_and_resources_in_utf8_bytes() {
+        let sink = sink(Format::CloudEvents, LIMIT);
         let mut event = event(1);
         event.headers = vec![("x-amzn-trace-id".into(), "Root=1-5e1b4151".into())];
         assert_eq!(sink.entry_bytes(&event, r#"{"a":"é"}"#.len()), 14 + 4 + 13 + 10);
         event.source = "café".into();
         assert_eq!(sink.entry_bytes(&event, 0), 14 + 5 + 13);
+        let sink = self::sink(Format::Payload, LIMIT);
+        assert_eq!(sink.entry_bytes(&event, 0), 14 + 5 + 13 + RESOURCE_BYTES);
     }
 
     #[test]
     fn an_entry_fits_up_to_the_limit_and_not_a_byte_beyond() {
-        let size = 14 + "shop".len() + "order.created".len() + "{}".len();
+        let size = 14 + "shop".len() + "order.created".len() + "{}".len() + RESOURCE_BYTES;
         assert_eq!(sink(Format::Payload, size).detail(&event(1)).expect("it fits"), "{}");
         let error = sink(Format::Payload, size - 1).detail(&event(1)).expect_err("it does not");
         assert_eq!((error.fault, error.code.as_str()), (Fault::Unfit, "entry_too_large"));
-        assert_eq!(error.message, "the entry has 33 bytes, and the limit is 32");
+        assert_eq!(error.message, "the entry has 78 bytes, and the limit is 77");
     }
 
     #[test]

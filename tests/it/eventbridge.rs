@@ -72,6 +72,16 @@ async fn an_entry_carries_source_type_time_bus_trace_and_the_cloudevent() {
 }
 
 #[tokio::test]
+async fn f100_a_bare_payload_is_told_again_by_the_event_id_among_its_resources() {
+    let stub = EventBridgeStub::start().await;
+    publish(&with(&stub, |config| config.format = Format::Payload), &[event(7)]).await;
+    publish(&sink(&stub), &[event(7)]).await;
+    let requests = stub.requests();
+    assert_eq!(requests[0][0]["Resources"], json!(["urn:uuid:00000000-0000-0000-0000-000000000007"]));
+    assert_eq!(requests[1][0]["Resources"], Value::Null, "the document has it");
+}
+
+#[tokio::test]
 async fn the_payloads_bytes_arrive_as_they_were() {
     let stub = EventBridgeStub::start().await;
     let payload = r#"{"a": 1e400,  "b":"\ud83d\ude00 é\u0000", "c":123456789012345678901234567890}"#;
@@ -146,7 +156,7 @@ async fn f49_a_request_holds_no_more_bytes_than_the_limit() {
     let batch: Vec<Event> = (1..=4).map(large).collect();
     let change = |config: &mut EventBridgeConfig| {
         config.format = Format::Payload;
-        config.max_entry_bytes = 1000; // an entry has 439
+        config.max_entry_bytes = 1000; // an entry has 484
     };
     assert!(publish(&with(&stub, change), &batch).await.iter().all(delivered));
     assert_eq!(stub.requests().iter().map(Vec::len).collect::<Vec<_>>(), [2, 2]);
