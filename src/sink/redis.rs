@@ -450,7 +450,7 @@ impl Redis {
             &["PERSIST"],
             &["EXPIRE", "x"],
         ];
-        self.probe(&once::state_key(Some(stream), "check"), &commands).await
+        self.probe(&state_key::state_key(Some(stream), "check"), &commands).await
     }
 
     /// Whether the user may publish to this channel, where Redis tells. Nothing can be tried: it would reach subscribers.
