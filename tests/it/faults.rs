@@ -1,5 +1,5 @@
-//! What can go wrong, provoked one by one. A test is named after its fault, as in `f03_`; those that hold on every store
-//! are among the contract's, those of one sink beside the sink's others.
+//! What can go wrong, provoked one by one. A test is named after its fault in the catalogue, `FAULTS.md`, as in `f03_`; those
+//! that hold on every store are among the contract's, those of one sink beside the sink's others.
 
 mod clock;
 mod database;

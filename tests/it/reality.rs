@@ -1,4 +1,4 @@
-//! What applications, operators, servers and platforms really do, and what the relay makes of it.
+//! What applications, operators, servers and platforms really do, and what the relay makes of it: from F62 on in `FAULTS.md`.
 
 mod additions;
 mod blame;
