@@ -249,7 +249,9 @@ impl Outbox for PgOutbox {
 
     async fn maintain(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
+        answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(&mut connection)).await?;
         self.look_at_formats(&mut connection).await?;
+        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(&mut connection)).await?;
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
         for (parent, retention) in

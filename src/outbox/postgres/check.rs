@@ -85,12 +85,18 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
         Ok(()) => false,
         Err(error) => push("row-level security", Err(error)),
     };
-    if !privileges && !hidden {
+    // What is locked cannot be tried.
+    let standing: Vec<Check> = match standstills(&mut connection, request).await {
+        Ok(found) => Check::standstills(found).collect(),
+        Err(error) => {
+            push("standstills", Err(error));
+            Vec::new()
+        }
+    };
+    if !privileges && !hidden && standing.is_empty() {
         // Without its triggers the table takes no row.
         if !push("triggers", transaction(&mut connection, triggers_fit).await) {
-            let usage = request.usage;
-            let recording = transaction(&mut connection, async |connection| proof::check(connection, usage).await);
-            push("recording", recording.await);
+            push("recording", proof::check(&mut connection, request.usage).await);
         }
         push("ids", transaction(&mut connection, ids_ahead).await);
         match transaction(&mut connection, formats).await {
@@ -108,12 +114,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
             push("create rights", other.map(Option::unwrap_or_default));
         }
     }
-    match standstills(&mut connection, request).await {
-        Ok(found) => checks.extend(Check::standstills(found)),
-        Err(error) => {
-            push("standstills", Err(error));
-        }
-    }
+    checks.extend(standing);
     checks
 }
 
@@ -149,7 +150,12 @@ async fn transaction<T>(
     connection: &mut PgConnection,
     look: impl AsyncFnOnce(&mut PgConnection) -> Result<T, OutboxError>,
 ) -> Result<T, OutboxError> {
-    answered("begin", STATEMENT_TIMEOUT, connection.execute("begin; set local row_security = off")).await?;
+    answered(
+        "begin",
+        STATEMENT_TIMEOUT,
+        connection.execute("begin; set local row_security = off; set local lock_timeout = '5s'"),
+    )
+    .await?;
     let found = look(connection).await;
     // Where the connection is lost, the next look says so.
     drop(answered("end a look", STATEMENT_TIMEOUT, connection.execute("rollback")).await);

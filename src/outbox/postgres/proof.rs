@@ -128,15 +128,16 @@ pub(super) async fn prove(
 /// # Errors
 /// [`OutboxError::Unrecorded`] where something is refused or swallowed.
 pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result<String, OutboxError> {
-    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
-    let sql = Sql { schema: schema.unwrap_or_default(), persistent: false };
     let tried = answered("try what settles write", STATEMENT_TIMEOUT, async {
-        connection.execute("begin").await?;
-        let tried = prove(connection, sql, "check", usage, &[]).await;
+        // The first of all: behind a pooler what comes before may be another connection's.
+        connection.execute("begin; set local lock_timeout = '5s'").await?;
+        let sql = Sql { schema: Schema::find(connection).await?.unwrap_or_default(), persistent: false };
+        let tried = (prove(connection, sql, "check", usage, &[]).await, sql);
         connection.execute("rollback").await?;
         Ok(tried)
     })
     .await?;
+    let (tried, sql) = tried;
     match tried {
         Ok(tried) => Ok(tried.told()),
         Err(error) if is_missing_day(&error) => Ok(format!("{}: the relay adds that day at its start", words(&error))),
