@@ -373,7 +373,7 @@ async fn no_request_lasts_past_the_deadline_and_what_was_not_sent_by_then_is_hel
 #[tokio::test]
 async fn a_check_names_the_bus_and_sends_no_event() {
     let stub = EventBridgeStub::start().await;
-    assert_eq!(sink(&stub).check().await.unwrap(), "event bus \"orders\" in eu-west-1");
+    assert_eq!(sink(&stub).check().await.unwrap(), "event bus \"orders\" in eu-west-1, not encrypted");
     assert!(stub.requests().is_empty());
 }
 
