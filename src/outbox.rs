@@ -5,6 +5,7 @@
 //! - [`emit`](mod@emit): the insert for applications.
 //! - [`error`]: what to do about what goes wrong.
 //! - `standstill`: what keeps events from moving.
+//! - [`register`]: which of several configurations routes.
 
 pub mod database;
 mod decode;
@@ -12,10 +13,12 @@ pub mod emit;
 pub mod error;
 pub mod postgres;
 mod records;
+pub mod register;
 pub mod sqlite;
 pub mod standstill;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -23,6 +26,7 @@ use uuid::Uuid;
 use crate::event::{Event, Noted, PublishError, Renewed, Term, Verdict};
 use crate::secret::Secret;
 pub use error::OutboxError;
+use register::Configuration;
 pub use standstill::Standstill;
 
 /// How a relay uses its store.
@@ -125,6 +129,8 @@ pub struct CheckRequest<'a> {
     pub publish_timeout: Duration,
     /// What of the tables is used.
     pub usage: Usage,
+    /// What decides where events go.
+    pub configuration: &'a Configuration,
 }
 
 /// What a lane asks for.
@@ -154,6 +160,8 @@ pub enum Claim {
     },
     /// There are pending events, and all of them are another lane's or another relay's.
     Busy,
+    /// Another relay's configuration routes, and nothing is due that is this one's to deliver.
+    Superseded,
     /// Nothing is pending.
     Empty,
 }
@@ -298,6 +306,33 @@ pub trait Outbox: CrashNotes + Send + Sync + 'static {
     /// # Errors
     /// What stands in the way. [`OutboxError::is_final`] tells whether waiting can help.
     fn prepare(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Registers this relay with its configuration, see [`register`]. From when it returns, no relay of another configuration
+    /// routes what is committed, unless it registers later. `once`: it ends when nothing is due, and supersedes nobody.
+    ///
+    /// # Errors
+    /// It may be registered or not.
+    fn register(
+        &self,
+        configuration: &Arc<Configuration>,
+        once: bool,
+    ) -> impl Future<Output = Result<(), OutboxError>> + Send;
+
+    /// Does a registered relay's part in the register, and returns when to do it next. `idle` is how long ago some lane looked
+    /// for events.
+    ///
+    /// # Errors
+    /// It is to be tried again soon.
+    fn attend(&self, idle: Duration) -> impl Future<Output = Result<Duration, OutboxError>> + Send;
+
+    /// The differences to the configurations of other relays that have been at work for so long.
+    fn differences(&self, lasting: Duration) -> Vec<String>;
+
+    /// Ends the registration.
+    ///
+    /// # Errors
+    /// Others will find out that this relay is gone.
+    fn deregister(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Makes the days ahead and drops those past their retention.
     ///

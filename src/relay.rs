@@ -27,8 +27,8 @@ mod standstills;
 mod watch;
 
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use tokio::sync::watch as channel;
@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use crate::breaker::BreakerPolicy;
 use crate::event::Tally;
 use crate::failpoint::hit;
+use crate::outbox::register::Configuration;
 use crate::outbox::{Outbox, OutboxError, Standstill};
 use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
@@ -58,6 +59,12 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest message of a panic that is logged, in characters.
 const MAX_PANIC_CHARS: usize = 500;
+
+/// The cause of a standstill that the register of relays tells.
+const CONFIGURATIONS: &str = "configurations_differ";
+
+/// When to look at the register of relays again where that failed.
+const ATTEND_AGAIN: Duration = Duration::from_secs(1);
 
 /// How the engine works; see the README for the defaults.
 #[derive(Debug, Clone)]
@@ -117,6 +124,9 @@ pub struct Relay<O: Outbox> {
     report: Arc<Report>,
     named: Named,
     standstills: Standstills,
+    configuration: Arc<Configuration>,
+    /// When some lane last looked for events.
+    looked: Mutex<Instant>,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -127,6 +137,7 @@ impl<O: Outbox> Relay<O> {
         router: Router,
         config: RelayConfig,
     ) -> Arc<Self> {
+        let configuration = Arc::new(configuration(&destinations, &router, config.unrouted));
         let names = destinations.iter().map(|(name, _)| name.clone()).collect();
         let report = Arc::new(Report::new());
         let destinations = destinations
@@ -135,7 +146,21 @@ impl<O: Outbox> Relay<O> {
             .collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
         let (caution, named, standstills) = (Caution::new(), Named::default(), Standstills::new());
-        Arc::new(Self { outbox, config, router, destinations, names, readiness, caution, report, named, standstills })
+        let looked = Mutex::new(Instant::now());
+        Arc::new(Self {
+            outbox,
+            config,
+            router,
+            destinations,
+            names,
+            readiness,
+            caution,
+            report,
+            named,
+            standstills,
+            configuration,
+            looked,
+        })
     }
 
     /// Follows whether the relay can do its work.
@@ -161,7 +186,11 @@ impl<O: Outbox> Relay<O> {
             looking.abort();
             return prepared.map(|_| Tally::default()); // stopped before there was anything to do
         }
-        let beside = [self.supervise("maintenance of the store", &stop, Self::maintain), looking];
+        let beside = [
+            self.supervise("maintenance of the store", &stop, Self::maintain),
+            looking,
+            self.supervise("register of relays", &stop, Self::attend),
+        ];
         let worked = self.work(Ending::Stop, stop).await;
         // Between two statements of their own they can be dropped: they own no claim. They do own a part of the store, which
         // a relay that has ended must have let go of.
@@ -169,6 +198,7 @@ impl<O: Outbox> Relay<O> {
             task.abort();
             drop(tokio::time::timeout(ending::IDLE_GRACE, task).await);
         }
+        self.deregister().await;
         worked.map(|worked| worked.tally)
     }
 
@@ -180,7 +210,7 @@ impl<O: Outbox> Relay<O> {
         let prepared = async {
             self.outbox.prepare().await?;
             self.look_after_days().await;
-            Ok::<_, OutboxError>(())
+            self.outbox.register(&self.configuration, true).await
         };
         let prepared = tokio::select! {
             prepared = prepared => prepared,
@@ -191,16 +221,67 @@ impl<O: Outbox> Relay<O> {
             return Err(error);
         }
         self.readiness.send_replace(Readiness::Ready);
-        let looking = self.supervise("search for standstills", &stop, Self::look_for_standstills);
+        let beside = [
+            self.supervise("search for standstills", &stop, Self::look_for_standstills),
+            self.supervise("register of relays", &stop, Self::attend),
+        ];
         let worked = self.work(Ending::Drained, stop.clone()).await;
-        looking.abort();
-        drop(tokio::time::timeout(ending::IDLE_GRACE, looking).await);
+        for task in beside {
+            task.abort();
+            drop(tokio::time::timeout(ending::IDLE_GRACE, task).await);
+        }
         if !matches!(worked, Ok(Drained { undelivered: false, .. })) && !stop.is_cancelled() {
             self.find_standstills().await;
         }
+        self.deregister().await;
         let mut drained = worked?;
         drained.undelivered |= drained.tally.dead_lettered > 0 || stop.is_cancelled();
         Ok(drained)
+    }
+
+    /// Does its part in the register of relays until `stop`, and says where configurations differ.
+    async fn attend(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            let idle = self.looked.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
+            let next = self.outbox.attend(idle).await.unwrap_or_else(|error| {
+                tracing::debug!(error = error.explain(), "the register of relays cannot be looked at");
+                ATTEND_AGAIN
+            });
+            self.report_differences();
+            if !sleep(next, &stop).await {
+                break;
+            }
+        }
+    }
+
+    fn report_differences(&self) {
+        // A rolling update is no mistake.
+        let differences = self.outbox.differences(self.config.publish_timeout + Duration::from_secs(15));
+        if differences.is_empty() {
+            self.standstills.clear(CONFIGURATIONS, "");
+        } else {
+            let text = format!(
+                "two configurations are at work, and one of them routes new events: this relay, and {}; give all relays the \
+                 same destinations and routes, or stop those that have others",
+                differences.join("; ")
+            );
+            self.standstills.report(Standstill::new(CONFIGURATIONS, text));
+        }
+    }
+
+    async fn deregister(&self) {
+        match tokio::time::timeout(ending::IDLE_GRACE, self.outbox.deregister()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(error = error.explain(), "the end was not registered; others will find out");
+            }
+            Err(_) => tracing::debug!("the end was not registered in time; others will find out"),
+        }
+    }
+
+    /// Some lane looks for events.
+    fn looked(&self) {
+        *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Waits until the store can be used. Returns false where `stop` came first.
@@ -212,10 +293,14 @@ impl<O: Outbox> Relay<O> {
                 () = stop.cancelled() => return Ok(false),
             };
             match prepared {
-                Ok(()) => {
-                    self.ready();
-                    return Ok(true);
-                }
+                // Whoever sees that this relay is ready may rely on its destinations.
+                Ok(()) => match self.outbox.register(&self.configuration, false).await {
+                    Ok(()) => {
+                        self.ready();
+                        return Ok(true);
+                    }
+                    Err(error) => self.not_ready(error.explain()),
+                },
                 Err(error) if error.is_final() => return Err(error),
                 Err(error) => self.not_ready(error.explain()),
             }
@@ -348,6 +433,20 @@ impl<O: Outbox> Relay<O> {
             }
         });
     }
+}
+
+/// What decides where events go.
+pub fn configuration(destinations: &[(String, Arc<dyn Sink>)], router: &Router, unrouted: Unrouted) -> Configuration {
+    let names: Vec<String> = destinations.iter().map(|(name, _)| name.clone()).collect();
+    let mut routes = router.described(&names);
+    if !routes.is_empty() {
+        let rest = match unrouted {
+            Unrouted::DeadLetter => "[what no route takes is dead-lettered]",
+            Unrouted::Drop => "[what no route takes is dropped]",
+        };
+        routes.push((rest.to_owned(), rest.to_owned()));
+    }
+    Configuration::new(destinations.iter().map(|(name, sink)| (name.clone(), sink.target())).collect(), routes)
 }
 
 /// Sleeps; returns false at once where `stop` comes first.

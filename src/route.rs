@@ -61,6 +61,30 @@ impl Router {
         Self { routes, all: (0..destination_count).collect() }
     }
 
+    /// Each route in words, for people, and with everything that decides. `names`: those of the destinations.
+    pub fn described(&self, names: &[String]) -> Vec<(String, String)> {
+        let described = self.routes.iter().map(|route| {
+            let mut to: Vec<&str> =
+                route.destinations.iter().filter_map(|&to| names.get(to)).map(String::as_str).collect();
+            to.sort_unstable();
+            to.dedup();
+            let glob = route.event_type.as_ref().map_or_else(|| "*".to_owned(), WildMatch::pattern);
+            let headers: Vec<&str> = route.headers.keys().map(String::as_str).collect();
+            let mut shown = format!("event_type {glob}");
+            if let Some(source) = &route.source {
+                shown.push_str(&format!(", source {source}"));
+            }
+            if !headers.is_empty() {
+                shown.push_str(&format!(", headers {}", headers.join(" and ")));
+            }
+            let to = if to.is_empty() { "nowhere".to_owned() } else { to.join(" and ") };
+            let shown = format!("[{shown} to {to}]");
+            let exact = serde_json::json!([shown, route.headers]).to_string();
+            (shown, exact)
+        });
+        described.collect()
+    }
+
     /// Where `event` goes, whatever is owed to it already.
     pub fn route(&self, event: &Event) -> Destinations {
         if self.routes.is_empty() {

@@ -31,6 +31,15 @@ pub enum Format {
     Payload,
 }
 
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::CloudEvents => "cloudevents",
+            Self::Payload => "payload",
+        })
+    }
+}
+
 /// The claim that a batch belongs to, as a sink needs it that publishes exactly once.
 pub struct Tenure<'a> {
     /// The destination's name.
@@ -94,6 +103,12 @@ pub trait Sink: Send + Sync {
     /// Ends, with the reason, when this process can never publish here again.
     async fn ended(&self) -> String {
         std::future::pending().await
+    }
+
+    /// What kind it is and what it publishes to, without address and secrets. Two relays with another answer under the same name
+    /// have different configurations.
+    fn target(&self) -> String {
+        String::new()
     }
 
     /// Tries the destination without publishing; on success says in a few words what is there.

@@ -77,7 +77,7 @@ comment on function event_outbox_rules is 'Refuses an event that breaks a rule, 
 -- lock that waits, so it waits for a second only; `relay migrate` tries again.
 do $$
 begin
-    perform set_config('lock_timeout', '1s', true);
+    perform pg_catalog.set_config('lock_timeout', '1s', true);
     alter table event_outbox
         alter column partition drop expression,
         drop constraint event_is_valid;

@@ -6,7 +6,7 @@
 
 do $$
 begin
-    perform set_config('lock_timeout', '1s', true);
+    perform pg_catalog.set_config('lock_timeout', '1s', true);
     alter table event_outbox add column format smallint not null default 0;
     alter table event_dead_letter add column format smallint not null default 0;
     alter table event_history add column format smallint not null default 0;

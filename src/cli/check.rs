@@ -11,6 +11,7 @@ use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::{Check, CheckRequest, Usage};
+use crate::relay::configuration;
 use crate::text::shown;
 
 /// The longest line, in characters.
@@ -26,14 +27,19 @@ pub(super) fn check(
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let database = database(settings)?;
-    let (destinations, _) = destinations(settings, file)?;
+    let (destinations, router) = destinations(settings, file)?;
     let usage = Usage { several_destinations: destinations.len() > 1, history: settings.history };
     let checks = runtime(1)?.block_on(async {
         let names: Vec<_> = destinations.iter().map(|destination| destination.name.clone()).collect();
-        let publish_timeout = Duration::from_millis(settings.publish_timeout);
-        let mut checks = database.check(CheckRequest { destinations: &names, publish_timeout, usage }).await;
+        let mut sinks = Vec::new();
         for destination in destinations {
-            let (name, sink) = destination.open(settings).await;
+            sinks.push(destination.open(settings).await);
+        }
+        let configuration = configuration(&sinks, &router, settings.relay().unrouted);
+        let publish_timeout = Duration::from_millis(settings.publish_timeout);
+        let request = CheckRequest { destinations: &names, publish_timeout, usage, configuration: &configuration };
+        let mut checks = database.check(request).await;
+        for (name, sink) in sinks {
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {
                 Ok(result) => result.map_err(|error| error.to_string()),
                 Err(_) => {

@@ -52,6 +52,15 @@ pub enum OutboxError {
         /// How many there are.
         names: u64,
     },
+    /// Relays at work have other destinations or routes.
+    #[error(
+        "{differences}; one configuration routes new events: give all relays the same destinations and routes, or stop those \
+         that have others (`relay --once` publishes nothing new while such a relay is at work)"
+    )]
+    Configuration {
+        /// Which relays, and what differs.
+        differences: String,
+    },
     /// A file beside the database cannot be used.
     #[error("cannot {operation}; the relay must be allowed to write to the database's folder")]
     File {

@@ -8,6 +8,7 @@
 //! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `formats`: events that this relay cannot read.
 //! - `triggers`: what must be there of them. `patience`: the locks of a migration.
+//! - `register`: the relays at work, by what configurations; `owed`: what is owed to destinations that are gone.
 //! - `suspects`: the notes that end a crash loop.
 //! - `exclusion`: whether advisory locks are what they should be.
 //! - `standstill`: what keeps events from moving.
@@ -23,8 +24,10 @@ mod formats;
 mod home;
 pub mod lane;
 pub mod migrate;
+mod owed;
 mod patience;
 mod proof;
+mod register;
 mod salvage;
 mod schema;
 mod settle;
@@ -40,7 +43,7 @@ pub mod wake;
 use std::future::Future;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
@@ -51,6 +54,7 @@ use crate::outbox::postgres::salvage::Unrecorded;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::Question;
 use crate::outbox::postgres::suspects::Aside;
+use crate::outbox::register::{Configuration, Membership};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill};
 use crate::secret::Secret;
@@ -73,6 +77,7 @@ pub struct PgOutbox {
     id: Arc<OnceLock<Arc<str>>>,
     aside: Aside,
     bounds: Bounds,
+    membership: Membership,
     /// Where the last connection found our tables.
     schema: Arc<Mutex<Schema>>,
     unrecorded: Unrecorded,
@@ -86,8 +91,8 @@ impl PgOutbox {
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
         let (id, aside, schema, memory) = (Arc::default(), Aside::default(), Arc::default(), Memory::default());
-        let (unrecorded, exclusion) = Default::default();
-        Self { config, id, aside, bounds, schema, unrecorded, memory, exclusion }
+        let (unrecorded, exclusion, membership) = Default::default();
+        Self { config, id, aside, bounds, membership, schema, unrecorded, memory, exclusion }
     }
 
     /// One connection to a database that can be written to.
@@ -245,6 +250,24 @@ impl Outbox for PgOutbox {
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
         self.prove(&mut connection, &lane::begin(&self.config)).await
+    }
+
+    async fn register(&self, configuration: &Arc<Configuration>, once: bool) -> Result<(), OutboxError> {
+        self.membership.join(self, configuration, once, Instant::now()).await
+    }
+
+    async fn attend(&self, idle: Duration) -> Result<Duration, OutboxError> {
+        // As long as a claim may last.
+        let patience = self.config.publish_timeout + Duration::from_secs(15);
+        self.membership.attend(self, idle, patience, Instant::now()).await
+    }
+
+    fn differences(&self, lasting: Duration) -> Vec<String> {
+        self.membership.differences(lasting)
+    }
+
+    async fn deregister(&self) -> Result<(), OutboxError> {
+        self.membership.leave(self).await
     }
 
     async fn maintain(&self) -> Result<(), OutboxError> {

@@ -32,6 +32,9 @@ const BEAT_INTERVAL: Duration = Duration::from_secs(5);
 /// A relay without a session that has not written its time for so long is dead.
 const SILENCE: Duration = Duration::from_secs(15);
 
+/// After so long a relay of the same configuration that has no session is taken for dead.
+const LONG_SILENCE: Duration = Duration::from_secs(3600);
+
 /// Where a relay has no session by which others know that it lives, this is how long it gets to write its time once another
 /// configuration has come: longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
 const FIRST_BEAT: Duration = Duration::from_secs(20);
@@ -70,7 +73,11 @@ impl Configuration {
             if !names.is_empty() {
                 let more = names.len().saturating_sub(NAMES);
                 let listed = names[..names.len().min(NAMES)].join(", ");
-                parts.push(if more > 0 { format!("{what} {listed} and {more} more") } else { format!("{what} {listed}") });
+                parts.push(if more > 0 {
+                    format!("{what} {listed} and {more} more")
+                } else {
+                    format!("{what} {listed}")
+                });
             }
         };
         let only = |of: &Self, than: &Self| -> Vec<String> {
@@ -93,6 +100,21 @@ impl Configuration {
             (true, false) => "the routes differ in the values of headers".to_owned(),
             (true, true) => "none".to_owned(),
         }
+    }
+}
+
+impl Configuration {
+    /// Whether all relays at work have this configuration.
+    pub(super) fn check(&self, rows: &[Registration]) -> Result<String, OutboxError> {
+        let living = rows.iter().filter(|row| row.lives());
+        let others = living.filter(|row| row.configuration.fingerprint != self.fingerprint);
+        let differences: Vec<String> = others
+            .map(|row| format!("{} has another configuration: {}", row.told(), self.difference(&row.configuration)))
+            .collect();
+        if differences.is_empty() {
+            return Ok("no relay at work has another one".to_owned());
+        }
+        Err(OutboxError::Configuration { differences: differences.join("; ") })
     }
 }
 
@@ -130,6 +152,14 @@ impl Registration {
     /// Whether it is certainly dead. `watched` is how long whoever asks has been registered.
     fn is_dead(&self, watched: Duration) -> bool {
         !self.lives() && (self.session.is_some() || watched >= FIRST_BEAT)
+    }
+
+    /// Whether who registers may delete it. Whoever is deleted by mistake registers anew, see [`Membership::look`].
+    fn is_forgotten(&self, configuration: &Configuration) -> bool {
+        match self.session {
+            Some(lives) => !lives,
+            None => self.silent >= LONG_SILENCE && self.configuration.fingerprint == configuration.fingerprint,
+        }
     }
 
     fn told(&self) -> String {
@@ -201,8 +231,8 @@ pub(super) trait Register: Send + Sync {
     /// Deletes these rows.
     fn remove(&self, ids: &[i64]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Marks the relay `id` as hung, and returns true, if events are due that are not routed yet.
-    fn depose(&self, id: i64) -> impl Future<Output = Result<bool, OutboxError>> + Send;
+    /// Marks the relay `id` as hung, and returns true, if an event that is not routed has been due for longer than `patience`.
+    fn depose(&self, id: i64, patience: Duration) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 }
 
 /// A relay as it registers itself.
@@ -226,11 +256,14 @@ struct State {
     /// The changes that `role` takes into account.
     known: Option<i64>,
     role: Option<Role>,
+    superseded_since: Option<Instant>,
+    /// There are rows of other configurations, whoever lives.
+    several: bool,
     /// Since when there are several configurations, and the difference to each other one.
     mixed: Option<(Instant, Vec<String>)>,
     beaten: Option<Instant>,
-    /// How long ago some lane looked for events, and when that was said.
-    idle: Duration,
+    /// The destinations that would take events when somebody last said so.
+    ready: Vec<String>,
 }
 
 impl Membership {
@@ -256,6 +289,17 @@ impl Membership {
         self.state().role.clone().unwrap_or(Role::Routes)
     }
 
+    /// Takes note of the destinations that would take events now.
+    pub(super) fn set_ready(&self, destinations: &[&str]) {
+        self.state().ready = destinations.iter().map(|name| (*name).to_owned()).collect();
+    }
+
+    /// Of these destinations those that would take events.
+    pub(super) fn ready(&self, destinations: &[String]) -> Vec<String> {
+        let state = self.state();
+        destinations.iter().filter(|name| state.ready.contains(name)).cloned().collect()
+    }
+
     /// What other configurations there are, if there have been some for so long.
     pub(super) fn differences(&self, lasting: Duration) -> Vec<String> {
         match &self.state().mixed {
@@ -270,28 +314,24 @@ impl Membership {
         register: &impl Register,
         configuration: &Arc<Configuration>,
         once: bool,
+        now: Instant,
     ) -> Result<(), OutboxError> {
         let id = match self.member() {
             Some(member) => member.id,
             None => register.next_id().await?,
         };
         let member = Member { id, configuration: Arc::clone(configuration), once };
-        let dead: Vec<i64> = register
-            .rows()
-            .await?
-            .iter()
-            .filter(|row| row.id != id && row.is_dead(Duration::ZERO))
-            .map(|row| row.id)
-            .collect();
-        register.remove(&dead).await?;
+        let rows = register.rows().await?;
+        let forgotten = rows.iter().filter(|row| row.id != id && row.is_forgotten(configuration));
+        register.remove(&forgotten.map(|row| row.id).collect::<Vec<_>>()).await?;
         register.write(&member).await?;
         register.changed().await?;
         {
             let mut state = self.state();
             state.member = Some(member);
-            state.since.get_or_insert_with(Instant::now);
+            state.since.get_or_insert(now);
         }
-        self.look(register).await.map(drop)
+        self.look(register, now).await.map(drop)
     }
 
     /// Deletes this relay's row.
@@ -302,22 +342,31 @@ impl Membership {
     }
 
     /// Looks at the rows, writes this relay's anew where it is gone, and takes note of the role.
-    pub(super) async fn look(&self, register: &impl Register) -> Result<Role, OutboxError> {
-        let Some(member) = self.member() else { return Ok(Role::Routes) };
+    pub(super) async fn look(&self, register: &impl Register, now: Instant) -> Result<Role, OutboxError> {
+        self.read(register, Duration::ZERO, now).await.map(|(role, _)| role)
+    }
+
+    async fn read<R: Register>(
+        &self,
+        register: &R,
+        idle: Duration,
+        now: Instant,
+    ) -> Result<(Role, Vec<Registration>), OutboxError> {
+        let Some(member) = self.member() else { return Ok((Role::Routes, Vec::new())) };
         // Read before the rows: whatever this number counts, they have.
         let mut changes = register.changes().await?;
         let mut rows = register.rows().await?;
-        // A relay that looks does not hang, or no longer.
-        if !rows.iter().any(|row| row.id == member.id && !row.hung) {
+        // A relay that looks for events does not hang, or no longer.
+        if !rows.iter().any(|row| row.id == member.id && (!row.hung || idle >= BEAT_INTERVAL)) {
             register.write(&member).await?;
             register.changed().await?;
             changes = register.changes().await?;
             rows = register.rows().await?;
         }
-        Ok(self.learn::<_>(register, &member, changes, &rows))
+        Ok((self.learn::<R>(&member, changes, &rows, now), rows))
     }
 
-    fn learn<R: Register>(&self, _: &R, member: &Member, changes: i64, rows: &[Registration]) -> Role {
+    fn learn<R: Register>(&self, member: &Member, changes: i64, rows: &[Registration], now: Instant) -> Role {
         let role = if R::ONE_WORKS { Role::Routes } else { role(rows, &member.configuration) };
         let others = rows.iter().filter(|row| {
             row.id != member.id && row.lives() && row.configuration.fingerprint != member.configuration.fingerprint
@@ -325,26 +374,29 @@ impl Membership {
         let differences: Vec<String> = others
             .map(|row| format!("{}: {}", row.told(), member.configuration.difference(&row.configuration)))
             .collect();
+        let told = differences.join("; ");
         let mut state = self.state();
         let before = state.role.replace(role.clone());
         state.known = Some(changes);
+        state.several = rows.iter().any(|row| row.configuration.fingerprint != member.configuration.fingerprint);
+        state.superseded_since = match role {
+            Role::Routes => None,
+            Role::Superseded { .. } => state.superseded_since.or(Some(now)),
+        };
         let first = !differences.is_empty() && state.mixed.is_none();
-        let told = differences.join("; ");
-        if differences.is_empty() {
-            state.mixed = None;
-        } else {
-            let since = state.mixed.take().map_or_else(Instant::now, |(since, _)| since);
-            state.mixed = Some((since, differences));
-        }
+        state.mixed = (!differences.is_empty()).then(|| {
+            let since = state.mixed.take().map_or(now, |(since, _)| since);
+            (since, differences)
+        });
         drop(state);
         match (&role, before) {
             (Role::Superseded { left }, None | Some(Role::Routes)) => tracing::warn!(
                 difference = told,
-                left = left.join(", "),
-                "another configuration routes new events; this relay delivers only what is owed to the destinations that it lacks"
+                "another configuration routes new events; this relay delivers only what is owed to {}",
+                if left.is_empty() { "no destination".to_owned() } else { left.join(", ") }
             ),
             (Role::Routes, Some(Role::Superseded { .. })) => {
-                tracing::warn!("the other configuration is gone; this relay routes new events");
+                tracing::warn!("this relay's configuration routes new events again");
             }
             _ if first && R::ONE_WORKS => {
                 tracing::warn!(difference = told, "a relay with another configuration uses this file");
@@ -366,48 +418,49 @@ impl Membership {
         register: &impl Register,
         idle: Duration,
         patience: Duration,
+        now: Instant,
     ) -> Result<Duration, OutboxError> {
         let Some(member) = self.member() else { return Ok(INTERVAL) };
-        let (known, mixed) = {
+        let (known, several) = {
             let state = self.state();
-            (state.known, state.mixed.is_some() || matches!(state.role, Some(Role::Superseded { .. })))
+            (state.known, state.several)
         };
-        let changes = register.changes().await?;
-        if known == Some(changes) && !mixed {
+        if known == Some(register.changes().await?) && !several {
             return Ok(INTERVAL);
         }
-        self.look(register).await?;
-        let rows = register.rows().await?;
-        let watched = self.state().since.map_or(Duration::ZERO, |since| since.elapsed());
+        let (_, rows) = self.read(register, idle, now).await?;
+        let others = |row: &&Registration| row.configuration.fingerprint != member.configuration.fingerprint;
+        if !rows.iter().any(|row| others(&row)) {
+            return Ok(INTERVAL);
+        }
+        let watched = self.state().since.map_or(Duration::ZERO, |since| now.duration_since(since));
         let dead: Vec<i64> =
             rows.iter().filter(|row| row.id != member.id && row.is_dead(watched)).map(|row| row.id).collect();
+        let hangs = routing(&rows).filter(others).filter(|row| !row.hung && !member.once && row.idle > patience);
+        // It has had the time to say that it looks for events.
+        let superseded = self.state().superseded_since.is_some_and(|since| now.duration_since(since) > patience);
         if !dead.is_empty() {
             register.remove(&dead).await?;
             register.changed().await?;
-            self.look(register).await?;
-        } else if let Some(row) = routing(&rows)
-            && row.id != member.id
-            && row.configuration.fingerprint != member.configuration.fingerprint
-            && !row.hung
-            && !member.once
-            && row.idle > patience
-            && register.depose(row.id).await?
+            self.read(register, idle, now).await?;
+        } else if let Some(row) = hangs.filter(|_| superseded)
+            && register.depose(row.id, patience).await?
         {
             tracing::warn!(
                 worker = row.worker,
                 "the relay that routes leaves events that are due; another configuration takes over"
             );
             register.changed().await?;
-            self.look(register).await?;
+            self.read(register, idle, now).await?;
         }
-        let others = rows.iter().any(|row| row.configuration.fingerprint != member.configuration.fingerprint);
-        if !others {
-            return Ok(INTERVAL);
-        }
-        if self.state().beaten.is_none_or(|at| at.elapsed() >= BEAT_INTERVAL) {
+        let due = self.state().beaten.is_none_or(|at| now.duration_since(at) >= BEAT_INTERVAL);
+        if due {
             register.beat(member.id, idle).await?;
-            self.state().beaten = Some(Instant::now());
+            self.state().beaten = Some(now);
         }
         Ok(MIXED_INTERVAL)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@
 //! - [`lane`]: claim and settle, the hot path; `traffic`: staying out of the application's way.
 //! - [`wake`]: sleeping until the application commits.
 //! - [`schema`]: migrations, and whether a file fits.
+//! - `register`: the relays that use the file, by what configurations.
 //! - `retention`: forgetting what is old, a little at a time.
 //! - `standstill`: what keeps events from moving.
 //!
@@ -15,8 +16,10 @@ pub mod emit;
 mod formats;
 mod identity;
 pub mod lane;
+mod owed;
 mod owner;
 mod proof;
+mod register;
 mod retention;
 mod row;
 pub mod schema;
@@ -30,12 +33,13 @@ use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::sync::Mutex;
 
+use crate::outbox::register::{Configuration, Membership};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill};
 use crate::secret::Secret;
@@ -53,6 +57,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct SqliteOutbox {
     config: Arc<OutboxConfig>,
     owner: Arc<Owner>,
+    membership: Membership,
     /// Where the URL led at the last connection.
     path: Arc<StdMutex<Option<Arc<Path>>>>,
     /// Held by the lane that has a claim. One at a time is enough: all writes to a file are one after the other anyhow, and
@@ -65,7 +70,8 @@ impl SqliteOutbox {
     /// Nothing is opened yet.
     pub fn new(config: OutboxConfig) -> Self {
         let (config, memory) = (Arc::new(config), Memory::default());
-        Self { config, owner: Arc::default(), path: Arc::default(), turn: Arc::default(), memory }
+        let (owner, membership, path, turn) = Default::default();
+        Self { config, owner, membership, path, turn, memory }
     }
 
     /// A connection for a relay's own work.
@@ -154,6 +160,22 @@ impl Outbox for SqliteOutbox {
             tracing::error!("{trouble}");
         }
         proof::prove(&mut connection, &self.config.worker, self.config.usage).await.map(drop)
+    }
+
+    async fn register(&self, configuration: &Arc<Configuration>, once: bool) -> Result<(), OutboxError> {
+        self.membership.join(self, configuration, once, Instant::now()).await
+    }
+
+    async fn attend(&self, idle: Duration) -> Result<Duration, OutboxError> {
+        self.membership.attend(self, idle, Duration::MAX, Instant::now()).await
+    }
+
+    fn differences(&self, lasting: Duration) -> Vec<String> {
+        self.membership.differences(lasting)
+    }
+
+    async fn deregister(&self) -> Result<(), OutboxError> {
+        self.membership.leave(self).await
     }
 
     async fn maintain(&self) -> Result<(), OutboxError> {

@@ -123,17 +123,13 @@ impl<O: Outbox> Relay<O> {
         let owed = event.row.destination.as_str();
         if !owed.is_empty() {
             return self.names.iter().position(|name| name == owed).map(|target| vec![target]).ok_or_else(|| {
-                // Another relay may know it, or the next version of the configuration: nothing is given up.
-                if self.report.admits("events owed to a destination that is not configured here wait", owed, "") {
-                    let EventText { event_type, key } = EventText::of(event);
-                    tracing::warn!(
-                        destination = owed,
-                        event_type,
-                        key,
-                        outbox_id = event.row.id,
-                        "event owed to a destination that is not configured here; it waits"
-                    );
-                }
+                // Another relay may know it, or the next version of the configuration: nothing is given up. The store tells of it as a
+                // standstill.
+                tracing::debug!(
+                    destination = owed,
+                    outbox_id = event.row.id,
+                    "event owed to a destination that is not configured here; it waits"
+                );
                 Verdict::Wait { park: Some(Duration::ZERO) }
             });
         }

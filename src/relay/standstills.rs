@@ -116,7 +116,6 @@ impl Standstills {
     }
 
     /// Something stands still, as the engine knows by itself. Logged when it is new, and then once a minute.
-    #[cfg_attr(not(test), expect(dead_code, reason = "what is reported so far is logged by who reports it"))]
     pub(super) fn report(&self, standstill: Standstill) {
         self.add(standstill, Source::Engine, true);
     }

@@ -23,6 +23,9 @@ const LOOK_INTERVAL_AT_MOST: Duration = Duration::from_millis(10);
 /// The longest time between two looks of a relay that is awake.
 const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
 
+/// The time between two looks of a relay that is superseded by another configuration.
+const SUPERSEDED_INTERVAL: Duration = Duration::from_millis(500);
+
 /// The longest time between two looks while all that is pending is another relay's; it bounds how long the events of a
 /// relay that was killed wait for this one.
 const BUSY_INTERVAL: Duration = Duration::from_millis(50);
@@ -99,6 +102,8 @@ pub(super) enum Look<W> {
     Found(Work<W>),
     /// Only what others hold.
     Busy,
+    /// Another configuration routes.
+    Superseded,
     /// Nothing.
     Empty,
 }
@@ -142,6 +147,7 @@ impl<O: Outbox> Lane<O> {
     /// Tries to claim a batch.
     pub(super) async fn look(&mut self) -> Result<Look<O::Wakeup>, OutboxError> {
         let relay = Arc::clone(&self.relay);
+        relay.looked();
         if !relay.caution.has_begun() {
             if !self.lane.peek(&[]).await?.pending {
                 relay.ready();
@@ -161,7 +167,7 @@ impl<O: Outbox> Lane<O> {
         let claim = self.lane.claim(request).await;
         drop(asking);
         relay.standstills.answered(match &claim {
-            Ok(Claim::Batch { .. } | Claim::Empty) => Answer::Moving,
+            Ok(Claim::Batch { .. } | Claim::Empty | Claim::Superseded) => Answer::Moving,
             Ok(Claim::Busy) => Answer::Busy,
             Err(_) => Answer::Failed,
         });
@@ -179,6 +185,10 @@ impl<O: Outbox> Lane<O> {
             Claim::Busy => {
                 relay.ready();
                 Look::Busy
+            }
+            Claim::Superseded => {
+                relay.ready();
+                Look::Superseded
             }
             Claim::Empty => {
                 relay.ready();
@@ -200,6 +210,7 @@ impl<O: Outbox> Lane<O> {
             {
                 return Ok(None);
             }
+            self.relay.looked();
             let now = Instant::now();
             if let Some(until) = self.relay.paused_until(now) {
                 let all_down = self.relay.destinations.iter().all(Destination::is_down);
@@ -224,12 +235,14 @@ impl<O: Outbox> Lane<O> {
             }
             schedule.misses = schedule.misses.saturating_add(1);
             if self.shared.ending == Ending::Drained {
-                let rest = if matches!(look, Look::Busy) { HELD_INTERVAL } else { LOOK_INTERVAL };
+                let rest = if matches!(look, Look::Busy | Look::Superseded) { HELD_INTERVAL } else { LOOK_INTERVAL };
                 let over = alone && (matches!(look, Look::Empty) || !self.is_held_by_others(schedule).await?);
                 if over && self.drain_is_over(schedule).await? {
                     return Ok(None);
                 }
                 self.rest(rest).await;
+            } else if matches!(look, Look::Superseded) {
+                self.rest(SUPERSEDED_INTERVAL).await;
             } else if matches!(look, Look::Busy) {
                 self.rest(interval(schedule.misses, BUSY_INTERVAL)).await;
             } else if now.duration_since(schedule.last_work) < schedule.linger {
@@ -325,7 +338,7 @@ impl<O: Outbox> Lane<O> {
         }
         Ok(match look {
             Look::Found(work) => Some(work),
-            Look::Busy | Look::Empty => None,
+            Look::Busy | Look::Superseded | Look::Empty => None,
         })
     }
 
@@ -343,6 +356,7 @@ impl<O: Outbox> Lane<O> {
             let now = Instant::now();
             if until <= now {
                 let relay = Arc::clone(&self.relay);
+                relay.looked();
                 let asking = relay.standstills.asking();
                 let found = self.lane.peek(&relay.ready_destinations(now)).await?;
                 drop(asking);
@@ -440,7 +454,7 @@ impl<O: Outbox> Lane<O> {
                 drop(work);
                 true
             }
-            Look::Busy | Look::Empty => false,
+            Look::Busy | Look::Superseded | Look::Empty => false,
         };
         self.end_drain(pending).await
     }

@@ -208,6 +208,10 @@ impl Sink for EventBridge {
         self.config.bus.clone()
     }
 
+    fn target(&self) -> String {
+        format!("eventbridge {}, format {}", self.config.bus, self.config.format)
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         self.describe(Instant::now() + self.config.timeout).await
     }

@@ -71,6 +71,10 @@ impl Sink for RedisPubSub {
         self.messages.channel.render(event, &self.messages.source).into_owned()
     }
 
+    fn target(&self) -> String {
+        format!("redis-pubsub {}, format {}", self.messages.channel, self.messages.format)
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         let server = self.redis.check().await?;
         Ok(match self.messages.channel.fixed() {

@@ -103,6 +103,10 @@ impl Sink for RedisStream {
         self.entries.stream.render(event, &self.entries.source).into_owned()
     }
 
+    fn target(&self) -> String {
+        format!("redis-stream {}", self.entries.stream)
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         let server = self.redis.check().await?;
         let Some(stream) = self.entries.stream.fixed() else { return Ok(format!("{server}, streams by template")) };

@@ -155,6 +155,10 @@ impl Sink for StdoutSink {
         outcomes
     }
 
+    fn target(&self) -> String {
+        "stdout".to_owned()
+    }
+
     async fn check(&self) -> Result<String, PublishError> {
         match closed() {
             Some(reason) => Err(PublishError::new(Fault::Misconfigured, "stdout", reason)),

@@ -33,6 +33,18 @@ pub enum TemplateError {
     Placeholder(String),
 }
 
+/// As it is written in a configuration.
+impl std::fmt::Display for Template {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|part| match part {
+            Part::Text(text) => f.write_str(&text.replace('{', "{{").replace('}', "}}")),
+            Part::EventType => f.write_str("{event_type}"),
+            Part::AggregateType => f.write_str("{aggregate_type}"),
+            Part::Source => f.write_str("{source}"),
+        })
+    }
+}
+
 impl std::str::FromStr for Template {
     type Err = TemplateError;
 

@@ -96,7 +96,7 @@ const LOG: &str = "select concat_ws(' ', event_type, destination, status, attemp
                    order by outbox_id, destination, attempt";
 
 #[track_caller]
-fn assert_in_order_per_key(events: &[Event]) {
+pub(crate) fn assert_in_order_per_key(events: &[Event]) {
     let mut last: HashMap<_, i64> = HashMap::new();
     for event in events {
         let Some(key) = event.key() else { continue };

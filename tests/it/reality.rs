@@ -3,6 +3,7 @@
 mod additions;
 mod blame;
 mod bounds;
+mod configurations;
 mod crash;
 mod days;
 mod file;
@@ -23,6 +24,7 @@ mod set_ups;
 mod settle;
 mod sizes;
 mod triggers;
+mod unconfigured;
 mod versions;
 mod views;
 mod wakeup;

@@ -58,7 +58,8 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
                limit 1
            ) head
        ) end,
-       (select last_value from {schema}.event_outbox_epoch), {moves}{unfit}
+       (select last_value from {schema}.event_outbox_epoch),
+       {moves} | (select last_value << 40 from {schema}.event_relay_changes){unfit}
 from {rows}
 cross join (select exists (
     select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
@@ -173,15 +174,22 @@ static READ_SMALL: LazyLock<&str> = LazyLock::new(|| {
     complete(ROWS, "", "", small)
 });
 
-static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| {
+static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| within_bytes(ROWS_WITHIN_BYTES));
+
+/// Of these rows only those that are owed to one of `$4`.
+const OWED: &str = "id > t.bound and destination = any ($4::text[])";
+
+static READ_OWED: LazyLock<&str> = LazyLock::new(|| within_bytes(&ROWS_WITHIN_BYTES.replace("id > t.bound", OWED)));
+
+fn within_bytes(rows: &str) -> &'static str {
     // A key within its bounds is told of a row that is not read, too.
     let within = |column: &str| match column {
         "headers" => "case when o.unfit is null then nullif(o.headers, '{}') end".to_owned(),
         "payload" => "case when o.unfit is null then o.payload end".to_owned(),
         _ => format!("case when pg_catalog.octet_length(o.{column}) <= {MAX_TEXT_BYTES} then o.{column} end"),
     };
-    complete(ROWS_WITHIN_BYTES, ", o.unfit", "\nwhere o.bytes_before < $6", within)
-});
+    complete(rows, ", o.unfit", "\nwhere o.bytes_before < $6", within)
+}
 
 fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> String) -> &'static str {
     let mut text = READ_BATCH.to_owned() + filter;
@@ -213,6 +221,7 @@ pub(super) async fn read(
     (taken, bounds): (&[i16], &[i64]),
     (limit, share): (usize, usize),
     request: ClaimRequest<'_>,
+    which: Which,
 ) -> Result<Batch, sqlx::Error> {
     let small = SMALL.min(request.max_bytes / limit).min(request.max_payload);
     let query = |text: &'static str, largest| {
@@ -223,7 +232,7 @@ pub(super) async fn read(
             .bind(request.destinations.to_vec())
             .bind(bounds.to_vec())
     };
-    if !*large {
+    if which == Which::All && !*large {
         let mut batch = Batch::default();
         let mut all_small = true;
         let mut rows = query(&READ_SMALL, small).fetch(&mut *connection);
@@ -239,8 +248,8 @@ pub(super) async fn read(
         }
     }
     let mut batch = Batch::default();
-    let mut rows =
-        query(&READ_WITHIN_BYTES, request.max_payload).bind(to_i64(request.max_bytes)).fetch(&mut *connection);
+    let text = if which == Which::Owed { &READ_OWED } else { &READ_WITHIN_BYTES };
+    let mut rows = query(text, request.max_payload).bind(to_i64(request.max_bytes)).fetch(&mut *connection);
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
     *large = false;
     while let Some(row) = rows.try_next().await? {
@@ -253,6 +262,14 @@ pub(super) async fn read(
     }
     batch.cut = true;
     Ok(batch)
+}
+
+/// Which rows of a partition to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    All,
+    /// Those that are owed to the destinations of the request.
+    Owed,
 }
 
 /// What one partition gave to a batch.
@@ -276,6 +293,8 @@ pub(super) struct Batch {
     pub(super) epoch: Option<i64>,
     /// The number of moves then; none without rows.
     pub(super) moves: Option<i64>,
+    /// The number of changes of the register of relays then.
+    pub(super) changes: i64,
     /// The partition that was read last.
     pub(super) last: Option<i16>,
 }
@@ -288,7 +307,9 @@ impl Batch {
             return Ok(()); // it and all after it are for the next claim
         }
         if self.epoch.is_none() {
-            (self.epoch, self.moves) = (row.try_get(19)?, row.try_get(20)?);
+            let both: i64 = row.try_get(20)?;
+            (self.epoch, self.moves) = (row.try_get(19)?, Some(both & ((1 << 40) - 1)));
+            self.changes = both >> 40 & ((1 << 23) - 1);
         }
         let claimed = read_claimed(row, request.max_payload, within_bytes)?;
         self.bytes += claimed.event.bytes().max(to_usize(row.try_get(17)?));

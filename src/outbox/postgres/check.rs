@@ -6,15 +6,16 @@ use sqlx::{Executor, Row};
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::{self, Question};
 use crate::outbox::postgres::{
-    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, formats, proof, schema,
-    triggers,
+    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, formats, proof, register,
+    schema, triggers,
 };
+use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
 use crate::secret::Secret;
 
 /// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
-const PRIVILEGES: [(&str, &str); 13] = [
+const PRIVILEGES: [(&str, &str); 15] = [
     (
         "select, insert, update and delete on event_outbox",
         "select pg_catalog.has_table_privilege('{schema}.event_outbox', 'select') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'insert') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'update') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'delete')",
@@ -48,6 +49,14 @@ const PRIVILEGES: [(&str, &str); 13] = [
     (
         "select, insert, update and delete on event_crash_suspect",
         "select pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'select') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'insert') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'update') and pg_catalog.has_table_privilege('{schema}.event_crash_suspect', 'delete')",
+    ),
+    (
+        "select, insert, update and delete on event_relay",
+        "select pg_catalog.has_table_privilege('{schema}.event_relay', 'select') and pg_catalog.has_table_privilege('{schema}.event_relay', 'insert') and pg_catalog.has_table_privilege('{schema}.event_relay', 'update') and pg_catalog.has_table_privilege('{schema}.event_relay', 'delete')",
+    ),
+    (
+        "select and update on event_relay_changes",
+        "select pg_catalog.has_sequence_privilege('{schema}.event_relay_changes', 'select') and pg_catalog.has_sequence_privilege('{schema}.event_relay_changes', 'update')",
     ),
     ("execute on relay_outbox_id", "select pg_catalog.has_function_privilege('{schema}.relay_outbox_id()', 'execute')"),
     (
@@ -114,6 +123,8 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
             push("create rights", other.map(Option::unwrap_or_default));
         }
     }
+    let look = async |connection: &mut PgConnection| configurations(connection, request.configuration).await;
+    push("configuration", transaction(&mut connection, look).await);
     checks.extend(standing);
     checks
 }
@@ -181,6 +192,12 @@ async fn formats(connection: &mut PgConnection) -> Result<Option<String>, Outbox
 async fn ids_ahead(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let sql = sql(connection).await?;
     triggers::require_ids_ahead(connection, sql).await
+}
+
+async fn configurations(connection: &mut PgConnection, mine: &Configuration) -> Result<String, OutboxError> {
+    let sql = sql(connection).await?;
+    let rows = answered("read event_relay", STATEMENT_TIMEOUT, register::rows(sql, connection)).await?;
+    mine.check(&rows)
 }
 
 async fn standstills(

@@ -12,16 +12,18 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
-use crate::outbox::postgres::batch::{self, Batch, Given};
+use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::formats;
 use crate::outbox::postgres::proof::is_content;
+use crate::outbox::postgres::register::CHANGES;
 use crate::outbox::postgres::salvage::SAVEPOINT;
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::{self, PARTITIONS, Peeked, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
+use crate::outbox::register::Role;
 use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxConfig, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
@@ -122,6 +124,8 @@ pub struct PgLane {
     next_walk: Instant,
     /// What was claimed, as far as bounds may follow from it.
     reading: Option<Reading>,
+    /// The number of changes of the register of relays at the last claim.
+    changes: i64,
     /// A settle failed, and nothing was written since.
     unproven: bool,
 }
@@ -139,6 +143,7 @@ impl PgLane {
             large: false,
             next_walk: Instant::now(),
             reading: None,
+            changes: 0,
             unproven: false,
         }
     }
@@ -216,15 +221,18 @@ impl PgLane {
         let limits = (limit, share);
         let bounds = known.bounds_of(&taken);
         let begun = Instant::now();
-        let mut batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
+        let mut batch =
+            batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::All).await?;
         if let Some(moves) = batch.moves
             && moves != known.moves
         {
             // An event was put back since, maybe below a bound.
             known = self.outbox.bounds.at(moves);
             let bounds = vec![i64::MIN; taken.len()];
-            batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request).await?;
+            batch =
+                batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::All).await?;
         }
+        self.changes = batch.changes;
         batch.sort();
         let Batch { claimed, given, bytes, cut, epoch, last: last_read, .. } = batch;
         if formats::set_aside(connection, sql, &claimed).await? {
@@ -303,6 +311,53 @@ impl PgLane {
         }
     }
 
+    /// Claims for a relay that is superseded; `None` where it is not any more.
+    async fn claim_left(&mut self, request: ClaimRequest<'_>) -> Result<Option<Claim>, OutboxError> {
+        let look =
+            async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(CHANGES).fetch_one(connection).await;
+        let changes = self.ask("look whether this relay routes", look).await?;
+        let Role::Superseded { left } = self.outbox.role_at(changes).await? else { return Ok(None) };
+        let left = self.outbox.membership.ready(&left);
+        if left.is_empty() {
+            return Ok(Some(Claim::Superseded));
+        }
+        let request = ClaimRequest { destinations: &left, ..request };
+        let mut connection = self.ready().await?;
+        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim_left(&mut connection, request)).await?;
+        self.connection = Some(connection);
+        Ok(Some(claim))
+    }
+
+    /// Claims what is owed to the destinations of the request. Its transaction writes before it publishes; that is rare.
+    async fn try_claim_left(
+        &mut self,
+        connection: &mut PgConnection,
+        request: ClaimRequest<'_>,
+    ) -> Result<Claim, sqlx::Error> {
+        let sql = self.outbox.sql();
+        connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+        let limit = request.max_events;
+        let taken = take::take_left(connection, sql, request.destinations, to_i64(limit)).await?;
+        if taken.is_empty() {
+            connection.execute("commit").await?;
+            return Ok(Claim::Superseded);
+        }
+        let share = (limit / taken.len()).max(1);
+        let limits = (limit, share);
+        let bounds = vec![i64::MIN; taken.len()];
+        let mut batch =
+            batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::Owed).await?;
+        batch.sort();
+        let Batch { claimed, given, bytes, epoch, .. } = batch;
+        let Some(epoch) = epoch else {
+            connection.execute("commit").await?;
+            return Ok(Claim::Superseded);
+        };
+        let full = bytes >= request.max_bytes || given.values().any(|given| given.events == share);
+        let term = Term { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
+        Ok(Claim::Batch { claimed, full, term })
+    }
+
     /// Writes all of it and commits; after an error nothing is written. Where what is written may be refused, the claim is
     /// kept then.
     async fn try_settle(
@@ -335,7 +390,12 @@ impl Lane for PgLane {
         if self.outbox.unrecorded.is_salvaging() {
             return Ok(Claim::Busy);
         }
-        let (mut connection, claim) = loop {
+        if self.outbox.membership.role() != Role::Routes
+            && let Some(claim) = self.claim_left(request).await?
+        {
+            return Ok(claim);
+        }
+        let (mut connection, mut claim) = loop {
             let mut connection = self.ready().await?;
             let rows = self.rows.min(request.max_events);
             match answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
@@ -360,6 +420,10 @@ impl Lane for PgLane {
             answered("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
             self.connection = Some(connection);
             return Ok(Claim::Busy);
+        }
+        if matches!(claim, Claim::Batch { .. }) && self.outbox.role_at(self.changes).await? != Role::Routes {
+            answered("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
+            (self.reading, claim) = (None, Claim::Superseded);
         }
         if self.outbox.config.ghost_barrier
             && matches!(claim, Claim::Batch { .. })
@@ -416,6 +480,10 @@ impl Lane for PgLane {
     }
 
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
+        if self.outbox.membership.role() != Role::Routes {
+            self.outbox.membership.set_ready(destinations);
+            return Ok(Promoted { count: 0, next_due: None }); // see `claim_left`
+        }
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         let (count, due, next_due_ms): (i64, i64, Option<i64>) =

@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
+use crate::outbox::postgres::owed;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::PARTITIONS;
 use crate::outbox::standstill::{Memory, NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
@@ -19,7 +20,6 @@ pub(super) struct Question<'a> {
     /// How statements are sent.
     pub(super) sql: Sql,
     /// The names of all configured destinations.
-    #[expect(dead_code, reason = "for probes of what is owed to whom")]
     pub(super) destinations: &'a [String],
     /// How long one publish call may take: so long, and a little more, another relay may hold its claim.
     pub(super) publish_timeout: Duration,
@@ -31,7 +31,8 @@ pub(super) struct Question<'a> {
 
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-const PROBES: [Probe; 3] = [
+const PROBES: [Probe; 4] = [
+    |connection, question| owed::unconfigured(connection, question),
     |connection, question| table_locked(connection, question).boxed(),
     |connection, question| partitions_held(connection, question).boxed(),
     // The last one: it is left out where another has found the reason.
@@ -145,7 +146,7 @@ impl Session {
 
     fn cure(&self) -> String {
         match self.pid {
-            Some(pid) => format!("let it end, or end it: select pg_terminate_backend({pid})"),
+            Some(pid) => format!("let it end, or end it: select pg_catalog.pg_terminate_backend({pid})"),
             None => "end it with COMMIT PREPARED or ROLLBACK PREPARED; pg_prepared_xacts lists it".to_owned(),
         }
     }

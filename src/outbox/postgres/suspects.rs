@@ -95,7 +95,11 @@ impl PgOutbox {
     ) -> Result<T, OutboxError> {
         let mut connection = match aside.take() {
             Some(connection) => connection,
-            None => self.connect().await?,
+            None => {
+                let mut connection = self.connect().await?;
+                answered("hold the registration", STATEMENT_TIMEOUT, self.hold_registration(&mut connection)).await?;
+                connection
+            }
         };
         let answer = answered(operation, STATEMENT_TIMEOUT, query(&mut connection)).await?;
         *aside = Some(connection);

@@ -95,8 +95,33 @@ const PENDING: &str = "
     )
     select scan.partition from scan where scan.partition is not null";
 
-/// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was.
-pub(super) const MOVES: &str = "(select last_value + is_called::int from {schema}.event_outbox_moves)";
+/// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was. Of 40
+/// bits, above which a claim reads another number.
+pub(super) const MOVES: &str =
+    "(select (last_value + is_called::int) & 1099511627775::bigint from {schema}.event_outbox_moves)";
+
+/// For a relay that is superseded: makes rows pending that are due for one of the destinations `$1`, at most `$2` of each, in
+/// partitions that nobody holds, which it takes. Nobody sees them before they are settled: a relay that routes would put back
+/// what it has no destination for.
+const TAKE_LEFT: &str = "
+with due as materialized (
+    select e.row, e.partition - 640::smallint as partition
+    from pg_catalog.unnest($1::text[]) d(destination)
+    cross join lateral (
+        select ctid as row, partition from {schema}.event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at <= pg_catalog.statement_timestamp()
+          and partition < 1280::smallint
+        order by available_at, id limit $2 for update skip locked
+    ) e
+), held as materialized (
+    select p.partition from (select distinct partition from due) p
+    where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, p.partition)
+), promoted as (
+    update {schema}.event_outbox o set status = 'pending' from due
+    where o.ctid = due.row and due.partition in (select partition from held)
+    returning 1
+)
+select array(select partition from held), (select pg_catalog.count(*) from promoted)";
 
 static TAKE_QUERY: LazyLock<&str> = LazyLock::new(|| complete(TAKE));
 static ANY_QUERY: LazyLock<&str> = LazyLock::new(|| complete(LEFT));
@@ -170,6 +195,19 @@ pub(super) async fn take(
     let query = sql.query_as(*TAKE_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high).bind(limit);
     let (taken, moves, _, _): (_, _, String, String) = query.fetch_one(connection).await?;
     Ok((taken, moves))
+}
+
+/// For a relay that is superseded: takes the partitions in which something is due for `destinations`, and makes at most `limit`
+/// rows of each destination pending.
+pub(super) async fn take_left(
+    connection: &mut PgConnection,
+    sql: Sql,
+    destinations: &[String],
+    limit: i64,
+) -> Result<Vec<i16>, sqlx::Error> {
+    let query = sql.query_as(TAKE_LEFT).bind(destinations).bind(limit);
+    let (partitions, _): (Vec<i16>, i64) = query.fetch_one(connection).await?;
+    Ok(partitions)
 }
 
 /// Whether any partition has something, whoever holds it, and how far ids have come.

@@ -102,7 +102,7 @@ pub(super) async fn require_ids_ahead(connection: &mut PgConnection, sql: Sql) -
         (Some(highest), Some(sequence)) if highest > last.unwrap_or(0) => Err(OutboxError::Ids {
             highest,
             last: last.unwrap_or(0),
-            cure: format!("select setval('{}', {highest})", sequence.replace('\'', "''")),
+            cure: format!("select pg_catalog.setval('{}', {highest})", sequence.replace('\'', "''")),
         }),
         _ => Ok("new ones come after those that are there".to_owned()),
     }

@@ -10,13 +10,13 @@ use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
 use crate::outbox::sqlite::standstill::{self, Question};
-use crate::outbox::sqlite::{answered, formats, open, open_or_create, path};
+use crate::outbox::sqlite::{answered, formats, open, open_or_create, path, register};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 11] = [
+const MIGRATIONS: [(&str, &str); 12] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -28,6 +28,7 @@ const MIGRATIONS: [(&str, &str); 11] = [
     ("0009_blocked_keys", include_str!("../../../migrations/sqlite/0009_blocked_keys.sql")),
     ("0010_bounds", include_str!("../../../migrations/sqlite/0010_bounds.sql")),
     ("0011_format", include_str!("../../../migrations/sqlite/0011_format.sql")),
+    ("0012_several_configurations", include_str!("../../../migrations/sqlite/0012_several_configurations.sql")),
 ];
 
 /// The schema version this binary needs.
@@ -106,13 +107,15 @@ pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
         return checks;
     }
     push("names", one_name(url));
-    let CheckRequest { destinations, publish_timeout, usage } = request;
+    let CheckRequest { destinations, publish_timeout, usage, configuration } = request;
     push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
     match formats::look(&mut connection).await {
         Ok(None) => {}
         Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
         Err(error) => drop(push("formats", Err(error))),
     }
+    let rows = answered("read event_relay", register::rows(&mut connection)).await;
+    push("configuration", rows.and_then(|rows| configuration.check(&rows)));
     let question = Question { destinations, publish_timeout, memory: &Memory::default(), owner: None };
     match answered("look for what stands still", standstill::find(&mut connection, &question)).await {
         Ok(found) => checks.extend(Check::standstills(found)),

@@ -9,12 +9,12 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
+use crate::outbox::sqlite::owed;
 use crate::outbox::standstill::{self, Memory, NOT_TAKEN, Standstill, TAKEN_AFTER};
 
 /// What the probes go by.
 pub(super) struct Question<'a> {
     /// The names of all configured destinations.
-    #[expect(dead_code, reason = "for probes of what is owed to whom")]
     pub(super) destinations: &'a [String],
     /// How long one publish call may take.
     pub(super) publish_timeout: Duration,
@@ -27,7 +27,10 @@ pub(super) struct Question<'a> {
 type Probe =
     for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-const PROBES: [Probe; 1] = [|connection, question| not_taken(connection, question).boxed()];
+const PROBES: [Probe; 2] = [
+    |connection, question| owed::unconfigured(connection, question),
+    |connection, question| not_taken(connection, question).boxed(),
+];
 
 /// Asks all probes. One that the database refuses is left out.
 pub(super) async fn find(

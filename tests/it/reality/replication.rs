@@ -121,7 +121,7 @@ async fn f70_a_subscription_takes_all_that_a_relay_does_and_a_relay_works_on_the
     let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
     assert_eq!(failed.len(), 1, "{}", check.stdout);
     let (_, cure) = failed[0].rsplit_once("; ").unwrap();
-    assert!(cure.starts_with("select setval('public.event_outbox_id_seq', "), "{cure}");
+    assert!(cure.starts_with("select pg_catalog.setval('public.event_outbox_id_seq', "), "{cure}");
     sql(&mut here, cure).await;
     finished(&["check"], &variables).exited(0);
     let highest = here.number("select max(id) from event_outbox").await;

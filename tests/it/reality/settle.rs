@@ -1,8 +1,10 @@
 //! Settles that the database swallows or refuses: nothing is published again and again, and it is said who does it.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use outbox_relay::outbox::database::Database;
+use outbox_relay::outbox::register::Configuration;
 use outbox_relay::outbox::{CheckRequest, Usage};
 use outbox_relay::secret::Secret;
 use tokio_util::sync::CancellationToken;
@@ -157,8 +159,10 @@ const USAGE: Usage = Usage { several_destinations: false, history: true };
 /// The failed lines of `relay check`, as one text.
 pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
     let database = Database::new(Secret::inline(store.url()), false).unwrap();
-    let checks =
-        database.check(CheckRequest { destinations: &[], publish_timeout: Duration::from_secs(30), usage }).await;
+    let configuration = Configuration::new(BTreeMap::new(), Vec::new());
+    let publish_timeout = Duration::from_secs(30);
+    let request = CheckRequest { destinations: &[], publish_timeout, usage, configuration: &configuration };
+    let checks = database.check(request).await;
     checks.into_iter().filter_map(|check| check.result.err()).collect::<Vec<_>>().join("\n")
 }
 

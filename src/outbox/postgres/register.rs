@@ -1,0 +1,185 @@
+//! The register of relays, on the connection aside: its session holds an advisory lock by which others know that the relay
+//! lives. Behind a transaction-pooling proxy there is no session.
+
+use std::time::{Duration, Instant};
+
+use sqlx::Row;
+use sqlx::postgres::{PgConnection, PgRow};
+
+use crate::outbox::OutboxError;
+use crate::outbox::postgres::PgOutbox;
+use crate::outbox::postgres::migrate::SCHEMA_VERSION;
+use crate::outbox::postgres::sql::Sql;
+use crate::outbox::register::{Configuration, Member, Register, Registration, Role};
+
+/// As far as a claim can read it in one number with the moves, see `batch`.
+pub(super) const CHANGES: &str = "select last_value & 8388607::bigint from {schema}.event_relay_changes";
+
+const CHANGED: &str = "select pg_catalog.nextval('{schema}.event_relay_changes'::regclass)";
+
+const ROWS: &str = "
+select r.id, r.worker, r.version, r.once, r.hung, r.fingerprint, r.destinations::text, r.routes::text,
+       case when r.pid is not null then exists (
+           select from pg_catalog.pg_locks l
+           where l.locktype = 'advisory' and l.granted and l.objsubid = 2 and l.pid = r.pid
+             and l.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+             and l.classid = '{schema}.event_outbox'::regclass::oid
+             and l.objid = (2000000::bigint + r.id % 2000000000::bigint)::oid
+       ) end,
+       extract(epoch from pg_catalog.clock_timestamp() - r.since)::float8,
+       extract(epoch from pg_catalog.clock_timestamp() - r.seen_at)::float8,
+       extract(epoch from pg_catalog.clock_timestamp() - r.looked_at)::float8
+from {schema}.event_relay r
+order by r.id";
+
+/// `$1` id, `$9` whether there is a session to hold the lock. A session may take it several times; it ends with it.
+const WRITE: &str = "
+insert into {schema}.event_relay (id, worker, version, schema_version, once, fingerprint, destinations, routes, pid)
+select $1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb,
+       case when $9 then case when pg_catalog.pg_try_advisory_lock(
+           '{schema}.event_outbox'::regclass::oid::int, (2000000::bigint + $1 % 2000000000::bigint)::int
+       ) then pg_catalog.pg_backend_pid() end end
+on conflict (id) do update
+set hung = false, pid = excluded.pid, seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp()";
+
+/// For a new session.
+const HOLD: &str = "
+update {schema}.event_relay set pid = case when pg_catalog.pg_try_advisory_lock(
+    '{schema}.event_outbox'::regclass::oid::int, (2000000::bigint + $1 % 2000000000::bigint)::int
+) then pg_catalog.pg_backend_pid() end
+where id = $1";
+
+const BEAT: &str = "
+update {schema}.event_relay
+set seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
+where id = $1";
+
+/// Only where an event that is not routed has been due for longer than `$2` seconds.
+const DEPOSE: &str = "
+update {schema}.event_relay set hung = true
+where id = $1 and exists (
+    select from {schema}.event_outbox
+    where partition < 640::smallint and status = 'pending' and destination = ''
+      and available_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
+)";
+
+impl PgOutbox {
+    /// A new session of a relay that is registered.
+    pub(super) async fn hold_registration(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        if let Some(member) = self.membership.member().filter(|_| !self.config.pooled) {
+            self.sql().query(HOLD).persistent(false).bind(member.id).execute(connection).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether this relay routes, at this number of changes.
+    pub(super) async fn role_at(&self, changes: i64) -> Result<Role, OutboxError> {
+        match self.membership.role_at(changes) {
+            Some(role) => Ok(role),
+            None => self.membership.look(self, Instant::now()).await,
+        }
+    }
+}
+
+fn registration(row: &PgRow) -> Result<Registration, sqlx::Error> {
+    let json = |error: serde_json::Error| sqlx::Error::Decode(error.into());
+    let duration = |index| row.try_get(index).map(|seconds: f64| Duration::from_secs_f64(seconds.max(0.0)));
+    Ok(Registration {
+        id: row.try_get(0)?,
+        worker: row.try_get(1)?,
+        version: row.try_get(2)?,
+        once: row.try_get(3)?,
+        hung: row.try_get(4)?,
+        configuration: Configuration {
+            fingerprint: row.try_get(5)?,
+            destinations: serde_json::from_str(row.try_get(6)?).map_err(json)?,
+            routes: serde_json::from_str(row.try_get(7)?).map_err(json)?,
+        },
+        session: row.try_get(8)?,
+        age: duration(9)?,
+        silent: duration(10)?,
+        idle: duration(11)?,
+    })
+}
+
+/// Reads all rows.
+pub(super) async fn rows(sql: Sql, connection: &mut PgConnection) -> Result<Vec<Registration>, sqlx::Error> {
+    let rows = sql.query(ROWS).persistent(false).fetch_all(connection).await?;
+    rows.iter().map(registration).collect()
+}
+
+impl Register for PgOutbox {
+    const ONE_WORKS: bool = false;
+
+    async fn changes(&self) -> Result<i64, OutboxError> {
+        self.aside("read the number of changes of event_relay", async |connection| {
+            self.sql().query_scalar(CHANGES).persistent(false).fetch_one(connection).await
+        })
+        .await
+    }
+
+    async fn changed(&self) -> Result<(), OutboxError> {
+        self.next_id().await.map(drop)
+    }
+
+    async fn rows(&self) -> Result<Vec<Registration>, OutboxError> {
+        self.aside("read event_relay", async |connection| rows(self.sql(), connection).await).await
+    }
+
+    async fn next_id(&self) -> Result<i64, OutboxError> {
+        self.aside("raise the number of changes of event_relay", async |connection| {
+            self.sql().query_scalar(CHANGED).persistent(false).fetch_one(connection).await
+        })
+        .await
+    }
+
+    async fn write(&self, member: &Member) -> Result<(), OutboxError> {
+        let configuration = &member.configuration;
+        let json = |value: serde_json::Value| value.to_string();
+        self.aside("register this relay", async |connection| {
+            self.sql()
+                .query(WRITE)
+                .persistent(false)
+                .bind(member.id)
+                .bind(&self.config.worker)
+                .bind(env!("CARGO_PKG_VERSION"))
+                .bind(SCHEMA_VERSION)
+                .bind(member.once)
+                .bind(&configuration.fingerprint)
+                .bind(json(serde_json::json!(configuration.destinations)))
+                .bind(json(serde_json::json!(configuration.routes)))
+                .bind(!self.config.pooled)
+                .execute(connection)
+                .await
+                .map(drop)
+        })
+        .await
+    }
+
+    async fn beat(&self, id: i64, idle: Duration) -> Result<(), OutboxError> {
+        self.aside("write that this relay lives", async |connection| {
+            let query = self.sql().query(BEAT).persistent(false).bind(id).bind(idle.as_secs_f64());
+            query.execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn remove(&self, ids: &[i64]) -> Result<(), OutboxError> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.aside("remove relays from event_relay", async |connection| {
+            let query = "delete from {schema}.event_relay where id = any($1)";
+            self.sql().query(query).persistent(false).bind(ids).execute(connection).await.map(drop)
+        })
+        .await
+    }
+
+    async fn depose(&self, id: i64, patience: Duration) -> Result<bool, OutboxError> {
+        self.aside("take over from a relay that hangs", async |connection| {
+            let query = self.sql().query(DEPOSE).persistent(false).bind(id).bind(patience.as_secs_f64());
+            query.execute(connection).await.map(|done| done.rows_affected() > 0)
+        })
+        .await
+    }
+}
