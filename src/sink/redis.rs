@@ -143,7 +143,7 @@ impl Redis {
             rounds = rounds.at_places(|index| place(events[index], commands));
         }
         let mut once = tenure.map(|tenure| Once::new(tenure, &self.replaced));
-        let (mut lost, mut one_key_a_call) = (false, connection.has_slots());
+        let (mut lost, mut one_key_a_call) = (false, false);
         while Instant::now() < deadline {
             let chunks = rounds.next(limits, size);
             if chunks.is_empty() {
@@ -168,6 +168,8 @@ impl Redis {
             }))
             .await;
             let mut dirty: HashMap<String, Dirty> = HashMap::new();
+            // Several calls of one round may be refused because of a key.
+            let had_one_key = one_key_a_call || commands.one_key();
             for ((chunk, states), answer) in chunks.iter().zip(&states).zip(answers) {
                 let outcomes = match answer {
                     Ok(Answer::Replies(replies)) => {
@@ -188,9 +190,8 @@ impl Redis {
                         }
                     }
                     // Nothing was done, because of one key. With each key in calls of its own the others go on.
-                    Err(error) if concerns_a_key(&error) && !one_key_a_call && !commands.one_key() => {
+                    Err(error) if !had_one_key && concerns_a_key(&error, connection.has_slots()) => {
                         one_key_a_call = true;
-                        rounds.move_to_places(|index| place(events[index], commands));
                         continue;
                     }
                     Err(error) => {
@@ -211,6 +212,13 @@ impl Redis {
                     }
                     rounds.answer(index, outcome);
                 }
+            }
+            if one_key_a_call && !had_one_key {
+                let mut numbers = HashMap::new();
+                rounds.move_to_places(|index| {
+                    let next = u16::try_from(numbers.len()).unwrap_or(u16::MAX);
+                    *numbers.entry(commands.key(events[index])).or_insert(next)
+                });
             }
             if let Some(once) = &mut once
                 && !dirty.is_empty()

@@ -72,7 +72,10 @@ async fn a_channel_is_named_by_the_event_and_a_key_keeps_its_order_across_channe
         .map(|event| (format!("{prefix}:order:{}", event.event_type), format!("{{\"n\": {}}}", event.row.id)))
         .collect();
     assert_eq!(messages, expected);
-    assert_eq!(sink.check().await.unwrap(), format!("127.0.0.1:{}, database 0, channels by template", redis().port()));
+    assert_eq!(
+        sink.check().await.unwrap(),
+        format!("127.0.0.1:{}, database 0, not encrypted, channels by template", redis().port())
+    );
 }
 
 #[tokio::test]

@@ -100,7 +100,10 @@ async fn a_stream_is_named_by_the_event() {
     assert_all_delivered(&publish(&sink, &[keyed(1, "42"), nameless, keyed(3, "42")]).await);
     assert_eq!(client.sequences(&format!("{prefix}/shop/order/order.created")), [1, 3]);
     assert_eq!(client.sequences(&format!("{prefix}/outbox//a.b")), [2]);
-    assert_eq!(sink.check().await.unwrap(), format!("127.0.0.1:{}, database 0, streams by template", redis().port()));
+    assert_eq!(
+        sink.check().await.unwrap(),
+        format!("127.0.0.1:{}, database 0, not encrypted, streams by template", redis().port())
+    );
 }
 
 #[tokio::test]
@@ -129,7 +132,10 @@ async fn the_database_number_is_respected() {
     assert_all_delivered(&publish(&by_url, &[event(1)]).await);
     let by_parts = at(parts(4), &stream);
     assert_all_delivered(&publish(&by_parts, &[event(2)]).await);
-    assert_eq!(by_parts.check().await.unwrap(), format!("127.0.0.1:{}, database 4, stream {stream:?}", redis().port()));
+    assert_eq!(
+        by_parts.check().await.unwrap(),
+        format!("127.0.0.1:{}, database 4, not encrypted, stream {stream:?}", redis().port())
+    );
     assert_eq!(client.sequences(&stream), [0; 0]);
     for (database, sequence) in [(3, 1), (4, 2)] {
         client.tell(&format!("SELECT {database}"));

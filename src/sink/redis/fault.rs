@@ -83,9 +83,14 @@ pub(super) fn wants_new_connection(error: &PublishError) -> bool {
         )
 }
 
-/// A call of the script that is refused like this may be refused because of one of its keys.
-pub(super) fn concerns_a_key(error: &PublishError) -> bool {
-    matches!(error.code.as_str(), "NOPERM" | "CROSSSLOT" | "MOVED" | "ASK")
+/// A call of the script that is refused like this may be refused because of one of its keys. In a cluster all of them are in
+/// one slot, so that a slot that moves concerns them all.
+pub(super) fn concerns_a_key(error: &PublishError, clustered: bool) -> bool {
+    match error.code.as_str() {
+        "NOPERM" => true,
+        "CROSSSLOT" | "MOVED" | "ASK" => !clustered,
+        _ => false,
+    }
 }
 
 #[cfg(test)]

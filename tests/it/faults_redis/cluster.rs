@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use outbox_relay::event::{Event, Fault};
+use outbox_relay::event::{Event, Fault, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
 use outbox_relay::sink::redis_pubsub::RedisPubSub;
@@ -17,7 +17,7 @@ use crate::readback::RedisClient;
 use crate::servers::{Server, database, redis};
 use crate::stream::{self, Entry};
 use crate::support::{
-    assert_all_delivered, assert_all_failed, event, is_uncharged, keyed, publish, publish_until,
+    assert_all_delivered, assert_all_failed, error, event, is_uncharged, keyed, publish, publish_until,
     publish_until_delivered,
 };
 
@@ -79,7 +79,7 @@ async fn f36_streams_whose_slots_move_under_load_get_everything_once_and_in_orde
     let database = database().await;
     let sink = sink(server.url(), "events:{event_type}");
     let nodes = server.ports().iter().map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>().join(", ");
-    assert_eq!(sink.check().await.unwrap(), format!("cluster of {nodes}, streams by template"));
+    assert_eq!(sink.check().await.unwrap(), format!("cluster of {nodes}, not encrypted, streams by template"));
     let running = relay(&database, sink);
     let load = Load::start(&database).await;
     let mut cluster = connect(&server);
@@ -262,11 +262,52 @@ async fn f36_a_single_server_is_no_cluster() {
 }
 
 #[tokio::test]
-async fn f36_streams_in_several_slots_are_a_misconfiguration_for_whoever_knows_of_no_cluster() {
+async fn f36_whoever_knows_of_no_cluster_publishes_to_a_node_that_has_all_slots_one_stream_a_call() {
     let server = Server::start("redis", &["--set", "cluster-enabled=yes"]);
-    RedisClient::connect(&server).tell("CLUSTER ADDSLOTSRANGE 0 16383");
+    let mut client = RedisClient::connect(&server);
+    client.tell("CLUSTER ADDSLOTSRANGE 0 16383");
     publish_until_delivered(&*sink(server.url(), "events"), &[event(1)]).await;
-    let batch = [event(1), Event { event_type: "other".into(), ..event(2) }];
-    let outcomes = publish(&*sink(server.url(), "{event_type}"), &batch).await;
-    assert_all_failed(&outcomes, Fault::Misconfigured, "CROSSSLOT");
+    // Several calls are refused with CROSSSLOT at the same time.
+    let typed = |id: i64| Event { event_type: format!("type{}", id % 3), ..keyed(id, &(id % 7).to_string()) };
+    let batch: Vec<Event> = (1..=500).map(typed).collect();
+    assert_all_delivered(&publish(&*sink(server.url(), "{event_type}"), &batch).await);
+    for number in 0..3 {
+        let arrived = client.sequences(&format!("type{number}"));
+        let expected: Vec<i64> = (1..=500).filter(|id| id % 3 == number).collect();
+        // Of each key in order; keys have no order among each other.
+        for key in 0..7 {
+            let of_key = |ids: &[i64]| ids.iter().copied().filter(|id| id % 7 == key).collect::<Vec<_>>();
+            assert_eq!(of_key(&arrived), of_key(&expected), "key {key} of type{number}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn f36_streams_of_another_node_fail_in_order_for_whoever_knows_of_no_cluster_and_the_cure_is_named() {
+    let server = Server::start("redis-cluster", &[]);
+    let url = format!("redis://127.0.0.1:{}", server.ports()[0]);
+    let is_here = |name: &String| {
+        let slot: u16 = RedisClient::at(server.ports()[0]).ask(&format!("CLUSTER KEYSLOT {name}"));
+        owner(&server, slot) == 0
+    };
+    let (here, there): (Vec<String>, Vec<String>) = (0..TYPES).map(|number| format!("type{number}")).partition(is_here);
+    let sink = sink(&url, "{event_type}");
+    let to = |name: &str, event: Event| Event { event_type: name.into(), ..event };
+    let batch = [
+        to(&here[0], keyed(1, "42")),
+        to(&there[0], keyed(2, "42")),
+        to(&here[0], keyed(3, "42")),
+        to(&here[1], event(4)),
+    ];
+    let outcomes = publish(&*sink, &batch).await;
+    assert!(matches!(outcomes[0], Outcome::Delivered { .. }), "{outcomes:?}");
+    assert_all_failed(&outcomes[1..2], Fault::Destination, "MOVED");
+    assert!(error(&outcomes[1]).message.contains("redis-cluster://"), "{outcomes:?}");
+    assert_eq!(outcomes[2], Outcome::Held, "what follows in the key stays behind");
+    assert!(matches!(outcomes[3], Outcome::Delivered { .. }), "{outcomes:?}");
+    // Where nothing can be published the destination is at fault.
+    let elsewhere = [to(&there[0], keyed(2, "42")), to(&there[1], event(5))];
+    let outcomes = publish(&*sink, &elsewhere).await;
+    assert!(outcomes.iter().any(is_uncharged), "{outcomes:?}");
+    assert!(outcomes.iter().all(|outcome| is_uncharged(outcome) || *outcome == Outcome::Held), "{outcomes:?}");
 }

@@ -48,7 +48,7 @@ async fn f34_a_sentinels_new_master_goes_on_where_the_killed_one_stopped() {
     let [one, two, three] = [3, 4, 5].map(|node| server.ports()[node]);
     let told = format!(
         "master \"main\" of the Sentinels 127.0.0.1:{one}, 127.0.0.1:{two}, 127.0.0.1:{three}, database 0, \
-         stream \"events\""
+         not encrypted, stream \"events\""
     );
     assert_eq!(sink.check().await.unwrap(), told);
     let running = relay(&database, sink);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use outbox_relay::event::{Event, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::EventBridge;
 use outbox_relay::sink::redis::RedisAddress;
@@ -13,11 +14,11 @@ use outbox_relay::sink::{Format, Sink};
 use crate::binary::{Running, relay};
 use crate::harness::{Setup, column, count, eventually, sql};
 use crate::readback::RedisClient;
-use crate::redis::{TIMEOUT, url_as};
+use crate::redis::{TIMEOUT, sink, url_as};
 use crate::servers::{Server, database};
 use crate::stores::Postgres;
 use crate::stub::EventBridgeStub;
-use crate::support::{eventbridge_config, sdk};
+use crate::support::{error, event, eventbridge_config, publish, sdk};
 
 const BLOCKED: &str = "event_outbox where status = 'scheduled' and attempts = 0 and last_error is not null";
 
@@ -93,6 +94,28 @@ async fn f64_streams_that_redis_does_not_allow_wait_and_the_others_go_on() {
     let sink = RedisStream::new(address, stream, None, "outbox".into(), TIMEOUT, true);
     blocks_one_key(&database, Arc::new(sink), "NOPERM", || client.tell("ACL SETUSER relay ~*")).await;
     assert_eq!(RedisClient::connect(&server).sequences("bad").len(), 22);
+}
+
+#[tokio::test]
+async fn f64_a_stream_that_redis_does_not_allow_leaves_the_other_streams_of_many_calls_alone() {
+    for kind in ["redis", "redis-cluster"] {
+        let server = Server::start(kind, &[]);
+        for &port in server.ports() {
+            RedisClient::at(port).tell("ACL SETUSER relay on >pw ~*good* &* +@all");
+        }
+        let url = server.url().replace("://", "://relay:pw@");
+        // All in one slot.
+        let sink = sink(&url, "{{s}}:{event_type}");
+        let named = |id: i64| Event { event_type: if id % 7 == 0 { "bad" } else { "good" }.into(), ..event(id) };
+        let batch: Vec<Event> = (1..=600).map(named).collect();
+        for (event, outcome) in batch.iter().zip(publish(&sink, &batch).await) {
+            if event.event_type == "good" {
+                assert!(matches!(outcome, Outcome::Delivered { .. }), "{kind}: {outcome:?}");
+            } else {
+                assert_eq!(error(&outcome).code, "NOPERM", "{kind}");
+            }
+        }
+    }
 }
 
 #[tokio::test]
