@@ -3,6 +3,7 @@
 
 mod clock;
 mod database;
+mod disk;
 mod eventbridge;
 mod flow;
 mod matrix;

@@ -104,7 +104,7 @@ impl Tried {
 /// takes it back.
 ///
 /// # Errors
-/// What one of them fails with. After one that the database has given, the transaction goes on.
+/// What one of them fails with. The transaction goes on without what was written, unless the connection is lost.
 pub(super) async fn prove(
     connection: &mut PgConnection,
     sql: Sql,
@@ -114,13 +114,10 @@ pub(super) async fn prove(
 ) -> Result<Tried, sqlx::Error> {
     connection.execute("savepoint before_proof").await?;
     let tried = try_all(connection, sql, worker, usage, survivors).await;
-    match &tried {
-        Err(error) if !is_content(error) && sqlstate(error).is_none() => {}
-        _ => {
-            connection.execute("rollback to savepoint before_proof").await?;
-        }
-    }
-    tried
+    // After an error that is not the database's, too: who goes on to commit must not commit rows of a proof.
+    let back = connection.execute("rollback to savepoint before_proof").await;
+    let tried = tried?;
+    back.map(|_| tried)
 }
 
 /// The same for `relay check`, in words.

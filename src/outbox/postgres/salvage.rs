@@ -156,8 +156,9 @@ impl PgOutbox {
         let prove = async {
             connection.execute(AssertSqlSafe(begin.to_owned())).await?;
             let proven = proof::prove(connection, self.sql(), &self.config.worker, self.config.usage, survivors).await;
-            connection.execute("commit").await?;
-            proven
+            let committed = connection.execute("commit").await;
+            let tried = proven?;
+            committed.map(|_| tried)
         };
         match tokio::time::timeout(STATEMENT_TIMEOUT, prove).await {
             Ok(proven) => proven,

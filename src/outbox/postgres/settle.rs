@@ -112,7 +112,8 @@ impl<'c> Settle<'c> {
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
         self.all(&records.dead_letters, "insert on event_dead_letter").await?;
         if !records.dead_letters.is_empty() {
-            hit("dlq_inserted").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
+            hit(if self.is_proof { "proof_inserted" } else { "dlq_inserted" })
+                .map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
         }
         self.all(&records.history, "insert on event_history").await?;
         self.all(&Copy::of(&records.copies), "insert on event_outbox").await?;
