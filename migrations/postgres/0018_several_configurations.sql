@@ -78,7 +78,7 @@ begin
     return doubled + moved;
 end
 $body$
-    $function$, '{schema}', pg_catalog.quote_ident(pg_catalog.current_schema()));
+    $function$, '{schema}', pg_catalog.quote_ident(pg_catalog.current_schema()::text));
     execute pg_catalog.replace($function$
 create function {schema}.give_up_owed(from_destination text) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
@@ -116,7 +116,7 @@ begin
     return given_up;
 end
 $body$
-    $function$, '{schema}', pg_catalog.quote_ident(pg_catalog.current_schema()));
+    $function$, '{schema}', pg_catalog.quote_ident(pg_catalog.current_schema()::text));
 end
 $$;
 
@@ -131,19 +131,19 @@ declare
     grantee text;
 begin
     for grantee in
-        select case a.grantee when 0 then 'public' else pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) end
+        select case a.grantee when 0::oid then 'public' else pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)::text) end
         from pg_catalog.pg_class c cross join lateral pg_catalog.aclexplode(c.relacl) a
-        where c.oid = 'event_outbox'::regclass and a.privilege_type in ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+        where c.oid = 'event_outbox'::regclass::oid and a.privilege_type in ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
         group by a.grantee
-        having pg_catalog.count(distinct a.privilege_type) = 4
+        having pg_catalog.count(distinct a.privilege_type) = 4::bigint
     loop
         execute pg_catalog.format('grant select, insert, update, delete on event_relay to %s', grantee);
         execute pg_catalog.format('grant select, update on sequence event_relay_changes to %s', grantee);
     end loop;
     for grantee in
-        select case a.grantee when 0 then 'public' else pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) end
+        select case a.grantee when 0::oid then 'public' else pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)::text) end
         from pg_catalog.pg_proc p cross join lateral pg_catalog.aclexplode(p.proacl) a
-        where p.oid = 'redrive_dead_letter(bigint)'::regprocedure and a.grantee <> 0
+        where p.oid = 'redrive_dead_letter(bigint)'::regprocedure::oid and a.grantee <> 0::oid
         group by a.grantee
     loop
         execute pg_catalog.format('grant select on event_relay to %s', grantee);

@@ -37,8 +37,17 @@ async fn a_check_of_what_is_well_says_what_it_found() {
         .iter()
         .map(|check| (check["subject"].as_str().unwrap(), check["ok"].as_bool().unwrap()))
         .collect();
-    let subjects =
-        ["database", "schema", "privileges", "triggers", "recording", "ids", "destination redis", "destination stdout"];
+    let subjects = [
+        "database",
+        "schema",
+        "privileges",
+        "triggers",
+        "recording",
+        "ids",
+        "configuration",
+        "destination redis",
+        "destination stdout",
+    ];
     assert_eq!(checks, subjects.map(|subject| (subject, true)));
     assert_eq!(json["settings"]["RELAY_REDIS_STREAM"]["value"], "cli:check");
     let shown = json["settings"]["DATABASE_URL"]["value"].as_str().unwrap();

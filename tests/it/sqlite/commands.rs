@@ -180,7 +180,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
         database.as_str(),
         ", journal mode wal\n",
         &format!("\nok    schema: version {SCHEMA_VERSION}\n"),
-        "\nok    writing: tried, and taken back\n",
+        "\nok    writing: all that a relay writes, tried and taken back\n",
         "\nok    destination stdout: ",
     ] {
         assert!(text.stdout.contains(part), "{part:?} is missing in:\n{}", text.stdout);
@@ -188,7 +188,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
     let json: Value = serde_json::from_str(&finished(&["check", "--json"], &variables).exited(0).stdout).unwrap();
     let checks = json["checks"].as_array().unwrap().iter();
     let subjects: Vec<&str> = checks.map(|check| check["subject"].as_str().unwrap()).collect();
-    assert_eq!(subjects, ["database", "schema", "writing", "destination stdout"]);
+    assert_eq!(subjects, ["database", "schema", "names", "writing", "configuration", "destination stdout"]);
     assert_eq!(count(&mut wal.connect().await, "event_outbox").await, 1);
 
     let advised = finished(&["check"], &[("DATABASE_URL", rollback.url()), STDOUT]).exited(0).stdout;
