@@ -65,7 +65,7 @@ begin
             when new.aggregate_id is null then pg_catalog.uuid_hash_extended(new.event_id, 0)
             else pg_catalog.hashtextextended(new.aggregate_id,
                                              pg_catalog.hashtextextended(coalesce(new.aggregate_type, ''), 0))
-           end & 63)
+           end & 63::pg_catalog.int8)
     )::pg_catalog.int2;
     return new;
 end

@@ -18,6 +18,7 @@ use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, tid};
 use crate::outbox::records::Records;
 use crate::outbox::{Delivery, OutboxError, Usage};
+use crate::text::shown;
 
 /// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
 const INSERT: &str = "
@@ -248,13 +249,17 @@ pub(super) fn no_day(error: &sqlx::Error, not_made: &OutboxError) -> OutboxError
     OutboxError::Unrecorded { reason }
 }
 
+/// The most that is shown of a message of the database: a trigger of the application may have written it.
+const MAX_MESSAGE_CHARS: usize = 500;
+
 /// The reason of such an error, in words. Never the DETAIL, which may quote a row.
 pub(super) fn words(error: &sqlx::Error) -> String {
     if let Some(suppressed) = suppressed(error) {
         return suppressed.to_string();
     }
     let Some(database) = error.as_database_error() else { return error.to_string() };
-    let mut words = format!("{} ({})", database.message(), database.code().unwrap_or_default());
+    let mut words =
+        format!("{} ({})", shown(database.message(), MAX_MESSAGE_CHARS), database.code().unwrap_or_default());
     if let Some(context) = database.downcast_ref::<PgDatabaseError>().r#where()
         && let Some(function) = context.lines().find(|line| line.starts_with("PL/pgSQL function"))
     {

@@ -11,6 +11,7 @@ use crate::outbox::records::SETTLE_FAILED;
 use crate::outbox::sqlite::query_failed;
 use crate::outbox::sqlite::settle::{SUPPRESSED, Settle};
 use crate::outbox::{OutboxError, Usage};
+use crate::text::shown;
 
 /// How many rows of the application's a proof tries where it may not insert its own.
 const ROWS: i64 = 4;
@@ -156,7 +157,8 @@ fn words(error: &sqlx::Error) -> String {
             let what = what.split(';').next().unwrap_or(what);
             format!("a trigger swallows the {what}")
         }
-        None => message,
+        // A trigger of the application may have written it.
+        None => shown(&message, 500),
     }
 }
 

@@ -164,7 +164,7 @@ async fn f72_tables_that_were_moved_without_their_functions_are_noticed_and_mend
 #[tokio::test]
 async fn f72_a_function_that_was_moved_or_dropped_is_noticed_and_made_anew() {
     for change in [
-        "create schema other; alter function emit_event set schema other",
+        "create schema other; alter function emit_event(text, jsonb, text, text, text, jsonb, text, text, integer, integer, interval, uuid) set schema other",
         "drop function emit_event",
         "drop function relay_add_days",
         "drop function relay_home",

@@ -163,7 +163,9 @@ pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
     let publish_timeout = Duration::from_secs(30);
     let request = CheckRequest { destinations: &[], publish_timeout, usage, configuration: &configuration };
     let checks = database.check(request).await;
-    checks.into_iter().filter_map(|check| check.result.err()).collect::<Vec<_>>().join("\n")
+    // The relay of the test has another configuration than this check.
+    let others = checks.into_iter().filter(|check| check.subject != "configuration");
+    others.filter_map(|check| check.result.err()).collect::<Vec<_>>().join("\n")
 }
 
 async fn nothing_is_published_where_nothing_is_recorded<S: Store>(functions: &str, ways: &[Way]) {
