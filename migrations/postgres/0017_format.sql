@@ -16,6 +16,17 @@ $$;
 comment on column event_outbox.format is 'How the event is written: 0, JSON. Another one waits for a relay that knows it; -1 waits behind such an event.';
 comment on column event_dead_letter.format is 'event_outbox.format.';
 comment on column event_history.format is 'event_outbox.format.';
+-- The days that are there have columns of their own, with comments of their own.
+do $$
+declare
+    day pg_catalog.regclass;
+begin
+    for day in select i.inhrelid::pg_catalog.regclass from pg_catalog.pg_inherits i
+               where i.inhparent = 'event_history'::pg_catalog.regclass::pg_catalog.oid loop
+        execute pg_catalog.format('comment on column %s.format is %L', day, 'event_outbox.format.');
+    end loop;
+end
+$$;
 
 create or replace function event_outbox_rules() returns trigger
 language plpgsql as $$

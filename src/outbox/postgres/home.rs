@@ -25,7 +25,7 @@ select h.name, h.identifier,
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves}'::text[]) w(name)
+        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves,event_relay,event_relay_changes}'::text[]) w(name)
         where pg_catalog.to_regclass(pg_catalog.format('%I.%I', h.name, w.name)) is null
     ),
     array(
@@ -69,7 +69,7 @@ begin
         where p.pronamespace = old
           and (
               pg_catalog.starts_with(p.proname::text, 'relay_')
-              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'event_partition'::name, 'event_is_valid'::name])
+              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'move_owed'::name, 'give_up_owed'::name, 'event_partition'::name, 'event_is_valid'::name])
               or p.oid in (select t.tgfoid from pg_catalog.pg_trigger t where t.tgrelid = 'event_outbox'::regclass::oid
                            and pg_catalog.starts_with(p.proname::text, 'event_'))
           )

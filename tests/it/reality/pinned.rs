@@ -141,11 +141,11 @@ async fn f72_tables_that_were_moved_without_their_functions_are_noticed_and_mend
     for part in ["event_outbox lies in schema app, where is event_processing_log, ", "alter table ... set schema app"] {
         assert!(complaint.contains(part), "{complaint}");
     }
-    let others = "event_processing_log event_dead_letter event_history event_relay_run event_crash_suspect";
+    let others = "event_relay event_processing_log event_dead_letter event_history event_relay_run event_crash_suspect";
     for table in others.split(' ') {
         sql(&mut connection, format!("alter table {table} set schema app")).await;
     }
-    for sequence in ["event_outbox_epoch", "event_outbox_moves"] {
+    for sequence in ["event_outbox_epoch", "event_outbox_moves", "event_relay_changes"] {
         sql(&mut connection, format!("alter sequence {sequence} set schema app")).await;
     }
     let left: Vec<String> = connection
@@ -165,7 +165,7 @@ async fn f72_tables_that_were_moved_without_their_functions_are_noticed_and_mend
 async fn f72_a_function_that_was_moved_or_dropped_is_noticed_and_made_anew() {
     for change in [
         "create schema other; alter function emit_event(text, jsonb, text, text, text, jsonb, text, text, integer, integer, interval, uuid) set schema other",
-        "drop function emit_event",
+        "drop function emit_event(text, jsonb, text, text, text, jsonb, text, text, integer, integer, interval, uuid)",
         "drop function relay_add_days",
         "drop function relay_home",
     ] {
