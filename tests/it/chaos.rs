@@ -455,8 +455,9 @@ fn parameter(name: &str, default: u64) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_short_run_loses_nothing_and_repeats_nothing() {
-    for exactly_once in [true, true, false] {
-        run(fastrand::u64(1..1_000_000), Duration::from_secs(parameter("CHAOS_SHORT_SECONDS", 35)), exactly_once).await;
+    // The same faults each time, so that a failure can be repeated; `make chaos` takes new ones.
+    for (seed, exactly_once) in [(14, true), (15, true), (16, false)] {
+        run(seed, Duration::from_secs(parameter("CHAOS_SHORT_SECONDS", 35)), exactly_once).await;
     }
 }
 

@@ -8,7 +8,7 @@ use crate::event::{Outcome, PublishError};
 pub fn publish(bytes: &[u8], keys: &[String], count: usize, one_key: bool) -> Option<Vec<Outcome>> {
     let value = redis::parse_redis_value(bytes).and_then(|value| value.extract_error().map_err(Into::into));
     match value.map_err(call_error).and_then(|value| answer(value, keys, i64::MAX, count)) {
-        Ok(Answer::States(_)) => None,
+        Ok(Answer::States(_) | Answer::Unsent) => None,
         Ok(Answer::Replies(replies)) => Some(replies.split('\n').map(|reply| outcome(reply, one_key)).collect()),
         Err(error) => Some(vec![Outcome::Failed(error); count]),
     }
