@@ -88,7 +88,9 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     if push("database", server) | push("schema", transaction(&mut connection, schema::require_fit).await) {
         return checks;
     }
-    let privileges = push("privileges", transaction(&mut connection, privileges).await);
+    if push("privileges", transaction(&mut connection, privileges).await) {
+        return checks;
+    }
     // Nothing is said of what is as it should be.
     let hidden = match transaction(&mut connection, all_rows).await {
         Ok(()) => false,
@@ -102,7 +104,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
             Vec::new()
         }
     };
-    if !privileges && !hidden && standing.is_empty() {
+    if !hidden && standing.is_empty() {
         // Without its triggers the table takes no row.
         if !push("triggers", transaction(&mut connection, triggers_fit).await) {
             push("recording", proof::check(&mut connection, request.usage).await);
