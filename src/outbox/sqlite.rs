@@ -156,6 +156,9 @@ impl Outbox for SqliteOutbox {
     async fn prepare(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         drop(schema::require_fit(&mut connection).await?);
+        if let Ok(mut turn) = self.turn.try_lock() {
+            turn.fits(connection.file);
+        }
         if let Some(trouble) = formats::look(&mut connection).await? {
             tracing::error!("{trouble}");
         }

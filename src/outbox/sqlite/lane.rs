@@ -154,6 +154,11 @@ pub(super) struct Turn {
 }
 
 impl Turn {
+    /// The file was found to fit: a later migration does not end a relay that runs.
+    pub(super) fn fits(&mut self, file: FileId) {
+        self.fits = Some(file);
+    }
+
     /// Records what is left to record.
     async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
         while let Some((settle, file)) = self.unsettled.last()
@@ -208,7 +213,7 @@ impl Turn {
         let mut connection = outbox.connect_unless(self.connection.take()).await?;
         if self.fits != Some(connection.file) {
             schema::require_fit(&mut connection).await?;
-            self.fits = Some(connection.file);
+            self.fits(connection.file);
         }
         let batch = answered("claim events", async {
             self.traffic.look(&mut connection).await?;
