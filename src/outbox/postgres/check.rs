@@ -4,7 +4,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::standstill::{self, Question};
+use crate::outbox::postgres::standstill::{self, Question, TABLE_LOCKED};
 use crate::outbox::postgres::{
     ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, formats, proof, register,
     schema, triggers,
@@ -96,15 +96,12 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
         Ok(()) => false,
         Err(error) => push("row-level security", Err(error)),
     };
+    let standing = standstills(&mut connection, request).await.unwrap_or_else(|error| {
+        push("standstills", Err(error));
+        Vec::new()
+    });
     // What is locked cannot be tried.
-    let standing: Vec<Check> = match standstills(&mut connection, request).await {
-        Ok(found) => Check::standstills(found).collect(),
-        Err(error) => {
-            push("standstills", Err(error));
-            Vec::new()
-        }
-    };
-    if !hidden && standing.is_empty() {
+    if !hidden && standing.iter().all(|found| found.cause != TABLE_LOCKED) {
         // Without its triggers the table takes no row.
         if !push("triggers", transaction(&mut connection, triggers_fit).await) {
             push("recording", proof::check(&mut connection, request.usage).await);
@@ -127,7 +124,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     }
     let look = async |connection: &mut PgConnection| configurations(connection, request.configuration).await;
     push("configuration", transaction(&mut connection, look).await);
-    checks.extend(standing);
+    checks.extend(Check::standstills(standing));
     checks
 }
 

@@ -39,6 +39,9 @@ const PROBES: [Probe; 4] = [
     |connection, question| not_taken(connection, question).boxed(),
 ];
 
+/// Somebody's lock keeps claims or settles waiting.
+pub(super) const TABLE_LOCKED: &str = "table_locked";
+
 /// No probe may wait for long, whatever is locked.
 const BEGIN: &str = "
 begin isolation level read committed read only;
@@ -158,7 +161,7 @@ impl Session {
 
 /// Our tables with their days. Conflicts with a claim (`AccessExclusiveLock`) or with a settle (the others); one that waits
 /// itself blocks all that come after it.
-const TABLE_LOCKED: &str = "
+const TABLE_LOCKS: &str = "
 with ours as (
     select t.oid, t.relname from pg_catalog.pg_class o
     join pg_catalog.pg_class t on t.relnamespace = o.relnamespace and t.relkind in ('r', 'p')
@@ -185,7 +188,7 @@ where l.locktype = 'relation'
 order by l.pid, l.virtualtransaction, t.relname, l.granted desc, l.mode";
 
 async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
-    let rows = question.sql.query(TABLE_LOCKED).fetch_all(connection).await?;
+    let rows = question.sql.query(TABLE_LOCKS).fetch_all(connection).await?;
     let mut found = Vec::new();
     for row in &rows {
         let session = Session::of(row)?;
@@ -208,7 +211,7 @@ async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) ->
                 session.cure()
             )
         };
-        found.push(Standstill::new("table_locked", text).about(who));
+        found.push(Standstill::new(TABLE_LOCKED, text).about(who));
     }
     Ok(found)
 }
