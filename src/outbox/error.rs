@@ -118,12 +118,6 @@ pub enum OutboxError {
         /// Which, and the statement that mends it.
         reason: String,
     },
-    /// Events wait that this relay cannot read.
-    #[error("{reason}")]
-    Formats {
-        /// Which, and what to do.
-        reason: String,
-    },
     /// The sequence of the ids is behind the rows.
     #[error(
         "event_outbox has ids up to {highest}, and its sequence gave {last} last: new events would get ids that are taken, or \

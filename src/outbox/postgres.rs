@@ -11,7 +11,7 @@
 //! - `register`: the relays at work, by what configurations; `owed`: what is owed to destinations that are gone.
 //! - `suspects`: the notes that end a crash loop.
 //! - `exclusion`: whether advisory locks are what they should be.
-//! - `standstill`: what keeps events from moving.
+//! - `standstill`: what keeps events from moving; `parked`, `undecided`: two kinds of it.
 //! - [`emit`](mod@emit): the insert for applications.
 
 pub mod audit;
@@ -25,6 +25,7 @@ mod home;
 pub mod lane;
 pub mod migrate;
 mod owed;
+mod parked;
 mod patience;
 mod proof;
 mod register;
@@ -37,11 +38,13 @@ mod suspects;
 mod take;
 mod tid;
 mod triggers;
+mod undecided;
 mod url;
 pub mod wake;
 
 use std::future::Future;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -82,6 +85,8 @@ pub struct PgOutbox {
     schema: Arc<Mutex<Schema>>,
     unrecorded: Unrecorded,
     memory: Memory,
+    /// Events wait behind one of a format that this relay does not know, or did.
+    aside_by_format: Arc<AtomicBool>,
     /// Advisory locks were proven to exclude.
     exclusion: Arc<OnceLock<()>>,
 }
@@ -91,8 +96,8 @@ impl PgOutbox {
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
         let (id, aside, schema, memory) = (Arc::default(), Aside::default(), Arc::default(), Memory::default());
-        let (unrecorded, exclusion, membership) = Default::default();
-        Self { config, id, aside, bounds, membership, schema, unrecorded, memory, exclusion }
+        let (unrecorded, exclusion, membership, aside_by_format) = Default::default();
+        Self { config, id, aside, bounds, membership, schema, unrecorded, memory, aside_by_format, exclusion }
     }
 
     /// One connection to a database that can be written to.
@@ -166,21 +171,14 @@ impl PgOutbox {
         Ok(Arc::clone(self.id.get_or_init(|| id.into())))
     }
 
-    async fn look_at_formats(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        if let Some(trouble) = formats::look(connection, self.sql().schema).await? {
-            tracing::error!("{trouble}");
-        }
-        Ok(())
-    }
-
     /// Fails where this relay cannot work with what is there.
     async fn look_at(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(connection)).await?;
         drop(schema::require_fit(connection).await?);
         check::require_all_rows(connection, Sql { persistent: false, ..self.sql() }).await?;
         triggers::require(connection, Sql { persistent: false, ..self.sql() }).await?;
-        self.look_at_formats(connection).await?;
-        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(connection)).await
+        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(connection)).await?;
+        formats::give_back(connection, self.sql().schema).await
     }
 
     async fn find_standstills(
@@ -190,7 +188,8 @@ impl PgOutbox {
     ) -> Result<(Vec<Standstill>, bool), sqlx::Error> {
         let (sql, publish_timeout) = (Sql { persistent: false, ..self.sql() }, self.config.publish_timeout);
         let bounds = self.bounds.known().0.bounds_of(&(0..take::PARTITIONS).collect::<Vec<_>>());
-        let question = Question { sql, destinations, publish_timeout, memory: &self.memory, bounds };
+        let question =
+            Question { sql, destinations, publish_timeout, memory: &self.memory, bounds, aside: &self.aside_by_format };
         standstill::find(connection, &question).await
     }
 
@@ -272,9 +271,6 @@ impl Outbox for PgOutbox {
 
     async fn maintain(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
-        answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(&mut connection)).await?;
-        self.look_at_formats(&mut connection).await?;
-        answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(&mut connection)).await?;
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
         for (parent, retention) in
@@ -298,6 +294,10 @@ impl Outbox for PgOutbox {
 
     async fn standstills(&self, destinations: &[String]) -> Result<Vec<Standstill>, OutboxError> {
         let (found, brief) = self.look_for_standstills(destinations).await?;
+        if self.aside_by_format.load(Ordering::Relaxed) {
+            let schema = self.sql().schema;
+            formats::give_back(&mut self.connect().await?, schema).await?;
+        }
         if !brief {
             return Ok(found);
         }

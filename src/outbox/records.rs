@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::event::{Event, Fault, PublishError, Verdict};
+use crate::outbox::standstill::counted;
 use crate::outbox::{Delivery, Standstill};
 
 /// With this the last error of a row begins that could not be settled: it waits until somebody acts.
@@ -215,7 +216,7 @@ pub(super) struct Unconfigured {
 impl Unconfigured {
     pub(super) fn told(self) -> Standstill {
         let Self { destination, count, oldest, move_them, give_them_up } = self;
-        let count = if count > MOST_COUNTED { format!("more than {MOST_COUNTED}") } else { count.to_string() };
+        let count = counted(count);
         let oldest = oldest.map_or_else(String::new, |oldest| {
             format!(", the oldest emitted {} ago", humantime::format_duration(Duration::from_secs(oldest.as_secs())))
         });

@@ -18,6 +18,7 @@ mod identity;
 pub mod lane;
 mod owed;
 mod owner;
+mod parked;
 mod proof;
 mod register;
 mod retention;
@@ -158,9 +159,6 @@ impl Outbox for SqliteOutbox {
         drop(schema::require_fit(&mut connection).await?);
         if let Ok(mut turn) = self.turn.try_lock() {
             turn.fits(connection.file);
-        }
-        if let Some(trouble) = formats::look(&mut connection).await? {
-            tracing::error!("{trouble}");
         }
         proof::prove(&mut connection, &self.config.worker, self.config.usage).await.map(drop)
     }

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::outbox::records::{MOST_COUNTED, literal};
+use crate::text::shown;
+
 /// An event that is due, and that nobody takes, whatever the reason.
 pub const NOT_TAKEN: &str = "not_taken";
 
@@ -43,6 +46,65 @@ pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, 
          partitions){who}: look whether another relay hangs, and at the log of each"
     );
     Standstill::new(NOT_TAKEN, text)
+}
+
+/// Keys that go on waiting though their destination works. The engine leaves it out while the destination is down.
+pub(crate) const KEYS_BLOCKED: &str = "keys_blocked";
+
+/// The longest error of an event in the text of a standstill, in characters.
+const MAX_ERROR_CHARS: usize = 500;
+
+/// The first of events that stand still together.
+pub(super) struct First {
+    pub(super) id: i64,
+    /// Empty: it stands for all its destinations.
+    pub(super) destination: String,
+    pub(super) error: String,
+}
+
+/// So many events wait until somebody acts, and behind them so many; `now` is the time in SQL, `forever` the end of it.
+pub(super) fn parked(count: i64, behind: i64, first: &First, now: &str, forever: &str) -> Standstill {
+    let First { id, destination, error } = first;
+    let row = format!("id = {id} and destination = {}", literal(destination));
+    let (count, behind, error) = (counted(count), counted(behind), shown(error, MAX_ERROR_CHARS));
+    let text = format!(
+        "parked until somebody acts: {count} events, and behind them by their keys {behind}; the first has id {id} ({error}); mend \
+         the cause, then publish it again: update event_outbox set available_at = {now} where {row}; or be done with it: delete \
+         from event_outbox where {row}; what is behind it follows within ten minutes; all of them: select id, destination, last_error from event_outbox where status = \
+         'scheduled' and available_at = '{forever}' and last_error is not null;"
+    );
+    Standstill::new("events_parked", text)
+}
+
+/// At this destination so many events wait without being charged, or have failed for long, and hold back their keys; the first
+/// of them has failed for so long.
+pub(super) fn blocked(count: i64, first: &First, failing: Duration, forever: &str) -> Standstill {
+    let First { id, destination, error } = first;
+    let (count, error) = (counted(count), shown(error, MAX_ERROR_CHARS));
+    let since = humantime::format_duration(Duration::from_secs(failing.as_secs()));
+    let text = format!(
+        "destination {destination} takes other events, and not these, which are tried again after growing waits and hold back \
+         their keys: {count}, the first with id {id}, failing for {since} ({error}); mend the cause, or be done with it: delete \
+         from event_outbox where id = {id} and destination = {}; all of them: select * from event_blocked_keys where \
+         next_attempt_at < '{forever}';",
+        literal(destination)
+    );
+    Standstill::new(KEYS_BLOCKED, text).about(destination)
+}
+
+/// So many events of these formats, and so many behind them.
+pub(super) fn unknown_formats(events: i64, formats: &str, behind: i64, since: &str) -> Standstill {
+    let text = format!(
+        "{events} events of format {formats} wait, which this relay does not know, and {behind} behind them by their keys; the \
+         oldest since {since}: start a relay of the version that they were made for, or delete them: delete from event_outbox \
+         where format in ({formats});"
+    );
+    Standstill::new("format_unknown", text)
+}
+
+/// At most one more than are counted.
+pub(super) fn counted(count: i64) -> String {
+    if count > MOST_COUNTED { format!("more than {MOST_COUNTED}") } else { count.to_string() }
 }
 
 /// Since when what was seen now was seen each time: another role's times are hidden, and a file has none.

@@ -8,13 +8,13 @@ use time::OffsetDateTime;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 
-use crate::outbox::standstill::NOT_TAKEN;
+use crate::outbox::standstill::{KEYS_BLOCKED, NOT_TAKEN};
 use crate::outbox::{Outbox, Standstill};
 use crate::relay::{Relay, sleep};
 
-/// How often the store is asked while something looks stuck, and while nothing does.
+/// How often the store is asked while something looks stuck, and while nothing does: what stands still is told within ten seconds.
 const STUCK_INTERVAL: Duration = Duration::from_secs(5);
-const IDLE_INTERVAL: Duration = Duration::from_secs(60);
+const IDLE_INTERVAL: Duration = Duration::from_secs(8);
 
 /// How often this process looks at itself, which asks nobody.
 const TICK: Duration = Duration::from_secs(1);
@@ -218,6 +218,9 @@ impl<O: Outbox> Relay<O> {
                 if self.paused_until(Instant::now()).is_some() {
                     found.retain(|standstill| standstill.cause != NOT_TAKEN);
                 }
+                // Its keys wait with all else that is owed to it, and that is said already.
+                let down = |name: &str| self.destinations.iter().any(|there| there.name == name && there.is_down());
+                found.retain(|standstill| standstill.cause != KEYS_BLOCKED || !down(&standstill.about));
                 self.standstills.found(found);
             }
             // Whoever claims finds the same, and says so.
@@ -237,7 +240,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Asks for standstills until `stop`: at once, every few seconds while something looks stuck, else once a minute.
+    /// Asks for standstills until `stop`: at once, and every few seconds.
     pub(super) async fn watch_standstills(&self, stop: &CancellationToken) {
         let ask = async {
             loop {

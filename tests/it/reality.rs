@@ -23,6 +23,7 @@ mod row_security;
 mod set_ups;
 mod settle;
 mod sizes;
+mod standing;
 mod triggers;
 mod unconfigured;
 mod versions;

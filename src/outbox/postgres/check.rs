@@ -1,13 +1,15 @@
 //! `relay check`: the database tried as a relay would use it.
 
+use std::sync::atomic::AtomicBool;
+
 use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::{self, Question, TABLE_LOCKED};
 use crate::outbox::postgres::{
-    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, formats, proof, register,
-    schema, triggers,
+    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, proof, register, schema,
+    triggers,
 };
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Memory;
@@ -107,11 +109,6 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
             push("recording", proof::check(&mut connection, request.usage).await);
         }
         push("ids", transaction(&mut connection, ids_ahead).await);
-        match transaction(&mut connection, formats).await {
-            Ok(None) => {}
-            Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
-            Err(error) => drop(push("formats", Err(error))),
-        }
     }
     if let Err(error) = locks(&mut connection, url, pooled).await {
         push("advisory locks", Err(error));
@@ -183,11 +180,6 @@ async fn triggers_fit(connection: &mut PgConnection) -> Result<String, OutboxErr
     triggers::require(connection, sql).await.map(|()| "as the relay needs them".to_owned())
 }
 
-async fn formats(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
-    let schema = sql(connection).await?.schema;
-    formats::look(connection, schema).await
-}
-
 async fn ids_ahead(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let sql = sql(connection).await?;
     triggers::require_ids_ahead(connection, sql).await
@@ -206,7 +198,8 @@ async fn standstills(
     let memory = Memory::default();
     loop {
         let sql = transaction(connection, sql).await?;
-        let question = Question { sql, destinations, publish_timeout, memory: &memory, bounds: vec![i64::MIN; 640] };
+        let (bounds, aside) = (vec![i64::MIN; 640], &AtomicBool::default());
+        let question = Question { sql, destinations, publish_timeout, memory: &memory, bounds, aside };
         let first = memory.is_empty();
         let (found, brief) =
             answered("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question)).await?;
@@ -235,7 +228,7 @@ pub(super) async fn require_all_rows(connection: &mut PgConnection, sql: Sql) ->
         join pg_catalog.pg_class t on t.relnamespace = o.relnamespace
         where o.oid = '{schema}.event_outbox'::regclass::oid and t.relrowsecurity
           and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history', 'event_relay_run',
-                            'event_crash_suspect')
+                            'event_crash_suspect', 'event_relay')
           and pg_catalog.row_security_active(t.oid)";
     let hidden: Option<String> = answered("look for row-level security", STATEMENT_TIMEOUT, async {
         sql.query_scalar(query).fetch_one(connection).await

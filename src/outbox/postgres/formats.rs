@@ -3,13 +3,16 @@
 //! The schema keeps them in partitions of their own, where no claim looks: see `migrations/postgres/0017_format.sql`. What is
 //! done here is that the later events of their keys stay behind them, and are not read by each claim anew.
 
+use std::sync::atomic::Ordering;
+
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::sql::{Schema, Sql};
+use crate::outbox::postgres::standstill::Question;
 use crate::outbox::postgres::tid;
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
-use crate::outbox::{Claimed, OutboxError};
+use crate::outbox::{Claimed, OutboxError, Standstill, standstill};
 
 /// In a claim, the name of what an event waits behind that is of another format.
 pub(super) const APART: &str = "*";
@@ -41,10 +44,13 @@ select array(
 
 /// What there is of them: how many, of which formats, how many behind them, and since when.
 const COUNT: &str = "
-select pg_catalog.count(*) filter (where o.format <> -1),
-       pg_catalog.string_agg(distinct o.format::text, ', ') filter (where o.format <> -1),
-       pg_catalog.count(*) filter (where o.format = -1), pg_catalog.min(o.created_at)::text
-from {schema}.event_outbox o where o.partition >= 1280";
+select pg_catalog.count(*) filter (where o.format <> -1::smallint),
+       pg_catalog.string_agg(distinct o.format::text, ', ') filter (where o.format <> -1::smallint),
+       pg_catalog.count(*) filter (where o.format = -1::smallint),
+       pg_catalog.to_char(pg_catalog.min(o.created_at) at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SSZ')
+from {schema}.event_outbox o where o.partition >= 1280::smallint";
+
+const ANY_ASIDE: &str = "select exists (select from {schema}.event_outbox o where o.partition >= 1280::smallint and o.format = -1::smallint)";
 
 /// Sets those of the events aside that wait behind one of another format; the claim is to be begun anew then.
 pub(super) async fn set_aside(
@@ -71,29 +77,31 @@ pub(super) async fn set_aside(
     Ok(true)
 }
 
-/// Gives back what waits behind nothing any more. Returns what else there is, in words.
-pub(super) async fn look(connection: &mut PgConnection, schema: Schema) -> Result<Option<String>, OutboxError> {
+/// Gives back what waits behind nothing any more.
+pub(super) async fn give_back(connection: &mut PgConnection, schema: Schema) -> Result<(), OutboxError> {
     let sql = Sql { schema, persistent: false };
+    answered("give back events that wait behind no other format any more", STATEMENT_TIMEOUT, async {
+        connection.execute("begin").await?;
+        if sql.query_scalar(ANY_ASIDE).fetch_one(&mut *connection).await? {
+            let locked: Vec<i32> = sql.query_scalar(LOCK).fetch_one(&mut *connection).await?;
+            sql.query(GIVE_BACK).bind(locked).execute(&mut *connection).await?;
+        }
+        connection.execute("commit").await.map(drop)
+    })
+    .await
+}
+
+/// What there is of them; takes note whether something waits behind them, or did.
+pub(super) async fn unknown(
+    connection: &mut PgConnection,
+    question: &Question<'_>,
+) -> Result<Vec<Standstill>, sqlx::Error> {
     let (events, formats, behind, since): (i64, Option<String>, i64, Option<String>) =
-        answered("look for events of unknown formats", STATEMENT_TIMEOUT, async {
-            let mut found = sql.query_as(COUNT).fetch_one(&mut *connection).await?;
-            let (_, _, behind, _): &(i64, Option<String>, i64, Option<String>) = &found;
-            if *behind > 0 {
-                connection.execute("begin").await?;
-                let locked: Vec<i32> = sql.query_scalar(LOCK).fetch_one(&mut *connection).await?;
-                sql.query(GIVE_BACK).bind(locked).execute(&mut *connection).await?;
-                connection.execute("commit").await?;
-                found = sql.query_as(COUNT).fetch_one(connection).await?;
-            }
-            Ok(found)
-        })
-        .await?;
-    Ok((events + behind > 0).then(|| {
-        format!(
-            "{events} events of format {} wait, which this relay does not know, and {behind} behind them by their keys; the \
-             oldest since {}: start a relay of the version that they were made for, or delete them",
-            formats.unwrap_or_default(),
-            since.unwrap_or_default()
-        )
-    }))
+        question.sql.query_as(COUNT).fetch_one(connection).await?;
+    question.aside.store(behind > 0, Ordering::Relaxed);
+    let told = || {
+        let (formats, since) = (formats.unwrap_or_default(), since.unwrap_or_default());
+        standstill::unknown_formats(events, &formats, behind, &since)
+    };
+    Ok((events > 0).then(told).into_iter().collect())
 }

@@ -3,6 +3,7 @@
 //! A probe must not wait for whoever blocks the tables: it reads catalogues, `pg_locks` and `pg_stat_activity`. One that reads
 //! a table of ours is given up after a second. To add a probe: a text, a function, and a line in [`PROBES`].
 
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -10,9 +11,9 @@ use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
-use crate::outbox::postgres::owed;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::PARTITIONS;
+use crate::outbox::postgres::{formats, owed, parked, undecided};
 use crate::outbox::standstill::{Memory, NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
 
 /// What the probes go by.
@@ -27,14 +28,21 @@ pub(super) struct Question<'a> {
     pub(super) memory: &'a Memory,
     /// For each partition, the id above which it may have pending events.
     pub(super) bounds: Vec<i64>,
+    /// Set where events wait behind one of a format that this relay does not know.
+    pub(super) aside: &'a AtomicBool,
 }
 
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-const PROBES: [Probe; 4] = [
-    |connection, question| owed::unconfigured(connection, question),
+/// Those that ask catalogues come first: where a table is locked, the others wait in vain.
+const PROBES: [Probe; 8] = [
     |connection, question| table_locked(connection, question).boxed(),
     |connection, question| partitions_held(connection, question).boxed(),
+    |connection, question| undecided::find(connection, question).boxed(),
+    |connection, question| owed::unconfigured(connection, question),
+    |connection, question| parked::parked(connection, question).boxed(),
+    |connection, question| parked::blocked(connection, question).boxed(),
+    |connection, question| formats::unknown(connection, question).boxed(),
     // The last one: it is left out where another has found the reason.
     |connection, question| not_taken(connection, question).boxed(),
 ];
@@ -66,19 +74,22 @@ pub(super) async fn holders(connection: &mut PgConnection, sql: Sql) -> Result<V
     rows.iter().map(|row| Session::of(row).map(|session| session.name(Duration::ZERO))).collect()
 }
 
-/// Asks all probes. One that the database refuses is left out.
+/// Asks all probes. One that the database refuses is left out; where a table is locked, all that follow it are.
 async fn ask(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
-    let mut found = Vec::new();
+    let mut found: Vec<Standstill> = Vec::new();
     connection.execute(BEGIN).await?;
     for probe in PROBES {
         match probe(connection, question).await {
-            Ok(standstills) if found.is_empty() || standstills.iter().all(|found| found.cause != NOT_TAKEN) => {
+            Ok(standstills) if standstills.iter().all(|new| new.cause != NOT_TAKEN) || !found.iter().any(holds_all) => {
                 found.extend(standstills);
             }
             Ok(_) => {}
             Err(sqlx::Error::Database(error)) => {
                 tracing::debug!(error = error.message(), "a search for standstills was refused");
                 connection.execute("rollback").await?;
+                if error.code().as_deref() == Some("55P03") {
+                    return Ok(found);
+                }
                 connection.execute(BEGIN).await?;
             }
             Err(error) => return Err(error),
@@ -86,6 +97,11 @@ async fn ask(connection: &mut PgConnection, question: &Question<'_>) -> Result<V
     }
     connection.execute("commit").await?;
     Ok(found)
+}
+
+/// Whether it is the reason that events are not taken.
+fn holds_all(standstill: &Standstill) -> bool {
+    [TABLE_LOCKED, "partitions_held"].contains(&standstill.cause)
 }
 
 /// A session that stands in the way.

@@ -3,8 +3,7 @@
 
 use sqlx::sqlite::SqliteConnection;
 
-use crate::outbox::OutboxError;
-use crate::outbox::sqlite::answered;
+use crate::outbox::{Standstill, standstill};
 
 /// How many there are, of which formats, how many wait behind them, and since when.
 const COUNT: &str = "
@@ -15,16 +14,14 @@ where status = 'scheduled' and available_at = '9999-12-31 23:59:59'
   and destination in (select distinct destination from event_outbox where format <> 0)
   and (format <> 0 or last_error glob 'format_unknown: behind *')";
 
-/// What there is of them, in words.
-pub(super) async fn look(connection: &mut SqliteConnection) -> Result<Option<String>, OutboxError> {
+/// What there is of them.
+pub(super) async fn unknown(connection: &mut SqliteConnection) -> Result<Vec<Standstill>, sqlx::Error> {
     let (events, formats, behind, since): (i64, Option<String>, i64, Option<String>) =
-        answered("look for events of unknown formats", sqlx::query_as(COUNT).fetch_one(connection)).await?;
-    Ok((events > 0).then(|| {
-        format!(
-            "{events} events of format {} wait, which this relay does not know, and {behind} behind them by their keys; the \
-             oldest since {}: start a relay of the version that they were made for, or delete them",
-            formats.unwrap_or_default(),
-            since.unwrap_or_default()
-        )
-    }))
+        sqlx::query_as(COUNT).fetch_one(connection).await?;
+    let told = || {
+        // The driver's aggregate knows no other separator where it is to be distinct.
+        let (formats, since) = (formats.unwrap_or_default().replace(',', ", "), since.unwrap_or_default());
+        standstill::unknown_formats(events, &formats, behind, &since)
+    };
+    Ok((events > 0).then(told).into_iter().collect())
 }

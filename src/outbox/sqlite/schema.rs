@@ -10,7 +10,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
 use crate::outbox::sqlite::standstill::{self, Question};
-use crate::outbox::sqlite::{answered, formats, open, open_or_create, path, register};
+use crate::outbox::sqlite::{answered, open, open_or_create, path, register};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
@@ -109,11 +109,6 @@ pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     push("names", one_name(url));
     let CheckRequest { destinations, publish_timeout, usage, configuration } = request;
     push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
-    match formats::look(&mut connection).await {
-        Ok(None) => {}
-        Ok(Some(reason)) => drop(push("formats", Err(OutboxError::Formats { reason }))),
-        Err(error) => drop(push("formats", Err(error))),
-    }
     let rows = answered("read event_relay", register::rows(&mut connection)).await;
     push("configuration", rows.and_then(|rows| configuration.check(&rows)));
     let question = Question { destinations, publish_timeout, memory: &Memory::default(), owner: None };

@@ -9,8 +9,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
-use crate::outbox::sqlite::owed;
-use crate::outbox::standstill::{self, Memory, NOT_TAKEN, Standstill, TAKEN_AFTER};
+use crate::outbox::sqlite::{formats, owed, parked};
+use crate::outbox::standstill::{self, Memory, Standstill, TAKEN_AFTER};
 
 /// What the probes go by.
 pub(super) struct Question<'a> {
@@ -27,8 +27,11 @@ pub(super) struct Question<'a> {
 type Probe =
     for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-const PROBES: [Probe; 2] = [
+const PROBES: [Probe; 5] = [
     |connection, question| owed::unconfigured(connection, question),
+    |connection, question| parked::parked(connection, question).boxed(),
+    |connection, question| parked::blocked(connection, question).boxed(),
+    |connection, _| formats::unknown(connection).boxed(),
     |connection, question| not_taken(connection, question).boxed(),
 ];
 
@@ -40,10 +43,7 @@ pub(super) async fn find(
     let mut found = Vec::new();
     for probe in PROBES {
         match probe(connection, question).await {
-            Ok(standstills) if found.is_empty() || standstills.iter().all(|found| found.cause != NOT_TAKEN) => {
-                found.extend(standstills);
-            }
-            Ok(_) => {}
+            Ok(standstills) => found.extend(standstills),
             Err(sqlx::Error::Database(error)) => {
                 tracing::debug!(error = error.message(), "a search for standstills was refused");
             }

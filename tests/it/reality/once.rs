@@ -66,7 +66,15 @@ async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
     let mut lock = store.path().into_os_string();
     lock.push("-relay");
     until("it owns the file", || std::fs::read_to_string(&lock).is_ok_and(|noted| noted.contains("since")));
-    freeze(&hung);
+    // Not in the middle of a write, which would hold up everybody.
+    let mut writer = store.connect_patiently(Duration::ZERO).await;
+    loop {
+        freeze(&hung);
+        if writer.execute("begin immediate; rollback").await.is_ok() {
+            break;
+        }
+        hung.signal("CONT");
+    }
     let variables = [("DATABASE_URL", store.url()), STDOUT, ("EVENT_DEFAULT_TIMEOUT", "2000")];
     let once = finished(&["--once"], &variables).exited(3);
     let last = once.stderr.lines().last().unwrap();

@@ -161,7 +161,8 @@ pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
     let database = Database::new(Secret::inline(store.url()), false).unwrap();
     let configuration = Configuration::new(BTreeMap::new(), Vec::new());
     let publish_timeout = Duration::from_secs(30);
-    let request = CheckRequest { destinations: &[], publish_timeout, usage, configuration: &configuration };
+    let request =
+        CheckRequest { destinations: &["a".to_owned()], publish_timeout, usage, configuration: &configuration };
     let checks = database.check(request).await;
     // The relay of the test has another configuration than this check.
     let others = checks.into_iter().filter(|check| check.subject != "configuration");
@@ -379,6 +380,8 @@ async fn one_event_that_cannot_be_settled_is_parked_and_the_others_are_settled<S
         assert!(parked.starts_with("bad scheduled a settle_failed: delivered, which cannot be recorded: "), "{parked}");
         assert_eq!(count(&mut connection, "event_processing_log where event_type <> 'bad'").await, 101, "{how}");
         assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
+        let stuck = failures(&store, USAGE).await;
+        assert!(stuck.contains("parked until somebody acts: 1 events, and behind them by their keys 0"), "{stuck}");
         // Somebody says so.
         sql(&mut connection, undo).await;
         sql(&mut connection, format!("update event_outbox set available_at = {}", S::in_ms(-1000))).await;

@@ -18,6 +18,8 @@ async fn owed_to_the_old<S: Store>(store: &S, connection: &mut S::Connection) {
     let parked = "event_outbox where status = 'scheduled' and destination = 'old'";
     eventually("all are parked", async || count(connection, parked).await == 30).await;
     running.stop().await;
+    // A try at the end leaves some pending.
+    sql(connection, "update event_outbox set status = 'scheduled' where destination = 'old'").await;
     assert_eq!(new.names().len(), 30);
 }
 
@@ -78,6 +80,8 @@ async fn owed_to_both_are_owed_once<S: Store>() {
     let parked = "event_outbox where status = 'scheduled'";
     eventually("it is parked for both", async || count(&mut connection, parked).await == 2).await;
     running.stop().await;
+    // A try at the end leaves them pending.
+    sql(&mut connection, "update event_outbox set status = 'scheduled'").await;
     let folder = tempfile::tempdir().unwrap();
     let (move_them, _) = printed(&checked(store.url(), &only_new(&folder)));
     sql(&mut connection, &move_them).await;
