@@ -30,7 +30,7 @@ select h.name, h.identifier,
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
+        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"move_owed(text,text)\",give_up_owed(text),\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
         where pg_catalog.to_regprocedure(pg_catalog.format('%I.%s', h.name, w.name)) is null
     ),
     (

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::time::Duration;
 
 use crate::binary::{Running, finished, relay, until};
 use crate::harness::{count, emit, eventually, sql};
 use crate::servers::{Database, database};
-use crate::stores::{Sqlite, Store};
+use crate::stores::{Client, Sqlite, Store};
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 

@@ -64,6 +64,15 @@ async fn f72_every_function_and_trigger_works_in_its_own_schema_whatever_the_pat
             sql(&mut connection, format!("select {schema}.relay_epoch_above(0)")).await;
             assert_eq!(last(&mut connection, &epoch).await, before + 1, "{schema} by {path}");
 
+            let owed = format!("update {schema}.event_outbox set status = 'scheduled', destination = 'old'");
+            sql(&mut connection, format!("{owed}; select {schema}.move_owed('old', 'new')")).await;
+            let moved = format!("{schema}.event_outbox where destination = 'new'");
+            assert_eq!(count(&mut connection, &moved).await, 2, "{schema} by {path}");
+            sql(&mut connection, format!("select {schema}.give_up_owed('new')")).await;
+            let given_up = format!("{schema}.event_dead_letter where error_code = 'given_up'");
+            assert_eq!(count(&mut connection, &given_up).await, 2, "{schema} by {path}");
+            sql(&mut connection, format!("delete from {schema}.event_dead_letter")).await;
+
             sql(&mut connection, format!("drop table if exists {schema}.event_history_20990101; create table {schema}.event_history_20990101
                 partition of {schema}.event_history for values from ('2099-01-01 00:00:00+00') to ('2099-01-02 00:00:00+00')")).await;
             let days = "pg_catalog.pg_inherits where inhparent::regclass::text like '%event_history'";
@@ -119,6 +128,7 @@ async fn f72_a_renamed_schema_is_noticed_and_mended_by_migrate() {
     let url = on_path(&database, "shop");
     is_mended_by_migrate(&url, &["the functions of schema shop still work in schema 'app'"]);
     sql(&mut connection, "select shop.emit_event('after'); select shop.relay_add_days('event_history', 9)").await;
+    sql(&mut connection, "select shop.move_owed('old', 'new'); select shop.give_up_owed('old')").await;
     assert_eq!(
         count(&mut connection, "shop.event_outbox").await,
         1,
@@ -168,6 +178,9 @@ async fn f72_a_function_that_was_moved_or_dropped_is_noticed_and_made_anew() {
         "drop function emit_event(text, jsonb, text, text, text, jsonb, text, text, integer, integer, interval, uuid)",
         "drop function relay_add_days",
         "drop function relay_home",
+        "drop function move_owed",
+        "alter schema public rename to shop; create schema public; alter function shop.give_up_owed set schema public;
+         alter schema public rename to other; alter schema shop rename to public",
     ] {
         let database = database().await;
         let mut connection = database.connect().await;
