@@ -210,8 +210,9 @@ async fn f80_payloads_far_over_the_limit_beside_healthy_events_hold_up_nobody() 
     assert!(peak < 256 * MB, "{} MB", peak / MB);
 }
 
-/// Four payloads of 30 MB within the limit, to each kind of destination: three lanes with one each make 90 MB, and twice that
-/// is what they may cost, beside what the program takes anyway.
+/// Four payloads of 40 MB within the limit, to each kind of destination: three lanes with one each make 120 MB, and twice that
+/// is what they may cost, beside what the program takes anyway. Of blocks below 32 MB, glibc's allocator keeps some that are
+/// freed.
 async fn large_payloads_cost_about_twice_what_lanes_hold<S: Old>(payload: &str) {
     let redis = redis();
     let stream = crate::support::unique("large");
@@ -226,18 +227,18 @@ async fn large_payloads_cost_about_twice_what_lanes_hold<S: Old>(payload: &str) 
         let (code, peak) = drained(store.url(), &variables);
         assert_eq!(code, Some(0), "{destination:?}");
         assert_eq!(count(&mut store.connect().await, "event_outbox").await, 0);
-        assert!(peak < 2 * 90 * MB + 90 * MB, "{} MB", peak / MB);
+        assert!(peak < 2 * 120 * MB + 90 * MB, "{} MB", peak / MB);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f81_on_postgres_large_payloads_cost_about_twice_what_lanes_hold() {
-    large_payloads_cost_about_twice_what_lanes_hold::<Postgres>("to_jsonb(repeat('x', 30000000))").await;
+    large_payloads_cost_about_twice_what_lanes_hold::<Postgres>("to_jsonb(repeat('x', 40000000))").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f81_on_sqlite_large_payloads_cost_about_twice_what_lanes_hold() {
-    let payload = r#"'"' || replace(hex(zeroblob(15000000)), '0', 'x') || '"'"#;
+    let payload = r#"'"' || replace(hex(zeroblob(20000000)), '0', 'x') || '"'"#;
     large_payloads_cost_about_twice_what_lanes_hold::<Sqlite>(payload).await;
 }
 
