@@ -16,7 +16,7 @@ use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 12] = [
+const MIGRATIONS: [(&str, &str); 13] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -29,6 +29,7 @@ const MIGRATIONS: [(&str, &str); 12] = [
     ("0010_bounds", include_str!("../../../migrations/sqlite/0010_bounds.sql")),
     ("0011_format", include_str!("../../../migrations/sqlite/0011_format.sql")),
     ("0012_several_configurations", include_str!("../../../migrations/sqlite/0012_several_configurations.sql")),
+    ("0013_redriven_formats", include_str!("../../../migrations/sqlite/0013_redriven_formats.sql")),
 ];
 
 /// The schema version this binary needs.

@@ -80,6 +80,50 @@ async fn f101_what_waits_behind_another_format_is_not_read_again_and_again<S: St
     assert_eq!(count(&mut connection, "event_outbox").await, 3001);
 }
 
+/// A dead letter of another format, as a later relay may write it, and what is given up or moved of such events.
+async fn f101_no_way_back_into_the_outbox_loses_a_format<S: Store>() {
+    let store = S::new().await;
+    let mut connection = store.connect().await;
+    let dead = "insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
+        headers, schema_version, priority, format, created_at, destination, attempts, error_code, error, first_failed_at)";
+    let values = |id: i64| {
+        let (time, json) = (S::in_ms(-60_000), S::json("'{}'"));
+        let event_id = format!("00000000-0000-4000-8000-00000000000{id}");
+        format!(
+            "({id}, '{event_id}', 'dead{id}', '', 'order', '{id}', {json}, '{{}}', 1, 0, 3, {time}, 'a', 1, 'X', 'x', {time})"
+        )
+    };
+    sql(&mut connection, format!("{dead} values {}, {}", values(1), values(2))).await;
+    // So that later events have later ids.
+    for _ in 0..2 {
+        sql(&mut connection, insert("before", "", 0)).await;
+    }
+    sql(&mut connection, "delete from event_outbox").await;
+    sql(&mut connection, S::redrive("outbox_id = 1")).await;
+    sql(&mut connection, insert("behind", "1", 0)).await;
+    let sink = ScriptedSink::accepting();
+    assert!(Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered);
+    let format = "select concat_ws(' ', event_type, format) from event_outbox where event_type like 'dead%' order by 1";
+    assert_eq!(column(&mut connection, format).await, ["dead1 3"]);
+    assert_eq!(sink.accepted().len(), 0, "what is behind it waits");
+    // To a destination that is gone: it is moved, or given up and put back, by the statements that are printed.
+    let printed = |words: &str| {
+        let check = finished(&["check"], &[("DATABASE_URL", store.url()), ("RELAY_STDOUT", "true")]).exited(1);
+        let line = check.stdout.lines().find(|line| line.contains("the destination \"b\"")).unwrap().to_owned() + "\n";
+        let from = line.find(words).unwrap() + words.len();
+        let to = line[from..].find("; or make dead").or(line[from..].find(";\n")).unwrap();
+        line[from..from + to].to_owned()
+    };
+    sql(&mut connection, S::redrive("outbox_id = 2")).await;
+    sql(&mut connection, "update event_outbox set status = 'scheduled', destination = 'b' where event_type = 'dead2'")
+        .await;
+    sql(&mut connection, printed("make dead letters of them: ")).await;
+    let given_up =
+        "select concat_ws(' ', event_type, format) from event_dead_letter where error_code = 'given_up' order by 1";
+    let dead = column(&mut connection, given_up).await;
+    assert!(dead.contains(&"dead2 3".to_owned()), "{dead:?}");
+}
+
 macro_rules! on_both_stores {
     ($($test:ident)*) => {
         mod postgres {
@@ -94,4 +138,5 @@ macro_rules! on_both_stores {
 on_both_stores! {
     f101_events_of_another_format_wait_with_what_is_behind_them_and_hold_up_nobody_else
     f101_what_waits_behind_another_format_is_not_read_again_and_again
+    f101_no_way_back_into_the_outbox_loses_a_format
 }
