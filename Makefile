@@ -45,7 +45,7 @@ chaos: setup ## random faults for a while, then what arrived against what was pr
 
 figures: setup ## what the README's reliability page says, one fault after the other: FIGURE=s7 PERCENT=10
 	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
-	    chaos::figures::$(FIGURE) --ignored --nocapture --test-threads 1
+	    $(if $(FIGURE),::$(FIGURE)_,chaos::figures::) --ignored --nocapture --test-threads 1
 
 test-upgrade: setup ## relays of before the present schema, which work through its migrations and after them
 	cargo test --locked --features failpoints --test it -- reality::migration::relays_of_before --ignored --nocapture

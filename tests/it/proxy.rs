@@ -39,6 +39,7 @@ struct Faults {
     /// Only answers to requests with this in them are swallowed; empty: all.
     drop_after: std::sync::Mutex<Vec<u8>>,
     fired: AtomicU64,
+    held: AtomicU64,
 }
 
 impl Proxy {
@@ -137,6 +138,11 @@ impl Proxy {
         self.faults.fired.load(Ordering::SeqCst)
     }
 
+    /// How many pieces a stall has held, or holds.
+    pub(crate) fn held(&self) -> u64 {
+        self.faults.held.load(Ordering::SeqCst)
+    }
+
     fn fired(&self) {
         self.faults.fired.fetch_add(1, Ordering::SeqCst);
     }
@@ -157,6 +163,13 @@ impl Faults {
         if rate > 0 {
             tokio::time::sleep(Duration::from_secs(1).mul_f64(bytes as f64 / rate as f64)).await;
         }
+        if self.stall.load(Ordering::SeqCst) {
+            self.held.fetch_add(1, Ordering::SeqCst);
+        }
+        self.stalled().await;
+    }
+
+    async fn stalled(&self) {
         while self.stall.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -167,17 +180,28 @@ async fn connection(client: TcpStream, target: u16, faults: Arc<Faults>, mut cut
     if faults.refuse.load(Ordering::SeqCst) {
         return faults.fire();
     }
-    let Ok(server) = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, target))).await else { return };
+    let Ok(server) = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, target))).await else {
+        return faults.stalled().await;
+    };
     client.set_nodelay(true).ok();
     server.set_nodelay(true).ok();
     cuts.mark_unchanged();
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let marked = AtomicBool::new(false);
-    // Whichever way ends first, or is cut, ends both.
+    let requests = requests(from_client, to_server, &faults, &marked);
+    let answers = answers(from_server, to_client, &faults, &marked);
+    tokio::pin!(requests, answers);
+    // Whichever way ends first, or is cut, ends both. In a stalled network nobody hears of an end.
+    let ended = async {
+        tokio::select! {
+            () = &mut requests => {}
+            () = &mut answers => {}
+        }
+        faults.stalled().await;
+    };
     tokio::select! {
-        () = requests(from_client, to_server, &faults, &marked) => {}
-        () = answers(from_server, to_client, &faults, &marked) => {}
+        () = ended => {}
         _ = cuts.changed() => {}
     }
 }

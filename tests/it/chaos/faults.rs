@@ -5,24 +5,52 @@ use std::time::Duration;
 /// How many relays there are.
 pub(super) const RELAYS: usize = 3;
 
+/// How long whoever stops a relay waits before it kills it.
+pub(super) const KILLED_AFTER: Duration = Duration::from_secs(10);
+
 /// Something that goes wrong, and what ends it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Fault {
     KillRelay(usize),
-    TerminateRelay(usize),
+    /// By this signal.
+    StopRelay(usize, &'static str),
     FreezeRelay(usize),
+    /// A relay whose destination hangs is told to stop, and killed.
+    StopHangingRelay,
+    /// A relay with one more destination works beside the others.
+    OtherConfiguration,
     TerminateBackends,
     RestartPostgres,
     KillPostgres,
+    Meddle(Meddling),
     KillRedis,
     RestartRedis,
     FreezeRedis,
     PauseClients(u64),
     FlushScripts,
-    Network(Link, Network),
+    Network(Whose, Link, Network),
 }
 
-/// Between the relays and this.
+/// What somebody else does to the tables.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Meddling {
+    SwallowDeletes,
+    RowSecurity(&'static str),
+    /// Table and mode.
+    Lock(&'static str, &'static str),
+    HoldSnapshot,
+    DropDays,
+}
+
+/// Between these and a server.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Whose {
+    All,
+    /// This relay alone.
+    One(usize),
+}
+
+/// Between relays and this.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Link {
     Postgres,
@@ -44,34 +72,50 @@ pub(super) enum Network {
 impl Fault {
     /// Its line in the scorecard.
     pub(super) fn name(self) -> &'static str {
-        use {Link::*, Network::*};
+        use Link::{Postgres, Redis};
+        use Network::{Cut, CutAfterBytes, CutAfterReplies, Delay, DropAnswers, Refuse, Slow, Stall};
+        use Whose::{All, One};
         match self {
             Self::KillRelay(_) => "kill -9 of a relay",
-            Self::TerminateRelay(_) => "SIGTERM and restart of a relay",
+            Self::StopRelay(_, "HUP") => "SIGHUP and restart of a relay",
+            Self::StopRelay(..) => "SIGTERM and restart of a relay",
             Self::FreezeRelay(_) => "SIGSTOP of a relay",
+            Self::StopHangingRelay => "SIGTERM of a relay whose destination hangs, SIGKILL after 10 s",
+            Self::OtherConfiguration => "a relay of another configuration beside the others",
             Self::TerminateBackends => "pg_terminate_backend",
             Self::RestartPostgres => "PostgreSQL restarted (fast)",
             Self::KillPostgres => "PostgreSQL killed",
+            Self::Meddle(Meddling::SwallowDeletes) => "a trigger that swallows deletes",
+            Self::Meddle(Meddling::RowSecurity(_)) => "row-level security on and off",
+            Self::Meddle(Meddling::Lock(..)) => "a lock on a table",
+            Self::Meddle(Meddling::HoldSnapshot) => "a snapshot held",
+            Self::Meddle(Meddling::DropDays) => "the days of the processing log dropped",
             Self::KillRedis => "Redis killed",
             Self::RestartRedis => "Redis restarted",
             Self::FreezeRedis => "Redis frozen",
             Self::PauseClients(_) => "CLIENT PAUSE",
             Self::FlushScripts => "SCRIPT FLUSH",
-            Self::Network(Postgres, Cut) => "connections to PostgreSQL cut",
-            Self::Network(Postgres, Refuse) => "connections to PostgreSQL refused",
-            Self::Network(Postgres, Stall) => "network to PostgreSQL stalled",
-            Self::Network(Postgres, Delay(_)) => "network to PostgreSQL delayed",
-            Self::Network(Postgres, Slow(_)) => "network to PostgreSQL slow",
-            Self::Network(Postgres, DropAnswers(_)) => "answers to COMMIT dropped",
-            Self::Network(Postgres, CutAfterBytes(_) | CutAfterReplies(_)) => "answers of PostgreSQL cut off",
-            Self::Network(Redis, Cut) => "connections to Redis cut",
-            Self::Network(Redis, Refuse) => "connections to Redis refused",
-            Self::Network(Redis, Stall) => "network to Redis stalled",
-            Self::Network(Redis, Delay(_)) => "network to Redis delayed",
-            Self::Network(Redis, Slow(_)) => "network to Redis slow",
-            Self::Network(Redis, DropAnswers(_)) => "answers of Redis dropped",
-            Self::Network(Redis, CutAfterBytes(_)) => "answers of Redis cut off",
-            Self::Network(Redis, CutAfterReplies(_)) => "connection cut between replies of Redis",
+            Self::Network(All, Postgres, Cut) => "connections to PostgreSQL cut",
+            Self::Network(All, Postgres, Refuse) => "connections to PostgreSQL refused",
+            Self::Network(All, Postgres, Stall) => "network to PostgreSQL stalled",
+            Self::Network(All, Postgres, Delay(_)) => "network to PostgreSQL delayed",
+            Self::Network(All, Postgres, Slow(_)) => "network to PostgreSQL slow",
+            Self::Network(All, Postgres, DropAnswers(_)) => "answers to COMMIT dropped",
+            Self::Network(All, Postgres, CutAfterBytes(_) | CutAfterReplies(_)) => "answers of PostgreSQL cut off",
+            Self::Network(All, Redis, Cut) => "connections to Redis cut",
+            Self::Network(All, Redis, Refuse) => "connections to Redis refused",
+            Self::Network(All, Redis, Stall) => "network to Redis stalled",
+            Self::Network(All, Redis, Delay(_)) => "network to Redis delayed",
+            Self::Network(All, Redis, Slow(_)) => "network to Redis slow",
+            Self::Network(All, Redis, DropAnswers(_)) => "answers of Redis dropped",
+            Self::Network(All, Redis, CutAfterBytes(_)) => "answers of Redis cut off",
+            Self::Network(All, Redis, CutAfterReplies(_)) => "connection cut between replies of Redis",
+            Self::Network(One(_), Postgres, Cut | Refuse) => "one relay's connections to PostgreSQL cut or refused",
+            Self::Network(One(_), Postgres, Stall) => "one relay's network to PostgreSQL stalled",
+            Self::Network(One(_), Postgres, _) => "one relay's answers of PostgreSQL late or lost",
+            Self::Network(One(_), Redis, Cut | Refuse) => "one relay's connections to Redis cut or refused",
+            Self::Network(One(_), Redis, Stall) => "one relay's network to Redis stalled",
+            Self::Network(One(_), Redis, _) => "one relay's answers of Redis late or lost",
         }
     }
 }
@@ -84,48 +128,94 @@ pub(super) struct Planned {
     pub(super) fault: Fault,
 }
 
-/// What goes wrong in a run of so long.
+/// What goes wrong in a run of so long. Faults are dealt from a shuffled deck, and after its last from another one: so a run
+/// of a minute has each kind.
 pub(super) fn plan(random: &mut fastrand::Rng, duration: Duration) -> Vec<Planned> {
-    let mut planned = Vec::new();
+    let (mut planned, mut deck) = (Vec::new(), Vec::new());
     let mut at = Duration::from_millis(500);
     while at < duration {
-        let (fault, most_ms) = fault(random);
-        planned.push(Planned { at, lasts: Duration::from_millis(random.u64(0..=most_ms)), fault });
+        if deck.is_empty() {
+            deck = new_deck(random);
+            random.shuffle(&mut deck);
+        }
+        let Some((fault, most_ms)) = deck.pop() else { break };
+        // One that would outlast the run is left out.
+        if fault == Fault::StopHangingRelay && at + KILLED_AFTER > duration {
+            continue;
+        }
+        planned.push(Planned { at, lasts: Duration::from_millis(random.u64(most_ms / 4..=most_ms)), fault });
         at += Duration::from_millis(random.u64(50..1200));
     }
     planned
 }
 
-/// A fault, and how many milliseconds it lasts at most.
-fn fault(random: &mut fastrand::Rng) -> (Fault, u64) {
-    let relay = random.usize(0..RELAYS);
-    let link = if random.bool() { Link::Postgres } else { Link::Redis };
-    match random.u32(0..20) {
-        0..3 => (Fault::KillRelay(relay), 500),
-        3..5 => (Fault::TerminateRelay(relay), 300),
-        // Now and then for longer than the server waits for a claim.
-        5 => (Fault::FreezeRelay(relay), if random.u32(0..3) == 0 { 25_000 } else { 1500 }),
-        6 => (Fault::TerminateBackends, 0),
-        7 => (Fault::RestartPostgres, 0),
-        8 => (Fault::KillPostgres, 500),
-        9 => (Fault::KillRedis, 500),
-        10 => (Fault::RestartRedis, 0),
-        11 => (Fault::FreezeRedis, 2500),
-        12 => (Fault::PauseClients(random.u64(100..2000)), 0),
-        13 => (Fault::FlushScripts, 0),
-        _ => {
-            let (network, most_ms) = match random.u32(0..8) {
-                0 => (Network::Cut, 0),
-                1 => (Network::Refuse, 1000),
-                2 => (Network::Stall, 3500),
-                3 => (Network::Delay(random.u64(5..100)), 2000),
-                4 => (Network::Slow(random.u64(10_000..200_000)), 2000),
-                5 => (Network::DropAnswers(random.i64(1..4)), 1000),
-                6 => (Network::CutAfterBytes(random.i64(1..20_000)), 1000),
-                _ => (Network::CutAfterReplies(random.i64(1..40)), 1000),
-            };
-            (Fault::Network(link, network), most_ms)
+/// The name of every kind of fault.
+pub(super) fn kinds() -> Vec<&'static str> {
+    let mut random = fastrand::Rng::with_seed(1);
+    // What a deck draws for each card is not always the same.
+    let mut kinds: Vec<_> = (0..50).flat_map(|_| new_deck(&mut random)).map(|(fault, _)| fault.name()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    kinds
+}
+
+/// Every kind of fault, the frequent ones several times, and how many milliseconds each lasts at most.
+fn new_deck(random: &mut fastrand::Rng) -> Vec<(Fault, u64)> {
+    let mut deck = Vec::new();
+    for index in 0..RELAYS {
+        deck.push((Fault::KillRelay(index), 500));
+        deck.push((Fault::KillRelay(index), 500));
+        deck.push((Fault::StopRelay(index, if index == 0 { "HUP" } else { "TERM" }), 300));
+    }
+    let mut relay = || random.usize(0..RELAYS);
+    let others = [relay(), relay(), relay()];
+    deck.push((Fault::StopRelay(others[0], "TERM"), 300));
+    deck.push((Fault::FreezeRelay(others[1]), 1500));
+    // Now and then for longer than the server waits for a claim.
+    deck.push((Fault::FreezeRelay(others[2]), if random.bool() { 25_000 } else { 1500 }));
+    deck.push((Fault::StopHangingRelay, 0));
+    for _ in 0..2 {
+        let table = ["event_outbox", "event_processing_log", "event_dead_letter"][random.usize(0..3)];
+        deck.push((Fault::Meddle(Meddling::RowSecurity(table)), 3000));
+        deck.push((Fault::Meddle(Meddling::SwallowDeletes), 4000));
+        deck.push((Fault::Meddle(Meddling::DropDays), 0));
+        deck.push((Fault::OtherConfiguration, 6000));
+        deck.push((Fault::TerminateBackends, 0));
+        deck.push((Fault::KillPostgres, 500));
+        deck.push((Fault::KillRedis, 500));
+    }
+    // Now and then for longer than a claim waits.
+    deck.push((Fault::Meddle(Meddling::Lock("event_outbox", "access exclusive")), 7000));
+    let modes = [("event_outbox", "share row exclusive"), ("event_processing_log", "access exclusive")];
+    let (table, mode) = modes[random.usize(0..2)];
+    deck.push((Fault::Meddle(Meddling::Lock(table, mode)), 3000));
+    deck.push((Fault::Meddle(Meddling::HoldSnapshot), 10_000));
+    deck.push((Fault::RestartPostgres, 0));
+    deck.push((Fault::RestartRedis, 0));
+    deck.push((Fault::FreezeRedis, 2500));
+    deck.push((Fault::PauseClients(random.u64(100..2000)), 0));
+    deck.push((Fault::FlushScripts, 0));
+    for link in [Link::Postgres, Link::Redis] {
+        let networks: Vec<_> = (0..8).map(|which| network(which, random)).collect();
+        deck.extend(networks.iter().map(|(network, most_ms)| (Fault::Network(Whose::All, link, *network), *most_ms)));
+        for which in [random.usize(0..2), 2, random.usize(3..8)] {
+            let (network, most_ms) = network(which, random);
+            deck.push((Fault::Network(Whose::One(random.usize(0..RELAYS)), link, network), most_ms));
         }
+    }
+    deck
+}
+
+fn network(which: usize, random: &mut fastrand::Rng) -> (Network, u64) {
+    match which {
+        0 => (Network::Cut, 0),
+        1 => (Network::Refuse, 1000),
+        2 => (Network::Stall, 3500),
+        3 => (Network::Delay(random.u64(5..100)), 2000),
+        4 => (Network::Slow(random.u64(10_000..200_000)), 2000),
+        5 => (Network::DropAnswers(random.i64(1..4)), 1000),
+        6 => (Network::CutAfterBytes(random.i64(1..20_000)), 1000),
+        _ => (Network::CutAfterReplies(random.i64(1..40)), 1000),
     }
 }
 

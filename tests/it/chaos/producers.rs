@@ -1,5 +1,6 @@
 //! Producers that write down what they have promised.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,17 +9,30 @@ use outbox_relay::audit::Obligation;
 use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
+use super::{POISON, STREAM};
+
+/// A payload over this many bytes is too large.
+pub(super) const MAX_PAYLOAD: usize = 20_000;
+
+/// What producers have promised.
+#[derive(Default)]
+pub(super) struct Promised {
+    pub(super) obligations: Vec<Obligation>,
+    /// Of them those that no destination takes, and whether they were committed.
+    pub(super) poison: HashMap<Uuid, Option<bool>>,
+}
+
 /// Some producers at work, each with keys of its own.
 pub(super) struct Producers {
     stop: Arc<AtomicBool>,
-    obligations: Arc<Mutex<Vec<Obligation>>>,
+    promised: Arc<Mutex<Promised>>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Producers {
     /// `pause_ms`: at most so long between two transactions of one of them.
-    pub(super) fn start(url: &str, seed: u64, count: u64, pause_ms: u64) -> Self {
-        let (stop, obligations) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<Obligation>>>::default());
+    pub(super) fn start(url: &str, seed: u64, count: u64, pause_ms: u64, poison: bool) -> Self {
+        let (stop, promised) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Promised>>::default());
         let threads = (0..count)
             .map(|number| {
                 let producer = Producer {
@@ -27,8 +41,9 @@ impl Producers {
                     random: fastrand::Rng::with_seed(seed ^ (number + 1) << 32),
                     sequence: 0,
                     pause_ms,
+                    poison,
                     stop: Arc::clone(&stop),
-                    obligations: Arc::clone(&obligations),
+                    promised: Arc::clone(&promised),
                 };
                 std::thread::spawn(move || {
                     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -36,14 +51,14 @@ impl Producers {
                 })
             })
             .collect();
-        Self { stop, obligations, threads }
+        Self { stop, promised, threads }
     }
 
     /// Ends them, and returns what they have promised.
-    pub(super) fn finish(self) -> Vec<Obligation> {
+    pub(super) fn finish(self) -> Promised {
         self.stop.store(true, Ordering::SeqCst);
         self.threads.into_iter().for_each(|thread| thread.join().unwrap());
-        std::mem::take(&mut self.obligations.lock().unwrap())
+        std::mem::take(&mut self.promised.lock().unwrap())
     }
 }
 
@@ -54,8 +69,10 @@ struct Producer {
     /// Of all its events: an order that every key's is part of.
     sequence: i64,
     pause_ms: u64,
+    /// Whether one event in a hundred is poison.
+    poison: bool,
     stop: Arc<AtomicBool>,
-    obligations: Arc<Mutex<Vec<Obligation>>>,
+    promised: Arc<Mutex<Promised>>,
 }
 
 impl Producer {
@@ -83,24 +100,30 @@ impl Producer {
             let key =
                 self.random.u32(0..5).checked_sub(1).map(|_| format!("{}-{}", self.number, self.random.u32(0..20)));
             self.sequence += 1;
+            // Half of the poison has a stream that is none, the other half is too large.
+            let poison = if self.poison { self.random.u32(0..200) } else { 2 };
+            let event_type = if poison == 0 { POISON } else { STREAM };
+            let padding = if poison == 1 { "x".repeat(MAX_PAYLOAD) } else { String::new() };
             let text: String = (0..self.random.usize(0..300)).map(|_| self.random.char('\u{20}'..'\u{2fff}')).collect();
-            let payload = serde_json::json!({ "n": self.sequence, "text": text, "number": self.random.f64() });
+            let payload = serde_json::json!({ "n": self.sequence, "text": text, "number": self.random.f64(), "padding": padding });
             let row = sqlx::query(
                 "insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
-                 values ('chaos', case when $1::text is not null then 'c' end, $1, $2::text::jsonb)
+                 values ($3, case when $1::text is not null then 'c' end, $1, $2::text::jsonb)
                  returning event_id, encode(sha256(convert_to(payload::text, 'UTF8')), 'hex')",
             )
             .bind(&key)
             .bind(payload.to_string())
+            .bind(event_type)
             .fetch_one(&mut *transaction)
             .await?;
-            promised.push(Obligation {
+            let obligation = Obligation {
                 event_id: row.get::<Uuid, _>(0),
                 key,
                 sequence: self.sequence,
                 sha256: Some(row.get(1)),
                 committed: None,
-            });
+            };
+            promised.push((obligation, poison < 2));
         }
         // Some commit late, so that others with higher ids come first.
         if self.random.u32(0..10) == 0 {
@@ -109,11 +132,15 @@ impl Producer {
         let rolled_back = self.random.u32(0..10) == 0;
         let ended = if rolled_back { transaction.rollback().await } else { transaction.commit().await };
         let known = ended.is_ok();
-        for obligation in &mut promised {
-            // A rollback is one, whether the server heard of it or not.
-            obligation.committed = if rolled_back { Some(false) } else { known.then_some(true) };
+        // A rollback is one, whether the server heard of it or not.
+        let committed = if rolled_back { Some(false) } else { known.then_some(true) };
+        let mut all = self.promised.lock().unwrap();
+        for (obligation, poison) in promised {
+            if poison {
+                all.poison.insert(obligation.event_id, committed);
+            }
+            all.obligations.push(Obligation { committed, ..obligation });
         }
-        self.obligations.lock().unwrap().append(&mut promised);
         ended
     }
 }

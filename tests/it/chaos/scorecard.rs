@@ -1,0 +1,28 @@
+//! What went wrong in a run, how often.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use super::faults::kinds;
+
+/// Shared by all that counts.
+#[derive(Clone, Default)]
+pub(super) struct Scorecard(Arc<Mutex<BTreeMap<&'static str, u64>>>);
+
+impl Scorecard {
+    /// It happened once more.
+    pub(super) fn count(&self, name: &'static str) {
+        *self.0.lock().unwrap().entry(name).or_default() += 1;
+    }
+
+    /// Prints it: what happened, and which faults did not.
+    pub(super) fn print(&self) {
+        let counts = self.0.lock().unwrap();
+        for (name, count) in &*counts {
+            println!("{count:>6}  {name}");
+        }
+        for name in kinds().into_iter().filter(|name| !counts.contains_key(name)) {
+            println!("{:>6}  {name}", "never");
+        }
+    }
+}
