@@ -19,8 +19,9 @@ use tracing_subscriber::prelude::*;
 use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
+use crate::redact::may_hold_password;
 use crate::stderr;
-use crate::text::{may_hold_password, shown};
+use crate::text::shown;
 
 /// The exit code of a wrong usage or configuration.
 const WRONG_CONFIGURATION: u8 = 2;

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
+use crate::redact::{self, hide};
 use crate::secret::Secret;
 use crate::text;
 use file::ConfigFile;
@@ -26,7 +27,7 @@ use settings::Settings;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration file {}", text::setting(&path.display().to_string()))]
+    #[error("cannot read the configuration file {}", redact::setting(&path.display().to_string()))]
     Read {
         /// Which.
         path: PathBuf,
@@ -202,7 +203,7 @@ pub fn in_force(command: &Command, matches: &ArgMatches, file: &ConfigFile) -> V
         let values: Vec<String> =
             matches.get_raw(id).into_iter().flatten().map(|value| value.to_string_lossy().into_owned()).collect();
         let value = values.join(" ");
-        let shown = if Settings::is_secret(id) { settings::hide(&value) } else { text::setting(&value).into_owned() };
+        let shown = if Settings::is_secret(id) { hide(&value) } else { redact::setting(&value).into_owned() };
         rows.insert(variable.to_owned(), (shown, source));
     }
     rows.into_iter().map(|(variable, (value, source))| (variable, value, source)).collect()

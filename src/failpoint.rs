@@ -28,12 +28,6 @@ pub(crate) fn hit(name: &'static str) -> Result<(), Tripped> {
     Ok(())
 }
 
-impl From<Tripped> for crate::outbox::OutboxError {
-    fn from(tripped: Tripped) -> Self {
-        Self::Query { operation: "pass a failpoint", source: sqlx::Error::Decode(Box::new(tripped)), advice: None }
-    }
-}
-
 /// Ends the process as a crash does, where `crash_on_event=return(<event type>)` names the type of one of `events`.
 pub(crate) fn crash_on(events: &[&crate::event::Event]) {
     fail::fail_point!("crash_on_event", |named: Option<String>| {

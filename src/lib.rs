@@ -25,7 +25,7 @@
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
 //! - [`audit`]: whether what arrived is what was emitted.
-//! - [`config`], [`secret`], [`shutdown`], [`cli`], `stderr`: the program around it.
+//! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
 //! - `text`: what others wrote, as it may stand in a log.
 
 pub mod audit;
@@ -36,6 +36,7 @@ pub mod event;
 mod failpoint;
 mod hosts;
 pub mod outbox;
+pub mod redact;
 pub mod relay;
 pub mod retry;
 pub mod route;

@@ -11,6 +11,7 @@ pub mod database;
 mod decode;
 pub mod emit;
 pub mod error;
+mod number;
 pub mod postgres;
 mod records;
 pub mod register;

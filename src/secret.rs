@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::text;
+use crate::redact;
 
 /// See the module. `Debug` never shows it.
 #[derive(Clone)]
@@ -40,7 +40,7 @@ impl Secret {
 
 /// The path; what may be the secret itself, set where its file was to be named, is hidden.
 fn shown_path(path: &Path) -> String {
-    text::setting(&path.display().to_string()).into_owned()
+    redact::setting(&path.display().to_string()).into_owned()
 }
 
 impl fmt::Debug for Secret {

@@ -1,6 +1,5 @@
 //! Text of others in our logs and tables: without control characters, bounded, and without the content of events.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use crate::event::{Event, Outcome, PublishError};
@@ -43,17 +42,6 @@ fn needs_escape(c: char) -> bool {
 pub(crate) fn message_id(id: String) -> String {
     const MAX_CHARS: usize = 200;
     if id.len() <= MAX_CHARS && id.bytes().all(|byte| byte.is_ascii_graphic()) { id } else { shown(&id, MAX_CHARS) }
-}
-
-/// A setting's value as it may stand in an error or in what `check` shows: not at all, where a part of it may be a password.
-pub(crate) fn setting(value: &str) -> Cow<'_, str> {
-    if may_hold_password(value) { Cow::Owned(crate::config::settings::hide(value)) } else { Cow::Borrowed(value) }
-}
-
-/// Whether a value that is no secret may hold one by mistake: it has the shape `...:password@...`, or names it.
-pub(crate) fn may_hold_password(value: &str) -> bool {
-    let named = ["password", "passwd", "secret"].iter().any(|word| value.to_ascii_lowercase().contains(word));
-    named && value.contains('=') || value.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
 }
 
 /// Cuts out of the messages of failed outcomes what stands in a payload or a header's value of `events`, which went out in
@@ -211,16 +199,5 @@ mod tests {
         assert_eq!(echoed("bad 4111111"), "bad 4111111", "seven are too few to tell");
         assert_eq!(echoed("the stream of customer-4711"), "the stream of customer-4711", "a key is no content");
         assert_eq!(echoed(""), "");
-    }
-
-    #[test]
-    fn a_value_that_may_hold_a_password_is_not_shown() {
-        for value in [":pw@host", "redis://:pw@host", "user:pw@host:1", "host=h password=pw", "tcp://u:p@w@h"] {
-            assert!(may_hold_password(value), "{value}");
-            assert!(!setting(value).contains("pw"), "{value}");
-        }
-        for value in ["cache.example", "tcp://10.0.0.1:6379", "shop@example", "[::1]", "orders:{event_type}"] {
-            assert_eq!(setting(value), value);
-        }
     }
 }

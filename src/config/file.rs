@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::config::{ConfigError, Unknown};
+use crate::redact::may_hold_password;
 use crate::sink::Format;
-use crate::text::may_hold_password;
 
 /// A file that was read; empty where there is none.
 #[derive(Debug, Default)]

@@ -6,10 +6,8 @@ use std::time::Duration;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 use secrecy::SecretString;
-use url::Url;
 
 use crate::breaker::BreakerPolicy;
-use crate::hosts::{Hosts, is_cut};
 use crate::relay::RelayConfig;
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
@@ -316,31 +314,6 @@ pub fn variable(id: &str) -> Option<String> {
     arg.get_env().and_then(|name| name.to_str()).map(str::to_owned)
 }
 
-/// A secret as it may be shown: a URL without its password and parameters, anything else not at all.
-pub fn hide(value: &str) -> String {
-    match Url::parse(value) {
-        // A user alone may be a token. What was parsed has lost parts of its path, `/@/../`.
-        Ok(url) if url.has_host() && !is_cut(value) => {
-            let host = url.host_str().unwrap_or_default();
-            let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-            // With an `@` in it nobody knows where a name ends.
-            let name = Some(url.username()).filter(|name| !name.is_empty() && !name.contains("%40"));
-            let named = name.is_some() && url.password().is_some_and(|password| !password.is_empty());
-            let user = if named { format!("{}:***@", url.username()) } else { String::new() };
-            format!("{}://{user}{host}{port}{}", url.scheme(), url.path())
-        }
-        _ => match Hosts::parse(value) {
-            Some(Hosts { scheme, user, hosts, path, .. }) => {
-                let name = user.map(|user| user.split_once(':').map_or("", |(name, _)| name)).unwrap_or_default();
-                let user = if name.is_empty() || name.contains('@') { String::new() } else { format!("{name}:***@") };
-                let slash = if path.is_empty() { "" } else { "/" };
-                format!("{scheme}://{user}{}{slash}{path}", hosts.join(","))
-            }
-            None => "***".to_owned(),
-        },
-    }
-}
-
 fn never(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "false" | "0" | "no" | "n" | "off" | "f" => Ok(false),
@@ -376,32 +349,6 @@ fn port(text: &str) -> Result<u16, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_hidden_url_shows_where_it_leads_and_nothing_secret() {
-        assert_eq!(
-            hide("postgres://app:s3cret@db.example:5433/shop?sslkey=x"),
-            "postgres://app:***@db.example:5433/shop"
-        );
-        assert_eq!(hide("redis://:s3cret@cache/0"), "redis://cache/0");
-        assert_eq!(
-            hide("redis-sentinel://app:s3,c@ret@a:1,b:2,[::1]:3/0?master=m&sentinel_password=s3cret"),
-            "redis-sentinel://app:***@a:1,b:2,[::1]:3/0"
-        );
-        assert_eq!(hide("redis-cluster://:s3cret@a:1,b"), "redis-cluster://a:1,b");
-        assert_eq!(hide("redis-cluster://s3cret@a:1,b:2"), "redis-cluster://a:1,b:2");
-        assert_eq!(hide("redis-cluster://app:s3/cret@a:1,b:2"), "***");
-        assert_eq!(hide("redis://s3cret@cache/0"), "redis://cache/0");
-        assert_eq!(hide("redis-cluster://app:/s3cret/@a/../b"), "***");
-        assert_eq!(hide("redis://s3cret:@cache/0"), "redis://cache/0");
-        assert_eq!(hide("postgres://app:12/s3cret@db/shop"), "***");
-        assert_eq!(hide("file:/\\a/b://c%2Fs3cret@"), "***");
-        assert_eq!(hide("postgres://app:12@s3cret#34@db/shop"), "postgres://app:***@db/shop");
-        assert_eq!(hide("rediss-sentinel://s3cret@host%3a:***@a:507/0"), "rediss-sentinel://a:507/0");
-        assert_eq!(hide("redis-cluster://s3cret@host%3a:***@a:1,b:2"), "redis-cluster://a:1,b:2");
-        assert_eq!(hide("s3cret"), "***");
-        assert_eq!(hide("host=db password=s3cret"), "***");
-    }
 
     #[test]
     fn a_service_link_of_kubernetes_is_explained() {

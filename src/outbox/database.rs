@@ -3,12 +3,11 @@
 use sqlx::Connection;
 use uuid::Uuid;
 
-use crate::config::settings::hide;
 use crate::event::NewEvent;
 use crate::outbox::emit::{EmitError, emit};
 use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, postgres, sqlite};
+use crate::redact::{self, hide};
 use crate::secret::Secret;
-use crate::text;
 
 /// A database that is not connected yet.
 #[derive(Debug, Clone)]
@@ -69,7 +68,7 @@ impl Database {
         match (self.url.read(), self.kind) {
             (Err(error), _) => error.to_string(),
             (Ok(url), Kind::Postgres) => hide(&url),
-            (Ok(url), Kind::Sqlite) => text::setting(url.split('?').next().unwrap_or_default()).into_owned(),
+            (Ok(url), Kind::Sqlite) => redact::setting(url.split('?').next().unwrap_or_default()).into_owned(),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::time::Duration;
 
+use crate::failpoint::Tripped;
 use crate::text::shown;
 
 /// The longest text of one cause, in characters.
@@ -178,6 +179,12 @@ pub enum OutboxError {
         /// What was in flight, and what becomes of it.
         what: String,
     },
+}
+
+impl From<Tripped> for OutboxError {
+    fn from(tripped: Tripped) -> Self {
+        Self::Query { operation: "pass a failpoint", source: sqlx::Error::Decode(Box::new(tripped)), advice: None }
+    }
 }
 
 impl OutboxError {

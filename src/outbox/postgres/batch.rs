@@ -12,7 +12,7 @@ use sqlx::{Connection, Row, ValueRef};
 use time::OffsetDateTime;
 
 use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
-use crate::outbox::postgres::lane::to_i64;
+use crate::outbox::number::to_i64;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::MOVES;
 use crate::outbox::postgres::tid;

@@ -12,6 +12,7 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{Noted, Renewed, Term};
 use crate::failpoint::hit;
+use crate::outbox::number::{milliseconds, to_i64};
 use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::formats;
@@ -611,13 +612,4 @@ fn is_timeout(error: &OutboxError) -> bool {
         }
         _ => false,
     }
-}
-
-/// A time that has passed is no time.
-fn milliseconds(ms: i64) -> Duration {
-    Duration::from_millis(u64::try_from(ms).unwrap_or_default())
-}
-
-pub(super) fn to_i64(count: usize) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
 }

@@ -7,7 +7,7 @@
 //! published already is not published again because the disk was full or another program held the write lock for too long.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_util::TryStreamExt;
 use sqlx::sqlite::SqliteConnection;
@@ -15,6 +15,7 @@ use sqlx::{Executor, Row};
 use tokio::sync::OwnedMutexGuard;
 
 use crate::event::{MAX_HEADERS_BYTES, MAX_TEXT_BYTES, Noted, Renewed, Term};
+use crate::outbox::number::milliseconds;
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::identity::FileId;
 use crate::outbox::sqlite::proof::{self, is_content};
@@ -469,11 +470,6 @@ impl Batch {
         }
         Ok(())
     }
-}
-
-/// A time that has passed is no time.
-pub(super) fn milliseconds(ms: i64) -> Duration {
-    Duration::from_millis(u64::try_from(ms).unwrap_or_default())
 }
 
 fn json_text<T: AsRef<str>>(texts: &[T]) -> String {

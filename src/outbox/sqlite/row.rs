@@ -7,7 +7,7 @@ use time::{Date, Month, PrimitiveDateTime, Time};
 use uuid::Uuid;
 
 use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
-use crate::outbox::sqlite::lane::milliseconds;
+use crate::outbox::number::milliseconds;
 use crate::outbox::{Behind, Claimed, decode};
 
 /// The columns before the payload, in the order of the statement.

@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
-use outbox_relay::config::settings::hide;
+use outbox_relay::redact::hide;
 use outbox_relay::outbox::database::Database;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
