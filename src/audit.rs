@@ -230,8 +230,7 @@ impl Audit {
             self.report.add(Finding::Ghost, || format!("ghost: {id} was rolled back and has arrived"));
             return;
         }
-        let digest = promised.sha256.as_deref().and_then(hexadecimal);
-        if digest.is_some_and(|digest| Checksum::from_sha256(&digest) != Some(seen.checksum)) {
+        if promised.checksum().is_some_and(|checksum| checksum != seen.checksum) {
             self.report.add(Finding::Changed, || format!("changed: the payload of {id} is not what was emitted"));
         }
         if let Some(key) = &promised.key
@@ -307,10 +306,6 @@ impl Audit {
             highest = highest.max(Some(sequence));
         }
     }
-}
-
-fn hexadecimal(text: &str) -> Option<Vec<u8>> {
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok()).collect()
 }
 
 #[cfg(test)]

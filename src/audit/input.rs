@@ -76,3 +76,13 @@ pub struct Obligation {
     /// Whether its transaction was committed; `None`: the answer to the commit was lost, and both are right.
     pub committed: Option<bool>,
 }
+
+impl Obligation {
+    /// Of the payload; `None` where `sha256` is missing or no digest.
+    pub(super) fn checksum(&self) -> Option<Checksum> {
+        let text = self.sha256.as_deref()?;
+        let bytes: Option<Vec<u8>> =
+            (0..text.len()).step_by(2).map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok()).collect();
+        Checksum::from_sha256(&bytes?)
+    }
+}
