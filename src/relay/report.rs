@@ -133,6 +133,26 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay::captured;
+
+    #[test]
+    fn f92_the_work_is_summed_up_once_a_minute_while_there_is_any() {
+        let report = Report::new();
+        let a_minute_later = || {
+            report.work().since -= WORK_INTERVAL;
+            captured(|| report.tick(false))
+        };
+        assert_eq!(a_minute_later(), "", "nothing was done");
+        let tally = Tally { published: 3, retried: 2, dead_lettered: 1, ..Tally::default() };
+        report.settled(tally, Duration::from_secs(40));
+        report.settled(tally, Duration::from_secs(7));
+        assert_eq!(captured(|| report.tick(false)), "", "the minute is not over");
+        let line = a_minute_later();
+        for part in ["worked for 60 s", "published=6", "retried=4", "dead_lettered=2", "oldest_event_s=40"] {
+            assert!(line.contains(part), "{part:?} is missing in {line}");
+        }
+        assert_eq!(a_minute_later(), "", "it was said");
+    }
 
     #[test]
     fn the_first_of_a_kind_are_logged_and_the_others_counted() {

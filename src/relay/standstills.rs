@@ -277,6 +277,7 @@ fn utc(time: OffsetDateTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay::captured;
 
     fn causes(standstills: &Standstills) -> Vec<(&'static str, String)> {
         standstills.shown().borrow().iter().map(|shown| (shown.cause, shown.about.clone())).collect()
@@ -297,6 +298,28 @@ mod tests {
         assert_eq!(causes(&standstills).len(), 1);
         standstills.clear("down", "redis");
         assert_eq!(causes(&standstills), []);
+    }
+
+    #[test]
+    fn what_lasts_is_logged_at_once_then_once_a_minute_and_once_when_it_is_over() {
+        let standstills = Standstills::new();
+        let locked = || vec![Standstill::new("locked", "by 1")];
+        let later = |by: Duration| {
+            standstills.state().known.values_mut().for_each(|known| known.logged -= by);
+            captured(|| standstills.repeat())
+        };
+        assert!(captured(|| standstills.found(locked())).contains("by 1"));
+        assert_eq!(captured(|| standstills.found(locked())), "", "it is no other one");
+        assert_eq!(later(REPEAT / 2), "");
+        for _ in 0..2 {
+            let line = later(REPEAT);
+            assert!(line.contains("still: by 1") && line.contains("since="), "{line}");
+            assert_eq!(captured(|| standstills.repeat()), "");
+        }
+        assert!(captured(|| standstills.found(Vec::new())).contains("over: by 1"));
+        assert_eq!(later(REPEAT), "");
+        // What keeps nothing from moving is shown, and not logged.
+        assert_eq!(captured(|| standstills.note(Standstill::new("polls", "x"))) + &later(REPEAT), "");
     }
 
     #[test]
