@@ -41,7 +41,7 @@ use sqlx::{ConnectOptions, Connection, Executor};
 use tokio::sync::Mutex;
 
 use crate::outbox::register::{Configuration, Membership};
-use crate::outbox::standstill::Memory;
+use crate::outbox::standstill::{Memory, TAKEN_AFTER};
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill};
 use crate::secret::Secret;
 use identity::FileId;
@@ -196,7 +196,8 @@ impl Outbox for SqliteOutbox {
         let mut connection = self.connect().await?;
         let owner = if self.owns()? { None } else { self.holders().await?.pop() };
         let (publish_timeout, memory) = (self.config.publish_timeout, &self.memory);
-        let question = Question { destinations, publish_timeout, memory, owner };
+        let seen_for = publish_timeout + TAKEN_AFTER;
+        let question = Question { destinations, publish_timeout, memory, owner, seen_for };
         answered("look for what stands still", standstill::find(&mut connection, &question)).await
     }
 }

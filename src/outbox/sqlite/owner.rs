@@ -118,8 +118,11 @@ pub(super) fn file_id(path: &Path) -> Result<FileId, OutboxError> {
     })
 }
 
-/// Whose lock it is, for people; `None` where nobody holds it.
+/// Whose lock it is, for people; `None` where nobody holds it. Makes no file.
 pub(super) fn holder(database: &Path) -> Result<Option<String>, OutboxError> {
+    if lock_path(database).is_ok_and(|path| !path.exists()) {
+        return Ok(None);
+    }
     let mut file = open(database)?;
     match file.try_lock_shared() {
         Ok(()) => Ok(None), // given back with the file
@@ -141,11 +144,14 @@ fn note(mut file: &File, worker: &str) -> std::io::Result<()> {
 }
 
 /// The lock file of a database, wherever a symbolic link leads.
+fn lock_path(database: &Path) -> std::io::Result<PathBuf> {
+    let mut path = database.canonicalize()?.into_os_string();
+    path.push("-relay");
+    Ok(path.into())
+}
+
 fn open(database: &Path) -> Result<File, OutboxError> {
-    let opened = database.canonicalize().and_then(|database: PathBuf| {
-        let mut path = database.into_os_string();
-        path.push("-relay");
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
-    });
+    let opened = lock_path(database)
+        .and_then(|path| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path));
     opened.map_err(|source| OutboxError::File { operation: "open the relay's file beside the database", source })
 }

@@ -4,15 +4,16 @@
 //! is the application's.
 
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
 use crate::outbox::sqlite::standstill::{self, Question};
-use crate::outbox::sqlite::{answered, open, open_or_create, path, register};
+use crate::outbox::sqlite::{answered, open, open_or_create, owner, path, register};
 use crate::outbox::standstill::Memory;
-use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion};
+use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion, Standstill};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
@@ -88,6 +89,9 @@ async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, Out
     .await
 }
 
+/// In this time a relay that works takes what is due.
+const MOMENT: Duration = Duration::from_secs(3);
+
 /// Tries the file at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
 pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
@@ -108,18 +112,37 @@ pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
         return checks;
     }
     push("names", one_name(url));
-    let CheckRequest { destinations, publish_timeout, usage, configuration } = request;
+    let CheckRequest { usage, configuration, .. } = request;
     push("writing", proof::prove(&mut connection, "", usage).await.map(Tried::told));
     let rows = answered("read event_relay", register::rows(&mut connection)).await;
     push("configuration", rows.and_then(|rows| configuration.check(&rows)));
-    let question = Question { destinations, publish_timeout, memory: &Memory::default(), owner: None };
-    match answered("look for what stands still", standstill::find(&mut connection, &question)).await {
+    match standstills(&mut connection, url, request).await {
         Ok(found) => checks.extend(Check::standstills(found)),
         Err(error) => {
             push("standstills", Err(error));
         }
     }
     checks
+}
+
+/// What stands still. Where a relay works on the file, an event that is due for long and is still there a moment later is not
+/// taken; without one the next relay that comes takes it.
+async fn standstills(
+    connection: &mut SqliteConnection,
+    url: &Secret,
+    CheckRequest { destinations, publish_timeout, .. }: CheckRequest<'_>,
+) -> Result<Vec<Standstill>, OutboxError> {
+    let memory = Memory::default();
+    let owner = owner::holder(&path(url)?)?;
+    let seen_for = if owner.is_some() { MOMENT } else { Duration::MAX };
+    let question = Question { destinations, publish_timeout, memory: &memory, owner, seen_for };
+    let look = "look for what stands still";
+    let found = answered(look, standstill::find(connection, &question)).await?;
+    if memory.is_empty() || question.owner.is_none() {
+        return Ok(found);
+    }
+    tokio::time::sleep(MOMENT).await;
+    answered(look, standstill::find(connection, &question)).await
 }
 
 /// SQLite keeps its journal beside the name that a program used: whoever uses another name does not find it.

@@ -22,6 +22,8 @@ pub(super) struct Question<'a> {
     pub(super) memory: &'a Memory,
     /// Who works on the file, where it is not this relay.
     pub(super) owner: Option<String>,
+    /// How long an event must be seen that nobody takes, once it has been due for too long; somebody may just have put it back.
+    pub(super) seen_for: Duration,
 }
 
 type Probe =
@@ -66,7 +68,7 @@ async fn not_taken(connection: &mut SqliteConnection, question: &Question<'_>) -
     };
     let (due, patience) =
         (Duration::try_from_secs_f64(due).unwrap_or_default(), question.publish_timeout + TAKEN_AFTER);
-    if due < patience || question.memory.seen(&format!("event {id}")) < patience {
+    if due < patience || question.memory.seen(&format!("event {id}")) < question.seen_for {
         return Ok(Vec::new());
     }
     let who = question.owner.as_ref().map(|owner| format!("; {owner} must do it")).unwrap_or_default();

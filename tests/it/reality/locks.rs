@@ -1,6 +1,6 @@
 //! Somebody else's locks: on our tables, and the relay's own advisory locks.
 
-use crate::binary::{Running, finished, relay};
+use crate::binary::{PATIENCE, Running, finished, relay};
 use crate::harness::{count, emit, eventually, sql};
 use crate::servers::{Database, database};
 
@@ -63,4 +63,32 @@ async fn f75_a_strangers_hold_of_the_relays_advisory_locks_is_named() {
         let mut look = database.connect().await;
         eventually("the event is published", async || count(&mut look, "event_outbox").await == 0).await;
     }
+}
+
+/// The server does not look whether a client is there while its statement waits. How long it may wait ends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn f75_a_relay_that_is_killed_while_its_statement_waits_leaves_no_session_behind() {
+    // A claim waits for the one, a settle for the other.
+    let killed = ["event_outbox", "event_processing_log"].map(|table| async move {
+        let database = database().await;
+        let (mut blocker, mut look) = (database.connect().await, database.connect().await);
+        emit(&mut look, "waits", "").await;
+        sql(&mut blocker, format!("begin; lock table {table} in exclusive mode")).await;
+        let mut relay = daemon(&database);
+        let sessions = "pg_stat_activity where application_name = 'relay' and datname = current_database()";
+        let waiting = format!("{sessions} and wait_event_type = 'Lock'");
+        eventually("its statement waits", async || count(&mut look, &waiting).await > 0).await;
+        // Nor do those add up that it made anew meanwhile.
+        tokio::task::block_in_place(|| relay.until_log("\"cause\":\"table_locked\""));
+        assert!(count(&mut look, &waiting).await <= 3);
+        relay.signal("KILL");
+        drop(relay);
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while count(&mut look, sessions).await > 0 {
+            assert!(std::time::Instant::now() < deadline, "a session is left that waits for {table}");
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        sql(&mut blocker, "rollback").await;
+    });
+    futures_util::future::join_all(killed).await;
 }

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sqlx::Connection;
+
 use crate::binary::{Running, finished, relay};
-use crate::harness::{count, eventually, sql};
+use crate::harness::{count, eventually, refused, sql};
 use crate::servers::{Database, Server, database_on_unmigrated};
 use crate::stores::Client;
 
@@ -162,4 +164,63 @@ async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them
     }
     let logged = count(&mut connection, "event_processing_log where status = 'published'").await;
     assert_eq!((events, i64::try_from(ids.len()).unwrap()), (ids.len(), logged), "each once");
+}
+
+/// What roles had on the old objects they have on the new ones, whatever the roles are called and whoever granted it.
+#[tokio::test]
+async fn roles_that_had_rights_before_have_the_like_on_what_migrations_add() {
+    let server = Server::start("postgres", &["--fast"]);
+    let database = of_before(&server).await;
+    let mut connection = database.connect().await;
+    sql(
+        &mut connection,
+        "revoke create on schema public from public;
+         revoke execute on all functions in schema public from public;
+         create role shop login password 'known';
+         create role \"Worker 1\" nologin; create role worker login password 'known' in role \"Worker 1\";
+         create role person login password 'known';
+         create role stranger login password 'known';
+         grant insert, select on event_outbox to shop;
+         grant execute on function emit_event, event_partition, event_is_valid to shop;
+         grant select, insert, update, delete on event_outbox to \"Worker 1\";
+         grant insert on event_processing_log, event_dead_letter, event_history to \"Worker 1\";
+         grant select, insert, update, delete on event_relay_run, event_crash_suspect to \"Worker 1\";
+         grant select, update on sequence event_outbox_epoch to \"Worker 1\";
+         grant select on sequence event_outbox_moves, event_outbox_id_seq to \"Worker 1\";
+         grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version
+            to \"Worker 1\";
+         grant execute on function event_partition, event_is_valid to \"Worker 1\";
+         grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag,
+            event_dead_letter_summary to person;
+         grant execute on function redrive_dead_letter to person",
+    )
+    .await;
+    finished(&["migrate"], &[("DATABASE_URL", database.url())]).exited(0);
+    let (_, place) = database.url().rsplit_once('@').unwrap();
+    let url = |role: &str| format!("postgres://{role}:known@{place}");
+    let worker = url("worker");
+    let variables = [("DATABASE_URL", worker.as_str()), ("RELAY_STDOUT", "true")];
+    finished(&["check"], &variables).exited(0);
+    let mut app = sqlx::PgConnection::connect(&url("shop")).await.unwrap();
+    // What was made anew, and what is new beside it.
+    sql(&mut app, "select emit_event('a', '{}'::jsonb), emit_event('a', '{}'::text, 'order', '42')").await;
+    assert_eq!(finished(&["--once"], &variables).exited(0).stdout.lines().count(), 2);
+    let mut person = sqlx::PgConnection::connect(&url("person")).await.unwrap();
+    sql(&mut person, "select * from event_blocked_keys; select * from event_relay").await;
+    sql(&mut person, "select move_owed('a', 'b'), give_up_owed('a')").await;
+    // And nobody has more than before.
+    let mut stranger = sqlx::PgConnection::connect(&url("stranger")).await.unwrap();
+    for (who, role) in [(&mut stranger, "stranger"), (&mut app, "shop")] {
+        for statement in [
+            "select * from event_blocked_keys",
+            "select * from event_relay",
+            "select nextval('event_relay_changes')",
+            "select move_owed('a', 'b')",
+            "select give_up_owed('a')",
+            "select redrive_dead_letter(1)",
+        ] {
+            let refused = refused(who, statement).await;
+            assert!(refused.contains("permission denied"), "{role}: {statement}: {refused}");
+        }
+    }
 }

@@ -80,6 +80,18 @@ async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
     let once = finished(&["--once"], &variables).exited(3);
     let last = once.stderr.lines().last().unwrap();
     assert!(last.contains(&format!(":{}, since", hung.id())), "{last}");
+    // A relay that stands by says so, and so does a check, as soon as the hung one had its time.
+    let mut standing_by = Running::start(relay(&[], &variables));
+    standing_by.until_log("\"cause\":\"not_taken\"");
+    let who = format!(":{}, since", hung.id());
+    let check = finished(&["check"], &variables).exited(1);
+    let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert_eq!(failed.len(), 1, "{}", check.stdout);
+    for said in [failed[0], &standing_by.log()] {
+        assert!(said.contains("nobody takes it") && said.contains(&who), "{said}");
+    }
+    standing_by.signal("KILL");
+    drop(standing_by);
     hung.signal("KILL");
     drop(hung);
     assert_eq!(finished(&["--once"], &variables).exited(0).stdout.lines().count(), 1);

@@ -6,13 +6,14 @@ use crate::servers::{Database, database};
 use crate::support::unique;
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
-const TABLES: [&str; 6] = [
+const TABLES: [&str; 7] = [
     "event_outbox",
     "event_processing_log",
     "event_dead_letter",
     "event_history",
     "event_relay_run",
     "event_crash_suspect",
+    "event_relay",
 ];
 
 /// The database as a role with every right but to pass row-level security.
@@ -79,4 +80,34 @@ async fn f69_row_security_that_comes_while_a_relay_runs_stops_it_loudly_until_it
     assert!(relay.log().contains("bypassrls"), "{}", relay.log());
     sql(&mut connection, "alter table event_outbox disable row level security").await;
     eventually("the event is published", async || count(&mut connection, "event_outbox").await == 0).await;
+}
+
+#[tokio::test]
+async fn f69_an_owner_is_refused_where_row_security_is_forced_on_it() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let (url, role) = as_role(&database).await;
+    let variables = [("DATABASE_URL", url.as_str()), STDOUT];
+    emit(&mut connection, "hidden", "").await;
+    sql(&mut connection, format!("grant create on schema public to {role}")).await;
+    for table in TABLES {
+        sql(
+            &mut connection,
+            format!("alter table {table} owner to {role}; alter table {table} enable row level security"),
+        )
+        .await;
+        finished(&["check"], &variables).exited(0);
+        sql(&mut connection, format!("alter table {table} force row level security")).await;
+        let check = finished(&["check"], &variables).exited(1);
+        let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+        assert_eq!(failed.len(), 1, "{}", check.stdout);
+        for part in ["row-level security", table, "bypassrls"] {
+            assert!(failed[0].contains(part), "{part:?} is missing in: {}", failed[0]);
+        }
+        finished(&["--once"], &variables).exited(1).says(&["row-level security", table]);
+        sql(&mut connection, format!("alter table {table} no force row level security")).await;
+    }
+    finished(&["check"], &variables).exited(0);
+    finished(&["--once"], &variables).exited(0);
+    assert_eq!(count(&mut connection, "event_outbox").await, 0);
 }

@@ -262,3 +262,40 @@ async fn f28_a_check_names_each_grant_that_is_missing() {
     let check = finished(&["check"], &variables).exited(1);
     assert!(check.stdout.contains("usage on schema"), "{}", check.stdout);
 }
+
+/// By psql, as people run it.
+#[tokio::test]
+async fn the_right_to_create_is_told_and_taken_away_where_that_is_asked_for() {
+    // A server of its own: the roles are the server's.
+    let server = crate::servers::Server::start("postgres", &["--fast"]);
+    let database = crate::servers::database_on(&server).await;
+    let mut owner = database.connect().await;
+    sql(
+        &mut owner,
+        "create role \"App 1\"; grant create on schema public to \"App 1\"; grant create on schema public to public",
+    )
+    .await;
+    let psql = |more: &[&str]| {
+        let mut command = std::process::Command::new(server.program("psql"));
+        let told =
+            command.args(["-v", "ON_ERROR_STOP=1", "-X"]).args(more).args(["-f", ROLES, database.url()]).output();
+        let told = told.unwrap();
+        let said = String::from_utf8(told.stderr).unwrap();
+        assert!(told.status.success(), "{said}");
+        said
+    };
+    let may_create = "select has_schema_privilege('App 1', 'public', 'create')
+        or exists (select from pg_namespace n, aclexplode(n.nspacl) a
+                   where n.nspname = 'public' and a.privilege_type = 'CREATE' and a.grantee = 0)";
+    let said = psql(&[]);
+    for who in ["public", "\"App 1\""] {
+        assert!(said.contains(&format!("{who} may create objects in schema public; -v revoke_create=1")), "{said}");
+    }
+    assert!(value::<bool>(&mut owner, may_create).await);
+    let said = psql(&["-v", "revoke_create=1"]);
+    for who in ["public", "\"App 1\""] {
+        assert!(said.contains(&format!("{who} may no longer create objects in schema public")), "{said}");
+    }
+    assert!(!value::<bool>(&mut owner, may_create).await);
+    assert!(!psql(&[]).contains("may create"), "nobody is left");
+}
