@@ -2,6 +2,7 @@
 //!
 //! - [`lane`]: claim and settle, the hot path.
 //! - `take`, `batch`: taking partitions, and reading their rows.
+//! - `promote`: making due rows pending.
 //! - `bounds`: what lies left of them is dead, and not walked over.
 //! - `settle`: what is written of a batch; `salvage`: and where that is refused. `proof`: whether all of it can be written.
 //! - [`wake`]: sleeping until a producer commits.
@@ -27,6 +28,7 @@ pub mod migrate;
 mod owed;
 mod parked;
 mod patience;
+mod promote;
 mod proof;
 mod register;
 mod salvage;
@@ -53,6 +55,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
+use crate::outbox::postgres::promote::Walks;
 use crate::outbox::postgres::salvage::Unrecorded;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::Question;
@@ -80,6 +83,7 @@ pub struct PgOutbox {
     id: Arc<OnceLock<Arc<str>>>,
     aside: Aside,
     bounds: Bounds,
+    walks: Arc<Walks>,
     membership: Membership,
     /// Where the last connection found our tables.
     schema: Arc<Mutex<Schema>>,
@@ -96,8 +100,8 @@ impl PgOutbox {
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
         let (id, aside, schema, memory) = (Arc::default(), Aside::default(), Arc::default(), Memory::default());
-        let (unrecorded, exclusion, membership, aside_by_format) = Default::default();
-        Self { config, id, aside, bounds, membership, schema, unrecorded, memory, aside_by_format, exclusion }
+        let (unrecorded, exclusion, membership, aside_by_format, walks) = Default::default();
+        Self { config, id, aside, bounds, walks, membership, schema, unrecorded, memory, aside_by_format, exclusion }
     }
 
     /// One connection to a database that can be written to.

@@ -10,6 +10,7 @@ sections:
   latency    from a commit to the entry in the stream, at 100, 1,000 and 5,000 events/s
   producers  what the outbox, its trigger and a relay cost those who insert
   flatness   a backlog of 10,000,000 against one of 100,000; beside a session that holds a snapshot
+  promotion  the return of a destination for which events waited; beside a session that holds a snapshot
   footprint  size, start, memory, WAL, transactions, and what an idle relay costs
 """
 import argparse
@@ -23,7 +24,7 @@ import time
 
 from common import RELAY, Options, Server, psql
 
-SECTIONS = ["drain", "latency", "producers", "flatness", "footprint"]
+SECTIONS = ["drain", "latency", "producers", "flatness", "promotion", "footprint"]
 SETTINGS = ["server_version", "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "autovacuum"]
 
 

@@ -17,6 +17,7 @@ mod once;
 mod pinned;
 mod pooled;
 mod process;
+mod promotion;
 mod redis_states;
 mod replication;
 mod row_security;

@@ -61,11 +61,14 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
        (select last_value from {schema}.event_outbox_epoch),
        {moves} | (select last_value << 40 from {schema}.event_relay_changes){unfit}
 from {rows}
-cross join (select exists (
-    select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
-) as any, exists (
+cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280
 ) as apart) waiting";
+
+/// Whether anything waits. Beside an old snapshot it walks over all that has waited and is gone.
+const ANY_WAITS: &str = "exists (
+    select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
+)";
 
 /// The rows, for [`READ_BATCH`], and what each takes, as long as that is little. A stored size does not tell how large a value
 /// is, it may be compressed a hundredfold; `#> '{}'` is the value uncompressed. Nothing is uncompressed that is stored in more
@@ -164,7 +167,7 @@ const ROWS_WITHIN_BYTES: &str = "
     offset 0
 ) o";
 
-static READ_SMALL: LazyLock<&str> = LazyLock::new(|| {
+static READ_SMALL: LazyLock<Reads> = LazyLock::new(|| {
     let small = |column: &str| match column {
         "headers" => {
             "case when o.size <= $3 and pg_catalog.pg_column_size(o.headers) > 8 then o.headers end".to_owned()
@@ -174,14 +177,14 @@ static READ_SMALL: LazyLock<&str> = LazyLock::new(|| {
     complete(ROWS, "", "", small)
 });
 
-static READ_WITHIN_BYTES: LazyLock<&str> = LazyLock::new(|| within_bytes(ROWS_WITHIN_BYTES));
+static READ_WITHIN_BYTES: LazyLock<Reads> = LazyLock::new(|| within_bytes(ROWS_WITHIN_BYTES));
 
 /// Of these rows only those that are owed to one of `$4`.
 const OWED: &str = "id > t.bound and destination = any ($4::text[])";
 
-static READ_OWED: LazyLock<&str> = LazyLock::new(|| within_bytes(&ROWS_WITHIN_BYTES.replace("id > t.bound", OWED)));
+static READ_OWED: LazyLock<Reads> = LazyLock::new(|| within_bytes(&ROWS_WITHIN_BYTES.replace("id > t.bound", OWED)));
 
-fn within_bytes(rows: &str) -> &'static str {
+fn within_bytes(rows: &str) -> Reads {
     // A key within its bounds is told of a row that is not read, too.
     let within = |column: &str| match column {
         "headers" => "case when o.unfit is null then nullif(o.headers, '{}') end".to_owned(),
@@ -191,18 +194,26 @@ fn within_bytes(rows: &str) -> &'static str {
     complete(rows, ", o.unfit", "\nwhere o.bytes_before < $6", within)
 }
 
-fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> String) -> &'static str {
+fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> String) -> Reads {
     let mut text = READ_BATCH.to_owned() + filter;
     let columns = ["source", "aggregate_type", "aggregate_id", "payload", "headers", "correlation_id", "causation_id"];
     for name in columns {
         text = text.replacen(&format!("{{{name}}}"), &column(name), 1);
     }
-    text.replace("{rows}", rows)
+    let text = text
+        .replace("{rows}", rows)
         .replace("{unfit}", unfit)
         .replace("{moves}", MOVES)
         .replace("{max_headers}", &MAX_HEADERS_BYTES.to_string())
-        .replace("{max_text}", &MAX_TEXT_BYTES.to_string())
-        .leak()
+        .replace("{max_text}", &MAX_TEXT_BYTES.to_string());
+    Reads { usual: text.replace("{any}", ANY_WAITS).leak(), among_dead: text.replace("{any}", "true").leak() }
+}
+
+/// The same statement in two forms.
+struct Reads {
+    usual: &'static str,
+    /// Does not ask whether anything waits, but looks for what each event would wait behind.
+    among_dead: &'static str,
 }
 
 /// Events up to this size, in bytes as PostgreSQL stores them, are small.
@@ -232,10 +243,14 @@ pub(super) async fn read(
             .bind(request.destinations.to_vec())
             .bind(bounds.to_vec())
     };
-    if which == Which::All && !*large {
+    let form = |reads: &Reads| match which {
+        Which::All { among_dead: true } => reads.among_dead,
+        Which::All { among_dead: false } | Which::Owed => reads.usual,
+    };
+    if which != Which::Owed && !*large {
         let mut batch = Batch::default();
         let mut all_small = true;
-        let mut rows = query(&READ_SMALL, small).fetch(&mut *connection);
+        let mut rows = query(form(&READ_SMALL), small).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
             all_small = all_small && to_usize(row.try_get(17)?) <= small;
             if all_small {
@@ -248,7 +263,7 @@ pub(super) async fn read(
         }
     }
     let mut batch = Batch::default();
-    let text = if which == Which::Owed { &READ_OWED } else { &READ_WITHIN_BYTES };
+    let text = form(if which == Which::Owed { &READ_OWED } else { &READ_WITHIN_BYTES });
     let mut rows = query(text, request.max_payload).bind(to_i64(request.max_bytes)).fetch(&mut *connection);
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
     *large = false;
@@ -267,7 +282,8 @@ pub(super) async fn read(
 /// Which rows of a partition to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Which {
-    All,
+    /// `among_dead`: many that have waited and are gone cannot be removed yet.
+    All { among_dead: bool },
     /// Those that are owed to the destinations of the request.
     Owed,
 }

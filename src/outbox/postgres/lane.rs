@@ -16,6 +16,7 @@ use crate::outbox::number::{milliseconds, to_i64};
 use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::formats;
+use crate::outbox::postgres::promote;
 use crate::outbox::postgres::proof::is_content;
 use crate::outbox::postgres::register::CHANGES;
 use crate::outbox::postgres::salvage::SAVEPOINT;
@@ -41,32 +42,6 @@ select {schema}.relay_epoch_above($1), array(
         where o.partition in (n.partition, n.partition + 640::smallint) and o.id = n.id and o.event_id = n.event_id
           and o.destination in ('', $5)
     )
-)";
-
-/// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
-/// such a row either waiting, and its key behind it, or pending, and in its place.
-const PROMOTE: &str = "
-with due as materialized (
-    select e.row
-    from pg_catalog.unnest($1::text[]) d(destination)
-    cross join lateral (
-        select ctid as row from {schema}.event_outbox
-        where status = 'scheduled' and destination = d.destination and available_at <= pg_catalog.statement_timestamp()
-        order by available_at, id limit $2 for update skip locked
-    ) e
-), promoted as (
-    update {schema}.event_outbox o set status = 'pending' from due where o.ctid = due.row
-    returning 1
-)
-select (select pg_catalog.count(*) from promoted), (select pg_catalog.count(*) from due), (
-    select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
-            operator(pg_catalog.*) 1000)::bigint
-    from pg_catalog.unnest($1::text[]) d(destination)
-    cross join lateral (
-        select available_at from {schema}.event_outbox
-        where status = 'scheduled' and destination = d.destination and available_at > pg_catalog.statement_timestamp()
-        order by available_at limit 1
-    ) e
 )";
 
 const HAS_OWED: &str = "
@@ -222,16 +197,16 @@ impl PgLane {
         let limits = (limit, share);
         let bounds = known.bounds_of(&taken);
         let begun = Instant::now();
+        let which = Which::All { among_dead: self.outbox.walks.are_long() };
         let mut batch =
-            batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::All).await?;
+            batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, which).await?;
         if let Some(moves) = batch.moves
             && moves != known.moves
         {
             // An event was put back since, maybe below a bound.
             known = self.outbox.bounds.at(moves);
             let bounds = vec![i64::MIN; taken.len()];
-            batch =
-                batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::All).await?;
+            batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, which).await?;
         }
         self.changes = batch.changes;
         batch.sort();
@@ -487,29 +462,22 @@ impl Lane for PgLane {
         }
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let (count, due, next_due_ms): (i64, i64, Option<i64>) =
-            answered("promote scheduled events", STATEMENT_TIMEOUT, async {
-                // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
-                connection.execute(AssertSqlSafe(self.begin.clone())).await?;
-                let promoted = self
-                    .outbox
-                    .sql()
-                    .query_as(PROMOTE)
-                    .bind(destinations)
-                    .bind(to_i64(max_events))
-                    .fetch_one(&mut connection)
-                    .await?;
-                connection.execute("commit").await?;
-                Ok(promoted)
-            })
-            .await?;
-        if count < due {
+        let (sql, walks) = (self.outbox.sql(), &self.outbox.walks);
+        let promotion = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+            // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
+            connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+            let promotion = promote::promote(&mut connection, sql, walks, &destinations, max_events).await?;
+            connection.execute("commit").await?;
+            Ok(promotion)
+        })
+        .await?;
+        if promotion.swallowed > 0 {
             // Somebody swallows updates: of all rows, which stops the relay, or of some.
             self.outbox.prove(&mut connection, &self.begin).await?;
-            self.outbox.unrecorded.warn_of_promotions(due - count);
+            self.outbox.unrecorded.warn_of_promotions(promotion.swallowed);
         }
         self.connection = Some(connection);
-        Ok(Promoted { count: usize::try_from(count).unwrap_or_default(), next_due: next_due_ms.map(milliseconds) })
+        Ok(Promoted { count: promotion.promoted, next_due: promotion.next_due_ms.map(milliseconds) })
     }
 
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {

@@ -1,0 +1,162 @@
+//! Making due rows pending.
+//!
+//! While any session holds an old snapshot, a row that was promoted stays in the indexes of scheduled rows: each promotion
+//! walks over all that were promoted before it, and each claim after it over all that is dead in its partitions, since a
+//! promotion ends their bounds. No bound leaves those out: a row may come due anywhere among them, by a late commit, a
+//! clock that is set back, or a person. So each promotion looks at all of them, but does not leave it at one batch: the
+//! longer it walked, the more it promotes. What walking costs an event stays a small part, however many are dead, and nothing
+//! that is due is missed. Without an old snapshot a walk is short, and a promotion is one batch.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sqlx::postgres::PgConnection;
+
+use crate::outbox::postgres::lane::to_i64;
+use crate::outbox::postgres::sql::Sql;
+
+/// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
+/// such a row either waiting, and its key behind it, or pending, and in its place.
+///
+/// Tells too, in microseconds, how long it looked for the first row of the destination where that took longest, or for any
+/// where there is none, and how long all took. `begun` names the destination so that it is read anew for each.
+const PROMOTE: &str = "
+with due as materialized (
+    select e.row, d.destination, b.begun, e.found
+    from pg_catalog.unnest($1::text[]) d(destination)
+    cross join lateral (
+        select case when d.destination is not null then pg_catalog.clock_timestamp() end as begun offset 0
+    ) b
+    cross join lateral (
+        select ctid as row, pg_catalog.clock_timestamp() as found from {schema}.event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at <= pg_catalog.statement_timestamp()
+        order by available_at, id limit $2 for update skip locked
+    ) e
+), walked as materialized (
+    select coalesce(pg_catalog.max(w.walked), pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) as walked
+    from (select pg_catalog.min(found) - pg_catalog.min(begun) as walked from due group by destination) w
+), promoted as (
+    update {schema}.event_outbox o set status = 'pending' from due where o.ctid = due.row
+    returning 1
+)
+select (select (extract(epoch from walked) operator(pg_catalog.*) 1000000)::bigint from walked),
+       (select pg_catalog.count(*) from promoted), (select pg_catalog.count(*) from due), (
+    select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
+            operator(pg_catalog.*) 1000)::bigint
+    from pg_catalog.unnest($1::text[]) d(destination)
+    cross join lateral (
+        select available_at from {schema}.event_outbox
+        where status = 'scheduled' and destination = d.destination and available_at > pg_catalog.statement_timestamp()
+        order by available_at limit 1
+    ) e
+), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint";
+
+/// How much longer than its walk the rest of a promotion is to take: after it, claims walk as far, several times.
+const WORTH: u128 = 15;
+
+/// So few, which are for a probe, are never made more. Nor do they tell what one of many would cost.
+const FEW: usize = 100;
+
+/// The most that one promotion makes pending of a destination's events: new events queue behind them.
+const MOST: usize = 20_000;
+
+/// A walk that takes longer is left out by claims, too: each asks for the rows of its keys, not whether there are any at all.
+const LONG_WALK: Duration = Duration::from_millis(1);
+
+/// What the last promotion says about the next, and about claims.
+#[derive(Debug, Default)]
+pub(super) struct Walks {
+    /// How many events were worth that walk.
+    worth: AtomicUsize,
+    long: AtomicBool,
+}
+
+impl Walks {
+    /// How many events to promote where a batch has so many.
+    fn limit(&self, batch: usize) -> usize {
+        if batch < FEW { batch } else { batch.max(self.worth.load(Ordering::Relaxed).min(MOST)) }
+    }
+
+    /// Whether many dead rows lie among those that are scheduled.
+    pub(super) fn are_long(&self) -> bool {
+        self.long.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a promotion of `count` events that took so long besides the time that it `walked`.
+    fn took(&self, count: usize, walked: Duration, besides: Duration) {
+        self.long.store(walked > LONG_WALK, Ordering::Relaxed);
+        if count >= FEW {
+            let worth = count as u128 * walked.as_micros() * WORTH / besides.as_micros().max(1);
+            self.worth.store(usize::try_from(worth).unwrap_or(MOST), Ordering::Relaxed);
+        } else if walked <= LONG_WALK {
+            self.worth.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What a promotion did.
+pub(super) struct Done {
+    pub(super) promoted: usize,
+    /// How many more it found, and could not change.
+    pub(super) swallowed: i64,
+    pub(super) next_due_ms: Option<i64>,
+}
+
+/// Promotes what is due for these destinations: of each a batch of so many, or more where the way there was long.
+pub(super) async fn promote(
+    connection: &mut PgConnection,
+    sql: Sql,
+    walks: &Walks,
+    destinations: &[&str],
+    batch: usize,
+) -> Result<Done, sqlx::Error> {
+    let (walked_us, count, due, next_due_ms, took_us): (i64, i64, i64, Option<i64>, i64) =
+        sql.query_as(PROMOTE).bind(destinations).bind(to_i64(walks.limit(batch))).fetch_one(connection).await?;
+    let duration = |us| Duration::from_micros(u64::try_from(us).unwrap_or_default());
+    let (walked, took) = (duration(walked_us), duration(took_us));
+    let promoted = usize::try_from(count).unwrap_or_default();
+    walks.took(promoted, walked, took.saturating_sub(walked));
+    Ok(Done { promoted, swallowed: due - count, next_due_ms })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn after_a_long_walk_the_rest_of_a_promotion_is_so_much_longer() {
+        let walks = Walks::default();
+        assert_eq!(walks.limit(1000), 1000);
+        walks.took(1000, ms(20), ms(50));
+        assert_eq!(walks.limit(1000), 6000, "which take 300 ms");
+        assert_eq!(walks.limit(10), 10, "a probe stays one");
+        walks.took(10, ms(20), ms(1));
+        assert_eq!(walks.limit(1000), 6000, "few tell nothing");
+        walks.took(6000, ms(2000), ms(300));
+        assert_eq!(walks.limit(1000), MOST);
+        walks.took(MOST, Duration::ZERO, ms(1000));
+        assert_eq!(walks.limit(1000), 1000);
+    }
+
+    #[test]
+    fn a_clock_that_jumps_makes_no_promotion_larger_than_the_largest() {
+        let walks = Walks::default();
+        walks.took(1000, Duration::MAX, Duration::ZERO);
+        assert_eq!(walks.limit(1000), MOST);
+        walks.took(0, Duration::ZERO, Duration::ZERO);
+        assert_eq!(walks.limit(1000), 1000, "nothing is dead any more");
+    }
+
+    #[test]
+    fn claims_are_told_whether_walks_are_long_even_where_nothing_is_due() {
+        let walks = Walks::default();
+        walks.took(0, ms(20), Duration::ZERO);
+        assert!(walks.are_long());
+        walks.took(0, Duration::ZERO, Duration::ZERO);
+        assert!(!walks.are_long());
+    }
+}
