@@ -1,5 +1,6 @@
 """How soon and how fast events drain that waited for one of two destinations, alone and beside an old snapshot."""
 import contextlib
+import os
 import tempfile
 import time
 
@@ -12,7 +13,7 @@ from sinks import Stream
 # It refuses writes while it wants a replica that it has not.
 DOWN, UP = ("config", "set", "min-replicas-to-write", "1"), ("config", "set", "min-replicas-to-write", "0")
 OWED = "select count(*) from event_outbox where status = 'scheduled' and destination = 'returning'"
-LONGEST = 120
+LONGEST = 600
 RECOVERY_MS = 1000
 
 CONFIGURATION = """
@@ -25,9 +26,11 @@ url = "{returning}"
 """
 
 
-def until(what, holds, pause=0.05):
+def until(relay, what, holds, pause=0.05):
     deadline = time.monotonic() + LONGEST
     while not holds():
+        if os.waitid(os.P_PID, relay.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            fail(f"the relay ended before {what}")
         if time.monotonic() > deadline:
             fail(f"waited in vain until {what}")
         time.sleep(pause)
@@ -45,13 +48,13 @@ def measure(database, steady, returning, label, events, beside):
         file.flush()
         environment = {"EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT": str(RECOVERY_MS)}
         with Relay(database, environment, "--config", file.name) as relay:
-            until("all events wait", lambda: int(psql(database, OWED)) == events)
+            until(relay, "all events wait", lambda: int(psql(database, OWED)) == events)
             time.sleep(2 * RECOVERY_MS / 1000)
             progress = Progress(returning)
             back = time.monotonic()
             redis_cli(returning, *UP)
-            until("all events have come", lambda: progress.seen[-1][1] >= events)
-            until("all is recorded", lambda: int(psql(database, "select count(*) from event_outbox")) == 0)
+            until(relay, "all events have come", lambda: progress.seen[-1][1] >= events)
+            until(relay, "all is recorded", lambda: int(psql(database, "select count(*) from event_outbox")) == 0)
             progress.end()
             memory = relay.peak
     logged = int(psql(database, "select count(distinct (outbox_id, destination)) from event_processing_log where status = 'published'"))

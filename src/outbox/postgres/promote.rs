@@ -52,7 +52,10 @@ select (select (extract(epoch from walked) operator(pg_catalog.*) 1000000)::bigi
 ), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint";
 
 /// How much longer than its walk the rest of a promotion is to take: after it, claims walk as far, several times.
-const WORTH: u128 = 15;
+const WORTH: u32 = 15;
+
+/// But no longer than this: whoever looks for new events waits for it.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// So few, which are for a probe, are never made more. Nor do they tell what one of many would cost.
 const FEW: usize = 100;
@@ -86,7 +89,8 @@ impl Walks {
     fn took(&self, count: usize, walked: Duration, besides: Duration) {
         self.long.store(walked > LONG_WALK, Ordering::Relaxed);
         if count >= FEW {
-            let worth = count as u128 * walked.as_micros() * WORTH / besides.as_micros().max(1);
+            let time = walked.saturating_mul(WORTH).min(LONGEST);
+            let worth = count as u128 * time.as_micros() / besides.as_micros().max(1);
             self.worth.store(usize::try_from(worth).unwrap_or(MOST), Ordering::Relaxed);
         } else if walked <= LONG_WALK {
             self.worth.store(0, Ordering::Relaxed);
@@ -136,7 +140,9 @@ mod tests {
         assert_eq!(walks.limit(10), 10, "a probe stays one");
         walks.took(10, ms(20), ms(1));
         assert_eq!(walks.limit(1000), 6000, "few tell nothing");
-        walks.took(6000, ms(2000), ms(300));
+        walks.took(6000, ms(2000), ms(600));
+        assert_eq!(walks.limit(1000), 10_000, "which take a second");
+        walks.took(10_000, ms(2000), ms(100));
         assert_eq!(walks.limit(1000), MOST);
         walks.took(MOST, Duration::ZERO, ms(1000));
         assert_eq!(walks.limit(1000), 1000);
