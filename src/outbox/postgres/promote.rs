@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::postgres::lane::to_i64;
+use crate::outbox::number::to_i64;
 use crate::outbox::postgres::sql::Sql;
 
 /// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
