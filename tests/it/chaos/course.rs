@@ -126,7 +126,11 @@ impl Course {
                 self.beside.push(std::thread::spawn(meddle));
             }
             Fault::TerminateBackends => terminate_backends(self.world.database.url()),
-            Fault::RestartPostgres => self.world.postgres.lock().unwrap().restart_or_kill(),
+            Fault::RestartPostgres => {
+                // A server that stops waits for whoever has just connected and says nothing, for longer than a run.
+                self.proxies(Whose::All, Link::Postgres).for_each(|proxy| proxy.stall(false));
+                self.world.postgres.lock().unwrap().restart_or_kill();
+            }
             Fault::KillPostgres => self.world.postgres.lock().unwrap().kill(),
             Fault::KillRedis => {
                 self.world.redis.lock().unwrap().kill();
