@@ -31,6 +31,15 @@ pub(crate) fn drain(url: &str) -> Vec<serde_json::Value> {
     drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
+/// `check` says ok on every line, and means it: `--once` publishes what is emitted now, and leaves nothing.
+#[track_caller]
+pub(crate) fn works(url: &str) {
+    let variables = [("DATABASE_URL", url), ("RELAY_STDOUT", "true")];
+    finished(&["check"], &variables).exited(0);
+    finished(&["emit", "checked"], &variables[..1]).exited(0);
+    assert!(drain(url).iter().any(|event| event["type"] == "checked"));
+}
+
 /// `--once` and `check` end with 1 and say all these parts: the first in its one line, the second in the one that fails.
 #[track_caller]
 pub(crate) fn cannot_work(url: &str, parts: &[&str]) {
