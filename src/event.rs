@@ -193,7 +193,7 @@ pub enum Outcome {
 
 /// What sets one claim apart from all others, for destinations that can refuse an outdated one.
 #[derive(Debug, Clone)]
-pub struct Term {
+pub struct ClaimId {
     /// Which outbox: no two that publish to the same place have the same.
     pub outbox: Arc<str>,
     /// Read when the claim held its partitions: of two claims of a partition, the later never has the lower one.
@@ -204,7 +204,7 @@ pub struct Term {
 
 /// An event that a destination says it was given.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Noted {
+pub struct SentBefore {
     /// The partition in which it was claimed.
     pub partition: i16,
     /// Its id in the outbox.
@@ -215,7 +215,7 @@ pub struct Noted {
 
 /// What a claim learns when it asks about noted events.
 #[derive(Debug)]
-pub struct Renewed {
+pub struct RenewedClaim {
     /// The claim's epoch from now on.
     pub epoch: i64,
     /// Which of the events still wait: their places in the question.

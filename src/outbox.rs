@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::event::{Event, Noted, PublishError, Renewed, Term, Verdict};
+use crate::event::{ClaimId, Event, PublishError, RenewedClaim, SentBefore, Verdict};
 use crate::secret::Secret;
 pub use error::OutboxError;
 use register::Configuration;
@@ -157,7 +157,7 @@ pub enum Claim {
         /// There is more where they came from.
         full: bool,
         /// What sets this claim apart.
-        term: Term,
+        claim_id: ClaimId,
     },
     /// There are pending events, and all of them are another lane's or another relay's.
     Busy,
@@ -378,9 +378,9 @@ pub trait Lane: Send {
     fn renew(
         &mut self,
         floor: i64,
-        noted: &[Noted],
+        noted: &[SentBefore],
         destination: &str,
-    ) -> impl Future<Output = Result<Renewed, OutboxError>> + Send;
+    ) -> impl Future<Output = Result<RenewedClaim, OutboxError>> + Send;
 
     /// Records what became of the claimed events, in one transaction, and gives up the claim. `deliveries` are grouped
     /// by event. An event none of whose verdicts changes anything stays as it is; so does one that is not mentioned.

@@ -18,7 +18,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
-use crate::event::{Event, Noted, Outcome, PublishError, Renewed, Term};
+use crate::event::{ClaimId, Event, Outcome, PublishError, RenewedClaim, SentBefore};
 
 /// What a document-shaped destination is given for an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
@@ -40,22 +40,42 @@ impl std::fmt::Display for Format {
     }
 }
 
+/// What one call of [`Sink::publish`] is to publish.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// In order per key.
+    pub events: &'a [&'a Event],
+    /// No request begins after it, and none lasts longer.
+    pub deadline: Instant,
+    /// The claim that the events belong to. A sink that can tell whether an earlier claim has published an event already does
+    /// not send it again. `None`: every event is sent.
+    pub claim: Option<ClaimContext<'a>>,
+}
+
+impl<'a> Batch<'a> {
+    /// A batch of no claim.
+    pub fn new(events: &'a [&'a Event], deadline: Instant) -> Self {
+        Self { events, deadline, claim: None }
+    }
+}
+
 /// The claim that a batch belongs to, as a sink needs it that publishes exactly once.
-pub struct Tenure<'a> {
+#[derive(Clone, Copy)]
+pub struct ClaimContext<'a> {
     /// The destination's name.
     pub destination: &'a str,
     /// What sets the claim apart.
-    pub term: &'a Term,
-    /// Who knows whether the claim is still held.
-    pub ledger: &'a dyn Ledger,
+    pub id: &'a ClaimId,
+    /// Tells whether the claim is still held.
+    pub check: &'a dyn ClaimCheck,
 }
 
 /// The outbox, as far as a sink may ask it.
 #[async_trait]
-pub trait Ledger: Send + Sync {
+pub trait ClaimCheck: Send + Sync {
     /// An epoch above `floor`, and which of `noted` still wait for `destination`. `None`: the claim is lost, or may be; nothing more is to be
     /// published for it.
-    async fn renew(&self, floor: i64, noted: &[Noted], destination: &str) -> Option<Renewed>;
+    async fn renew(&self, floor: i64, noted: &[SentBefore], destination: &str) -> Option<RenewedClaim>;
 }
 
 /// The answers of one publish call.
@@ -63,13 +83,13 @@ pub struct Published {
     /// One for each event, in order.
     pub outcomes: Vec<Outcome>,
     /// What to do when all of that is settled; dropped, if it cannot be. Nothing waits for it.
-    pub once_settled: Option<BoxFuture<'static, ()>>,
+    pub after_settle: Option<BoxFuture<'static, ()>>,
 }
 
 impl Published {
     /// Answers with nothing to do afterwards.
     pub fn of(outcomes: Vec<Outcome>) -> Self {
-        Self { outcomes, once_settled: None }
+        Self { outcomes, after_settle: None }
     }
 }
 
@@ -79,21 +99,15 @@ impl Published {
 /// retries, breaker and dead letters are the engine's. They reconnect by themselves at the next call.
 #[async_trait]
 pub trait Sink: Send + Sync {
-    /// Publishes `events`, which are in order per key, and answers for each, in the same order.
+    /// Publishes the events of `batch` and answers for each, in the same order.
     ///
     /// - Delivered means that this very event's reply was a success.
     /// - A key stops at its first failure in the call: its later events are [`Outcome::Held`]. (Within one `PutEvents`
     ///   request later entries of a key may succeed; that is reported as it happened.)
-    /// - Splitting to the destination's limits is the sink's own business.
-    /// - No request is begun after `deadline`, none lasts past it; what was not sent by then is [`Outcome::Held`], what was sent
-    ///   and not answered is [`Fault::Unknown`](crate::event::Fault::Unknown).
-    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome>;
-
-    /// As [`publish`](Self::publish), for a sink that can tell whether an earlier claim has published an event already: that
-    /// one is delivered, and not sent again.
-    async fn publish_once(&self, events: &[&Event], _tenure: &Tenure<'_>, deadline: Instant) -> Published {
-        Published::of(self.publish(events, deadline).await)
-    }
+    /// - The sink splits the batch to the destination's limits.
+    /// - What was not sent by the deadline is [`Outcome::Held`]; what was sent and not answered is
+    ///   [`Fault::Unknown`](crate::event::Fault::Unknown).
+    async fn publish(&self, batch: &Batch<'_>) -> Published;
 
     /// Where it puts this event, as far as the event decides: a stream, a channel, a bus. Empty: it has one place only.
     fn place(&self, _event: &Event) -> String {

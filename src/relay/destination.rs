@@ -10,13 +10,13 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
 use crate::breaker::{Admission, Breaker, BreakerPolicy, Ticket};
-use crate::event::{Event, Fault, Outcome, PublishError, Term};
+use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
 use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
 use crate::relay::panics::{PANICS_ALONE, Panics, Split};
 use crate::relay::report::Report;
-use crate::sink::{Ledger, Published, Sink, Tenure};
+use crate::sink::{Batch, ClaimCheck, ClaimContext, Published, Sink};
 use crate::text::{cut_content, shown};
 
 /// How often it is logged that a destination is still unwell.
@@ -57,15 +57,15 @@ pub(super) struct Answers {
     /// The places of those that failed uncharged and whose keys wait; other uncharged ones are tried again as they are.
     pub(super) blocked: HashSet<usize>,
     pub(super) duration: Duration,
-    /// See [`Published::once_settled`].
-    pub(super) once_settled: Option<BoxFuture<'static, ()>>,
+    /// See [`Published::after_settle`].
+    pub(super) after_settle: Option<BoxFuture<'static, ()>>,
 }
 
 impl Answers {
     /// Of a call that was not made.
     pub(super) fn held(count: usize) -> Self {
         let outcomes = vec![Outcome::Held; count];
-        Self { outcomes, blocked: HashSet::new(), duration: Duration::ZERO, once_settled: None }
+        Self { outcomes, blocked: HashSet::new(), duration: Duration::ZERO, after_settle: None }
     }
 }
 
@@ -100,8 +100,8 @@ impl Destination {
         &self,
         batch: &[Claimed],
         indexes: &[usize],
-        term: &Term,
-        ledger: &dyn Ledger,
+        claim_id: &ClaimId,
+        claim_check: &dyn ClaimCheck,
         timeout: Duration,
     ) -> Answers {
         let begun = Instant::now();
@@ -110,7 +110,7 @@ impl Destination {
         let deadline = begun + timeout;
         let split = self.panics().split(&events);
         let Some(Split { unsuspected, suspects }) = split else {
-            return self.call(batch, indexes, term, ledger, ticket, deadline).await;
+            return self.call(batch, indexes, claim_id, claim_check, ticket, deadline).await;
         };
         let mut answers = Answers::held(indexes.len());
         let mut stopped = HashSet::new();
@@ -121,8 +121,8 @@ impl Destination {
             }
             let some: Vec<usize> = places.iter().map(|&place| indexes[place]).collect();
             // Of one claim, but two calls: each must have its own token.
-            let term = Term { token: term.token.wrapping_add(number), ..term.clone() };
-            let answered = self.call(batch, &some, &term, ledger, ticket, deadline).await;
+            let claim_id = ClaimId { token: claim_id.token.wrapping_add(number), ..claim_id.clone() };
+            let answered = self.call(batch, &some, &claim_id, claim_check, ticket, deadline).await;
             for (&place, outcome) in places.iter().zip(answered.outcomes) {
                 if !matches!(outcome, Outcome::Delivered { .. }) {
                     stopped.extend(events[place].key());
@@ -130,7 +130,7 @@ impl Destination {
                 answers.outcomes[place] = outcome;
             }
             answers.blocked.extend(answered.blocked.into_iter().map(|place| places[place]));
-            answers.once_settled = match (answers.once_settled.take(), answered.once_settled) {
+            answers.after_settle = match (answers.after_settle.take(), answered.after_settle) {
                 (Some(first), Some(second)) => Some(Box::pin(async { _ = tokio::join!(first, second) })),
                 (first, second) => first.or(second),
             };
@@ -144,8 +144,8 @@ impl Destination {
         &self,
         batch: &[Claimed],
         indexes: &[usize],
-        term: &Term,
-        ledger: &dyn Ledger,
+        claim_id: &ClaimId,
+        claim_check: &dyn ClaimCheck,
         ticket: Ticket,
         deadline: Instant,
     ) -> Answers {
@@ -153,8 +153,9 @@ impl Destination {
         let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
         crash_on(&events);
         crash_late_on(&events).await;
-        let tenure = Tenure { destination: &self.name, term, ledger };
-        let call = AssertUnwindSafe(async { self.sink.publish_once(&events, &tenure, deadline).await }).catch_unwind();
+        let claim = ClaimContext { destination: &self.name, id: claim_id, check: claim_check };
+        let sent = Batch { events: &events, deadline, claim: Some(claim) };
+        let call = AssertUnwindSafe(async { self.sink.publish(&sent).await }).catch_unwind();
         let unknown = |code: &str, message: String| {
             let error = PublishError::new(Fault::Unknown, code, message);
             Published::of(vec![Outcome::Failed(error); events.len()])
@@ -170,7 +171,7 @@ impl Destination {
             let message = format!("the sink gave {count} answers for {} events", events.len());
             published = unknown("answers_do_not_match", message);
         }
-        let Published { mut outcomes, once_settled } = published;
+        let Published { mut outcomes, after_settle } = published;
         cut_content(&events, &mut outcomes);
         let answered = events.iter().zip(&outcomes).filter(|(_, outcome)| **outcome != Outcome::Held);
         answered.for_each(|(event, _)| self.panics().answered(event));
@@ -179,7 +180,7 @@ impl Destination {
             Candidate { event_id: claimed.event.event_id, blocked_before: claimed.blocked_before }
         };
         let blocked = self.judge_health(candidate, &outcomes, begun, ticket);
-        Answers { outcomes, blocked, duration: begun.elapsed(), once_settled }
+        Answers { outcomes, blocked, duration: begun.elapsed(), after_settle }
     }
 
     /// The answers of a call that panicked. An event on which it always does is given up, if the destination has taken
@@ -217,7 +218,7 @@ impl Destination {
             }
         }
         let outcomes = vec![Outcome::Failed(error); events.len()];
-        Answers { outcomes, blocked, duration: begun.elapsed(), once_settled: None }
+        Answers { outcomes, blocked, duration: begun.elapsed(), after_settle: None }
     }
 
     /// Counts events as in flight while the value lives.

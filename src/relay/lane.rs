@@ -15,12 +15,12 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{Noted, Renewed, Tally, Term};
+use crate::event::{ClaimId, RenewedClaim, SentBefore, Tally};
 use crate::failpoint::hit;
 use crate::outbox::{self, Claimed, Lane as _, Outbox, OutboxError};
 use crate::relay::watch::{Look, Watch};
 use crate::relay::{Backoff, Drained, Relay, sleep};
-use crate::sink::Ledger;
+use crate::sink::ClaimCheck;
 
 /// How long a lane that ends waits for destinations to have heard of its last settle.
 const TELLING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -120,7 +120,7 @@ impl<W> Drop for Busy<W> {
 /// A claimed batch on its way to being settled.
 pub(super) struct Work<W> {
     pub(super) batch: Vec<Claimed>,
-    pub(super) term: Term,
+    pub(super) claim_id: ClaimId,
     /// When its claim began.
     pub(super) begun: Instant,
     pub(super) busy: Busy<W>,
@@ -146,8 +146,8 @@ struct ClaimLedger<'a, L> {
 }
 
 #[async_trait]
-impl<L: outbox::Lane> Ledger for ClaimLedger<'_, L> {
-    async fn renew(&self, floor: i64, noted: &[Noted], destination: &str) -> Option<Renewed> {
+impl<L: outbox::Lane> ClaimCheck for ClaimLedger<'_, L> {
+    async fn renew(&self, floor: i64, noted: &[SentBefore], destination: &str) -> Option<RenewedClaim> {
         let mut lane = self.lane.lock().await;
         self.asking.store(true, Ordering::SeqCst);
         let renewed = lane.renew(floor, noted, destination).await;
@@ -214,7 +214,7 @@ impl<O: Outbox> Lane<O> {
 
     /// Claim, publish, settle. Returns false at the end.
     async fn pass(&mut self) -> Result<bool, OutboxError> {
-        let Some(Work { mut batch, term, begun: claiming, busy }) = self.find().await? else { return Ok(false) };
+        let Some(Work { mut batch, claim_id, begun: claiming, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
         let mut care = match relay.caution.before(&relay.outbox, &mut batch, &self.stop).await {
             Ok(care) => care,
@@ -226,9 +226,9 @@ impl<O: Outbox> Lane<O> {
         let begun = Instant::now();
         relay.watch_call(&mut care);
         hit("before_publish")?;
-        let ledger = ClaimLedger { lane: AsyncMutex::new(&mut self.lane), asking: AtomicBool::new(false) };
-        let (deliveries, once_settled) = relay.publish(&batch, &term, &ledger, &self.shared.give_up).await;
-        if ledger.asking.load(Ordering::SeqCst) && self.shared.give_up.is_cancelled() {
+        let claim_check = ClaimLedger { lane: AsyncMutex::new(&mut self.lane), asking: AtomicBool::new(false) };
+        let (deliveries, after_settle) = relay.publish(&batch, &claim_id, &claim_check, &self.shared.give_up).await;
+        if claim_check.asking.load(Ordering::SeqCst) && self.shared.give_up.is_cancelled() {
             return Ok(false);
         }
         hit("acked")?;
@@ -238,7 +238,7 @@ impl<O: Outbox> Lane<O> {
         drop(asking);
         relay.caution.after(&relay.outbox, care).await;
         settled?;
-        self.tell(once_settled);
+        self.tell(after_settle);
         let mut tally = Tally::default();
         deliveries.iter().for_each(|delivery| tally.count(&delivery.verdict));
         tracing::debug!(
@@ -267,9 +267,9 @@ impl<O: Outbox> Lane<O> {
     }
 
     /// Begins to tell destinations that their events are settled, ahead of whatever the next claim sends there.
-    fn tell(&mut self, once_settled: Vec<BoxFuture<'static, ()>>) {
+    fn tell(&mut self, after_settle: Vec<BoxFuture<'static, ()>>) {
         while self.telling.try_join_next().is_some() {}
-        for mut telling in once_settled {
+        for mut telling in after_settle {
             if (&mut telling).now_or_never().is_none() {
                 self.telling.spawn(telling);
             }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, join_all};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{Event, Fault, Key, Outcome, PublishError, Term, Verdict};
+use crate::event::{ClaimId, Event, Fault, Key, Outcome, PublishError, Verdict};
 use crate::failpoint::panic_on;
 use crate::outbox::{Claimed, Delivery, Outbox};
 use crate::relay::Relay;
 use crate::relay::destination::{Answers, Destination};
 use crate::route::{Destinations, Unrouted};
-use crate::sink::Ledger;
+use crate::sink::ClaimCheck;
 use crate::text::shown;
 
 /// A batch split by destination.
@@ -29,8 +29,8 @@ impl<O: Outbox> Relay<O> {
     pub(super) async fn publish<'a>(
         &'a self,
         batch: &'a [Claimed],
-        term: &Term,
-        ledger: &dyn Ledger,
+        claim_id: &ClaimId,
+        claim_check: &dyn ClaimCheck,
         give_up: &CancellationToken,
     ) -> (Vec<Delivery<'a>>, Vec<BoxFuture<'static, ()>>) {
         let plan = self.plan(batch);
@@ -41,18 +41,18 @@ impl<O: Outbox> Relay<O> {
             let _in_flight = destination.in_flight(indexes.len());
             tokio::select! {
                 biased;
-                answers = destination.publish(batch, indexes, term, ledger, self.config.publish_timeout) => answers,
+                answers = destination.publish(batch, indexes, claim_id, claim_check, self.config.publish_timeout) => answers,
                 () = give_up.cancelled() => destination.given_up(indexes.len()),
             }
         }))
         .await;
-        let (mut deliveries, mut once_settled) = (plan.decided, Vec::new());
+        let (mut deliveries, mut after_settle) = (plan.decided, Vec::new());
         for ((destination, indexes), mut answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
-            once_settled.extend(answers.once_settled.take());
+            after_settle.extend(answers.after_settle.take());
             self.judge(batch, destination, indexes, answers, &mut deliveries);
         }
         deliveries.sort_by_key(|(index, _)| *index);
-        (deliveries.into_iter().map(|(_, delivery)| delivery).collect(), once_settled)
+        (deliveries.into_iter().map(|(_, delivery)| delivery).collect(), after_settle)
     }
 
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {

@@ -177,9 +177,9 @@ impl<O: Outbox> Lane<O> {
         }
         self.eager = matches!(claim, Claim::Batch { full: true, .. });
         Ok(match claim {
-            Claim::Batch { claimed: batch, term, .. } => {
+            Claim::Batch { claimed: batch, claim_id, .. } => {
                 busy.claimed();
-                Look::Found(Work { batch, term, begun, busy })
+                Look::Found(Work { batch, claim_id, begun, busy })
             }
             // Not only after a batch is settled: a relay that has nothing to do is ready again too.
             Claim::Busy => {

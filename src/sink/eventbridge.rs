@@ -27,7 +27,7 @@ use client::CurrentClient;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
-use crate::sink::{Format, Sink};
+use crate::sink::{Batch, Format, Published, Sink};
 
 /// The most entries that `PutEvents` takes.
 const REQUEST_ENTRIES: usize = 10;
@@ -135,7 +135,7 @@ impl EventBridge {
 
 #[async_trait]
 impl Sink for EventBridge {
-    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
+    async fn publish(&self, &Batch { events, deadline, .. }: &Batch<'_>) -> Published {
         // Without an answer from the places of credentials the old ones are tried.
         tokio::time::timeout_at(deadline.into(), self.client.renew_if_refused(&self.config)).await.ok();
         let (mut details, mut refusals): (Vec<String>, Vec<Option<PublishError>>) = events
@@ -160,7 +160,7 @@ impl Sink for EventBridge {
             && refusals.iter().any(Option::is_none)
             && let Err(error) = self.verify(deadline).await
         {
-            return vec![Outcome::Failed(error); events.len()];
+            return Published::of(vec![Outcome::Failed(error); events.len()]);
         }
         while Instant::now() < deadline {
             let requests = rounds.next(limits, |index| sizes[index]);
@@ -201,7 +201,7 @@ impl Sink for EventBridge {
                 }
             }
         }
-        rounds.into_outcomes()
+        Published::of(rounds.into_outcomes())
     }
 
     fn place(&self, _: &Event) -> String {

@@ -30,7 +30,7 @@ use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
-use crate::sink::{Published, Tenure};
+use crate::sink::{ClaimContext, Published};
 use crate::text::message_id;
 pub use address::RedisAddress;
 use alone::Suspects;
@@ -118,7 +118,7 @@ impl Redis {
         &self,
         limits: Limits,
         events: &[&Event],
-        tenure: Option<&Tenure<'_>>,
+        claim: Option<&ClaimContext<'_>>,
         deadline: Instant,
         commands: &dyn Commands,
     ) -> Published {
@@ -142,7 +142,7 @@ impl Redis {
         if connection.has_slots() {
             rounds = rounds.at_places(|index| place(events[index], commands));
         }
-        let mut once = tenure.map(|tenure| Once::new(tenure, &self.replaced));
+        let mut once = claim.map(|claim| Once::new(claim, &self.replaced));
         let (mut lost, mut one_key_a_call) = (false, false);
         while Instant::now() < deadline {
             let chunks = rounds.next(limits, size);
@@ -239,8 +239,8 @@ impl Redis {
             self.give_up(number).await;
         }
         let outcomes = rounds.into_outcomes();
-        let once_settled = once.and_then(|once| forget(connection, &once, events, &outcomes, self.timeout));
-        Published { outcomes, once_settled }
+        let after_settle = once.and_then(|once| forget(connection, &once, events, &outcomes, self.timeout));
+        Published { outcomes, after_settle }
     }
 }
 

@@ -1,14 +1,14 @@
 //! Redis Pub/Sub: one message per event. That nobody listens is success; that somebody heard is never known.
 
 use std::borrow::Cow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
 use crate::event::{Event, Outcome, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
-use crate::sink::{Format, Published, Sink, Tenure, cloudevent};
+use crate::sink::{Batch, Format, Published, Sink, cloudevent};
 
 /// See the module.
 pub struct RedisPubSub {
@@ -59,12 +59,8 @@ impl Commands for Messages {
 
 #[async_trait]
 impl Sink for RedisPubSub {
-    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        without_ids(self.redis.publish(events, None, deadline, &self.messages).await).outcomes
-    }
-
-    async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
-        without_ids(self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.messages).await)
+    async fn publish(&self, batch: &Batch<'_>) -> Published {
+        without_ids(self.redis.publish(batch, self.exactly_once, &self.messages).await)
     }
 
     fn place(&self, event: &Event) -> String {

@@ -1,14 +1,14 @@
 //! Redis Streams: one entry per event, one field per attribute, the payload's exact JSON in `data`.
 
 use std::borrow::Cow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::event::{Event, Fault, Outcome, PublishError};
+use crate::event::{Event, Fault, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
-use crate::sink::{Published, Sink, Tenure, cloudevent};
+use crate::sink::{Batch, Published, Sink, cloudevent};
 
 /// See the module.
 pub struct RedisStream {
@@ -91,12 +91,8 @@ impl Commands for Entries {
 
 #[async_trait]
 impl Sink for RedisStream {
-    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        self.redis.publish(events, None, deadline, &self.entries).await.outcomes
-    }
-
-    async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
-        self.redis.publish(events, self.exactly_once.then_some(tenure), deadline, &self.entries).await
+    async fn publish(&self, batch: &Batch<'_>) -> Published {
+        self.redis.publish(batch, self.exactly_once, &self.entries).await
     }
 
     fn place(&self, event: &Event) -> String {

@@ -9,7 +9,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
-use crate::sink::{Sink, cloudevent};
+use crate::sink::{Batch, Published, Sink, cloudevent};
 
 /// Lines are written as soon as there are so many bytes of them: beside the events, no second copy of a batch is held.
 const PIECE_BYTES: usize = 1 << 20;
@@ -122,10 +122,7 @@ pub fn closed() -> Option<&'static str> {
 
 #[async_trait]
 impl Sink for StdoutSink {
-    async fn publish(&self, events: &[&Event], deadline: Instant) -> Vec<Outcome> {
-        if Instant::now() >= deadline {
-            return vec![Outcome::Held; events.len()];
-        }
+    async fn publish(&self, &Batch { events, deadline, .. }: &Batch<'_>) -> Published {
         let mut outcomes = Vec::with_capacity(events.len());
         while outcomes.len() < events.len() && Instant::now() < deadline {
             let (lines, count) = self.lines(&events[outcomes.len()..]);
@@ -152,7 +149,7 @@ impl Sink for StdoutSink {
             }
         }
         outcomes.resize(events.len(), Outcome::Held);
-        outcomes
+        Published::of(outcomes)
     }
 
     fn target(&self) -> String {

@@ -5,15 +5,15 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use outbox_relay::event::{Event, Fault, Outcome, PublishError};
+use outbox_relay::event::{Fault, Outcome, PublishError};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
 use outbox_relay::sink::redis_pubsub::RedisPubSub;
 use outbox_relay::sink::redis_stream::RedisStream;
-use outbox_relay::sink::{Format, Published, Sink, Tenure};
+use outbox_relay::sink::{Batch, Format, Published, Sink};
 use sqlx::PgConnection;
 
 use crate::harness::{Setup, column, count, emit, eventually, sql};
@@ -53,20 +53,16 @@ impl Lossy {
 
 #[async_trait]
 impl Sink for Lossy {
-    async fn publish(&self, _: &[&Event], _: Instant) -> Vec<Outcome> {
-        unreachable!("the engine publishes once")
-    }
-
-    async fn publish_once(&self, events: &[&Event], tenure: &Tenure<'_>, deadline: Instant) -> Published {
+    async fn publish(&self, batch: &Batch<'_>) -> Published {
         if let Some(gate) = &self.gate {
             gate.pass().await;
         }
-        let mut published = self.sink.publish_once(events, tenure, deadline).await;
+        let mut published = self.sink.publish(batch).await;
         let trouble = self.troubles.lock().unwrap().pop_front();
         if let Some(trouble) = trouble {
-            published.once_settled = None;
+            published.after_settle = None;
             let known = match trouble {
-                Trouble::NoMark => events.len(),
+                Trouble::NoMark => batch.events.len(),
                 Trouble::Unknown => 0,
                 Trouble::UnknownAfter(known) => known,
             };

@@ -2,11 +2,10 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use async_trait::async_trait;
 use outbox_relay::event::{Event, Fault, Outcome, PublishError};
-use outbox_relay::sink::Sink;
+use outbox_relay::sink::{Batch, Published, Sink};
 use tokio::sync::Semaphore;
 
 /// What to do with one event.
@@ -110,7 +109,7 @@ impl ScriptedSink {
 
 #[async_trait]
 impl Sink for ScriptedSink {
-    async fn publish(&self, events: &[&Event], _: Instant) -> Vec<Outcome> {
+    async fn publish(&self, &Batch { events, .. }: &Batch<'_>) -> Published {
         self.calls.lock().unwrap().push(events.len());
         let gate = self.gate.lock().unwrap().clone();
         if let Some(gate) = gate {
@@ -144,7 +143,7 @@ impl Sink for ScriptedSink {
             key.map(|key| stopped.insert(key));
             outcomes.push(Outcome::Failed(PublishError::new(fault, "SCRIPTED", format!("{act:?}"))));
         }
-        outcomes
+        Published::of(outcomes)
     }
 
     async fn check(&self) -> Result<String, PublishError> {

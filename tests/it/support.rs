@@ -11,7 +11,7 @@ use outbox_relay::outbox::postgres::PgOutbox;
 use outbox_relay::relay::{Relay, RelayConfig};
 use outbox_relay::route::Router;
 use outbox_relay::sink::eventbridge::{DEFAULT_MAX_ENTRY_BYTES, EventBridgeConfig};
-use outbox_relay::sink::{Format, Sink};
+use outbox_relay::sink::{Batch, Format, Sink};
 
 use crate::harness::Setup;
 pub(crate) use crate::harness::relay_config;
@@ -77,7 +77,7 @@ pub(crate) async fn publish(sink: &dyn Sink, events: &[Event]) -> Vec<Outcome> {
 
 pub(crate) async fn publish_until(sink: &dyn Sink, events: &[Event], deadline: Instant) -> Vec<Outcome> {
     let refs: Vec<&Event> = events.iter().collect();
-    let outcomes = sink.publish(&refs, deadline).await;
+    let outcomes = sink.publish(&Batch::new(&refs, deadline)).await.outcomes;
     assert_eq!(outcomes.len(), events.len());
     outcomes
 }

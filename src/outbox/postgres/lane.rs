@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
-use crate::event::{Noted, Renewed, Term};
+use crate::event::{ClaimId, RenewedClaim, SentBefore};
 use crate::failpoint::hit;
 use crate::outbox::number::{milliseconds, to_i64};
 use crate::outbox::postgres::batch::{self, Batch, Given, Which};
@@ -244,8 +244,8 @@ impl PgLane {
             (partition, given.get(&partition).filter(more).map(|given| given.last_id))
         });
         self.reading = Some(known.reading(reached, claimed.len()));
-        let term = Term { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
-        Ok(Some(Claim::Batch { claimed, full, term }))
+        let claim_id = ClaimId { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
+        Ok(Some(Claim::Batch { claimed, full, claim_id }))
     }
 
     /// Searches for rows that bounds hide, if that is due.
@@ -330,8 +330,8 @@ impl PgLane {
             return Ok(Claim::Superseded);
         };
         let full = bytes >= request.max_bytes || given.values().any(|given| given.events == share);
-        let term = Term { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
-        Ok(Claim::Batch { claimed, full, term })
+        let claim_id = ClaimId { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
+        Ok(Claim::Batch { claimed, full, claim_id })
     }
 
     /// Writes all of it and commits; after an error nothing is written. Where what is written may be refused, the claim is
@@ -411,7 +411,12 @@ impl Lane for PgLane {
         Ok(claim)
     }
 
-    async fn renew(&mut self, floor: i64, noted: &[Noted], destination: &str) -> Result<Renewed, OutboxError> {
+    async fn renew(
+        &mut self,
+        floor: i64,
+        noted: &[SentBefore],
+        destination: &str,
+    ) -> Result<RenewedClaim, OutboxError> {
         let lost = || query_failed("renew the claim", sqlx::Error::WorkerCrashed);
         // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
         let mut connection = self.connection.take().ok_or_else(lost)?;
@@ -430,7 +435,7 @@ impl Lane for PgLane {
         .await?;
         self.connection = Some(connection);
         let pending = places.into_iter().filter_map(|place| usize::try_from(place - 1).ok()).collect();
-        Ok(Renewed { epoch, pending })
+        Ok(RenewedClaim { epoch, pending })
     }
 
     async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {

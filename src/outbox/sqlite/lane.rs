@@ -14,7 +14,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{Executor, Row};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::event::{MAX_HEADERS_BYTES, MAX_TEXT_BYTES, Noted, Renewed, Term};
+use crate::event::{ClaimId, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RenewedClaim, SentBefore};
 use crate::outbox::number::milliseconds;
 use crate::outbox::records::Records;
 use crate::outbox::sqlite::identity::FileId;
@@ -274,7 +274,12 @@ impl Lane for SqliteLane {
         Ok(batch)
     }
 
-    async fn renew(&mut self, floor: i64, noted: &[Noted], destination: &str) -> Result<Renewed, OutboxError> {
+    async fn renew(
+        &mut self,
+        floor: i64,
+        noted: &[SentBefore],
+        destination: &str,
+    ) -> Result<RenewedClaim, OutboxError> {
         let Some(turn) = &mut self.turn else {
             return Err(OutboxError::File {
                 operation: "renew a claim that is not held",
@@ -292,7 +297,10 @@ impl Lane for SqliteLane {
                 .bind(destination)
                 .fetch_all(&mut *connection)
                 .await?;
-            Ok(Renewed { epoch, pending: places.into_iter().filter_map(|place| usize::try_from(place).ok()).collect() })
+            Ok(RenewedClaim {
+                epoch,
+                pending: places.into_iter().filter_map(|place| usize::try_from(place).ok()).collect(),
+            })
         })
         .await?;
         turn.connection = Some(connection);
@@ -400,8 +408,8 @@ async fn read_batch(
     }
     let full = batch.cut || batch.stopped_by.is_some() || batch.claimed.len() == request.max_events;
     let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
-    let term = Term { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
-    Ok(Claim::Batch { claimed: batch.claimed, full, term })
+    let claim_id = ClaimId { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
+    Ok(Claim::Batch { claimed: batch.claimed, full, claim_id })
 }
 
 /// How many of the first rows have about so many bytes as are requested; at least one.

@@ -15,7 +15,7 @@ use super::{Commands, LIMITS, OWN_CONNECTION_BYTES, Redis};
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::redis::fault::CONNECTION_LOST;
 use crate::sink::rounds::Limits;
-use crate::sink::{Published, Tenure};
+use crate::sink::{Batch, ClaimContext, Published};
 
 /// After so many lost connections an event goes alone; after so many more it is charged each time.
 const LOSSES: u8 = 3;
@@ -86,20 +86,20 @@ fn is_large(event: &Event) -> bool {
 }
 
 impl Redis {
-    /// Publishes `events`; the whole of [`Sink::publish`](crate::sink::Sink::publish), and with a `tenure` of
-    /// [`Sink::publish_once`](crate::sink::Sink::publish_once).
+    /// Publishes a batch; the whole of [`Sink::publish`](crate::sink::Sink::publish). Only with `exactly_once` it is recorded in
+    /// Redis what was published.
     pub(in crate::sink) async fn publish(
         &self,
-        events: &[&Event],
-        tenure: Option<&Tenure<'_>>,
-        deadline: Instant,
+        &Batch { events, deadline, claim }: &Batch<'_>,
+        exactly_once: bool,
         commands: &dyn Commands,
     ) -> Published {
+        let claim = claim.filter(|_| exactly_once);
         let has_own_connection = |event: &&Event| event.bytes() > OWN_CONNECTION_BYTES;
         let published = if self.suspects.are_among(events) || events.iter().any(has_own_connection) {
-            self.publish_one_by_one(events, tenure, deadline, commands).await
+            self.publish_one_by_one(events, claim.as_ref(), deadline, commands).await
         } else {
-            self.publish_within(LIMITS, events, tenure, deadline, commands).await
+            self.publish_within(LIMITS, events, claim.as_ref(), deadline, commands).await
         };
         self.suspects.note(events, &published.outcomes);
         published
@@ -109,13 +109,13 @@ impl Redis {
     async fn publish_one_by_one(
         &self,
         events: &[&Event],
-        tenure: Option<&Tenure<'_>>,
+        claim: Option<&ClaimContext<'_>>,
         deadline: Instant,
         commands: &dyn Commands,
     ) -> Published {
         // Nobody else's event can close its connection.
         let own = self.aside();
-        let mut published = own.publish_within(ALONE, events, tenure, deadline, commands).await;
+        let mut published = own.publish_within(ALONE, events, claim, deadline, commands).await;
         if let Some(at) = published.outcomes.iter().position(is_lost)
             && is_large(events[at])
             // That it answers when nothing is published is what makes the loss this event's doing.

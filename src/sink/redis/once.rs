@@ -18,8 +18,8 @@ use std::collections::{HashMap, HashSet};
 use redis::{Cmd, Value};
 use uuid::Uuid;
 
-use crate::event::{Event, Noted, Outcome};
-use crate::sink::Tenure;
+use crate::event::{Event, Outcome, SentBefore};
+use crate::sink::ClaimContext;
 use crate::sink::redis::connection::slot_of;
 use crate::sink::redis::script::Commands;
 use crate::sink::redis::state_key::{Replaced, state_key};
@@ -88,7 +88,7 @@ struct Added {
 
 /// What one publish call knows of the states it writes to.
 pub(super) struct Once<'a> {
-    tenure: &'a Tenure<'a>,
+    claim: &'a ClaimContext<'a>,
     replaced: &'a Replaced,
     chunks: usize,
     states: HashMap<String, State>,
@@ -107,16 +107,16 @@ struct State {
 }
 
 impl<'a> Once<'a> {
-    pub(super) fn new(tenure: &'a Tenure<'a>, replaced: &'a Replaced) -> Self {
-        Self { tenure, replaced, chunks: 0, states: HashMap::new() }
+    pub(super) fn new(claim: &'a ClaimContext<'a>, replaced: &'a Replaced) -> Self {
+        Self { claim, replaced, chunks: 0, states: HashMap::new() }
     }
 
     pub(super) fn token(&self) -> u64 {
-        self.tenure.term.token
+        self.claim.id.token
     }
 
     pub(super) fn epoch(&self, key: &str) -> i64 {
-        self.states.get(key).and_then(|state| state.epoch).unwrap_or(self.tenure.term.epoch)
+        self.states.get(key).and_then(|state| state.epoch).unwrap_or(self.claim.id.epoch)
     }
 
     fn owner(&self, key: &str) -> String {
@@ -124,15 +124,15 @@ impl<'a> Once<'a> {
     }
 
     fn key(&self, event: &Event, commands: &dyn Commands) -> String {
-        let Tenure { destination, term, .. } = self.tenure;
+        let ClaimContext { destination, id, .. } = self.claim;
         let beside = commands.key(event);
-        let name = format!("{}:{destination}:{}", term.outbox, event.row.partition);
+        let name = format!("{}:{destination}:{}", id.outbox, event.row.partition);
         self.replaced.current(state_key(beside.as_deref(), &name))
     }
 
     /// A state of this key is of use only if its owner's epoch is at most this.
     pub(super) fn highest_epoch(&self) -> i64 {
-        self.tenure.term.epoch.saturating_add(EPOCH_REACH)
+        self.claim.id.epoch.saturating_add(EPOCH_REACH)
     }
 
     /// What lies at this key is no state: another key takes its place. `false`: there have been too many.
@@ -190,17 +190,17 @@ impl<'a> Once<'a> {
     /// Asks the outbox about the events that states list, and returns the calls that take those states over. `None`: the
     /// claim is lost.
     pub(super) async fn look_into(&mut self, dirty: Vec<Dirty>) -> Option<Vec<(String, Cmd)>> {
-        let floor = dirty.iter().map(|state| state.epoch).fold(self.tenure.term.epoch, i64::max);
+        let floor = dirty.iter().map(|state| state.epoch).fold(self.claim.id.epoch, i64::max);
         let mut noted = Vec::new();
         for state in &dirty {
             let partition = self.states.get(&state.key).map_or(0, |state| state.partition);
-            noted.extend(state.added.iter().map(|added| Noted {
+            noted.extend(state.added.iter().map(|added| SentBefore {
                 partition,
                 id: added.sequence,
                 event_id: added.event_id,
             }));
         }
-        let renewed = self.tenure.ledger.renew(floor, &noted, self.tenure.destination).await?;
+        let renewed = self.claim.check.renew(floor, &noted, self.claim.destination).await?;
         let pending: HashSet<usize> = renewed.pending.into_iter().collect();
         let mut calls = Vec::with_capacity(dirty.len());
         let mut place = 0;

@@ -10,7 +10,7 @@ use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use outbox_relay::event::{Event, Outcome, RESERVED_HEADERS, RowKey};
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
-use outbox_relay::sink::{Format, Sink, cloudevent};
+use outbox_relay::sink::{Batch, Format, Sink, cloudevent};
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use tokio::runtime::{Builder, Runtime};
@@ -105,9 +105,9 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     let (types, source) = (event.event_type.chars().count(), event.source.chars().count());
     if types <= 128 && source <= 256 && !event.source.starts_with("aws.") {
         let outcomes = SINK.with_borrow(|(runtime, sink)| {
-            runtime.block_on(sink.publish(&[&event], Instant::now() + Duration::from_secs(30)))
+            runtime.block_on(sink.publish(&Batch::new(&[&event], Instant::now() + Duration::from_secs(30))))
         });
-        let Outcome::Failed(error) = &outcomes[0] else { panic!("too large") };
+        let Outcome::Failed(error) = &outcomes.outcomes[0] else { panic!("too large") };
         let source = if event.source.is_empty() { "outbox" } else { &event.source };
         let size = 14 + source.len() + event.event_type.len() + json.len();
         assert_eq!(error.message, format!("the entry has {size} bytes, and the limit is 0"));

@@ -14,7 +14,7 @@ use aws_smithy_types::body::SdkBody;
 use libfuzzer_sys::fuzz_target;
 use outbox_relay::event::{Event, Fault, Outcome, RowKey};
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
-use outbox_relay::sink::{Format, Sink};
+use outbox_relay::sink::{Batch, Format, Sink};
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 
@@ -85,7 +85,7 @@ fuzz_target!(|data: &[u8]| {
     let events: Vec<Event> = (0..3).map(event).collect();
     let events: Vec<&Event> = events.iter().collect();
     let outcomes = SINK.with_borrow(|(runtime, sink)| {
-        runtime.block_on(sink.publish(&events, Instant::now() + Duration::from_secs(30)))
+        runtime.block_on(sink.publish(&Batch::new(&events, Instant::now() + Duration::from_secs(30)))).outcomes
     });
     assert_eq!(outcomes.len(), EVENTS);
     let document = serde_json::from_slice::<Value>(body).unwrap_or_default();
