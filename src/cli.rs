@@ -20,6 +20,7 @@ use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
 use crate::redact::may_hold_password;
+use crate::sink::spec::KINDS;
 use crate::stderr;
 use crate::text::shown;
 
@@ -43,7 +44,7 @@ const UNDELIVERED: u8 = 3;
     max_term_width = 120,
     after_help = "\
 Every option can be set by its variable, or in the file of --config by its name with _ for -. Options win over variables,
-variables over the file.
+variables over the file. RELAY_DESTINATION_<NAME> sets up a destination by a URL, such as redis+stream://host?stream=orders.
 
 Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration; 3 --once ended with something due still
 undelivered (waiting for a retry, dead-lettered in this run, or its destination down)."
@@ -198,13 +199,12 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
         .log
         .parse()
         .map_err(|error| ConfigError::Invalid { setting: "RELAY_LOG".to_owned(), reason: format!("{error}") })?;
-    // At their lower levels the drivers log statements and requests, which hold payloads; and a parameter of the URL that
-    // sqlx does not know, such as sslpassword, it logs with its value, as a warning.
+    // At lower levels sqlx logs statements, which hold payloads; and a parameter of the URL that it does not know, such as
+    // sslpassword, it logs with its value, as a warning.
     let filter = filter
-        .with_targets(["aws_", "hyper", "h2", "redis", "sqlx"].map(|target| (target, LevelFilter::WARN)))
+        .with_target("sqlx", LevelFilter::WARN)
         .with_target("sqlx_postgres::options", LevelFilter::OFF)
-        // What it cannot use of its configuration, whole: what matters of it comes back as an error.
-        .with_targets(["aws_config", "aws_runtime", "aws_types"].map(|target| (target, LevelFilter::ERROR)));
+        .with_targets(KINDS.iter().flat_map(|kind| kind.log_targets).copied());
     let terminal = std::io::stderr().is_terminal();
     let layer = tracing_subscriber::fmt::layer().with_writer(|| stderr::Lines).with_ansi(terminal).with_target(false);
     let layer = match settings.log_format {

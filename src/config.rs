@@ -7,7 +7,9 @@
 
 pub mod destinations;
 pub mod file;
+mod policy;
 pub mod settings;
+mod variables;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -135,7 +137,10 @@ fn file_path(args: &[OsString]) -> Option<PathBuf> {
 /// The variables of the environment with one of these beginnings that are not `known`, by name.
 fn unknown_variables(known: &[String], prefixes: &[&str]) -> Vec<Unknown> {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(|name| {
-        prefixes.iter().any(|prefix| name.starts_with(prefix)) && !known.contains(name) && !is_service_link(name)
+        prefixes.iter().any(|prefix| name.starts_with(prefix))
+            && !known.contains(name)
+            && !variables::is_url_variable(name)
+            && !is_service_link(name)
     });
     let mut unknown: Vec<Unknown> = names.map(|name| Unknown { nearest: nearest(&name, known), name }).collect();
     unknown.sort_by(|one, other| one.name.cmp(&other.name));
@@ -160,8 +165,12 @@ fn nearest(name: &str, known: &[String]) -> Vec<String> {
 fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.contains("_SERVICE_PORT")
-        || name.ends_with("_PORT") && std::env::var(name).is_ok_and(|value| value.contains("://"))
+        || name.ends_with("_PORT") && std::env::var(name).is_ok_and(|value| is_link(&value))
         || name.split_once("_PORT_").is_some_and(|(_, rest)| rest.contains("_TCP") || rest.contains("_UDP"))
+}
+
+fn is_link(value: &str) -> bool {
+    ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
 }
 
 /// A secret given directly, in a file, or as a systemd credential of the lower-case name of its variable.
@@ -205,6 +214,10 @@ pub fn in_force(command: &Command, matches: &ArgMatches, file: &ConfigFile) -> V
         let value = values.join(" ");
         let shown = if Settings::is_secret(id) { hide(&value) } else { redact::setting(&value).into_owned() };
         rows.insert(variable.to_owned(), (shown, source));
+    }
+    for (variable, value) in variables::url_variables() {
+        let shown = if variable.ends_with("_FILE") { redact::setting(&value).into_owned() } else { hide(&value) };
+        rows.insert(variable, (shown, "environment"));
     }
     rows.into_iter().map(|(variable, (value, source))| (variable, value, source)).collect()
 }

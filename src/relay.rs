@@ -79,16 +79,31 @@ pub struct RelayConfig {
     pub max_payload: usize,
     /// The longest sleep when idle.
     pub polling_interval: Duration,
-    /// How long one publish call may take.
-    pub publish_timeout: Duration,
-    /// When charged events are tried again.
-    pub retry: RetryPolicy,
-    /// When a destination is paused.
-    pub breaker: BreakerPolicy,
     /// What becomes of events that no route takes.
     pub unrouted: Unrouted,
     /// How long what is in flight may take after a stop; then it is given up.
     pub shutdown_timeout: Duration,
+}
+
+/// When a destination is given up, tried again and paused.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// How long one publish call may take.
+    pub timeout: Duration,
+    /// When charged events are tried again.
+    pub retry: RetryPolicy,
+    /// When the destination is paused.
+    pub breaker: BreakerPolicy,
+}
+
+/// A destination for the engine.
+pub struct Endpoint {
+    /// Its name, as it stands in `destination` columns.
+    pub name: String,
+    /// What publishes to it.
+    pub sink: Arc<dyn Sink>,
+    /// How it is dealt with.
+    pub policy: Policy,
 }
 
 /// Whether the relay can do its work right now.
@@ -119,6 +134,8 @@ pub struct Relay<O: Outbox> {
     router: Router,
     destinations: Vec<Destination>,
     names: Vec<String>,
+    /// Of a publish call to any of them.
+    longest_timeout: Duration,
     readiness: channel::Sender<Readiness>,
     caution: Caution,
     report: Arc<Report>,
@@ -131,19 +148,13 @@ pub struct Relay<O: Outbox> {
 
 impl<O: Outbox> Relay<O> {
     /// A relay that does nothing yet. Routes name destinations by their index here.
-    pub fn new(
-        outbox: O,
-        destinations: Vec<(String, Arc<dyn Sink>)>,
-        router: Router,
-        config: RelayConfig,
-    ) -> Arc<Self> {
+    pub fn new(outbox: O, destinations: Vec<Endpoint>, router: Router, config: RelayConfig) -> Arc<Self> {
         let configuration = Arc::new(configuration(&destinations, &router, config.unrouted));
-        let names = destinations.iter().map(|(name, _)| name.clone()).collect();
+        let names = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
+        let longest_timeout = destinations.iter().map(|endpoint| endpoint.policy.timeout).max().unwrap_or_default();
         let report = Arc::new(Report::new());
-        let destinations = destinations
-            .into_iter()
-            .map(|(name, sink)| Destination::new(name, sink, config.breaker.clone(), Arc::clone(&report)))
-            .collect();
+        let destinations =
+            destinations.into_iter().map(|endpoint| Destination::new(endpoint, Arc::clone(&report))).collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
         let (caution, named, standstills) = (Caution::new(), Named::default(), Standstills::new());
         let looked = Mutex::new(Instant::now());
@@ -153,6 +164,7 @@ impl<O: Outbox> Relay<O> {
             router,
             destinations,
             names,
+            longest_timeout,
             readiness,
             caution,
             report,
@@ -256,7 +268,7 @@ impl<O: Outbox> Relay<O> {
 
     fn report_differences(&self) {
         // A rolling update is no mistake.
-        let differences = self.outbox.differences(self.config.publish_timeout + Duration::from_secs(15));
+        let differences = self.outbox.differences(self.longest_timeout + Duration::from_secs(15));
         if differences.is_empty() {
             self.standstills.clear(CONFIGURATIONS, "");
         } else {
@@ -436,8 +448,8 @@ impl<O: Outbox> Relay<O> {
 }
 
 /// What decides where events go.
-pub fn configuration(destinations: &[(String, Arc<dyn Sink>)], router: &Router, unrouted: Unrouted) -> Configuration {
-    let names: Vec<String> = destinations.iter().map(|(name, _)| name.clone()).collect();
+pub fn configuration(destinations: &[Endpoint], router: &Router, unrouted: Unrouted) -> Configuration {
+    let names: Vec<String> = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
     let mut routes = router.described(&names);
     if !routes.is_empty() {
         let rest = match unrouted {
@@ -446,7 +458,8 @@ pub fn configuration(destinations: &[(String, Arc<dyn Sink>)], router: &Router, 
         };
         routes.push((rest.to_owned(), rest.to_owned()));
     }
-    Configuration::new(destinations.iter().map(|(name, sink)| (name.clone(), sink.target())).collect(), routes)
+    let targets = destinations.iter().map(|endpoint| (endpoint.name.clone(), endpoint.sink.target()));
+    Configuration::new(targets.collect(), routes)
 }
 
 /// Sleeps; returns false at once where `stop` comes first.

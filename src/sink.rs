@@ -2,6 +2,7 @@
 //!
 //! - [`cloudevent`]: what consumers receive, in JSON and as fields.
 //! - [`rounds`]: splitting a batch into requests without letting a key overtake itself.
+//! - [`spec`]: the list of the kinds, and how each is configured.
 //! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
 
 pub mod cloudevent;
@@ -10,6 +11,7 @@ pub mod redis;
 pub mod redis_pubsub;
 pub mod redis_stream;
 pub mod rounds;
+pub mod spec;
 pub mod stdout;
 pub mod template;
 

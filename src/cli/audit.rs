@@ -56,7 +56,7 @@ pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) ->
     let report = runtime(1)?.block_on(async {
         let unreadable = |error: PublishError| anyhow::anyhow!("{error}");
         let mut audit = Audit::default();
-        let mut reader = StreamReader::open(address, stream).await.map_err(unreadable)?;
+        let mut reader = StreamReader::open(&address, &stream).await.map_err(unreadable)?;
         let first = reader.read(|entry| match entry {
             Some(entry) => audit.entry(entry),
             None => audit.foreign_entry(),

@@ -7,11 +7,12 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::cli::{database, print, runtime};
-use crate::config::destinations::destinations;
+use crate::config::ConfigError;
+use crate::config::destinations::{destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::{Check, CheckRequest, Usage};
-use crate::relay::configuration;
+use crate::relay::{Endpoint, configuration};
 use crate::text::shown;
 
 /// The longest line, in characters.
@@ -31,15 +32,15 @@ pub(super) fn check(
     let usage = Usage { several_destinations: destinations.len() > 1, history: settings.history };
     let checks = runtime(1)?.block_on(async {
         let names: Vec<_> = destinations.iter().map(|destination| destination.name.clone()).collect();
-        let mut sinks = Vec::new();
+        let publish_timeout = longest_timeout(&destinations);
+        let mut endpoints = Vec::new();
         for destination in destinations {
-            sinks.push(destination.open(settings).await);
+            endpoints.push(destination.open(settings).await?);
         }
-        let configuration = configuration(&sinks, &router, settings.relay().unrouted);
-        let publish_timeout = Duration::from_millis(settings.publish_timeout);
+        let configuration = configuration(&endpoints, &router, settings.relay().unrouted);
         let request = CheckRequest { destinations: &names, publish_timeout, usage, configuration: &configuration };
         let mut checks = database.check(request).await;
-        for (name, sink) in sinks {
+        for Endpoint { name, sink, .. } in endpoints {
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {
                 Ok(result) => result.map_err(|error| error.to_string()),
                 Err(_) => {
@@ -48,8 +49,8 @@ pub(super) fn check(
             };
             checks.push(Check { subject: format!("destination {name}"), result });
         }
-        checks
-    });
+        Ok::<_, ConfigError>(checks)
+    })?;
     if json {
         let settings: serde_json::Map<_, _> = in_force
             .iter()

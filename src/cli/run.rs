@@ -9,16 +9,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::{UNDELIVERED, database, runtime};
 use crate::config::ConfigError;
-use crate::config::destinations::{Destination, destinations};
+use crate::config::destinations::{Destination, destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::database::Kind;
 use crate::outbox::postgres::PgOutbox;
 use crate::outbox::sqlite::SqliteOutbox;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill, Usage};
-use crate::relay::{Readiness, Relay};
+use crate::relay::{Endpoint, Readiness, Relay};
 use crate::shutdown;
-use crate::sink::{Sink, stdout};
 
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
@@ -30,9 +29,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Ok(ExitCode::SUCCESS);
     }
     let (destinations, router) = destinations(settings, file)?;
-    if destinations.iter().any(Destination::is_stdout)
-        && let Some(reason) = stdout::closed()
-    {
+    if let Some(reason) = destinations.iter().find_map(Destination::obstacle) {
         return Err(ConfigError::Contradiction(reason.to_owned()).into());
     }
     let database = database(settings)?;
@@ -43,7 +40,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
     let outbox = OutboxConfig {
         url: database.url().clone(),
         pooled: settings.database_pooled,
-        publish_timeout: std::time::Duration::from_millis(settings.publish_timeout),
+        publish_timeout: longest_timeout(&destinations),
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
         usage: Usage { several_destinations: destinations.len() > 1, history: settings.history },
@@ -64,7 +61,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
     let runtime = runtime(threads)?;
     let ended: anyhow::Result<ExitCode> = runtime.block_on(async {
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
-        let sinks = open_all(destinations, settings).await;
+        let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
         let code = match database.kind() {
             Kind::Postgres => {
@@ -85,10 +82,10 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
 }
 
 /// Stops the relay when a destination can never be published to again. Returns where the reason will stand.
-fn stop_when_lost(sinks: &[(String, Arc<dyn Sink>)], stop: &CancellationToken) -> Arc<OnceLock<String>> {
+fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceLock<String>> {
     let lost = Arc::new(OnceLock::new());
-    for (name, sink) in sinks {
-        let (name, sink) = (name.clone(), Arc::clone(sink));
+    for endpoint in endpoints {
+        let (name, sink) = (endpoint.name.clone(), Arc::clone(&endpoint.sink));
         let (lost, stop) = (Arc::clone(&lost), stop.clone());
         tokio::spawn(async move {
             let reason = sink.ended().await;
@@ -100,12 +97,12 @@ fn stop_when_lost(sinks: &[(String, Arc<dyn Sink>)], stop: &CancellationToken) -
 }
 
 /// Opens the destinations and tries each, beside the work, which a destination that hangs must not hold up.
-async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(String, Arc<dyn Sink>)> {
-    let mut sinks = Vec::new();
+async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
+    let mut endpoints = Vec::new();
     for destination in destinations {
-        let (name, sink) = destination.open(settings).await;
+        let endpoint = destination.open(settings).await?;
         tokio::spawn({
-            let (name, sink) = (name.clone(), Arc::clone(&sink));
+            let (name, sink) = (endpoint.name.clone(), Arc::clone(&endpoint.sink));
             async move {
                 match sink.check().await {
                     Ok(found) => tracing::info!(destination = name, found, "destination reached"),
@@ -116,7 +113,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(S
                 }
             }
         });
-        sinks.push((name, sink));
+        endpoints.push(endpoint);
     }
     if settings.database_pooled {
         tracing::warn!(
@@ -124,7 +121,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Vec<(S
             settings.polling_interval
         );
     }
-    sinks
+    Ok(endpoints)
 }
 
 async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationToken) -> anyhow::Result<ExitCode> {

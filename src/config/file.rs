@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::config::policy::{FIELDS, PolicyFields};
 use crate::config::{ConfigError, Unknown};
 use crate::redact::may_hold_password;
-use crate::sink::Format;
+use crate::sink::spec::{self, Kind};
 
 /// A file that was read; empty where there is none.
 #[derive(Debug, Default)]
@@ -23,67 +24,40 @@ pub struct ConfigFile {
     /// Variables of the environment that may be misspelt ones of ours.
     pub misspelt: Vec<Unknown>,
     /// Named destinations.
-    pub destinations: BTreeMap<String, DestinationSpec>,
+    pub destinations: BTreeMap<String, FileDestination>,
     /// Routes, in order.
     pub routes: Vec<RouteSpec>,
 }
 
-/// `[destinations.<name>]`.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case")]
-pub enum DestinationSpec {
-    /// Entries of Redis Streams.
-    RedisStream(RedisSpec),
-    /// Messages of Redis Pub/Sub.
-    RedisPubsub(RedisSpec),
-    /// An EventBridge bus.
-    Eventbridge(EventBridgeSpec),
-    /// Lines of standard output.
-    Stdout(StdoutSpec),
+/// `[destinations.<name>]`: its kind, its fields, and those that every kind has.
+#[derive(Debug, Clone)]
+pub struct FileDestination {
+    pub(super) kind: Kind,
+    pub(super) fields: toml::Table,
+    pub(super) policy: PolicyFields,
 }
 
-/// A Redis, by its URL or by its host; what is to be written there.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // as the settings of the same names
-pub struct RedisSpec {
-    pub url: Option<String>,
-    pub url_file: Option<PathBuf>,
-    pub host: Option<String>,
-    pub port: Option<u16>,
-    pub db: Option<i64>,
-    pub username: Option<String>,
-    pub password_file: Option<PathBuf>,
-    /// Streams only.
-    pub stream: Option<String>,
-    /// Streams only.
-    pub maxlen: Option<u64>,
-    /// As `RELAY_REDIS_EXACTLY_ONCE`.
-    pub exactly_once: Option<bool>,
-    /// Pub/Sub only.
-    pub channel: Option<String>,
-    /// Pub/Sub only.
-    pub format: Option<Format>,
+impl FileDestination {
+    fn of(mut fields: toml::Table) -> Result<Self, String> {
+        let said = |error: toml::de::Error| error.message().to_owned();
+        let name = match fields.remove("type") {
+            Some(toml::Value::String(name)) => name,
+            Some(_) => return Err("`type` is a text".to_owned()),
+            None => return Err("missing field `type`".to_owned()),
+        };
+        if fields.contains_key("password") {
+            return Err(
+                "unknown field `password`: the password stands in a file of its own, by password_file".to_owned()
+            );
+        }
+        let kind = spec::of_type(&name).map_err(|reason| format!("unknown type `{name}`: {reason}"))?;
+        let (policy, fields): (toml::Table, toml::Table) =
+            fields.into_iter().partition(|(field, _)| FIELDS.contains(&field.as_str()));
+        // What settings add later never makes it unfit.
+        kind.table(fields.clone()).map(drop)?;
+        Ok(Self { kind, fields, policy: PolicyFields::deserialize(policy).map_err(said)? })
+    }
 }
-
-/// An EventBridge bus.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // as the settings of the same names
-pub struct EventBridgeSpec {
-    pub bus: String,
-    pub source: Option<String>,
-    pub format: Option<Format>,
-    pub region: Option<String>,
-    pub endpoint_url: Option<String>,
-    pub max_entry_size: Option<usize>,
-    pub requests_in_flight: Option<usize>,
-}
-
-/// Nothing to say about standard output.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StdoutSpec {}
 
 /// `[[routes]]`: a filter, then the destinations of what passes it.
 #[derive(Debug, Clone, Deserialize)]
@@ -127,9 +101,12 @@ impl ConfigFile {
                 ("destinations", toml::Value::Table(destinations)) => {
                     for (name, value) in destinations {
                         let header = format!("destinations.{name}");
-                        let spec = DestinationSpec::deserialize(value);
-                        let spec = spec.map_err(|error| fail(misfit(text, &header, 0, error.message())))?;
-                        file.destinations.insert(name, spec);
+                        let destination = match value {
+                            toml::Value::Table(fields) => FileDestination::of(fields),
+                            _ => Err("a destination is a table".to_owned()),
+                        };
+                        let destination = destination.map_err(|reason| fail(misfit(text, &header, 0, &reason)))?;
+                        file.destinations.insert(name, destination);
                     }
                     continue;
                 }
@@ -238,10 +215,9 @@ mod tests {
         .expect("valid");
         assert_eq!(file.settings["batch_size"], "500");
         assert_eq!(file.settings["retry_jitter"], "false");
-        assert!(matches!(&file.destinations["orders"], DestinationSpec::RedisStream(spec) if spec.stream.is_some()));
-        assert!(
-            matches!(&file.destinations["bus"], DestinationSpec::Eventbridge(spec) if spec.format == Some(Format::Payload))
-        );
+        let [orders, bus] = ["orders", "bus"].map(|name| &file.destinations[name]);
+        assert_eq!((orders.kind.name, orders.fields["stream"].as_str()), ("redis-stream", Some("orders:{event_type}")));
+        assert_eq!((bus.kind.name, bus.fields["format"].as_str()), ("eventbridge", Some("payload")));
         assert_eq!(file.routes[0].destinations, ["orders", "bus"]);
     }
 

@@ -8,7 +8,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 use secrecy::SecretString;
 
 use crate::breaker::BreakerPolicy;
-use crate::relay::RelayConfig;
+use crate::relay::{Policy, RelayConfig};
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
 use crate::sink::Format;
@@ -282,7 +282,15 @@ impl Settings {
             batch_bytes: count(self.batch_bytes),
             max_payload: count(self.max_payload_size),
             polling_interval: Duration::from_millis(self.polling_interval),
-            publish_timeout: Duration::from_millis(self.publish_timeout),
+            unrouted: self.unrouted,
+            shutdown_timeout: self.shutdown_timeout,
+        }
+    }
+
+    /// How a destination is dealt with that says nothing else.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            timeout: Duration::from_millis(self.publish_timeout),
             retry: RetryPolicy {
                 max_retries: self.max_retries,
                 base: Duration::from_millis(self.retry_backoff),
@@ -294,8 +302,6 @@ impl Settings {
                 window: Duration::from_millis(self.breaker_window),
                 recovery: Duration::from_millis(self.breaker_recovery),
             },
-            unrouted: self.unrouted,
-            shutdown_timeout: self.shutdown_timeout,
         }
     }
 }

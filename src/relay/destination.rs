@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
-use crate::breaker::{Admission, Breaker, BreakerPolicy, Ticket};
+use crate::breaker::{Admission, Breaker, Ticket};
 use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
 use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
 use crate::relay::panics::{PANICS_ALONE, Panics, Split};
 use crate::relay::report::Report;
+use crate::relay::{Endpoint, Policy};
+use crate::retry::RetryPolicy;
 use crate::sink::{Batch, ClaimCheck, ClaimContext, Published, Sink};
 use crate::text::{cut_content, shown};
 
@@ -38,7 +40,7 @@ pub(super) struct Destination {
     given_up: AtomicUsize,
     /// Since when it is unwell.
     outage: Mutex<Option<Outage>>,
-    recovery: Duration,
+    policy: Policy,
     report: Arc<Report>,
 }
 
@@ -70,19 +72,24 @@ impl Answers {
 }
 
 impl Destination {
-    pub(super) fn new(name: String, sink: Arc<dyn Sink>, policy: BreakerPolicy, report: Arc<Report>) -> Self {
+    pub(super) fn new(Endpoint { name, sink, policy }: Endpoint, report: Arc<Report>) -> Self {
         Self {
             outage: Mutex::default(),
-            recovery: policy.recovery,
             report,
             name,
             sink,
-            breaker: Mutex::new(Breaker::new(policy)),
+            breaker: Mutex::new(Breaker::new(policy.breaker.clone())),
+            policy,
             blame: Mutex::default(),
             panics: Mutex::default(),
             in_flight: AtomicUsize::new(0),
             given_up: AtomicUsize::new(0),
         }
+    }
+
+    /// What becomes of a charged event.
+    pub(super) fn retry(&self) -> &RetryPolicy {
+        &self.policy.retry
     }
 
     /// Whether it would take events now; takes no probe.
@@ -102,12 +109,11 @@ impl Destination {
         indexes: &[usize],
         claim_id: &ClaimId,
         claim_check: &dyn ClaimCheck,
-        timeout: Duration,
     ) -> Answers {
         let begun = Instant::now();
         let Ok(ticket) = self.breaker().admit(begun) else { return Answers::held(indexes.len()) };
         let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
-        let deadline = begun + timeout;
+        let deadline = begun + self.policy.timeout;
         let split = self.panics().split(&events);
         let Some(Split { unsuspected, suspects }) = split else {
             return self.call(batch, indexes, claim_id, claim_check, ticket, deadline).await;
@@ -320,7 +326,7 @@ impl Destination {
                 destination = self.name,
                 since_s = (now - outage.since).as_secs_f64(),
                 failed_calls = outage.failed_calls,
-                next_probe_s = self.recovery.as_secs_f64(),
+                next_probe_s = self.policy.breaker.recovery.as_secs_f64(),
                 %error,
                 "{message}"
             );

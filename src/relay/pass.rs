@@ -41,7 +41,7 @@ impl<O: Outbox> Relay<O> {
             let _in_flight = destination.in_flight(indexes.len());
             tokio::select! {
                 biased;
-                answers = destination.publish(batch, indexes, claim_id, claim_check, self.config.publish_timeout) => answers,
+                answers = destination.publish(batch, indexes, claim_id, claim_check) => answers,
                 () = give_up.cancelled() => destination.given_up(indexes.len()),
             }
         }))
@@ -165,7 +165,7 @@ impl<O: Outbox> Relay<O> {
             let event = &batch[index].event;
             let mut verdict = match outcome {
                 Outcome::Failed(error) if answers.blocked.contains(&place) => Verdict::Block { error },
-                outcome => self.config.retry.judge(outcome, event.attempts, fastrand::f64()),
+                outcome => destination.retry().judge(outcome, event.attempts, fastrand::f64()),
             };
             match (&mut verdict, event.key()) {
                 (Verdict::Retry { delay, error }, key) => {

@@ -429,7 +429,7 @@ impl<O: Outbox> Lane<O> {
         let held = match schedule.held {
             Some(held) => held,
             None => {
-                let until = Instant::now() + self.relay.config.publish_timeout;
+                let until = Instant::now() + self.relay.longest_timeout;
                 let Some(last_id) = self.lane.last_id().await? else {
                     return Ok(false);
                 };

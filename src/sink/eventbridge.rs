@@ -10,6 +10,7 @@
 mod client;
 mod entry;
 mod fault;
+mod spec;
 
 use std::error::Error;
 use std::sync::{Mutex, PoisonError};
@@ -28,6 +29,8 @@ use client::CurrentClient;
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Batch, Format, Published, Sink};
+
+pub use spec::Spec;
 
 /// The most entries that `PutEvents` takes.
 const REQUEST_ENTRIES: usize = 10;

@@ -18,6 +18,7 @@ pub mod fuzzing;
 mod once;
 mod read;
 mod script;
+pub(in crate::sink) mod spec;
 mod state_key;
 
 use std::collections::HashMap;

@@ -1,5 +1,7 @@
 //! Redis Pub/Sub: one message per event. That nobody listens is success; that somebody heard is never known.
 
+mod spec;
+
 use std::borrow::Cow;
 use std::time::Duration;
 
@@ -9,6 +11,8 @@ use crate::event::{Event, Outcome, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
 use crate::sink::{Batch, Format, Published, Sink, cloudevent};
+
+pub use spec::Spec;
 
 /// See the module.
 pub struct RedisPubSub {

@@ -1,5 +1,7 @@
 //! Redis Streams: one entry per event, one field per attribute, the payload's exact JSON in `data`.
 
+mod spec;
+
 use std::borrow::Cow;
 use std::time::Duration;
 
@@ -9,6 +11,8 @@ use crate::event::{Event, Fault, PublishError};
 use crate::sink::redis::{Command, Commands, Redis, RedisAddress};
 use crate::sink::template::Template;
 use crate::sink::{Batch, Published, Sink, cloudevent};
+
+pub use spec::Spec;
 
 /// See the module.
 pub struct RedisStream {

@@ -1,5 +1,7 @@
 //! Standard output: one structured-mode CloudEvent a line, for looking and for pipes.
 
+mod spec;
+
 use std::io;
 use std::time::Instant;
 
@@ -10,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::{Batch, Published, Sink, cloudevent};
+
+pub use spec::Spec;
 
 /// Lines are written as soon as there are so many bytes of them: beside the events, no second copy of a batch is held.
 const PIECE_BYTES: usize = 1 << 20;

@@ -2,6 +2,7 @@
 
 mod audit;
 mod check;
+mod destinations;
 mod emit;
 mod once;
 mod run;

@@ -103,7 +103,7 @@ async fn drain(database: &Database, sink: Arc<dyn Sink>, batch: usize) {
     let mut setup = Setup::new(database, vec![("redis", sink)]);
     setup.relay.batch_events = batch;
     setup.relay.lanes = 1;
-    setup.relay.breaker.threshold = 1;
+    setup.policy.breaker.threshold = 1;
     setup.drain().await;
 }
 
@@ -303,7 +303,7 @@ async fn a_sqlite_file_has_it_too() {
         let sink: Arc<dyn Sink> = Lossy::new(name, troubles);
         let mut setup = Setup::new(&store, vec![("redis", sink)]);
         setup.relay.batch_events = batch;
-        setup.relay.breaker.threshold = 1;
+        setup.policy.breaker.threshold = 1;
         setup.drain().await;
     }
     assert_eq!(arrived(name), ["e1", "e2", "e3"]);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
 use outbox_relay::outbox::{OutboxConfig, OutboxError, Usage};
-use outbox_relay::relay::{Drained, Readiness, Relay, RelayConfig};
+use outbox_relay::relay::{Drained, Endpoint, Policy, Readiness, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
 use outbox_relay::secret::Secret;
@@ -21,6 +21,8 @@ use crate::stores::{Client, Store};
 /// What a test changes before it starts a relay. Waits are milliseconds, so that tests need not be patient.
 pub(crate) struct Setup<S> {
     pub(crate) relay: RelayConfig,
+    /// Of every destination.
+    pub(crate) policy: Policy,
     pub(crate) outbox: OutboxConfig,
     pub(crate) router: Router,
     sinks: Vec<(String, Arc<dyn Sink>)>,
@@ -32,6 +34,7 @@ impl<S: Store> Setup<S> {
         let sinks: Vec<_> = sinks.into_iter().map(|(name, sink)| (name.to_owned(), sink)).collect();
         Self {
             relay: relay_config(),
+            policy: policy(),
             outbox: OutboxConfig {
                 url: Secret::inline(store.url()),
                 pooled: false,
@@ -49,7 +52,9 @@ impl<S: Store> Setup<S> {
     }
 
     pub(crate) fn relay(self) -> Arc<Relay<S::Outbox>> {
-        Relay::new(S::outbox(self.outbox), self.sinks, self.router, self.relay)
+        let endpoint = |(name, sink)| Endpoint { name, sink, policy: self.policy.clone() };
+        let endpoints = self.sinks.into_iter().map(endpoint).collect();
+        Relay::new(S::outbox(self.outbox), endpoints, self.router, self.relay)
     }
 
     pub(crate) async fn drain(self) -> Drained {
@@ -76,11 +81,17 @@ pub(crate) fn relay_config() -> RelayConfig {
         batch_bytes: 4 << 20,
         max_payload: 1 << 20,
         polling_interval: Duration::from_millis(50),
-        publish_timeout: Duration::from_secs(10),
-        retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
-        breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_millis(200) },
         unrouted: Unrouted::DeadLetter,
         shutdown_timeout: Duration::from_secs(40),
+    }
+}
+
+/// As by default, but that waits are short.
+pub(crate) fn policy() -> Policy {
+    Policy {
+        timeout: Duration::from_secs(10),
+        retry: RetryPolicy { max_retries: 3, base: Duration::from_millis(10), exponential: true, jitter: true },
+        breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_millis(200) },
     }
 }
 

@@ -87,7 +87,7 @@ fn what_is_wrong_in_the_file_is_named() {
         ("[destinations.x]\ntype = \"kafka\"", &["kafka"]),
         (&format!("{redis}steam = \"s\""), &["steam"]),
         (&format!("{redis}host = \"h\""), &["destinations.r", "exactly one of url, url_file and host"]),
-        (&format!("{redis}channel = \"c\""), &["destinations.r.channel", "redis-pubsub"]),
+        (&format!("{redis}channel = \"c\""), &["destinations.r", "`channel`", "`stream`"]),
         (&format!("{redis}stream = \"{{tenant}}\""), &["destinations.r.stream", "unknown placeholder {tenant}"]),
         (&format!("{redis}stream = \"a{{b\""), &["destinations.r.stream", "without its partner"]),
         (

@@ -102,7 +102,10 @@ fn every_variable_of_the_help_stands_in_the_readme_and_back() {
         .filter(|word| ours.iter().any(|prefix| word.starts_with(prefix)))
         .collect();
     let options = options();
-    let in_help: BTreeSet<&str> = options.iter().filter_map(|(_, text)| variable(text)).collect();
+    let mut in_help: BTreeSet<&str> = options.iter().filter_map(|(_, text)| variable(text)).collect();
+    // The beginning of variables that have no option; the help has it below the options.
+    assert!(finished(&["--help"], &[]).exited(0).stdout.contains("RELAY_DESTINATION_<NAME>"));
+    in_help.insert("RELAY_DESTINATION_");
     assert_eq!(in_readme, in_help);
 }
 

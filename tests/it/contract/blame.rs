@@ -11,7 +11,7 @@ use crate::stores::Store;
 /// A relay whose destination would stay paused for longer than any test lasts.
 fn setup<S: Store>(store: &S, sink: &Arc<ScriptedSink>) -> Setup<S> {
     let mut setup = Setup::new(store, vec![("a", sink.clone() as Arc<_>)]);
-    setup.relay.breaker.recovery = Duration::from_secs(3600);
+    setup.policy.breaker.recovery = Duration::from_secs(3600);
     setup
 }
 

@@ -18,7 +18,7 @@ pub(super) async fn f05_dead_lettering_is_one_transaction_with_the_outbox<S: Sto
     let sink = ScriptedSink::new(|_| Act::Refuse);
     let setup = || {
         let mut setup = Setup::new(&store, vec![("a", sink.clone() as std::sync::Arc<_>)]);
-        setup.relay.retry.max_retries = 0;
+        setup.policy.retry.max_retries = 0;
         setup.relay()
     };
     setup().drain(Default::default()).await.unwrap_err();

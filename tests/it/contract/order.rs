@@ -23,7 +23,7 @@ pub(super) async fn ten_thousand_keys_arrive_complete_in_order_and_once_through_
     let relay = || {
         let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
         // A drain waits no longer than this for what others have; on SQLite one of the three does all the work.
-        setup.relay.publish_timeout = Duration::from_secs(300);
+        setup.policy.timeout = Duration::from_secs(300);
         setup.drain()
     };
     let (one, two, three) = tokio::join!(relay(), relay(), relay());
@@ -59,7 +59,7 @@ pub(super) async fn a_key_waits_behind_its_failed_event_and_others_do_not<S: Sto
     }
     let sink = ScriptedSink::new(|event| if event.event_type == "bad" { Act::Refuse } else { Act::Accept });
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    setup.relay.retry.base = Duration::from_secs(3600);
+    setup.policy.retry.base = Duration::from_secs(3600);
     let drained = setup.drain().await;
     assert!(drained.undelivered);
     let through = HashSet::from(["other".to_owned(), "free".to_owned()]);
@@ -76,7 +76,7 @@ pub(super) async fn a_key_waits_behind_its_failed_event_and_others_do_not<S: Sto
     // A later event of the key waits too, whichever relay claims it.
     emit(&mut connection, "k4", "k").await;
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    setup.relay.retry.base = Duration::from_secs(3600);
+    setup.policy.retry.base = Duration::from_secs(3600);
     assert!(setup.drain().await.undelivered);
     assert_eq!(HashSet::from_iter(sink.names()), through);
 

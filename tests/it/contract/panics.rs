@@ -20,7 +20,7 @@ pub(super) async fn f63_an_event_that_panics_its_destination_is_found_and_given_
     let panicking = ScriptedSink::new(|event| if event.event_type == "bad" { Act::Panic } else { Act::Accept });
     let other = ScriptedSink::accepting();
     let mut setup = Setup::new(&store, vec![("a", panicking.clone() as Arc<_>), ("b", other.clone() as Arc<_>)]);
-    setup.relay.breaker.recovery = Duration::from_secs(3600);
+    setup.policy.breaker.recovery = Duration::from_secs(3600);
     let running = setup.run();
     eventually("all is settled", async || count(&mut connection, "event_outbox").await == 0).await;
     running.stop().await;
@@ -61,7 +61,7 @@ pub(super) async fn f63_a_call_that_never_ends_is_an_unknown_outcome<S: Store>()
     emit(&mut connection, "e2", "k").await;
     let sink = ScriptedSink::new(|_| Act::Hang);
     let mut setup = Setup::new(&store, vec![("a", sink.clone() as Arc<_>)]);
-    setup.relay.publish_timeout = Duration::from_millis(100);
+    setup.policy.timeout = Duration::from_millis(100);
     let running = setup.run();
     eventually("it was called again", async || sink.calls() >= 2).await;
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 2);

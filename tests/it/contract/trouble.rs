@@ -61,7 +61,7 @@ pub(super) async fn a_misconfigured_destination_pauses_at_the_first_failure_and_
     emit(&mut connection, "e", "k").await;
     let sink = ScriptedSink::new(|_| Act::Misconfigured);
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    setup.relay.breaker.recovery = Duration::from_secs(3600);
+    setup.policy.breaker.recovery = Duration::from_secs(3600);
     assert!(setup.drain().await.undelivered);
     assert_eq!(sink.calls(), 1);
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0 and status = 'pending'").await, 1);
@@ -90,7 +90,7 @@ pub(super) async fn a_clock_that_was_set_back_during_retries_stalls_nobody<S: St
     let sink = ScriptedSink::new(|event| if event.event_type == "poison" { Act::Refuse } else { Act::Accept });
     let setup = || {
         let mut setup = Setup::new(&store, vec![("a", sink.clone() as std::sync::Arc<_>)]);
-        (setup.relay.retry.max_retries, setup.relay.retry.base) = (1, Duration::from_secs(3600));
+        (setup.policy.retry.max_retries, setup.policy.retry.base) = (1, Duration::from_secs(3600));
         setup
     };
     assert_eq!(setup().drain().await.tally.retried, 1);

@@ -43,7 +43,7 @@ async fn f56_poison_in_hot_keys_delays_those_keys_and_no_others() {
         sql(&mut database.connect().await, insert).await;
         let sink = ScriptedSink::new(script);
         let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
-        (setup.relay.retry.base, setup.relay.retry.max_retries) = (Duration::from_secs(3600), 1);
+        (setup.policy.retry.base, setup.policy.retry.max_retries) = (Duration::from_secs(3600), 1);
         let begun = Instant::now();
         setup.drain().await;
         (database, sink, begun.elapsed())
@@ -66,7 +66,7 @@ async fn f56_poison_in_hot_keys_delays_those_keys_and_no_others() {
     // An hour later.
     sql(&mut connection, "update event_outbox set available_at = now()").await;
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
-    setup.relay.retry.max_retries = 1;
+    setup.policy.retry.max_retries = 1;
     let running = setup.run();
     until_empty(&mut connection).await;
     running.stop().await;
@@ -192,7 +192,7 @@ async fn f60_a_redrive_among_newer_events_of_its_key_is_marked_keeps_its_number_
     let sink = ScriptedSink::new(|event| if event.event_type == "old" { Act::Refuse } else { Act::Accept });
     let setup = || {
         let mut setup = Setup::new(&database, vec![("a", sink.clone() as Arc<_>)]);
-        setup.relay.retry.max_retries = 0;
+        setup.policy.retry.max_retries = 0;
         setup
     };
     for name in ["old", "new1", "new2"] {

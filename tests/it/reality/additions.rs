@@ -17,7 +17,7 @@ const SEVERAL: Usage = Usage { several_destinations: true, history: false };
 async fn an_event_refused_by_two<S: Store>(store: &S, connection: &mut S::Connection) {
     let (a, b) = (ScriptedSink::new(|_| Act::Refuse), ScriptedSink::new(|_| Act::Refuse));
     let mut setup = Setup::new(store, vec![("a", Arc::clone(&a) as _), ("b", Arc::clone(&b) as _)]);
-    setup.relay.retry.base = std::time::Duration::from_millis(300);
+    setup.policy.retry.base = std::time::Duration::from_millis(300);
     let running = setup.run();
     let copies = "event_outbox where status = 'scheduled' and last_error is not null";
     eventually("it is owed to both", async || count(connection, copies).await == 2).await;

@@ -27,7 +27,7 @@ const BLOCKED: &str = "event_outbox where status = 'scheduled' and attempts = 0 
 async fn blocks_one_key(database: &Postgres, sink: Arc<dyn Sink>, code: &str, mend: impl FnOnce()) {
     let mut connection = database.connect().await;
     let mut setup = Setup::new(database, vec![("a", sink)]);
-    setup.relay.breaker.recovery = Duration::from_secs(3600);
+    setup.policy.breaker.recovery = Duration::from_secs(3600);
     setup.relay.lanes = 1;
     sql(
         &mut connection,

@@ -49,7 +49,7 @@ fn replace(state: &str, by: &[&str]) {
 async fn drain<S: Store>(store: &S, sink: Arc<dyn Sink>) {
     let mut setup = Setup::new(store, vec![("redis", sink)]);
     setup.relay.lanes = 1;
-    setup.relay.breaker.threshold = 1;
+    setup.policy.breaker.threshold = 1;
     setup.drain().await;
 }
 

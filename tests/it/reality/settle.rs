@@ -282,7 +282,7 @@ async fn a_row_that_was_changed_meanwhile_is_settled<S: Store>(act: Act) {
     let (sink, gate) = (ScriptedSink::new(move |_| act), Gate::new());
     sink.hold_at(&gate);
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    setup.relay.retry.max_retries = 0;
+    setup.policy.retry.max_retries = 0;
     let running = setup.run();
     gate.entered().await;
     sql(&mut connection, "update event_outbox set correlation_id = 'changed' where event_type = 'e1'").await;

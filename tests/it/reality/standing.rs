@@ -155,7 +155,7 @@ async fn an_ordinary_retry_is_no_standstill<S: Store>() {
     emit(&mut connection, "refused", "k").await;
     let sink = ScriptedSink::new(|_| Act::Refuse);
     let mut setup = Setup::new(&store, vec![("stdout", sink.clone())]);
-    setup.relay.retry.base = Duration::from_secs(3600);
+    setup.policy.retry.base = Duration::from_secs(3600);
     let running = setup.run();
     let retried = "event_outbox where status = 'scheduled' and attempts = 1 and last_error is not null";
     eventually("it is to be tried again", async || count(&mut connection, retried).await == 1).await;

@@ -21,8 +21,8 @@ async fn a_blocked_key_is_seen_with_what_blocks_it_and_what_waits<S: Store>() {
     connection.emit(NewEvent::from_json("delayed", "{}").delay(Duration::from_secs(86_400))).await.unwrap();
     let sink = ScriptedSink::new(|event| if event.event_type.contains("bad") { Act::Refuse } else { Act::Accept });
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    setup.relay.retry.base = Duration::from_secs(7200);
-    setup.relay.retry.jitter = false;
+    setup.policy.retry.base = Duration::from_secs(7200);
+    setup.policy.retry.jitter = false;
     assert!(setup.drain().await.undelivered);
     sql(
         &mut connection,

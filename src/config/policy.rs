@@ -1,0 +1,109 @@
+//! Retries, timeout and breaker of one destination: its own fields, and where it has none the settings for all.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::config::settings::Settings;
+use crate::relay::Policy;
+use crate::sink::spec::Invalid;
+
+/// The fields that every kind of destination has.
+pub(super) const FIELDS: [&str; 10] = [
+    "max_retries",
+    "backoff",
+    "backoff_ms",
+    "timeout",
+    "timeout_ms",
+    "breaker_threshold",
+    "breaker_window",
+    "breaker_window_ms",
+    "breaker_recovery",
+    "breaker_recovery_ms",
+];
+
+/// A time is given as `30s`, or with `_ms` at the end of its name as a number of milliseconds.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PolicyFields {
+    max_retries: Option<u32>,
+    backoff: Option<String>,
+    backoff_ms: Option<u64>,
+    timeout: Option<String>,
+    timeout_ms: Option<u64>,
+    breaker_threshold: Option<u32>,
+    breaker_window: Option<String>,
+    breaker_window_ms: Option<u64>,
+    breaker_recovery: Option<String>,
+    breaker_recovery_ms: Option<u64>,
+}
+
+const HOUR_MS: u64 = 3_600_000;
+const DAY_MS: u64 = 24 * HOUR_MS;
+
+impl PolicyFields {
+    /// The policy, in the ranges of the settings of the same meaning.
+    ///
+    /// # Errors
+    /// A field that is out of range, no time, or given twice.
+    pub(super) fn policy(&self, settings: &Settings) -> Result<Policy, Invalid> {
+        let mut policy = settings.policy();
+        if let Some(count) = within("max_retries", self.max_retries, 0..=1000)? {
+            policy.retry.max_retries = count;
+        }
+        if let Some(count) = within("breaker_threshold", self.breaker_threshold, 1..=1000)? {
+            policy.breaker.threshold = count;
+        }
+        for (field, text, ms, range, place) in [
+            ("backoff", &self.backoff, self.backoff_ms, 1..=HOUR_MS, &mut policy.retry.base),
+            ("timeout", &self.timeout, self.timeout_ms, 10..=600_000, &mut policy.timeout),
+            ("breaker_window", &self.breaker_window, self.breaker_window_ms, 1..=DAY_MS, &mut policy.breaker.window),
+            (
+                "breaker_recovery",
+                &self.breaker_recovery,
+                self.breaker_recovery_ms,
+                1..=DAY_MS,
+                &mut policy.breaker.recovery,
+            ),
+        ] {
+            if let Some(time) = time(field, text.as_deref(), ms, range)? {
+                *place = time;
+            }
+        }
+        Ok(policy)
+    }
+}
+
+fn within(field: &'static str, count: Option<u32>, range: RangeInclusive<u32>) -> Result<Option<u32>, Invalid> {
+    if count.is_some_and(|count| !range.contains(&count)) {
+        let reason = format!("a number from {} to {}", range.start(), range.end());
+        return Err(Invalid { field, reason });
+    }
+    Ok(count)
+}
+
+fn time(
+    field: &'static str,
+    text: Option<&str>,
+    ms: Option<u64>,
+    range: RangeInclusive<u64>,
+) -> Result<Option<Duration>, Invalid> {
+    let invalid = |reason: String| Err(Invalid { field, reason });
+    let time = match (text, ms) {
+        (Some(_), Some(_)) => return invalid(format!("{field} and {field}_ms are both set; remove one of them")),
+        (Some(text), None) => match humantime::parse_duration(text) {
+            Ok(time) => time,
+            Err(_) => {
+                return invalid(format!("a time is written with its unit, as in 30s; {field}_ms takes milliseconds"));
+            }
+        },
+        (None, Some(ms)) => Duration::from_millis(ms),
+        (None, None) => return Ok(None),
+    };
+    let shown = |ms: &u64| humantime::format_duration(Duration::from_millis(*ms)).to_string();
+    if !u64::try_from(time.as_millis()).is_ok_and(|ms| range.contains(&ms)) {
+        return invalid(format!("a time from {} to {}", shown(range.start()), shown(range.end())));
+    }
+    Ok(Some(time))
+}

@@ -1,0 +1,201 @@
+//! The list of the kinds of destinations, and how each is configured: by a table of the TOML file, or by a URL.
+//!
+//! A kind is a folder beside this file and one line in [`KINDS`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::de::DeserializeOwned;
+use tracing::level_filters::LevelFilter;
+use url::form_urlencoded;
+
+use crate::sink::redis::RedisAddress;
+use crate::sink::{Sink, eventbridge, redis_pubsub, redis_stream, stdout};
+
+/// Every kind there is.
+pub const KINDS: [Kind; 4] = [
+    Kind::of::<redis_stream::Spec>(),
+    Kind::of::<redis_pubsub::Spec>(),
+    Kind::of::<eventbridge::Spec>(),
+    Kind::of::<stdout::Spec>(),
+];
+
+/// What a kind of destination is configured with: its fields as they stand in a file. Unknown fields are refused by
+/// `#[serde(deny_unknown_fields)]`.
+#[async_trait]
+pub trait Spec: Send + Sync {
+    /// Whether it can be used. Nothing is connected.
+    ///
+    /// # Errors
+    /// The field that cannot be used, and why.
+    fn validate(&self) -> Result<(), Invalid>;
+
+    /// Why a relay must not even start, where that can be said without asking anybody.
+    fn obstacle(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// The stream that all its events go to, where it is one of a fixed name.
+    fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
+        None
+    }
+
+    /// Opens it. Nothing is connected before the first event.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid>;
+}
+
+/// What every destination is opened with.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    /// Stands in for an event's empty source.
+    pub source: String,
+    /// The longest wait for one answer.
+    pub timeout: Duration,
+}
+
+/// A destination of a kind, or why there is none.
+pub type Parsed = Result<Box<dyn Spec>, String>;
+
+/// A field of a URL: its name and its value.
+pub type Field = (String, String);
+
+/// A field that cannot be used.
+#[derive(Debug)]
+pub struct Invalid {
+    /// Its name, or that of a variable that a library reads; empty: it is about several.
+    pub field: &'static str,
+    /// Why, and what would do. No secret.
+    pub reason: String,
+}
+
+/// What a URL says besides its scheme, for [`Configured::address`].
+pub struct UrlParts<'a> {
+    /// The scheme, of those that the kind has.
+    pub scheme: &'a str,
+    /// What stands between `://` and `?`.
+    pub address: &'a str,
+    /// The parameters. What the address needs of them is taken out; the others must be fields.
+    pub query: Vec<Field>,
+}
+
+/// A kind's own part of [`Kind`].
+pub trait Configured: Spec + DeserializeOwned + 'static {
+    /// Its `type` in a file.
+    const TYPE: &'static str;
+    /// The schemes of its URLs.
+    const SCHEMES: &'static [&'static str];
+    /// Log targets of the libraries it uses, each with the lowest level whose lines never hold payloads or secrets.
+    const LOG_TARGETS: &'static [(&'static str, LevelFilter)];
+
+    /// The fields that the address stands for.
+    ///
+    /// # Errors
+    /// Why it cannot be used, without what it says: it may hold a password.
+    fn address(url: &mut UrlParts<'_>) -> Result<Vec<Field>, String>;
+}
+
+/// A kind of destination.
+#[derive(Debug, Clone, Copy)]
+pub struct Kind {
+    /// Its `type` in a file.
+    pub name: &'static str,
+    /// The schemes of its URLs.
+    pub schemes: &'static [&'static str],
+    /// See [`Configured::LOG_TARGETS`].
+    pub log_targets: &'static [(&'static str, LevelFilter)],
+    address: fn(&mut UrlParts<'_>) -> Result<Vec<Field>, String>,
+    of_table: fn(toml::Table) -> Parsed,
+    of_query: fn(&[Field]) -> Parsed,
+}
+
+impl Kind {
+    /// The kind that `T` configures.
+    const fn of<T: Configured>() -> Self {
+        Self {
+            name: T::TYPE,
+            schemes: T::SCHEMES,
+            log_targets: T::LOG_TARGETS,
+            address: T::address,
+            of_table: |table| match T::deserialize(table) {
+                Ok(spec) => Ok(Box::new(spec)),
+                // The error's own rendering quotes the line.
+                Err(error) => Err(error.message().to_owned()),
+            },
+            of_query: |fields| fields_of::<T>(fields).map(|spec| Box::new(spec) as Box<dyn Spec>),
+        }
+    }
+
+    /// A table of the file without its `type`.
+    ///
+    /// # Errors
+    /// An unknown field, a missing one, or one of another type. The message may quote a value.
+    pub fn table(&self, table: toml::Table) -> Parsed {
+        (self.of_table)(table)
+    }
+
+    /// The fields that a URL of this kind stands for.
+    ///
+    /// # Errors
+    /// Why it cannot be used, without what may be secret in it.
+    pub fn fields(&self, mut url: UrlParts<'_>) -> Result<Vec<Field>, String> {
+        let mut fields = (self.address)(&mut url)?;
+        for (name, value) in url.query {
+            if fields.iter().any(|(other, _)| *other == name) {
+                return Err(format!("the parameter {name:?} says again what the address or another parameter says"));
+            }
+            fields.push((name, value));
+        }
+        Ok(fields)
+    }
+
+    /// A destination of these fields.
+    ///
+    /// # Errors
+    /// As [`table`](Self::table).
+    pub fn query(&self, fields: &[Field]) -> Parsed {
+        (self.of_query)(fields)
+    }
+}
+
+/// A struct of these fields, whose values are texts.
+///
+/// # Errors
+/// An unknown field, a missing one, or one of another type.
+pub fn fields_of<T: DeserializeOwned>(fields: &[Field]) -> Result<T, String> {
+    let query = form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
+    serde_urlencoded::from_str(&query).map_err(|error| error.to_string())
+}
+
+/// The kind with this `type`.
+///
+/// # Errors
+/// There is none; the message says which there are.
+pub fn of_type(name: &str) -> Result<Kind, String> {
+    KINDS.into_iter().find(|kind| kind.name == name).ok_or_else(|| {
+        let names: Vec<&str> = KINDS.iter().map(|kind| kind.name).collect();
+        format!("there is no such type; there are {}", names.join(", "))
+    })
+}
+
+/// The kind of a URL, and its parts.
+///
+/// # Errors
+/// It is no URL, or its scheme is unknown; the message says which there are.
+pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
+    let (scheme, rest) = url.trim().split_once("://").unwrap_or_default();
+    let kind = KINDS.into_iter().find(|kind| kind.schemes.contains(&scheme)).ok_or_else(|| {
+        let schemes: Vec<&str> = KINDS.iter().flat_map(|kind| kind.schemes).copied().collect();
+        format!("the URL begins with no known scheme and ://; there are {}", schemes.join(", "))
+    })?;
+    let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
+    // What stands there may be the end of a password.
+    if query.contains('@') {
+        return Err("there is an @ behind the ?; a ? in a password is written %3F, an @ in a parameter %40".to_owned());
+    }
+    let query = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+    Ok((kind, UrlParts { scheme, address, query }))
+}
