@@ -47,6 +47,20 @@ pub fn source<'a>(event: &'a Event, default_source: &'a str) -> &'a str {
     if event.source.is_empty() { default_source } else { &event.source }
 }
 
+/// The structured-mode document on a line of its own.
+pub fn push_line(lines: &mut Vec<u8>, event: &Event, source: &str) {
+    let begin = lines.len();
+    push_json(lines, event, source);
+    end_line(lines, begin);
+}
+
+/// Makes one line of the JSON from `begin` on. A store that keeps text keeps a payload's line ends, which JSON has between its
+/// tokens only.
+pub fn end_line(lines: &mut Vec<u8>, begin: usize) {
+    lines[begin..].iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
+    lines.push(b'\n');
+}
+
 /// The event as one line of structured-mode JSON; `data` is the payload, byte for byte.
 pub fn json(event: &Event, default_source: &str) -> Vec<u8> {
     let mut json = Vec::with_capacity(event.payload.len() + 384);

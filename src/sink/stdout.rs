@@ -64,11 +64,7 @@ impl StdoutSink {
         }
         let mut lines = Vec::with_capacity(bytes);
         for event in &events[..count] {
-            let begin = lines.len();
-            cloudevent::push_json(&mut lines, event, &self.source);
-            // A store that keeps text keeps a payload's line ends, which JSON has between its tokens only.
-            lines[begin..].iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
-            lines.push(b'\n');
+            cloudevent::push_line(&mut lines, event, &self.source);
         }
         (lines, count)
     }
