@@ -7,6 +7,7 @@
 
 pub mod cloudevent;
 pub mod eventbridge;
+pub mod file;
 pub mod redis;
 pub mod redis_pubsub;
 pub mod redis_stream;

@@ -11,14 +11,15 @@ use tracing::level_filters::LevelFilter;
 use url::form_urlencoded;
 
 use crate::sink::redis::RedisAddress;
-use crate::sink::{Sink, eventbridge, redis_pubsub, redis_stream, stdout};
+use crate::sink::{Sink, eventbridge, file, redis_pubsub, redis_stream, stdout};
 
 /// Every kind there is.
-pub const KINDS: [Kind; 4] = [
+pub const KINDS: [Kind; 5] = [
     Kind::of::<redis_stream::Spec>(),
     Kind::of::<redis_pubsub::Spec>(),
     Kind::of::<eventbridge::Spec>(),
     Kind::of::<stdout::Spec>(),
+    Kind::of::<file::Spec>(),
 ];
 
 /// What a kind of destination is configured with: its fields as they stand in a file. Unknown fields are refused by

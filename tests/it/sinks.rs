@@ -15,7 +15,7 @@ use crate::support::{
     assert_all_delivered, assert_all_failed, event, is_uncharged, keyed, publish, publish_until,
     publish_until_delivered,
 };
-use places::{BusPlace, ChannelPlace, PagePlace, StreamPlace, StubPlace};
+use places::{BusPlace, ChannelPlace, FilePlace, PagePlace, StreamPlace, StubPlace};
 
 /// A destination and its sink, and what has arrived there.
 trait Place {
@@ -270,6 +270,11 @@ contract!(eventbridge_stub, StubPlace:
     a_thousand_events_of_one_key_arrive_in_order
     payloads_arrive_byte_for_byte
     an_event_over_the_limit_is_refused_alone);
+contract!(file, FilePlace:
+    a_thousand_events_of_one_key_arrive_in_order
+    payloads_arrive_byte_for_byte
+    nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back);
+
 contract!(stdout, PagePlace:
     a_thousand_events_of_one_key_arrive_in_order
     payloads_arrive_byte_for_byte

@@ -8,6 +8,7 @@ use std::time::Duration;
 use outbox_relay::event::Event;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::EventBridge;
+use outbox_relay::sink::file::{FileConfig, FileSink};
 use outbox_relay::sink::redis::RedisAddress;
 use outbox_relay::sink::redis_pubsub::RedisPubSub;
 use outbox_relay::sink::redis_stream::RedisStream;
@@ -329,5 +330,52 @@ impl Mortal for PagePlace {
         if let Some(waiting) = page.waiting.take() {
             waiting.wake();
         }
+    }
+}
+
+pub(super) struct FilePlace {
+    folder: tempfile::TempDir,
+    sink: FileSink,
+}
+
+impl FilePlace {
+    fn path(&self) -> std::path::PathBuf {
+        self.folder.path().join("events/file.jsonl")
+    }
+}
+
+impl Place for FilePlace {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("events/file.jsonl");
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        let format = Format::CloudEvents;
+        let config = FileConfig { path, source: "outbox".into(), format, max_size: None, daily: false, fsync: true };
+        Self { sink: FileSink::new(config), folder }
+    }
+
+    fn sink(&self) -> &dyn Sink {
+        &self.sink
+    }
+
+    fn arrived(&mut self) -> Vec<Arrival> {
+        let text = std::fs::read_to_string(self.path()).unwrap_or_default();
+        drop(std::fs::remove_file(self.path()));
+        text.lines().map(Arrival::parse).collect()
+    }
+}
+
+impl Mortal for FilePlace {
+    async fn start_alone() -> Self {
+        Self::start().await
+    }
+
+    /// Its folder is gone, as a disk that is not mounted.
+    fn go_down(&mut self) {
+        std::fs::rename(self.folder.path().join("events"), self.folder.path().join("away")).unwrap();
+    }
+
+    async fn come_back(&mut self) {
+        std::fs::rename(self.folder.path().join("away"), self.folder.path().join("events")).unwrap();
     }
 }
