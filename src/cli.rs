@@ -21,8 +21,8 @@ use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
 use crate::redact::may_hold_password;
 use crate::sink::spec::KINDS;
-use crate::stderr;
 use crate::text::shown;
+use crate::{shutdown, stderr};
 
 /// The exit code of a wrong usage or configuration.
 const WRONG_CONFIGURATION: u8 = 2;
@@ -86,6 +86,10 @@ enum Command {
 pub fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]
     let _armed = crate::failpoint::arm();
+    if let Err(error) = shutdown::outlive_file_size_limit() {
+        stderr::say(&format!("relay: cannot install a signal handler: {error}"));
+        return ExitCode::FAILURE;
+    }
     let code = match dispatch(std::env::args_os().collect()) {
         Ok(code) => code,
         Err(error) => {

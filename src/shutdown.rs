@@ -1,17 +1,35 @@
-//! Stopping: the first signal lets what is in flight be settled, the second ends the process at once.
+//! Signals. Stopping: the first one lets what is in flight be settled, the second ends the process at once.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::stderr;
 
-/// A token that is cancelled by the first SIGTERM, SIGINT or SIGHUP. `nohup` starts a program with SIGHUP ignored, and so it
-/// stays.
+/// A file has reached the limit of its size (`ulimit -f`); the number is that of every Linux but MIPS.
+const SIGXFSZ: i32 = 25;
+
+/// The process has used up its soft limit of CPU time (`ulimit -t`), and is killed at the hard one.
+const SIGXCPU: i32 = 24;
+
+/// A write to a file at the limit of its size fails, and does not kill the process: the death would be taken for the fault of
+/// the event that was being written. To be called before anything is written; it holds for the life of the process.
+///
+/// # Errors
+/// The signal handler cannot be installed.
+pub fn outlive_file_size_limit() -> std::io::Result<()> {
+    // A handler needs a runtime when it is installed, and stays when that is gone.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async { signal(SignalKind::from_raw(SIGXFSZ)).map(drop) })
+}
+
+/// A token that is cancelled by the first SIGTERM, SIGINT, SIGHUP or SIGXCPU. `nohup` starts a program with SIGHUP ignored, and
+/// so it stays.
 ///
 /// # Errors
 /// The signal handlers cannot be installed.
 pub fn on_signal() -> std::io::Result<CancellationToken> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut out_of_time = signal(SignalKind::from_raw(SIGXCPU))?;
     let mut hangup = if ignores(SignalKind::hangup()) { None } else { Some(signal(SignalKind::hangup())?) };
     let stop = CancellationToken::new();
     let stopped = stop.clone();
@@ -27,6 +45,8 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
                 _ = hung_up => "SIGHUP",
+                // It comes again with every second of CPU time until the end.
+                _ = out_of_time.recv(), if first => "SIGXCPU",
             };
             if first {
                 tracing::info!(signal = name, "stopping: settling what is in flight; a second signal ends it at once");

@@ -199,6 +199,7 @@ impl FileConfig {
             | ErrorKind::IsADirectory
             | ErrorKind::PermissionDenied
             | ErrorKind::ReadOnlyFilesystem
+            | ErrorKind::FileTooLarge // at the limit of the process or of the file system
             | ErrorKind::InvalidInput => Fault::Misconfigured,
             _ => Fault::Destination,
         };

@@ -10,6 +10,7 @@ use crate::binary::{Running, finished, relay, until};
 use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Database, Server, database, redis};
+use crate::stores::{Postgres, Sqlite, Store};
 
 /// A backend of the relay waits for a lock.
 const WAITS_FOR_LOCK: &str =
@@ -271,4 +272,65 @@ async fn f88_a_standard_output_that_leads_nowhere_takes_no_event() {
     }
     assert_eq!(count(&mut connection, "event_outbox").await, 0);
     finished(&["check"], &variables).exited(0);
+}
+
+/// Of every file that is written to, at most so much may be written.
+const FILE_LIMIT: u64 = 64 << 20;
+
+async fn a_file_at_the_limit_of_its_size_is_the_destinations_fault<S: Store>() {
+    let store = S::new().await;
+    let mut connection = store.connect().await;
+    emit(&mut connection, "healthy", "k").await;
+    let folder = tempfile::tempdir().unwrap();
+    let full = folder.path().join("full");
+    let url = format!("file://{}", full.display());
+    for destination in [STDOUT, ("RELAY_DESTINATION_STDOUT", url.as_str())] {
+        std::fs::File::create(&full).unwrap().set_len(FILE_LIMIT).unwrap();
+        let setup = format!("prlimit --pid=$$ --fsize={FILE_LIMIT}; exec >>'{}'", full.display());
+        let run = |setup: &str, args: &[&str]| {
+            Running::start(relay_after(setup, args, &[("DATABASE_URL", store.url()), destination])).finish()
+        };
+        // A death by an event is given up after the third.
+        for _ in 0..4 {
+            run(&setup, &["--once"]).exited(3).says(&["File too large"]);
+        }
+        if destination == STDOUT {
+            run(&setup, &["check"]).exited(1).says(&["cannot write to standard output: File too large"]);
+        }
+        assert_eq!(count(&mut connection, "event_outbox where attempts = 0 and status = 'pending'").await, 1);
+        assert_eq!(std::fs::metadata(&full).unwrap().len(), FILE_LIMIT);
+    }
+    assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
+    finished(&["--once"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);
+}
+
+#[tokio::test]
+async fn f10_a_standard_output_or_file_at_the_limit_of_its_size_kills_no_relay_and_charges_no_event() {
+    a_file_at_the_limit_of_its_size_is_the_destinations_fault::<Postgres>().await;
+    a_file_at_the_limit_of_its_size_is_the_destinations_fault::<Sqlite>().await;
+}
+
+#[tokio::test]
+async fn f10_a_log_at_the_limit_of_its_size_holds_up_nothing() {
+    let database = database().await;
+    sql(&mut database.connect().await, "select emit_event('a')").await;
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    std::fs::File::create(&log).unwrap().set_len(FILE_LIMIT).unwrap();
+    let setup = format!("prlimit --pid=$$ --fsize={FILE_LIMIT}; exec 2>>'{}'", log.display());
+    let run = |args: &[&str], setting| {
+        Running::start(relay_after(&setup, args, &[("DATABASE_URL", database.url()), setting])).finish()
+    };
+    assert_eq!(run(&["--once"], STDOUT).exited(0).stdout.lines().count(), 1);
+    // Nor where there is nothing but a complaint to write.
+    run(&["--once"], ("RELAY_LANES", "many")).exited(2);
+}
+
+#[tokio::test]
+async fn f06_an_end_of_cpu_time_stops_it_as_sigterm_does() {
+    let database = database().await;
+    let mut running = Running::start(relay(&["run"], &[("DATABASE_URL", database.url()), STDOUT]));
+    running.until_log("\"message\":\"ready\"");
+    running.signal("XCPU");
+    running.finish().exited(0).says(&["stopping", "SIGXCPU"]);
 }
