@@ -4,7 +4,8 @@
 //! - `take`, `batch`: taking partitions, and reading their rows.
 //! - `promote`: making due rows pending.
 //! - `bounds`: what lies left of them is dead, and not walked over.
-//! - `settle`: what is written of a batch; `salvage`: and where that is refused. `proof`: whether all of it can be written.
+//! - `settle`: what is written of a batch; `salvage`: and where that is refused; `kept`: what cannot even be
+//!   parked. `proof`: whether all of it can be written. `refusal`: what a refusal says, and its cure.
 //! - [`wake`]: sleeping until a producer commits.
 //! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `formats`: events that this relay cannot read.
@@ -23,6 +24,7 @@ pub mod emit;
 mod exclusion;
 mod formats;
 mod home;
+mod kept;
 pub mod lane;
 pub mod migrate;
 mod owed;
@@ -30,6 +32,7 @@ mod parked;
 mod patience;
 mod promote;
 mod proof;
+mod refusal;
 mod register;
 mod salvage;
 mod schema;
@@ -194,7 +197,9 @@ impl PgOutbox {
         let bounds = self.bounds.known().0.bounds_of(&(0..take::PARTITIONS).collect::<Vec<_>>());
         let question =
             Question { sql, destinations, publish_timeout, memory: &self.memory, bounds, aside: &self.aside_by_format };
-        standstill::find(connection, &question).await
+        let (mut found, brief) = standstill::find(connection, &question).await?;
+        found.extend(self.unrecorded.kept.told());
+        Ok((found, brief))
     }
 
     async fn look_for_standstills(&self, destinations: &[String]) -> Result<(Vec<Standstill>, bool), OutboxError> {

@@ -76,6 +76,30 @@ pub(super) fn parked(count: i64, behind: i64, first: &First, now: &str, forever:
     Standstill::new("events_parked", text)
 }
 
+/// So many events can be neither settled nor parked; what became of them stands in their rows.
+pub(super) fn kept(count: usize, first: &First) -> Standstill {
+    let First { id, destination, error } = first;
+    let (row, error) = (format!("id = {id} and destination = {}", literal(destination)), shown(error, MAX_ERROR_CHARS));
+    let text = format!(
+        "{count} events can be neither settled nor parked, and are left out until somebody acts; the others go on; the first has \
+         id {id} ({error}); mend the cause, and then be done with it: delete from event_outbox where {row}; or publish it again: \
+         update event_outbox set available_at = pg_catalog.now() where {row};"
+    );
+    Standstill::new("events_kept_out", text)
+}
+
+/// The same where nothing can be written into their rows.
+pub(super) fn remembered(count: usize, first: &First) -> Standstill {
+    let First { id, destination, error } = first;
+    let (destination, error) = (literal(destination), shown(error, MAX_ERROR_CHARS));
+    let text = format!(
+        "{count} events can be neither settled nor parked, and nothing can be noted of them in the database: this relay leaves \
+         them out, and each relay that starts publishes them again; the others go on; the first has id {id} and destination = \
+         {destination} ({error}); mend the cause: then they are published once more and settled"
+    );
+    Standstill::new("events_remembered", text)
+}
+
 /// At this destination so many events wait without being charged, or have failed for long, and hold back their keys; the first
 /// of them has failed for so long.
 pub(super) fn blocked(count: i64, first: &First, failing: Duration, forever: &str) -> Standstill {

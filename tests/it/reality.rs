@@ -10,6 +10,7 @@ mod file;
 mod formats;
 mod hostile;
 mod identity;
+mod kept;
 mod locks;
 mod logs;
 mod migration;

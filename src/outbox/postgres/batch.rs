@@ -13,6 +13,7 @@ use time::OffsetDateTime;
 
 use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
 use crate::outbox::number::to_i64;
+use crate::outbox::postgres::kept::{self, Marked};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::MOVES;
 use crate::outbox::postgres::tid;
@@ -25,12 +26,16 @@ use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
 /// destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per
 /// row only where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no
 /// calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what holds up its key may wait for a
-/// person, who lets it go earlier. An event without attempts that has failed before has -1.
+/// person, who lets it go earlier. An event without attempts that has failed before has -1; one that is marked (see `kept`) has
+/// -2, or -3 where it is still owed.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
        {payload}, {headers}, {correlation_id}, {causation_id},
        o.schema_version, case when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at end,
-       case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
+       case when o.last_error is null then o.attempts
+           when o.available_at = 'infinity' and pg_catalog.starts_with(o.last_error, 'settle_failed: ')
+               then case when pg_catalog.starts_with(o.last_error, 'settle_failed: retry') then -3 else -2 end
+           when o.attempts = 0 then -1 else o.attempts end,
        o.available_at <= pg_catalog.statement_timestamp(), o.size,
        case when waiting.apart and o.aggregate_id is not null and exists (
            select from {schema}.event_outbox h
@@ -300,6 +305,8 @@ pub(super) struct Given {
 pub(super) struct Batch {
     /// In the order in which they were read; [`Batch::sort`] puts them in theirs.
     pub(super) claimed: Vec<Claimed>,
+    /// Rows that are left out.
+    pub(super) marked: Vec<Marked>,
     pub(super) given: HashMap<i16, Given>,
     /// Of all of them; of one that was not read, what is stored of it.
     pub(super) bytes: usize,
@@ -334,6 +341,12 @@ impl Batch {
         given.events += 1;
         given.last_id = given.last_id.max(id);
         self.last = Some(partition);
+        let attempts: i32 = row.try_get(15)?;
+        if attempts < -1 {
+            let holds = if attempts == -3 { kept::key(&claimed.event) } else { None };
+            self.marked.push(Marked { row: claimed.event.row, holds });
+            return Ok(());
+        }
         self.claimed.push(claimed);
         Ok(())
     }

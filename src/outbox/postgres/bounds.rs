@@ -101,6 +101,15 @@ impl Known {
         partitions.iter().map(|partition| self.bounds.get(partition).copied().unwrap_or(i64::MIN)).collect()
     }
 
+    /// The same, and nothing to be read up to these ids either.
+    pub(super) fn behind(mut self, passed: &BTreeMap<i16, i64>) -> Self {
+        for (&partition, &id) in passed {
+            let bound = Arc::make_mut(&mut self.bounds).entry(partition).or_insert(id);
+            *bound = (*bound).max(id);
+        }
+        self
+    }
+
     /// A reading of so many rows, `last` gives for each partition the id of the last one that was read, if there may be more.
     pub(super) fn reading(&self, last: impl Iterator<Item = (i16, Option<i64>)>, rows: usize) -> Reading {
         let horizon = self.horizon.unwrap_or(i64::MIN);

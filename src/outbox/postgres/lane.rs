@@ -19,7 +19,7 @@ use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
 use crate::outbox::postgres::proof::is_content;
 use crate::outbox::postgres::register::CHANGES;
-use crate::outbox::postgres::salvage::SAVEPOINT;
+use crate::outbox::postgres::salvage::{CHECK_AND_COMMIT, SAVEPOINT};
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::{self, PARTITIONS, Peeked, Ranges};
@@ -69,8 +69,6 @@ select exists (
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
 /// takes longer is not repeated for a hundred times as long.
 const SHORT_WALK: Duration = Duration::from_millis(1);
-
-static NO_BOUNDS: BTreeMap<i16, i64> = BTreeMap::new();
 
 /// Where all are deep a batch takes its share of so many partitions: of each page of the table, which has rows of many, it
 /// deletes more at once.
@@ -138,6 +136,7 @@ impl PgLane {
             self.outbox.prove(&mut connection, &self.begin).await?;
             self.unproven = false;
         }
+        self.outbox.try_kept(&mut connection, &self.begin).await?;
         Ok(connection)
     }
 
@@ -181,14 +180,18 @@ impl PgLane {
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
         let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
-        let (taken, mut known) = self.take(connection, most).await?;
+        let kept = &self.outbox.unrecorded.kept.clone();
+        let passed = kept.passed();
+        let (taken, mut known) = self.take(connection, most, &passed).await?;
         let Some(&last) = taken.last() else {
             let (pending, drawn) = take::any(connection, sql, Ranges::all(&known.bounds)).await?;
             connection.execute("commit").await?;
             if self.outbox.bounds.drew(&drawn) || pending {
                 return Ok(Some(Claim::Busy));
             }
-            self.outbox.bounds.empty(&known);
+            if passed.is_empty() {
+                self.outbox.bounds.empty(&known);
+            }
             return Ok(Some(Claim::Empty));
         };
         self.last_taken = last;
@@ -210,8 +213,9 @@ impl PgLane {
         }
         self.changes = batch.changes;
         batch.sort();
+        let left_out = kept.leave_out(&mut batch, &passed);
         let Batch { claimed, given, bytes, cut, epoch, last: last_read, .. } = batch;
-        if formats::set_aside(connection, sql, &claimed).await? {
+        if formats::set_aside(connection, sql, &claimed).await? || claimed.is_empty() && !left_out.is_empty() {
             connection.execute("commit").await?;
             return Ok(None);
         }
@@ -238,8 +242,10 @@ impl PgLane {
         {
             self.last_taken = last; // those after it gave nothing
         }
-        // Of a partition that the bytes have cut off nothing is known.
-        let reached = taken.iter().filter(|partition| !cut || given.contains_key(partition)).map(|&partition| {
+        // Of a partition that the bytes have cut off nothing is known; of another something stays.
+        let stays = |partition: &i16| left_out.contains(partition) || passed.contains_key(partition);
+        let read = taken.iter().filter(|partition| (!cut || given.contains_key(partition)) && !stays(partition));
+        let reached = read.map(|&partition| {
             let more = |given: &&Given| cut || given.events == share;
             (partition, given.get(&partition).filter(more).map(|given| given.last_id))
         });
@@ -260,7 +266,12 @@ impl PgLane {
     }
 
     /// Takes at most so many partitions. Returns what they are to be read by, too.
-    async fn take(&mut self, connection: &mut PgConnection, most: i16) -> Result<(Vec<i16>, Known), sqlx::Error> {
+    async fn take(
+        &mut self,
+        connection: &mut PgConnection,
+        most: i16,
+        passed: &BTreeMap<i16, i64>,
+    ) -> Result<(Vec<i16>, Known), sqlx::Error> {
         self.search(connection).await?;
         let (sql, bounds) = (self.outbox.sql(), &self.outbox.bounds);
         let (mut known, ask) = bounds.known();
@@ -269,9 +280,10 @@ impl PgLane {
             known = bounds.wrote(moves, writers);
         }
         loop {
+            known = known.behind(passed);
             let begun = Instant::now();
             let walk = self.next_walk <= begun;
-            let ranges = Ranges::after(self.last_taken, if walk { &NO_BOUNDS } else { &known.bounds });
+            let ranges = Ranges::after(self.last_taken, if walk { passed } else { &known.bounds });
             let (taken, moves) = take::take(connection, sql, ranges, most).await?;
             if walk && begun.elapsed() > SHORT_WALK {
                 self.next_walk = begun + 100 * begun.elapsed();
@@ -282,7 +294,7 @@ impl PgLane {
             }
             // What was moved may lie below what was a bound until now.
             if !moved || !taken.is_empty() {
-                return Ok((taken, known));
+                return Ok((taken, known.behind(passed)));
             }
         }
     }
@@ -324,8 +336,10 @@ impl PgLane {
         let mut batch =
             batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::Owed).await?;
         batch.sort();
+        // They keep their places, as those do that a relay that routes has passed.
+        self.outbox.unrecorded.kept.leave_out(&mut batch, &BTreeMap::new());
         let Batch { claimed, given, bytes, epoch, .. } = batch;
-        let Some(epoch) = epoch else {
+        let Some(epoch) = epoch.filter(|_| !claimed.is_empty()) else {
             connection.execute("commit").await?;
             return Ok(Claim::Superseded);
         };
@@ -340,11 +354,14 @@ impl PgLane {
         &mut self,
         connection: &mut PgConnection,
         deliveries: &[Delivery<'_>],
+        wary: bool,
     ) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
         let records = Records::new(deliveries, config.usage.history);
-        if !records.is_empty() && self.outbox.unrecorded.is_wary() {
+        let mut commit = "commit";
+        if !records.is_empty() && wary {
             connection.execute(SAVEPOINT).await?;
+            commit = CHECK_AND_COMMIT;
         }
         let settled = Settle::new(connection, self.outbox.sql(), &config.worker).write(&records).await?;
         if settled != records.rows() {
@@ -355,7 +372,7 @@ impl PgLane {
             );
         }
         hit("before_commit").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
-        connection.execute("commit").await?;
+        connection.execute(commit).await?;
         self.outbox.bounds.settled(self.reading.take(), settled);
         hit("committed").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))
     }
@@ -444,7 +461,8 @@ impl Lane for PgLane {
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
         let wary = self.outbox.unrecorded.is_wary();
-        let settled = tokio::time::timeout(2 * STATEMENT_TIMEOUT, self.try_settle(&mut connection, deliveries)).await;
+        let settle = self.try_settle(&mut connection, deliveries, wary);
+        let settled = tokio::time::timeout(2 * STATEMENT_TIMEOUT, settle).await;
         match settled {
             Err(_) => return Err(OutboxError::TimedOut { operation: "settle", after: 2 * STATEMENT_TIMEOUT }),
             Ok(Ok(())) => {}
@@ -488,11 +506,12 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let passed = self.outbox.unrecorded.kept.passed();
         let (known, Peeked { mut pending, next_due_ms, moves, drawn }) =
             answered("look whether there are events", STATEMENT_TIMEOUT, async {
                 self.outbox.begin_pooled(&mut connection).await?;
                 self.search(&mut connection).await?;
-                let (known, _) = self.outbox.bounds.known();
+                let known = self.outbox.bounds.known().0.behind(&passed);
                 let ranges = Ranges::all(&known.bounds);
                 let found = take::peek(&mut connection, self.outbox.sql(), ranges, &destinations).await?;
                 self.outbox.commit_pooled(&mut connection).await?;
@@ -503,7 +522,7 @@ impl Lane for PgLane {
             // There may be, below what was a bound until now; the next look tells.
             self.outbox.bounds.at(moves);
             pending = true;
-        } else if !pending {
+        } else if !pending && passed.is_empty() {
             self.outbox.bounds.empty(&known);
         }
         self.connection = Some(connection);
@@ -511,10 +530,10 @@ impl Lane for PgLane {
     }
 
     async fn has_owed(&mut self) -> Result<bool, OutboxError> {
-        self.ask("look for events still owed", async |sql, connection| {
-            sql.query_scalar(HAS_OWED).fetch_one(connection).await
-        })
-        .await
+        let owed =
+            async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(HAS_OWED).fetch_one(connection).await;
+        let owed: bool = self.ask("look for events still owed", owed).await?;
+        Ok(owed || self.outbox.unrecorded.kept.is_any())
     }
 
     async fn last_id(&mut self) -> Result<Option<i64>, OutboxError> {

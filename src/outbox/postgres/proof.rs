@@ -13,9 +13,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::event::{Event, Fault, PublishError, RowKey, Verdict};
+use crate::outbox::postgres::salvage::CHECK_DEFERRED;
 use crate::outbox::postgres::settle::{Settle, Suppressed};
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, tid};
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, refusal, tid};
 use crate::outbox::records::Records;
 use crate::outbox::{Delivery, OutboxError, Usage};
 use crate::text::shown;
@@ -188,7 +189,8 @@ async fn try_all(
         add(&survivor.event, vec![("proof", if survivor.moves { retry() } else { published() })]);
     }
     let records = Records::new(&deliveries, usage.history);
-    Settle::proof(connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
+    Settle::proof(&mut *connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
+    connection.execute(CHECK_DEFERRED).await?;
     Ok(tried)
 }
 
@@ -229,6 +231,13 @@ pub(super) async fn additions(connection: &mut PgConnection, sql: Sql) -> Result
 
 /// The error of a database that does not record, with the names of those who may be why.
 pub(super) async fn unrecorded(connection: &mut PgConnection, sql: Sql, error: sqlx::Error) -> OutboxError {
+    let cure = match refusal::cure(&error) {
+        None => refusal::cure_of_publication(connection, sql, &error).await,
+        cure => cure,
+    };
+    if let Some(cure) = cure {
+        return OutboxError::Unrecorded { reason: format!("{}; {cure}", words(&error)) };
+    }
     let additions = additions(connection, sql).await.unwrap_or_default();
     if additions.is_empty() && suppressed(&error).is_none() {
         return query_failed("settle", error);
@@ -236,6 +245,12 @@ pub(super) async fn unrecorded(connection: &mut PgConnection, sql: Sql, error: s
     let look = "; drop or correct whichever of these does it: ";
     let additions = if additions.is_empty() { String::new() } else { format!("{look}{}", additions.join(", ")) };
     OutboxError::Unrecorded { reason: format!("{}{additions}", words(&error)) }
+}
+
+/// Why an event cannot be settled, and what undoes that.
+pub(super) fn words_and_cure(error: &sqlx::Error) -> String {
+    let cure = refusal::cure(error).map(|cure| format!("; {cure}")).unwrap_or_default();
+    words(error) + &cure
 }
 
 /// The error of a table that has no partition for now, and for which none can be made.
@@ -284,6 +299,8 @@ fn sqlstate(error: &sqlx::Error) -> Option<String> {
 pub(super) fn is_content(error: &sqlx::Error) -> bool {
     let about_content = |code: String| match code.as_str() {
         "42501" => false,
+        // A publication needs what tells rows apart.
+        "55000" => true,
         // Of the features that are not supported, those of rules: the text of the other is about plans.
         "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
         code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),

@@ -6,30 +6,38 @@
 //! - Where nothing can be recorded, as [`proof`] tells, all of it is given up, and no lane of this relay publishes until
 //!   that has changed.
 //! - Else some event is the reason. The batch is settled in halves until each is alone. It is parked: its row says what became
-//!   of it and why that cannot be recorded, and waits until somebody acts. If even that is refused, nothing is published either.
+//!   of it and why that cannot be recorded, and waits until somebody acts. If even that is refused, it is left out: see `kept`.
 //!
 //! To keep a claim takes a savepoint, which is a statement more. So there is one only where somebody has added to the relay's
 //! tables what may refuse a write, or something was refused lately. Elsewhere the claim is lost and taken again. The other
 //! lanes of this relay claim nothing meanwhile; another relay may come in between, once.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::Event;
-use crate::outbox::postgres::proof::{self, Survivor, Tried, is_content, is_missing_day, words};
+use crate::outbox::postgres::kept::{Kept, MARK};
+use crate::outbox::postgres::proof::{self, Survivor, Tried, is_content, is_missing_day, words, words_and_cure};
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
+use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
 use crate::outbox::records::{Records, SETTLE_FAILED};
 use crate::outbox::{Delivery, OutboxError};
 
 pub(super) const SAVEPOINT: &str = "savepoint before_settle";
 
 const BACK: &str = "rollback to savepoint before_settle";
+
+/// A deferred constraint would refuse at the end of the transaction, where no savepoint is left. It is checked here; what is
+/// written after this is checked by the next such statement, as a whole again.
+pub(super) const CHECK_DEFERRED: &str = "set constraints all immediate; set constraints all deferred";
+
+/// The same of a settle for which there is [`SAVEPOINT`], in the text that is sent anyway.
+pub(super) const CHECK_AND_COMMIT: &str = "set constraints all immediate; commit";
 
 /// In order, as all do who wait for them.
 const TAKE_AGAIN: &str = "
@@ -39,9 +47,6 @@ from (select distinct pg_catalog.unnest($1::smallint[]) as partition order by 1)
 /// What goes on is told once in so long.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Of the events that could neither be settled nor parked so many are tried again.
-const SURVIVORS: usize = 10;
-
 /// What a relay knows of writes that were refused.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Unrecorded {
@@ -50,8 +55,8 @@ pub(super) struct Unrecorded {
     failed: Arc<AtomicBool>,
     /// Lanes that settle what they can.
     salvages: Arc<AtomicUsize>,
-    /// Events that could neither be settled nor parked. As long as there is one, nothing is published.
-    survivors: Arc<Mutex<Vec<Survivor>>>,
+    /// Events that could neither be settled nor parked.
+    pub(super) kept: Kept,
     warned: Arc<Mutex<Option<Instant>>>,
 }
 
@@ -97,10 +102,6 @@ impl Unrecorded {
             );
         }
     }
-
-    fn survivors(&self) -> MutexGuard<'_, Vec<Survivor>> {
-        self.survivors.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl PgOutbox {
@@ -125,7 +126,7 @@ impl PgOutbox {
     /// # Errors
     /// [`OutboxError::Unrecorded`] where something is refused or swallowed.
     pub(super) async fn prove(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
-        let survivors = self.unrecorded.survivors().clone();
+        let survivors = self.unrecorded.kept.too_many();
         let mut proven = self.try_to_prove(connection, begin, &survivors).await;
         if let Err(error) = &proven
             && is_missing_day(error)
@@ -135,7 +136,7 @@ impl PgOutbox {
         }
         match proven {
             Ok(tried) => {
-                self.unrecorded.survivors().clear();
+                survivors.iter().for_each(|survivor| self.unrecorded.kept.forget(survivor));
                 self.unrecorded.failed.store(false, Ordering::Relaxed);
                 if let Tried::Refused(why) = tried {
                     tracing::debug!(why, "a plain insert into event_outbox is refused");
@@ -145,6 +146,18 @@ impl PgOutbox {
             Err(error) if is_content(&error) => Err(proof::unrecorded(connection, self.sql(), error).await),
             Err(error) => Err(query_failed("prove that the database takes writes", error)),
         }
+    }
+
+    /// Tries from time to time whether events that were left out can be settled by now: then they are published once more.
+    pub(super) async fn try_kept(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
+        for survivor in self.unrecorded.kept.to_try() {
+            match self.try_to_prove(connection, begin, std::slice::from_ref(&survivor)).await {
+                Ok(_) => self.unrecorded.kept.forget(&survivor),
+                Err(error) if is_content(&error) => {}
+                Err(error) => return Err(query_failed("prove that an event can be settled", error)),
+            }
+        }
+        Ok(())
     }
 
     async fn try_to_prove(
@@ -182,7 +195,7 @@ impl PgOutbox {
             event_count = deliveries.len(),
             "a settle was refused; settling what can be settled"
         );
-        let mut not_made = None;
+        let (mut not_made, mut halved) = (None, false);
         let salvaged = answered("settle", 10 * STATEMENT_TIMEOUT, async {
             self.take_again(connection, begin, held, deliveries).await?;
             if is_missing_day(&error) {
@@ -190,16 +203,18 @@ impl PgOutbox {
                     not_made = Some(error_of_day);
                     return Ok(Err(error));
                 }
-                connection.execute(SAVEPOINT).await?;
-                if self.write(connection, deliveries).await.is_ok() {
+                let records = Records::new(deliveries, self.config.usage.history);
+                if self.try_records(connection, &records).await?.is_ok() {
                     return Ok(Ok(()));
                 }
-                connection.execute(BACK).await?;
             }
             match proof::prove(connection, self.sql(), &self.config.worker, self.config.usage, &[]).await {
                 Err(error) if is_content(&error) => Ok(Err(error)),
                 Err(error) => Err(error),
-                Ok(_) => self.halve(connection, deliveries).await.map(|halved| halved.map_or(Ok(()), Err)),
+                Ok(_) => {
+                    halved = true;
+                    self.halve(connection, deliveries).await.map(|unparked| unparked.map_or(Ok(()), Err))
+                }
             }
         })
         .await?;
@@ -207,8 +222,7 @@ impl PgOutbox {
             Ok(()) => answered("settle", STATEMENT_TIMEOUT, connection.execute("commit")).await.map(drop),
             Err(error) => {
                 self.unrecorded.failed.store(true, Ordering::Relaxed);
-                let halved = !self.unrecorded.survivors().is_empty();
-                let end = if halved && not_made.is_none() { "commit" } else { "rollback" };
+                let end = if halved { "commit" } else { "rollback" };
                 answered("settle", STATEMENT_TIMEOUT, connection.execute(end)).await?;
                 match not_made {
                     Some(not_made) => Err(proof::no_day(&error, &not_made)),
@@ -237,15 +251,11 @@ impl PgOutbox {
         Ok(())
     }
 
-    async fn write(&self, connection: &mut PgConnection, deliveries: &[Delivery<'_>]) -> Result<(), sqlx::Error> {
-        self.write_records(connection, &Records::new(deliveries, self.config.usage.history)).await
-    }
-
     async fn write_records(&self, connection: &mut PgConnection, records: &Records<'_>) -> Result<(), sqlx::Error> {
-        Settle::new(connection, Sql { persistent: false, ..self.sql() }, &self.config.worker)
+        Settle::new(&mut *connection, Sql { persistent: false, ..self.sql() }, &self.config.worker)
             .write(records)
-            .await
-            .map(drop)
+            .await?;
+        connection.execute(CHECK_DEFERRED).await.map(drop)
     }
 
     /// Writes `records`, or nothing.
@@ -271,7 +281,8 @@ impl PgOutbox {
         }
     }
 
-    /// Settles by halves and parks what is refused alone. Returns why an event could not be parked either.
+    /// Settles by halves and parks what is refused alone, or leaves it out. Returns why an event that could not even be parked
+    /// is one too many to be left out.
     async fn halve(
         &self,
         connection: &mut PgConnection,
@@ -293,22 +304,34 @@ impl PgOutbox {
                 continue;
             }
             let Some(first) = deliveries.first() else { continue };
-            if self.park(connection, &records, &words(&error)).await? {
+            let reason = words_and_cure(&error);
+            let (row, event_type) = (&first.event.row, &first.event.event_type);
+            if self.park(connection, &records, &reason).await? {
                 tracing::error!(
-                    outbox_id = first.event.row.id,
+                    outbox_id = row.id,
                     event_id = %first.event.event_id,
-                    event_type = first.event.event_type,
-                    error = words(&error),
+                    event_type,
+                    error = reason,
                     "an event cannot be settled; it is parked with the code {SETTLE_FAILED}, and published again only when \
                      somebody says so"
                 );
-            } else {
-                let mut survivors = self.unrecorded.survivors();
-                if survivors.len() < SURVIVORS {
-                    let event = Event { payload: Vec::new(), ..first.event.clone() };
-                    survivors.push(Survivor { event, moves: records.gone.is_empty() });
+                continue;
+            }
+            let marked = self.mark(connection, &records, &reason).await?;
+            tracing::error!(
+                outbox_id = row.id,
+                event_id = %first.event.event_id,
+                event_type,
+                noted = marked,
+                error = reason,
+                "an event can be neither settled nor parked; it is left out, and the others go on"
+            );
+            if !marked {
+                let event = Event { payload: Vec::new(), ..first.event.clone() };
+                let survivor = Survivor { event, moves: records.gone.is_empty() };
+                if !self.unrecorded.kept.remember(survivor, reason) {
+                    unparked = Some(error);
                 }
-                unparked = Some(error);
             }
         }
         Ok(unparked)
@@ -327,5 +350,36 @@ impl PgOutbox {
             }
         }
         Ok(false)
+    }
+
+    /// Whether the row of these records says now what became of its event, in its place.
+    async fn mark(
+        &self,
+        connection: &mut PgConnection,
+        records: &Records<'_>,
+        reason: &str,
+    ) -> Result<bool, sqlx::Error> {
+        let parked = records.parked_whole(reason);
+        let Some(owed) = parked.moved.first() else { return Ok(false) };
+        let row = &owed.event.row;
+        connection.execute(SAVEPOINT).await?;
+        let marked = async {
+            let query = self.sql().query_scalar(MARK).persistent(false);
+            let query = query.bind(tid::from_locator(row.locator)).bind(row.id).bind(owed.error.as_deref());
+            let marked: Option<bool> = query.fetch_optional(&mut *connection).await?;
+            connection.execute(CHECK_DEFERRED).await?;
+            Ok(marked == Some(true))
+        };
+        match marked.await {
+            Ok(true) => {
+                connection.execute("release savepoint before_settle").await?;
+                Ok(true)
+            }
+            Err(error) if !is_content(&error) => Err(error),
+            _ => {
+                connection.execute("rollback to savepoint before_settle; release savepoint before_settle").await?;
+                Ok(false)
+            }
+        }
     }
 }

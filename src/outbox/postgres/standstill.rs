@@ -13,7 +13,7 @@ use sqlx::{Executor, Row};
 
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::PARTITIONS;
-use crate::outbox::postgres::{formats, owed, parked, undecided};
+use crate::outbox::postgres::{formats, kept, owed, parked, undecided};
 use crate::outbox::standstill::{Memory, NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
 
 /// What the probes go by.
@@ -35,13 +35,14 @@ pub(super) struct Question<'a> {
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
 /// Those that ask catalogues come first: where a table is locked, the others wait in vain.
-const PROBES: [Probe; 8] = [
+const PROBES: [Probe; 9] = [
     |connection, question| table_locked(connection, question).boxed(),
     |connection, question| partitions_held(connection, question).boxed(),
     |connection, question| undecided::find(connection, question).boxed(),
     |connection, question| owed::unconfigured(connection, question),
     |connection, question| parked::parked(connection, question).boxed(),
     |connection, question| parked::blocked(connection, question).boxed(),
+    |connection, question| kept::find(connection, question).boxed(),
     |connection, question| formats::unknown(connection, question).boxed(),
     // The last one: it is left out where another has found the reason.
     |connection, question| not_taken(connection, question).boxed(),

@@ -1,0 +1,213 @@
+//! Events that can be neither settled nor parked, as where a foreign key refers to what parking changes in their rows.
+//!
+//! What became of such an event is written into its row, if the database takes that: the row stays among the pending ones, due
+//! at no time, and claims leave it out. Where even that is refused, this relay remembers the event, and tries again from time
+//! to time whether it could be settled. All other events go on, but for later ones of the key of one that is still owed.
+//!
+//! A claim reads such a row again and again, so the next claims begin behind it, for a second: a row with a lower id may be
+//! committed late.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sqlx::Row;
+use sqlx::postgres::PgConnection;
+
+use crate::event::{Event, RowKey};
+use crate::outbox::postgres::batch::Batch;
+use crate::outbox::postgres::proof::Survivor;
+use crate::outbox::postgres::standstill::Question;
+use crate::outbox::standstill::{self, First};
+use crate::outbox::{Claimed, Standstill};
+
+/// For so long claims begin behind what is kept out.
+const PASSED_FOR: Duration = Duration::from_secs(1);
+
+/// How often it is tried whether what is remembered can be settled.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+
+/// The most that are remembered. Each of them is published again by the next run, so nothing more is published then.
+const MOST_REMEMBERED: usize = 10;
+
+/// Writes what became of an event into its row, which keeps its place. `$1` place, `$2` id, `$3` what became of it.
+pub(super) const MARK: &str = "
+update {schema}.event_outbox set last_error = $3, available_at = 'infinity'
+where ctid = $1::text::tid and id = $2 and status = 'pending'
+returning last_error = $3 and available_at = 'infinity'";
+
+/// What there is in the rows: it is at the left of its partition, because all that came before it is done.
+const KEPT: &str = "
+select o.id, o.destination, o.last_error as error
+from unnest($1::smallint[], $2::bigint[]) b(partition, bound)
+cross join lateral (
+    select e.id, e.destination, e.last_error, e.available_at from {schema}.event_outbox e
+    where e.partition = b.partition and e.id > b.bound
+    order by e.partition, e.id limit 10
+) o
+where o.available_at = 'infinity' and pg_catalog.starts_with(o.last_error, 'settle_failed: ')
+order by o.id";
+
+/// A row that a claim has read and that is marked.
+#[derive(Debug)]
+pub(super) struct Marked {
+    pub(super) row: RowKey,
+    /// The key that it holds back, where it is still owed.
+    pub(super) holds: Option<Key>,
+}
+
+/// `aggregate_type` and `aggregate_id`.
+pub(super) type Key = (String, String);
+
+pub(super) fn key(event: &Event) -> Option<Key> {
+    let id = event.aggregate_id.clone()?;
+    Some((event.aggregate_type.clone().unwrap_or_default(), id))
+}
+
+/// What the lanes of a relay know of them.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Kept {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// With why they cannot be settled.
+    remembered: Vec<(Survivor, String)>,
+    tried: Option<Instant>,
+    /// By partition: up to this id there is nothing but what is kept out.
+    passed: BTreeMap<i16, i64>,
+    since: Option<Instant>,
+    /// Keys that are held back, by partition, and from which id on.
+    keys: HashMap<i16, HashMap<Key, i64>>,
+}
+
+impl Kept {
+    /// Behind which ids claims begin.
+    pub(super) fn passed(&self) -> BTreeMap<i16, i64> {
+        let mut state = self.state();
+        if state.since.is_some_and(|since| since.elapsed() >= PASSED_FOR) {
+            state.passed.clear();
+            state.since = None;
+        }
+        state.passed.clone()
+    }
+
+    /// Whether there is any.
+    pub(super) fn is_any(&self) -> bool {
+        let state = self.state();
+        !state.passed.is_empty() || !state.remembered.is_empty()
+    }
+
+    /// Remembers an event that cannot be marked. False: there are too many.
+    pub(super) fn remember(&self, survivor: Survivor, reason: String) -> bool {
+        let mut state = self.state();
+        state.tried = Some(Instant::now());
+        let fits = state.remembered.len() < MOST_REMEMBERED;
+        if fits {
+            state.remembered.push((survivor, reason));
+        }
+        fits
+    }
+
+    /// All that are remembered, where there is no room for more: they must be settled before anything is published.
+    pub(super) fn too_many(&self) -> Vec<Survivor> {
+        let all = self.remembered();
+        if all.len() < MOST_REMEMBERED { Vec::new() } else { all }
+    }
+
+    fn remembered(&self) -> Vec<Survivor> {
+        self.state().remembered.iter().map(|(survivor, _)| survivor.clone()).collect()
+    }
+
+    /// What is to be tried again now; whoever asks is to do it.
+    pub(super) fn to_try(&self) -> Vec<Survivor> {
+        let mut state = self.state();
+        if state.remembered.is_empty() || state.tried.is_some_and(|tried| tried.elapsed() < TRY_AGAIN) {
+            return Vec::new();
+        }
+        state.tried = Some(Instant::now());
+        drop(state);
+        self.remembered()
+    }
+
+    /// It can be settled now, and so be published.
+    pub(super) fn forget(&self, survivor: &Survivor) {
+        self.state().remembered.retain(|(other, _)| !is_same(&other.event.row, &survivor.event.row));
+    }
+
+    /// Takes out of a batch, which is sorted and was read behind `passed`, what is kept out. Returns the partitions of it.
+    pub(super) fn leave_out(&self, batch: &mut Batch, passed: &BTreeMap<i16, i64>) -> BTreeSet<i16> {
+        let mut state = self.state();
+        let mut out: Vec<(i16, i64)> = Vec::new();
+        if batch.marked.is_empty() && state.remembered.is_empty() && state.keys.is_empty() {
+            return BTreeSet::new();
+        }
+        let State { remembered, keys, .. } = &mut *state;
+        keys.retain(|partition, _| passed.contains_key(partition) || !batch.given.contains_key(partition));
+        let mut hold = |row: &RowKey, key: Key| {
+            let from = keys.entry(row.partition).or_default().entry(key).or_insert(row.id);
+            *from = (*from).min(row.id);
+        };
+        for Marked { row, holds } in batch.marked.drain(..) {
+            out.push((row.partition, row.id));
+            holds.into_iter().for_each(|key| hold(&row, key));
+        }
+        for (Survivor { event, moves }, _) in remembered.iter() {
+            key(event).filter(|_| *moves).into_iter().for_each(|key| hold(&event.row, key));
+        }
+        batch.claimed.retain(|Claimed { event, .. }| {
+            let RowKey { partition, id, .. } = event.row;
+            let is_remembered = remembered.iter().any(|(survivor, _)| is_same(&survivor.event.row, &event.row));
+            let is_behind = || {
+                let held = keys.get(&partition).zip(key(event));
+                held.is_some_and(|(held, key)| held.get(&key).is_some_and(|from| *from < id))
+            };
+            let stays = !is_remembered && !is_behind();
+            if !stays {
+                out.push((partition, id));
+            }
+            stays
+        });
+        for &(partition, id) in &out {
+            let first = batch.claimed.iter().find(|claimed| claimed.event.row.partition == partition);
+            if first.is_none_or(|first| id < first.event.row.id) {
+                let passed = state.passed.entry(partition).or_insert(id);
+                *passed = (*passed).max(id);
+                state.since.get_or_insert_with(Instant::now);
+            }
+        }
+        out.into_iter().map(|(partition, _)| partition).collect()
+    }
+
+    /// What is remembered, for people.
+    pub(super) fn told(&self) -> Option<Standstill> {
+        let state = self.state();
+        let (first, error) = state.remembered.first()?;
+        let RowKey { id, destination, .. } = first.event.row.clone();
+        let first = First { id, destination, error: error.clone() };
+        Some(standstill::remembered(state.remembered.len(), &first))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is marked in its row.
+pub(super) async fn find(
+    connection: &mut PgConnection,
+    question: &Question<'_>,
+) -> Result<Vec<Standstill>, sqlx::Error> {
+    let partitions: Vec<i16> = (0..super::take::PARTITIONS).collect();
+    let rows = question.sql.query(KEPT).bind(partitions).bind(&question.bounds).fetch_all(connection).await?;
+    let Some(row) = rows.first() else { return Ok(Vec::new()) };
+    let first =
+        First { id: row.try_get("id")?, destination: row.try_get("destination")?, error: row.try_get("error")? };
+    Ok(vec![standstill::kept(rows.len(), &first)])
+}
+
+/// Whatever its place is by now.
+fn is_same(one: &RowKey, other: &RowKey) -> bool {
+    (one.partition, one.id, &one.destination) == (other.partition, other.id, &other.destination)
+}
