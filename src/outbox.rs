@@ -15,6 +15,7 @@ mod number;
 pub mod postgres;
 mod records;
 pub mod register;
+mod shape;
 pub mod sqlite;
 pub mod standstill;
 
@@ -130,6 +131,8 @@ pub struct CheckRequest<'a> {
     pub publish_timeout: Duration,
     /// What of the tables is used.
     pub usage: Usage,
+    /// How many batches are published at once, each on a connection of its own.
+    pub lanes: usize,
     /// What decides where events go.
     pub configuration: &'a Configuration,
 }

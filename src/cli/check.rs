@@ -38,7 +38,9 @@ pub(super) fn check(
             endpoints.push(destination.open(settings).await?);
         }
         let configuration = configuration(&endpoints, &router, settings.relay().unrouted);
-        let request = CheckRequest { destinations: &names, publish_timeout, usage, configuration: &configuration };
+        let lanes = settings.relay().lanes;
+        let request =
+            CheckRequest { destinations: &names, publish_timeout, usage, lanes, configuration: &configuration };
         let mut checks = database.check(request).await;
         for Endpoint { name, sink, .. } in endpoints {
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {

@@ -9,6 +9,9 @@ use crate::text::shown;
 /// The longest text of one cause, in characters.
 const MAX_CAUSE_CHARS: usize = 1000;
 
+/// A relay's connections besides those of its lanes: for what is rarely done, to be woken, and to look what stands still.
+pub(super) const CONNECTIONS_BESIDE: usize = 3;
+
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum OutboxError {
@@ -133,10 +136,23 @@ pub enum OutboxError {
         cure: String,
     },
     /// The relay's role lacks rights.
-    #[error("the role lacks: {missing}; deploy/sql/roles.sql has all the relay needs")]
+    #[error("the role lacks: {missing}; {advice}")]
     Privileges {
         /// Which, in words.
         missing: String,
+        /// What gives it them.
+        advice: String,
+    },
+    /// Fewer connections are allowed than the relay opens.
+    #[error(
+        "a relay with {lanes} lanes opens up to {} connections, and fewer are allowed: {limit}; or lower RELAY_LANES",
+        lanes + CONNECTIONS_BESIDE
+    )]
+    Connections {
+        /// How many lanes it has.
+        lanes: usize,
+        /// Who limits them, and the statement that raises the limit.
+        limit: String,
     },
     /// Row-level security applies to the relay's role.
     #[error("row-level security hides rows of {tables} from this role: {advice}")]

@@ -7,7 +7,7 @@
 //! - `settle`: what is written of a batch; `salvage`: and where that is refused; `kept`: what cannot even be
 //!   parked. `proof`: whether all of it can be written. `refusal`: what a refusal says, and its cure.
 //! - [`wake`]: sleeping until a producer commits.
-//! - `schema`, `home`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
+//! - `schema`, `home`, `shape`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
 //! - `formats`: events that this relay cannot read.
 //! - `triggers`: what must be there of them. `patience`: the locks of a migration.
 //! - `register`: the relays at work, by what configurations; `owed`: what is owed to destinations that are gone.
@@ -37,6 +37,7 @@ mod register;
 mod salvage;
 mod schema;
 mod settle;
+mod shape;
 mod sql;
 mod standstill;
 mod suspects;
@@ -182,6 +183,7 @@ impl PgOutbox {
     async fn look_at(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(connection)).await?;
         drop(schema::require_fit(connection).await?);
+        shape::require(connection, Sql { persistent: false, ..self.sql() }, self.config.usage).await?;
         check::require_all_rows(connection, Sql { persistent: false, ..self.sql() }).await?;
         triggers::require(connection, Sql { persistent: false, ..self.sql() }).await?;
         answered("commit", STATEMENT_TIMEOUT, self.commit_pooled(connection)).await?;
@@ -195,8 +197,8 @@ impl PgOutbox {
     ) -> Result<(Vec<Standstill>, bool), sqlx::Error> {
         let (sql, publish_timeout) = (Sql { persistent: false, ..self.sql() }, self.config.publish_timeout);
         let bounds = self.bounds.known().0.bounds_of(&(0..take::PARTITIONS).collect::<Vec<_>>());
-        let question =
-            Question { sql, destinations, publish_timeout, memory: &self.memory, bounds, aside: &self.aside_by_format };
+        let (memory, history, aside) = (&self.memory, self.config.usage.history, &*self.aside_by_format);
+        let question = Question { sql, destinations, publish_timeout, history, memory, bounds, aside };
         let (mut found, brief) = standstill::find(connection, &question).await?;
         found.extend(self.unrecorded.kept.told());
         Ok((found, brief))
@@ -204,12 +206,12 @@ impl PgOutbox {
 
     async fn look_for_standstills(&self, destinations: &[String]) -> Result<(Vec<Standstill>, bool), OutboxError> {
         let operation = "look for what stands still";
-        // The connection aside may itself be waiting for what is to be found.
-        if let Some(answer) = self
+        // The connection aside may itself be waiting for what is to be found, and so may one that is to take its place.
+        if let Some(Ok(answer)) = self
             .aside_unless_busy(operation, async |connection| self.find_standstills(connection, destinations).await)
             .await
         {
-            return answer;
+            return Ok(answer);
         }
         let mut connection = self.connect().await?;
         answered(operation, STATEMENT_TIMEOUT, self.find_standstills(&mut connection, destinations)).await
@@ -412,14 +414,17 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
     Some(match sqlstate.as_ref() {
         "28P01" | "28000" => "check user and password in DATABASE_URL, and pg_hba.conf",
         "3D000" => "create the database, or correct its name in DATABASE_URL",
-        "42501" => "grant what is missing: deploy/sql/roles.sql has all the relay needs",
+        "42501" => "grant what is missing: `relay check` names it, and deploy/sql/roles.sql has all the relay needs",
         "42P01" | "42703" | "42883" => {
             "run `relay migrate`; where the tables lie in another schema, set search_path in DATABASE_URL"
         }
         "25006" => "point DATABASE_URL at the primary",
-        "55P03" => "another session holds a lock on the table: `relay check` names it",
+        "55P03" => "another session holds a lock on one of the relay's tables or sequences: `relay check` names it",
         "57014" => "the server is slow or another session is in the way: `relay check` names who holds locks",
-        "53300" => "raise max_connections, or lower RELAY_LANES",
+        "53300" => {
+            "lower RELAY_LANES (a relay opens up to three connections more than it has lanes), or raise the limit: that of the role \
+             (alter role ... connection limit), of the database (alter database ... connection limit), or max_connections"
+        }
         "26000" | "42P05" => "a transaction-pooling proxy stands in front: set RELAY_DATABASE_POOLED=true",
         _ => return None,
     })

@@ -4,7 +4,7 @@
 //! - `proof`: whether the file records, and events that it does not take.
 //! - [`lane`]: claim and settle, the hot path; `traffic`: staying out of the application's way.
 //! - [`wake`]: sleeping until the application commits.
-//! - [`schema`]: migrations, and whether a file fits.
+//! - [`schema`], `shape`: migrations, and whether a file fits.
 //! - `register`: the relays that use the file, by what configurations.
 //! - `retention`: forgetting what is old, a little at a time.
 //! - `standstill`: what keeps events from moving.
@@ -25,6 +25,7 @@ mod retention;
 mod row;
 pub mod schema;
 mod settle;
+mod shape;
 mod standstill;
 mod suspects;
 mod traffic;

@@ -113,6 +113,9 @@ impl Sink for RedisStream {
         match self.redis.key_type(stream).await?.as_str() {
             "stream" | "none" => {
                 self.redis.probe(stream, &[&["XADD", "MAXLEN", "x", "*", "a", "b"]]).await?;
+                if self.redis.is_exhausted(stream).await {
+                    return Err(PublishError::new(Fault::Misconfigured, "ERR", exhausted(stream)));
+                }
                 if self.exactly_once {
                     self.redis.probe_states(stream).await?;
                 }
@@ -126,4 +129,12 @@ impl Sink for RedisStream {
             }
         }
     }
+}
+
+/// A stream whose last id is the greatest there is.
+fn exhausted(stream: &str) -> String {
+    format!(
+        "the stream {stream:?} has the greatest id there is, so Redis takes no entry more; set its last id to that of its last \
+         entry with a time (XSETID), or delete it (DEL), or choose another name by RELAY_REDIS_STREAM"
+    )
 }

@@ -5,11 +5,12 @@ use std::sync::atomic::AtomicBool;
 use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
+use crate::outbox::error::CONNECTIONS_BESIDE;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::{self, Question, TABLE_LOCKED};
 use crate::outbox::postgres::{
     ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, proof, register, schema,
-    triggers,
+    shape, triggers,
 };
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Memory;
@@ -42,7 +43,7 @@ const PRIVILEGES: [(&str, &str); 15] = [
     ),
     (
         "select on event_outbox_moves and on the sequence of event_outbox.id",
-        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_moves', 'select') and pg_catalog.has_sequence_privilege(pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id'), 'select')",
+        "select pg_catalog.has_sequence_privilege('{schema}.event_outbox_moves', 'select') and coalesce(pg_catalog.has_sequence_privilege(pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id'), 'select'), true)",
     ),
     (
         "select, insert, update and delete on event_relay_run",
@@ -90,8 +91,29 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     if push("database", server) | push("schema", transaction(&mut connection, schema::require_fit).await) {
         return checks;
     }
+    let look = async |connection: &mut PgConnection| {
+        let sql = sql(connection).await?;
+        shape::require(connection, sql, request.usage).await
+    };
+    if let Err(error) = transaction(&mut connection, look).await {
+        push("columns", Err(error));
+        return checks;
+    }
     if push("privileges", transaction(&mut connection, privileges).await) {
         return checks;
+    }
+    // A pooler has connections of its own.
+    if !pooled {
+        let limits = async |connection: &mut PgConnection| connections(connection, request.lanes).await;
+        match transaction(&mut connection, limits).await {
+            Ok(None) => {}
+            Ok(Some(limit)) => {
+                push("connections", Err(OutboxError::Connections { lanes: request.lanes, limit }));
+            }
+            Err(error) => {
+                push("connections", Err(error));
+            }
+        }
     }
     // Nothing is said of what is as it should be.
     let hidden = match transaction(&mut connection, all_rows).await {
@@ -120,8 +142,10 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
         }
     }
     let look = async |connection: &mut PgConnection| configurations(connection, request.configuration).await;
-    // What row-level security hides was told.
-    if !hidden {
+    let register_locked =
+        standing.iter().any(|found| found.cause == TABLE_LOCKED && found.about.starts_with("event_relay "));
+    // What row-level security hides was told, and so was who locks it.
+    if !hidden && !register_locked {
         push("configuration", transaction(&mut connection, look).await);
     }
     checks.extend(Check::standstills(standing));
@@ -196,13 +220,14 @@ async fn configurations(connection: &mut PgConnection, mine: &Configuration) -> 
 
 async fn standstills(
     connection: &mut PgConnection,
-    CheckRequest { destinations, publish_timeout, .. }: CheckRequest<'_>,
+    CheckRequest { destinations, publish_timeout, usage, .. }: CheckRequest<'_>,
 ) -> Result<Vec<Standstill>, OutboxError> {
     let memory = Memory::default();
     loop {
         let sql = transaction(connection, sql).await?;
         let (bounds, aside) = (vec![i64::MIN; 640], &AtomicBool::default());
-        let question = Question { sql, destinations, publish_timeout, memory: &memory, bounds, aside };
+        let history = usage.history;
+        let question = Question { sql, destinations, publish_timeout, history, memory: &memory, bounds, aside };
         let first = memory.is_empty();
         let (found, brief) =
             answered("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question)).await?;
@@ -246,7 +271,7 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
             "select pg_catalog.current_database(), pg_catalog.current_setting('server_version'), current_user::text,
                     pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
                     (select version from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid() and ssl),
-                    pg_catalog.inet_client_addr() is null",
+                    pg_catalog.inet_client_addr() is null, session_user::text",
         )
         .persistent(false)
         .fetch_one(connection)
@@ -257,6 +282,9 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
         return Err(read_only());
     }
     let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+    let login: String = row.get(6);
+    let acts =
+        if login == user { String::new() } else { format!(" (the login is {login}, its setting `role` is {user})") };
     let encryption = match (row.get::<Option<String>, _>(4), row.get(5)) {
         // It is the pooler's connection that the server knows.
         _ if pooled => "by way of a pooler".to_owned(),
@@ -264,7 +292,7 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
         (None, true) => "over a local socket".to_owned(),
         (None, false) => "not encrypted".to_owned(),
     };
-    Ok(format!("{database} on PostgreSQL {version} as {user}, {encryption}"))
+    Ok(format!("{database} on PostgreSQL {version} as {user}{acts}, {encryption}"))
 }
 
 /// The error of a database that takes no writes.
@@ -286,8 +314,62 @@ async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError
         }
     }
     if missing.is_empty() {
-        Ok("all granted".to_owned())
-    } else {
-        Err(OutboxError::Privileges { missing: missing.join("; ") })
+        return Ok("all granted".to_owned());
     }
+    let advice = answered("look at the memberships", STATEMENT_TIMEOUT, membership(connection, sql)).await?;
+    Err(OutboxError::Privileges { missing: missing.join("; "), advice })
+}
+
+/// A role that has the right to write to the tables, of which this one is a member without having its rights.
+const NOT_INHERITED: &str = "
+select pg_catalog.quote_ident(r.rolname::text), pg_catalog.quote_ident(m.rolname::text), m.rolinherit
+from pg_catalog.pg_roles r
+join pg_catalog.pg_roles m on m.rolname = current_user
+where r.oid <> m.oid and pg_catalog.pg_has_role(r.oid, 'member') and not pg_catalog.pg_has_role(r.oid, 'usage')
+  and pg_catalog.has_table_privilege(r.oid, '{schema}.event_outbox', 'delete')
+order by r.rolname = 'relay_worker'::name desc, r.rolname
+limit 1";
+
+/// What gives this role the rights that it lacks.
+async fn membership(connection: &mut PgConnection, sql: Sql) -> Result<String, sqlx::Error> {
+    let found: Option<(String, String, bool)> =
+        sql.query_as(NOT_INHERITED).persistent(false).fetch_optional(&mut *connection).await?;
+    if let Some((group, role, inherits)) = found {
+        let cure = if inherits { "" } else { "`alter role {role} inherit`, and where PostgreSQL is 16 or later " };
+        let cure = format!("{cure}`grant {group} to {role} with inherit true`").replace("{role}", &role);
+        return Ok(format!("it is a member of {group} and does not inherit its rights: {cure}"));
+    }
+    let query = "select pg_catalog.quote_ident(session_user::text), pg_catalog.quote_ident(current_user::text)";
+    let (login, role): (String, String) = sqlx::query_as(query).persistent(false).fetch_one(connection).await?;
+    let acts = if login == role {
+        String::new()
+    } else {
+        format!(
+            "; {login} acts as {role} here: grant it to {role}, or let {login} keep its own rights (`alter role {login} reset role`)"
+        )
+    };
+    Ok(format!("deploy/sql/roles.sql has all the relay needs{acts}"))
+}
+
+/// How many connections this role and this database may have, of which a relay with so many lanes needs [`CONNECTIONS_BESIDE`] more.
+async fn connections(connection: &mut PgConnection, lanes: usize) -> Result<Option<String>, OutboxError> {
+    let query = "
+        select pg_catalog.quote_ident(r.rolname::text), r.rolconnlimit, pg_catalog.quote_ident(d.datname::text), d.datconnlimit
+        from pg_catalog.pg_roles r cross join pg_catalog.pg_database d
+        where r.rolname = session_user and d.datname = pg_catalog.current_database() and not r.rolsuper";
+    let found: Option<(String, i32, String, i32)> =
+        answered("look at the limits of connections", STATEMENT_TIMEOUT, async {
+            sqlx::query_as(query).persistent(false).fetch_optional(connection).await
+        })
+        .await?;
+    let Some((role, of_role, database, of_database)) = found else { return Ok(None) };
+    let needed = lanes + CONNECTIONS_BESIDE;
+    let low = |limit: i32| usize::try_from(limit).is_ok_and(|limit| limit < needed);
+    Ok(match (low(of_role), low(of_database)) {
+        (true, _) => Some(format!("role {role} may have {of_role}: `alter role {role} connection limit {needed}`")),
+        (_, true) => Some(format!(
+            "database {database} may have {of_database}: `alter database {database} connection limit {needed}`"
+        )),
+        _ => None,
+    })
 }

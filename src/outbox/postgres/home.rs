@@ -141,6 +141,15 @@ impl Home {
     pub(super) fn require_ours(&self) -> Result<(), OutboxError> {
         let name = &self.name;
         let broken = |reason| Err(OutboxError::SchemaBroken { reason });
+        if !self.lacks.is_empty() && self.has_function("relay_schema_version()") {
+            let Self { identifier, lacks, .. } = self;
+            let first = &lacks[0];
+            return broken(format!(
+                "event_outbox in schema {name} has no longer {}: `alter table {identifier}.event_outbox rename column ... to {first}` \
+                 where somebody renamed it, or restore it from a backup",
+                list("the column", lacks)
+            ));
+        }
         if !self.lacks.is_empty() {
             return broken(format!(
                 "schema {name} has a table event_outbox that is not relay's, for it lacks {}: rename that table, or give relay a \

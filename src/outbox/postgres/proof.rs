@@ -4,6 +4,7 @@
 //! so may a constraint. So a relay writes all that settles write, of rows of its own, and takes it back: before its first claim,
 //! in `relay check`, and after a settle that failed.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use sqlx::Executor;
@@ -13,12 +14,13 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::event::{Event, Fault, PublishError, RowKey, Verdict};
+use crate::outbox::postgres::batch::{self, Which};
 use crate::outbox::postgres::salvage::CHECK_DEFERRED;
 use crate::outbox::postgres::settle::{Settle, Suppressed};
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, refusal, tid};
+use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, refusal, shape, tid};
 use crate::outbox::records::Records;
-use crate::outbox::{Delivery, OutboxError, Usage};
+use crate::outbox::{ClaimRequest, Delivery, OutboxError, Usage};
 use crate::text::shown;
 
 /// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
@@ -140,7 +142,7 @@ pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result
     match tried {
         Ok(tried) => Ok(tried.told()),
         Err(error) if is_missing_day(&error) => Ok(format!("{}: the relay adds that day at its start", words(&error))),
-        Err(error) if is_content(&error) => Err(unrecorded(connection, sql, error).await),
+        Err(error) if is_content(&error) => Err(unrecorded(connection, sql, usage, error).await),
         Err(error) => Err(query_failed("try what settles write", error)),
     }
 }
@@ -164,6 +166,9 @@ async fn try_all(
             (Tried::Refused(why), sql.query_as(ROWS).persistent(false).fetch_all(&mut *connection).await?)
         }
     };
+    // The events of others may be large.
+    let partitions = if tried == Tried::Inserted { rows.iter().map(|row| row.1).collect() } else { BTreeSet::new() };
+    read(connection, sql, &partitions.into_iter().collect::<Vec<_>>()).await?;
     let events: Vec<Event> = rows.into_iter().filter_map(event).collect();
     let verdicts = [
         vec![("proof", published())],
@@ -192,6 +197,18 @@ async fn try_all(
     Settle::proof(&mut *connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
     connection.execute(CHECK_DEFERRED).await?;
     Ok(tried)
+}
+
+/// Reads the first rows of these partitions as a claim does, in both ways.
+async fn read(connection: &mut PgConnection, sql: Sql, partitions: &[i16]) -> Result<(), sqlx::Error> {
+    let (max_bytes, max_payload) = (1 << 20, 1 << 20);
+    let request = ClaimRequest { max_events: 4, max_bytes, max_payload, destinations: &[] };
+    let (sql, bounds) = (Sql { persistent: false, ..sql }, vec![i64::MIN; partitions.len()]);
+    for mut large in [false, true] {
+        let (which, limits) = (Which::All { among_dead: true }, (4, 4));
+        drop(batch::read(connection, sql, &mut large, (partitions, &bounds), limits, request, which).await?);
+    }
+    Ok(())
 }
 
 fn published() -> Verdict {
@@ -230,7 +247,18 @@ pub(super) async fn additions(connection: &mut PgConnection, sql: Sql) -> Result
 }
 
 /// The error of a database that does not record, with the names of those who may be why.
-pub(super) async fn unrecorded(connection: &mut PgConnection, sql: Sql, error: sqlx::Error) -> OutboxError {
+pub(super) async fn unrecorded(
+    connection: &mut PgConnection,
+    sql: Sql,
+    usage: Usage,
+    error: sqlx::Error,
+) -> OutboxError {
+    if is_of_types(&error) {
+        let changes = shape::changes(connection, sql, usage, true).await.unwrap_or_default();
+        if !changes.is_empty() {
+            return OutboxError::SchemaBroken { reason: format!("{}; {}", words(&error), changes.join("; ")) };
+        }
+    }
     let cure = match refusal::cure(&error) {
         None => refusal::cure_of_publication(connection, sql, &error).await,
         cure => cure,
@@ -305,7 +333,14 @@ pub(super) fn is_content(error: &sqlx::Error) -> bool {
         "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
         code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),
     };
-    suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
+    let decodes = matches!(error, sqlx::Error::ColumnDecode { .. });
+    decodes || suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
+}
+
+/// Whether it may come from a column of another type, or of another name.
+fn is_of_types(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::ColumnDecode { .. })
+        || sqlstate(error).is_some_and(|code| code.starts_with("42") || code == "22P02")
 }
 
 /// Whether a table that is kept by day has none for now.

@@ -143,7 +143,9 @@ impl PgOutbox {
                 }
                 Ok(())
             }
-            Err(error) if is_content(&error) => Err(proof::unrecorded(connection, self.sql(), error).await),
+            Err(error) if is_content(&error) => {
+                Err(proof::unrecorded(connection, self.sql(), self.config.usage, error).await)
+            }
             Err(error) => Err(query_failed("prove that the database takes writes", error)),
         }
     }
@@ -226,7 +228,7 @@ impl PgOutbox {
                 answered("settle", STATEMENT_TIMEOUT, connection.execute(end)).await?;
                 match not_made {
                     Some(not_made) => Err(proof::no_day(&error, &not_made)),
-                    None => Err(proof::unrecorded(connection, self.sql(), error).await),
+                    None => Err(proof::unrecorded(connection, self.sql(), self.config.usage, error).await),
                 }
             }
         }

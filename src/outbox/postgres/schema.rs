@@ -15,10 +15,19 @@ use crate::outbox::{OutboxError, SchemaVersion};
 pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let Some(home) = Home::find(connection).await? else {
         let schemas = schemas(connection).await?;
-        return Err(if schemas.is_empty() {
+        // The functions are here, and the table is not.
+        if let Some((name, _)) = schemas.iter().find(|(_, on_path)| *on_path) {
+            let reason = format!(
+                "schema {name} has relay's functions and no table event_outbox: `alter table ... rename to event_outbox` where \
+                 somebody renamed it, `alter table ... set schema` where it was moved, or restore it from a backup"
+            );
+            return Err(OutboxError::SchemaBroken { reason });
+        }
+        let names: Vec<String> = schemas.into_iter().map(|(name, _)| name).collect();
+        return Err(if names.is_empty() {
             OutboxError::SchemaTooOld { found: 0, needed: SCHEMA_VERSION }
         } else {
-            OutboxError::SchemaElsewhere { schemas: schemas.join(", ") }
+            OutboxError::SchemaElsewhere { schemas: names.join(", ") }
         });
     };
     home.require_ours()?;
@@ -41,11 +50,11 @@ pub(super) async fn version(connection: &mut PgConnection, home: &Home) -> Resul
     Ok(SchemaVersion { found, needs })
 }
 
-/// The schemas that have our tables, on the search path and open to this role or not.
-async fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, OutboxError> {
+/// The schemas that have our functions, and whether each is on the search path and open to this role.
+async fn schemas(connection: &mut PgConnection) -> Result<Vec<(String, bool)>, OutboxError> {
     answered("look for the schema", STATEMENT_TIMEOUT, async {
-        sqlx::query_scalar(
-            "select n.nspname::text
+        sqlx::query_as(
+            "select n.nspname::text, n.nspname = any (pg_catalog.current_schemas(true))
              from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
              where p.proname = 'relay_schema_version'::name order by 1",
         )

@@ -24,6 +24,8 @@ pub(super) struct Question<'a> {
     pub(super) destinations: &'a [String],
     /// How long one publish call may take: so long, and a little more, another relay may hold its claim.
     pub(super) publish_timeout: Duration,
+    /// Whether published events are copied to `event_history`; else a lock there is nobody's trouble.
+    pub(super) history: bool,
     /// What was seen before.
     pub(super) memory: &'a Memory,
     /// For each partition, the id above which it may have pending events.
@@ -176,24 +178,38 @@ impl Session {
     }
 }
 
-/// Our tables with their days. Conflicts with a claim (`AccessExclusiveLock`) or with a settle (the others); one that waits
-/// itself blocks all that come after it.
+/// Our tables with their days, and our sequences. Conflicts with a claim (`AccessExclusiveLock`) or with a settle (the others);
+/// one that waits itself blocks all that come after it. The sequence of the ids may be the table's own or the application's.
 const TABLE_LOCKS: &str = "
-with ours as (
-    select t.oid, t.relname from pg_catalog.pg_class o
-    join pg_catalog.pg_class t on t.relnamespace = o.relnamespace and t.relkind in ('r', 'p')
-     and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history')
+with outbox as (
+    select o.oid, o.relnamespace, a.attnum from pg_catalog.pg_class o
+    left join pg_catalog.pg_attribute a on a.attrelid = o.oid and a.attname = 'id'::name
     where o.oid = '{schema}.event_outbox'::regclass::oid
-), tables as (
-    select oid, relname from ours
+), ours as (
+    select t.oid, t.relname, t.relname::text as part from outbox o
+    join pg_catalog.pg_class t on t.relnamespace = o.relnamespace and t.relkind in ('r', 'p', 'S')
+     and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history', 'event_relay',
+                       'event_relay_run', 'event_crash_suspect', 'event_outbox_epoch', 'event_outbox_moves',
+                       'event_relay_changes')
     union all
-    select i.inhrelid, o.relname from ours o join pg_catalog.pg_inherits i on i.inhparent = o.oid
+    select s.oid, s.relname, 'ids' from pg_catalog.pg_class s where s.relkind = 'S' and s.oid in (
+        select d.objid from outbox o join pg_catalog.pg_depend d on d.refobjid = o.oid and d.refobjsubid = o.attnum::int
+        where d.classid = 'pg_catalog.pg_class'::regclass::oid and d.refclassid = 'pg_catalog.pg_class'::regclass::oid
+        union all
+        select d.refobjid from outbox o join pg_catalog.pg_attrdef f on f.adrelid = o.oid and f.adnum = o.attnum
+        join pg_catalog.pg_depend d on d.objid = f.oid
+        where d.classid = 'pg_catalog.pg_attrdef'::regclass::oid and d.refclassid = 'pg_catalog.pg_class'::regclass::oid
+    )
+), tables as (
+    select oid, relname, part from ours
+    union all
+    select i.inhrelid, o.relname, o.part from ours o join pg_catalog.pg_inherits i on i.inhparent = o.oid
 )
 select distinct on (l.pid, l.virtualtransaction, t.relname)
     l.pid, l.virtualtransaction as transaction, a.application_name as application, a.usename::text as role, a.state,
     pg_catalog.to_char(a.xact_start at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SSZ') as since,
     extract(epoch from pg_catalog.clock_timestamp() - a.xact_start)::float8 as seconds,
-    t.relname::text as relation, l.mode, l.granted,
+    t.relname::text as relation, t.part, l.mode, l.granted,
     case when l.granted then '{}' else pg_catalog.pg_blocking_pids(l.pid) end as behind
 from pg_catalog.pg_locks l
 join tables t on t.oid = l.relation
@@ -202,14 +218,31 @@ where l.locktype = 'relation'
   and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = pg_catalog.current_database())
   and l.mode in ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
   and l.pid is distinct from pg_catalog.pg_backend_pid()
+  and ($1 or t.part <> 'event_history')
 order by l.pid, l.virtualtransaction, t.relname, l.granted desc, l.mode";
 
+/// What waits while this table or sequence is locked.
+fn waits(part: &str) -> &'static str {
+    match part {
+        "event_dead_letter" => {
+            "what is to be dead-lettered waits until it ends, with all that is settled with it, and no relay starts"
+        }
+        "event_relay" => "no relay starts until it ends, and relays at work do not learn of others",
+        "event_relay_changes" | "event_relay_run" => "no relay starts until it ends",
+        "event_crash_suspect" => "no relay starts until it ends, and events that are tried after a crash wait",
+        "event_outbox_moves" => "what is delayed, tried again or redriven waits until it ends, and no relay starts",
+        "ids" => "nobody can insert an event until it ends",
+        _ => "events wait until it ends",
+    }
+}
+
 async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
-    let rows = question.sql.query(TABLE_LOCKS).fetch_all(connection).await?;
+    let rows = question.sql.query(TABLE_LOCKS).bind(question.history).fetch_all(connection).await?;
     let mut found = Vec::new();
     for row in &rows {
         let session = Session::of(row)?;
         let (relation, mode): (&str, &str) = (row.try_get("relation")?, row.try_get("mode")?);
+        let waiting = waits(row.try_get("part")?);
         let behind: Vec<i32> = row.try_get("behind")?;
         let who = format!("{relation} {}", session.key());
         let seen = question.memory.seen(&(who.clone() + &session.transaction));
@@ -219,11 +252,11 @@ async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) ->
         }
         let name = session.name(seen);
         let text = if row.try_get("granted")? {
-            format!("{relation} is locked ({mode}) by {name}: events wait until it ends; {}", session.cure())
+            format!("{relation} is locked ({mode}) by {name}: {waiting}; {}", session.cure())
         } else {
             let behind: Vec<_> = behind.iter().map(ToString::to_string).collect();
             format!(
-                "{name} waits for a lock on {relation} ({mode}) behind pid {}, and all others wait behind it; {}",
+                "{name} waits for a lock on {relation} ({mode}) behind pid {}, and all others wait behind it: {waiting}; {}",
                 behind.join(", "),
                 session.cure()
             )

@@ -83,10 +83,26 @@ select pg_catalog.max((
 ))
 from scan where scan.partition is not null";
 
-/// The sequence of the ids, and the last that it gave.
+/// The sequence of the ids, and the last that it gave: that of the identity, or of the default where the application has one of
+/// its own. One that this role may not read is nobody's here.
 const SEQUENCE: &str = "
 select s.name, pg_catalog.pg_sequence_last_value(s.name::regclass)
-from (select pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id') as name) s";
+from (select coalesce(
+    pg_catalog.pg_get_serial_sequence('{schema}.event_outbox', 'id'),
+    (
+        select pg_catalog.format('%I.%I', n.nspname, c.relname)
+        from pg_catalog.pg_attribute a
+        join pg_catalog.pg_attrdef f on f.adrelid = a.attrelid and f.adnum = a.attnum
+        join pg_catalog.pg_depend d on d.objid = f.oid and d.classid = 'pg_catalog.pg_attrdef'::regclass::oid
+         and d.refclassid = 'pg_catalog.pg_class'::regclass::oid
+        join pg_catalog.pg_class c on c.oid = d.refobjid and c.relkind = 'S'
+        join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        where a.attrelid = '{schema}.event_outbox'::regclass::oid and a.attname = 'id'::name
+          and case when c.relkind = 'S' then pg_catalog.has_sequence_privilege(c.oid, 'select') else false end
+          and pg_catalog.has_schema_privilege(n.oid, 'usage')
+        limit 1
+    )
+) as name) s";
 
 /// Fails where rows have ids that the sequence is still to give, as after a logical copy, which copies no sequences.
 pub(super) async fn require_ids_ahead(connection: &mut PgConnection, sql: Sql) -> Result<String, OutboxError> {

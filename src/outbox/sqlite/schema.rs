@@ -11,7 +11,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
 use crate::outbox::sqlite::standstill::{self, Question};
-use crate::outbox::sqlite::{answered, open, open_or_create, owner, path, register};
+use crate::outbox::sqlite::{answered, open, open_or_create, owner, path, register, shape};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion, Standstill};
 use crate::secret::Secret;
@@ -51,6 +51,7 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
         let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {
             drop(version.fits(SCHEMA_VERSION)?);
             answered("migrate", connection.execute("rollback")).await?;
+            shape::require(&mut connection).await?;
             migrated.to = version.found;
             return Ok(migrated);
         };
@@ -62,7 +63,8 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
 
 /// Fails unless the file has a schema that this binary can work with; else says which.
 pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<String, OutboxError> {
-    version(connection).await?.fits(SCHEMA_VERSION)
+    let fit = version(connection).await?.fits(SCHEMA_VERSION)?;
+    shape::require(connection).await.map(|()| fit)
 }
 
 /// The schema's version, 0 where there is none.

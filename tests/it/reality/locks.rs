@@ -92,3 +92,65 @@ async fn f75_a_relay_that_is_killed_while_its_statement_waits_leaves_no_session_
     });
     futures_util::future::join_all(killed).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn f75_who_locks_a_small_table_or_a_sequence_is_named_with_what_waits() {
+    let database = database().await;
+    let locks = [
+        ("lock table event_relay in access exclusive mode", "event_relay", "no relay starts until it ends"),
+        ("lock table event_relay_run in access exclusive mode", "event_relay_run", "no relay starts until it ends"),
+        ("lock table event_crash_suspect in share mode", "event_crash_suspect", "no relay starts until it ends"),
+        ("alter sequence event_relay_changes increment 1", "event_relay_changes", "no relay starts until it ends"),
+        ("alter sequence event_outbox_epoch increment 1", "event_outbox_epoch", "events wait until it ends"),
+        ("alter sequence event_outbox_moves increment 1", "event_outbox_moves", "what is delayed, tried again"),
+        ("alter sequence event_outbox_id_seq increment 1", "event_outbox_id_seq", "nobody can insert an event"),
+    ];
+    emit(&mut database.connect().await, "waits", "").await;
+    let mut blockers = Vec::new();
+    for (lock, name, waits) in locks {
+        let mut blocker = database.connect().await;
+        sql(&mut blocker, format!("set application_name = 'who locks {name}'; begin; {lock}")).await;
+        let pid = sqlx::query_scalar::<_, i32>("select pg_backend_pid()").fetch_one(&mut blocker).await.unwrap();
+        blockers.push((blocker, name, waits, pid));
+    }
+    let once = finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(1);
+    assert!(once.stderr.contains("`relay check` names it"), "{}", once.stderr);
+    let mut relay = daemon(&database);
+    let check = finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).exited(1).stdout;
+    let failed = check.lines().filter(|line| line.starts_with("FAIL")).count();
+    assert_eq!(failed, locks.len(), "{check}");
+    for (_, name, waits, pid) in &blockers {
+        let is_named = |text: &str| {
+            text.lines().any(|line| {
+                line.contains(&format!("{name} is locked ("))
+                    && line.contains(&format!("pid {pid}, application "))
+                    && line.contains(waits)
+                    && line.contains(&format!("select pg_catalog.pg_terminate_backend({pid})"))
+            })
+        };
+        assert!(is_named(&check), "{name} in {check}");
+        tokio::task::block_in_place(|| relay.until_log(&format!("{name} is locked (")));
+        assert!(is_named(&relay.log()), "{name} in {}", relay.log());
+    }
+    drop(blockers);
+    let mut look = database.connect().await;
+    eventually("the event is published", async || count(&mut look, "event_outbox").await == 0).await;
+}
+
+#[tokio::test]
+async fn f75_a_lock_on_the_history_is_told_only_where_the_relay_keeps_one() {
+    let database = database().await;
+    emit(&mut database.connect().await, "goes", "").await;
+    let mut blocker = database.connect().await;
+    sql(&mut blocker, "begin; lock table event_history in access exclusive mode").await;
+    let history = ("EVENT_HISTORY_ENABLED", "true");
+    let told = finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT, history]).exited(1).stdout;
+    assert!(told.contains("event_history is locked (AccessExclusiveLock) by the session with pid"), "{told}");
+    check_is_well_and_once_publishes(&database).await;
+}
+
+async fn check_is_well_and_once_publishes(database: &Database) {
+    finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+    finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+    assert_eq!(count(&mut database.connect().await, "event_outbox").await, 0);
+}

@@ -2,8 +2,8 @@
 
 use crate::binary::{Running, cannot_work, finished, relay};
 use crate::harness::{column, count, eventually, sql};
-use crate::servers::{Server, database, database_on, empty_database};
-use crate::stores::Client;
+use crate::servers::{Server, database, database_on, empty_database, redis};
+use crate::stores::{Client, Sqlite, Store};
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
@@ -116,6 +116,125 @@ async fn f76_a_migration_that_may_not_create_is_told_what_it_needs() {
         format!("ok    create rights: warning: in schema public may create objects besides its owner: {name}_other;");
     assert!(check.contains(&warning), "{check}");
     assert_eq!(connection.number("select count(*) from event_outbox").await, 0);
+}
+
+#[tokio::test]
+async fn f76_ids_of_the_applications_own_sequence_work_and_are_checked() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let variables = [("DATABASE_URL", database.url()), STDOUT];
+    // Whoever inserts gives the id.
+    sql(&mut connection, "alter table event_outbox alter column id drop identity").await;
+    sql(&mut connection, "insert into event_outbox (id, event_type) values (7, 'own')").await;
+    finished(&["check"], &variables).exited(0);
+    finished(&["--once"], &variables).exited(0);
+    assert_eq!(count(&mut connection, "event_outbox").await, 0);
+    sql(
+        &mut connection,
+        "create sequence \"own ids\"; alter table event_outbox alter column id set default nextval('\"own ids\"');
+         insert into event_outbox (event_type) values ('by default')",
+    )
+    .await;
+    finished(&["check"], &variables).exited(0);
+    sql(&mut connection, "insert into event_outbox (id, event_type) values (9, 'ahead')").await;
+    let told = finished(&["check"], &variables).exited(1).stdout;
+    let cure = "select pg_catalog.setval('public.\"own ids\"', 9)";
+    assert!(told.contains(cure), "{told}");
+    sql(&mut connection, cure).await;
+    finished(&["check"], &variables).exited(0);
+    finished(&["--once"], &variables).exited(0);
+    assert_eq!(count(&mut connection, "event_outbox").await, 0);
+}
+
+#[tokio::test]
+async fn f76_a_stream_with_the_greatest_id_is_told_with_the_cure() {
+    let (database, name) = (database().await, "set-ups:greatest");
+    let mut connection = crate::stream::connect(redis().url());
+    let id = "18446744073709551615-18446744073709551615";
+    redis::cmd("XADD").arg(name).arg(id).arg("a").arg("b").exec(&mut connection).unwrap();
+    let stream = ("RELAY_REDIS_STREAM", name);
+    let variables = [("DATABASE_URL", database.url()), ("REDIS_URL", redis().url()), stream];
+    let told = finished(&["check"], &variables).exited(1).stdout;
+    assert!(told.contains("has the greatest id there is") && told.contains("XSETID"), "{told}");
+    redis::cmd("DEL").arg(name).exec(&mut connection).unwrap();
+    finished(&["check"], &variables).exited(0);
+}
+
+#[tokio::test]
+async fn f67_a_column_that_was_renamed_or_has_another_type_is_told_with_the_statement_that_mends_it() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    for (change, said, cure) in [
+        (
+            "alter table event_outbox rename column source to src",
+            "event_outbox has no column source",
+            "alter table event_outbox rename column src to source",
+        ),
+        (
+            "alter table event_processing_log rename column error to trouble",
+            "event_processing_log has no column error",
+            "alter table event_processing_log rename column trouble to error",
+        ),
+        (
+            "alter table event_relay_run rename column begun_at to begun",
+            "event_relay_run has no column begun_at",
+            "alter table event_relay_run rename column begun to begun_at",
+        ),
+        (
+            "alter table event_outbox alter column payload type text",
+            "the column payload of event_outbox is of type text and was jsonb",
+            "alter table event_outbox alter column payload drop default, alter column payload type jsonb using payload::jsonb, \
+             alter column payload set default '{}'",
+        ),
+        (
+            "alter table event_outbox rename column event_type to type",
+            "has no longer the column event_type",
+            "alter table public.event_outbox rename column ... to event_type",
+        ),
+        (
+            "alter table event_outbox rename to eo",
+            "schema public has relay's functions and no table event_outbox",
+            "alter table ... rename to event_outbox",
+        ),
+    ] {
+        sql(&mut connection, change).await;
+        cannot_work(database.url(), &[said, cure]);
+        let undo = match cure.contains("...") {
+            false => cure.to_owned(),
+            true if change.contains(" rename to ") => "alter table eo rename to event_outbox".to_owned(),
+            true => "alter table event_outbox rename column type to event_type".to_owned(),
+        };
+        sql(&mut connection, undo).await;
+        finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+    }
+    sql(&mut connection, "select emit_event('goes')").await;
+    finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
+    assert_eq!(count(&mut connection, "event_outbox").await, 0);
+}
+
+#[tokio::test]
+async fn f67_a_table_or_a_column_of_a_file_that_was_renamed_is_told_with_the_statement_that_mends_it() {
+    let store = Sqlite::new().await;
+    let mut connection = store.connect().await;
+    for (change, said, cure) in [
+        (
+            "alter table event_outbox rename to eo",
+            "there is no table event_outbox",
+            "alter table eo rename to event_outbox",
+        ),
+        (
+            "alter table event_outbox rename column source to src",
+            "event_outbox has no column source",
+            "alter table event_outbox rename column src to source",
+        ),
+    ] {
+        connection.execute(change).await.unwrap();
+        cannot_work(store.url(), &[said, cure]);
+        let migrated = finished(&["migrate"], &[("DATABASE_URL", store.url())]).exited(1);
+        assert!(migrated.complaint().contains(cure), "{}", migrated.stderr);
+        connection.execute(cure).await.unwrap();
+        finished(&["check"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);
+    }
 }
 
 #[tokio::test]

@@ -173,8 +173,13 @@ pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
     let database = Database::new(Secret::inline(store.url()), false).unwrap();
     let configuration = Configuration::new(BTreeMap::new(), Vec::new());
     let publish_timeout = Duration::from_secs(30);
-    let request =
-        CheckRequest { destinations: &["a".to_owned()], publish_timeout, usage, configuration: &configuration };
+    let request = CheckRequest {
+        destinations: &["a".to_owned()],
+        publish_timeout,
+        usage,
+        lanes: 1,
+        configuration: &configuration,
+    };
     let checks = database.check(request).await;
     // The relay of the test has another configuration than this check.
     let others = checks.into_iter().filter(|check| check.subject != "configuration");

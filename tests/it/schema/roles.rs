@@ -299,3 +299,57 @@ async fn the_right_to_create_is_told_and_taken_away_where_that_is_asked_for() {
     assert!(!value::<bool>(&mut owner, may_create).await);
     assert!(!psql(&[]).contains("may create"), "nobody is left");
 }
+
+#[tokio::test]
+async fn f76_a_member_that_does_not_inherit_and_a_login_that_acts_as_another_role_are_told_the_cure() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let (_, name) = database.url().rsplit_once('/').unwrap();
+    let name = name.to_owned();
+    let url = login(&database, &mut owner, "relay_worker").await;
+    let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true")];
+    finished(&["check"], &variables).exited(0);
+    let role = format!("{name}_relay_worker");
+    sql(&mut owner, format!("alter role {role} noinherit")).await;
+    let later: bool = value(&mut owner, "select current_setting('server_version_num')::int >= 160000").await;
+    if later {
+        sql(&mut owner, format!("grant relay_worker to {role} with inherit false")).await;
+    }
+    let told = finished(&["check"], &variables).exited(1).stdout;
+    assert!(told.contains("is a member of relay_worker and does not inherit its rights"), "{told}");
+    let [cure, later_cure] =
+        [format!("alter role {role} inherit"), format!("grant relay_worker to {role} with inherit true")];
+    assert!(told.contains(&cure) && told.contains(&later_cure), "{told}");
+    let once = finished(&["--once"], &variables).exited(1).stderr;
+    assert!(once.contains("`relay check` names it"), "{once}");
+    sql(&mut owner, if later { later_cure } else { cure }).await;
+    finished(&["check"], &variables).exited(0);
+
+    sql(
+        &mut owner,
+        format!("create role {name}_other; grant {name}_other to {role}; alter role {role} set role = {name}_other"),
+    )
+    .await;
+    let told = finished(&["check"], &variables).exited(1).stdout;
+    assert!(told.contains(&format!("alter role {role} reset role")), "{told}");
+    assert!(told.contains(&format!("(the login is {role}, its setting `role` is {name}_other)")), "{told}");
+    sql(&mut owner, format!("alter role {role} reset role")).await;
+    finished(&["check"], &variables).exited(0);
+}
+
+#[tokio::test]
+async fn f76_a_limit_of_connections_below_what_a_relay_opens_is_told_with_the_cure() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let url = login(&database, &mut owner, "relay_worker").await;
+    let role = format!("{}_relay_worker", database.url().rsplit_once('/').unwrap().1);
+    let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true"), ("RELAY_LANES", "2")];
+    sql(&mut owner, format!("alter role {role} connection limit 4")).await;
+    let told = finished(&["check"], &variables).exited(1).stdout;
+    let cure = format!("alter role {role} connection limit 5");
+    assert!(told.contains(&cure), "{told}");
+    sql(&mut owner, cure).await;
+    finished(&["check"], &variables).exited(0);
+    sql(&mut owner, "select emit_event('fine', aggregate_id => n::text) from generate_series(1, 2000) n").await;
+    finished(&["--once"], &variables).exited(0);
+}

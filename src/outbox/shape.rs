@@ -1,0 +1,93 @@
+//! What has become of the columns of our tables, in words: somebody may have renamed one, or changed its type.
+
+/// A column that is there: its table, its name, and its type where that matters.
+pub(super) type Column = (String, String, String);
+
+/// What is otherwise than in `expected`, which has each table with its columns and their types, `name type, name type`.
+/// `types`: a type that differs is told, too; most work all the same. Each with the statement that mends it.
+pub(super) fn differences(expected: &[(&str, &str)], columns: &[Column], types: bool) -> Vec<String> {
+    let mut told = Vec::new();
+    for (table, wanted) in expected {
+        let there: Vec<&Column> = columns.iter().filter(|(of, ..)| of == table).collect();
+        let wanted: Vec<(&str, &str)> =
+            wanted.split(", ").map(|column| column.split_once(' ').unwrap_or((column, ""))).collect();
+        let strangers: Vec<&str> = there
+            .iter()
+            .filter(|(_, name, _)| !wanted.iter().any(|(wanted, _)| wanted == name))
+            .map(|(_, name, _)| name.as_str())
+            .collect();
+        for (name, wanted) in &wanted {
+            match there.iter().find(|(_, there, _)| there == name) {
+                None => told.push(missing(table, name, &strangers)),
+                Some((.., found)) if types && found != wanted => {
+                    // Its default is of the other type, too, and PostgreSQL does not take it along.
+                    let (drop, set) = if *table == "event_outbox" && *wanted == "jsonb" {
+                        (
+                            format!("alter column {name} drop default, "),
+                            format!(", alter column {name} set default '{{}}'"),
+                        )
+                    } else {
+                        (String::new(), String::new())
+                    };
+                    told.push(format!(
+                        "the column {name} of {table} is of type {found} and was {wanted}: alter table {table} {drop}alter column \
+                         {name} type {wanted} using {name}::{wanted}{set}"
+                    ));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    told
+}
+
+fn missing(table: &str, name: &str, strangers: &[&str]) -> String {
+    let cure = match strangers {
+        [] => "restore it from a backup of the schema".to_owned(),
+        [stranger] => {
+            format!("if it is {stranger} now: alter table {table} rename column {} to {name}", quoted(stranger))
+        }
+        _ => format!("if it is one of {} now: alter table {table} rename column ... to {name}", strangers.join(", ")),
+    };
+    format!("{table} has no column {name}; {cure}")
+}
+
+/// A name in SQL.
+pub(super) fn quoted(name: &str) -> String {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    if !name.is_empty() && name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit()) {
+        name.to_owned()
+    } else {
+        format!("\"{}\"", name.replace('"', "\"\""))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn columns(all: &[(&str, &str)]) -> Vec<Column> {
+        all.iter().map(|(name, kind)| ("t".to_owned(), (*name).to_owned(), (*kind).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_differs_is_told_with_the_statement_that_mends_it() {
+        let expected = [("t", "a text, b jsonb")];
+        assert!(differences(&expected, &columns(&[("a", "text"), ("b", "jsonb"), ("c", "text")]), true).is_empty());
+        let renamed = columns(&[("A", "text"), ("b", "text")]);
+        assert_eq!(
+            differences(&expected, &renamed, false),
+            ["t has no column a; if it is A now: alter table t rename column \"A\" to a"]
+        );
+        assert_eq!(
+            differences(&expected, &renamed, true)[1],
+            "the column b of t is of type text and was jsonb: alter table t alter column b type jsonb using b::jsonb"
+        );
+        assert_eq!(
+            differences(&expected, &columns(&[("b", "jsonb")]), true),
+            ["t has no column a; restore it from a backup of the schema"]
+        );
+        let several = differences(&expected, &columns(&[("b", "jsonb"), ("c", "text"), ("d", "text")]), true);
+        assert_eq!(several, ["t has no column a; if it is one of c, d now: alter table t rename column ... to a"]);
+    }
+}
