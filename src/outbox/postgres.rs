@@ -422,8 +422,8 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
         "55P03" => "another session holds a lock on one of the relay's tables or sequences: `relay check` names it",
         "57014" => "the server is slow or another session is in the way: `relay check` names who holds locks",
         "53300" => {
-            "lower RELAY_LANES (a relay opens up to three connections more than it has lanes), or raise the limit: that of the role \
-             (alter role ... connection limit), of the database (alter database ... connection limit), or max_connections"
+            "raise max_connections, or lower RELAY_LANES: a relay opens up to three connections more than it has lanes; a role and a \
+             database may have a lower limit (alter role ... connection limit, alter database ... connection limit)"
         }
         "26000" | "42P05" => "a transaction-pooling proxy stands in front: set RELAY_DATABASE_POOLED=true",
         _ => return None,
