@@ -15,9 +15,20 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// `relay` with these arguments and, besides `PATH`, these variables only.
 pub(crate) fn relay(args: &[&str], variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
+    if ignores_sighup() {
+        command = Command::new("env");
+        command.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_relay")]);
+    }
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.args(args).envs(variables.iter().copied()).stdin(Stdio::null());
     command
+}
+
+/// Whether these tests were started by `nohup` or the like, whose children ignore SIGHUP too.
+fn ignores_sighup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    u64::from_str_radix(ignored.trim(), 16).unwrap() & 1 == 1
 }
 
 /// Runs `relay` to its end; see [`relay`].

@@ -26,7 +26,7 @@ const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 fn relay_after(setup: &str, args: &[&str], variables: &[(&str, &str)]) -> Command {
     let relay = relay(args, variables);
     let mut shell = Command::new("sh");
-    shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).arg(relay.get_program()).args(relay.get_args());
+    shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).arg(env!("CARGO_BIN_EXE_relay")).args(args);
     shell.env_clear().envs(relay.get_envs().filter_map(|(name, value)| Some((name, value?))));
     shell.stdin(Stdio::null());
     shell
