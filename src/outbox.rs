@@ -52,6 +52,23 @@ pub struct OutboxConfig {
     pub worker: String,
 }
 
+impl OutboxConfig {
+    /// The store at `url`, with the settings that hold by default, for one destination.
+    pub fn new(url: Secret) -> Self {
+        const DAY: Duration = Duration::from_secs(86_400);
+        Self {
+            url,
+            pooled: false,
+            publish_timeout: Duration::from_secs(30),
+            log_retention: 7 * DAY,
+            history_retention: 30 * DAY,
+            usage: Usage::default(),
+            ghost_barrier: false,
+            worker: format!("{}:{}", gethostname::gethostname().to_string_lossy(), std::process::id()),
+        }
+    }
+}
+
 /// What of the tables a relay uses, by its configuration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Usage {

@@ -67,7 +67,7 @@ const CONFIGURATIONS: &str = "configurations_differ";
 const ATTEND_AGAIN: Duration = Duration::from_secs(1);
 
 /// How the engine works; see the README for the defaults.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RelayConfig {
     /// Loops, each on a connection of its own.
     pub lanes: usize,
@@ -85,8 +85,23 @@ pub struct RelayConfig {
     pub shutdown_timeout: Duration,
 }
 
+/// As the settings are by default.
+impl Default for RelayConfig {
+    fn default() -> Self {
+        Self {
+            lanes: 3,
+            batch_events: 1000,
+            batch_bytes: 4 << 20,
+            max_payload: 1 << 20,
+            polling_interval: Duration::from_secs(5),
+            unrouted: Unrouted::DeadLetter,
+            shutdown_timeout: Duration::from_secs(40),
+        }
+    }
+}
+
 /// When a destination is given up, tried again and paused.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
     /// How long one publish call may take.
     pub timeout: Duration,
@@ -94,6 +109,17 @@ pub struct Policy {
     pub retry: RetryPolicy,
     /// When the destination is paused.
     pub breaker: BreakerPolicy,
+}
+
+/// As the settings are by default.
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            retry: RetryPolicy { max_retries: 3, base: Duration::from_secs(1), exponential: true, jitter: true },
+            breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_secs(30) },
+        }
+    }
 }
 
 /// A destination for the engine.

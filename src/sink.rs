@@ -2,12 +2,14 @@
 //!
 //! - [`cloudevent`]: what consumers receive, in JSON and as fields.
 //! - [`rounds`]: splitting a batch into requests without letting a key overtake itself.
+//! - [`handler`](fn@handler): a function of the application.
 //! - [`spec`]: the list of the kinds, and how each is configured.
 //! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
 
 pub mod cloudevent;
 pub mod eventbridge;
 pub mod file;
+mod handler;
 pub mod redis;
 pub mod redis_pubsub;
 pub mod redis_stream;
@@ -20,6 +22,8 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
+
+pub use handler::{HandlerError, handler};
 
 use crate::event::{ClaimId, Event, Outcome, PublishError, RenewedClaim, SentBefore};
 

@@ -38,14 +38,13 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Err(ConfigError::Contradiction(reason).into());
     }
     let outbox = OutboxConfig {
-        url: database.url().clone(),
         pooled: settings.database_pooled,
         publish_timeout: longest_timeout(&destinations),
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
         usage: Usage { several_destinations: destinations.len() > 1, history: settings.history },
         ghost_barrier: settings.ghost_barrier,
-        worker: worker(),
+        ..OutboxConfig::new(database.url().clone())
     };
     let names: Vec<&str> = destinations.iter().map(|destination| destination.name.as_str()).collect();
     tracing::info!(
@@ -192,9 +191,4 @@ fn status(readiness: &Readiness, standstills: &[Standstill]) -> String {
     let mut status = status.replace('\n', " ");
     status.truncate(status.floor_char_boundary(LONGEST));
     status
-}
-
-/// Who writes the processing log: host name and process id.
-fn worker() -> String {
-    format!("{}:{}", gethostname::gethostname().to_string_lossy(), std::process::id())
 }

@@ -310,7 +310,7 @@ impl Settings {
 #[derive(Parser)]
 struct Names {
     #[command(flatten)]
-    _settings: Settings,
+    settings: Settings,
 }
 
 /// The variable of the setting with this id.
@@ -355,6 +355,13 @@ fn port(text: &str) -> Result<u16, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_defaults_of_the_library_are_those_of_the_program() {
+        let names = Names::parse_from(["relay"]);
+        assert_eq!(names.settings.relay(), RelayConfig::default());
+        assert_eq!(names.settings.policy(), Policy::default());
+    }
 
     #[test]
     fn a_service_link_of_kubernetes_is_explained() {

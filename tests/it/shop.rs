@@ -47,3 +47,24 @@ async fn the_embedded_shop_emits_what_it_commits_and_nothing_else() {
         ["order.created 1 ada", "order.created 2 grace", "order.created 3 ada", "order.paid 1"]
     );
 }
+
+#[tokio::test]
+async fn handlers_of_the_application_take_all_events_in_the_order_of_their_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("app.db");
+    let output = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--locked", "--example", "handlers"])
+        .arg(&file)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (last, handled) = text.trim_end().rsplit_once('\n').unwrap();
+    assert_eq!(last, "done: 8 handled, 2 tried again, 0 dead letters");
+    for name in ["mail", "stock"] {
+        let of = |order: &str| handled.lines().position(|line| line == format!("{name}: order {order}")).unwrap();
+        assert!(of("1") < of("3") && of("2") < of("4"), "{handled}");
+    }
+    assert_eq!(handled.lines().count(), 8);
+}

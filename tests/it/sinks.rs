@@ -15,7 +15,7 @@ use crate::support::{
     assert_all_delivered, assert_all_failed, event, is_uncharged, keyed, publish, publish_until,
     publish_until_delivered,
 };
-use places::{BusPlace, ChannelPlace, FilePlace, PagePlace, StreamPlace, StubPlace};
+use places::{BusPlace, ChannelPlace, FilePlace, HandlerPlace, PagePlace, StreamPlace, StubPlace};
 
 /// A destination and its sink, and what has arrived there.
 trait Place {
@@ -271,6 +271,11 @@ contract!(eventbridge_stub, StubPlace:
     payloads_arrive_byte_for_byte
     an_event_over_the_limit_is_refused_alone);
 contract!(file, FilePlace:
+    a_thousand_events_of_one_key_arrive_in_order
+    payloads_arrive_byte_for_byte
+    nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back);
+
+contract!(handler, HandlerPlace:
     a_thousand_events_of_one_key_arrive_in_order
     payloads_arrive_byte_for_byte
     nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back);

@@ -13,7 +13,7 @@ use outbox_relay::sink::redis::RedisAddress;
 use outbox_relay::sink::redis_pubsub::RedisPubSub;
 use outbox_relay::sink::redis_stream::RedisStream;
 use outbox_relay::sink::stdout::StdoutSink;
-use outbox_relay::sink::{Format, Sink};
+use outbox_relay::sink::{Format, HandlerError, Sink, cloudevent, handler};
 use tokio::io::AsyncWrite;
 
 use super::{Arrival, Limited, Mortal, Place};
@@ -377,5 +377,59 @@ impl Mortal for FilePlace {
 
     async fn come_back(&mut self) {
         std::fs::rename(self.folder.path().join("away"), self.folder.path().join("events")).unwrap();
+    }
+}
+
+/// A function of the application, which writes down what it is given.
+pub(super) struct HandlerPlace {
+    state: Arc<Mutex<Handled>>,
+    sink: Box<dyn Sink>,
+}
+
+#[derive(Default)]
+struct Handled {
+    documents: Vec<Vec<u8>>,
+    down: bool,
+}
+
+impl Place for HandlerPlace {
+    async fn start() -> Self {
+        let state = Arc::new(Mutex::new(Handled::default()));
+        let shared = Arc::clone(&state);
+        let sink = handler(move |event| {
+            let state = Arc::clone(&shared);
+            async move {
+                let mut state = state.lock().unwrap();
+                if state.down {
+                    return Err(HandlerError::unavailable("the notebook is away"));
+                }
+                state.documents.push(cloudevent::json(&event, "outbox"));
+                Ok(())
+            }
+        });
+        Self { state, sink: Box::new(sink) }
+    }
+
+    fn sink(&self) -> &dyn Sink {
+        &*self.sink
+    }
+
+    fn arrived(&mut self) -> Vec<Arrival> {
+        let documents = std::mem::take(&mut self.state.lock().unwrap().documents);
+        documents.into_iter().map(|document| Arrival::parse(&String::from_utf8(document).unwrap())).collect()
+    }
+}
+
+impl Mortal for HandlerPlace {
+    async fn start_alone() -> Self {
+        Self::start().await
+    }
+
+    fn go_down(&mut self) {
+        self.state.lock().unwrap().down = true;
+    }
+
+    async fn come_back(&mut self) {
+        self.state.lock().unwrap().down = false;
     }
 }
