@@ -60,7 +60,7 @@ async fn handlers_of_the_application_take_all_events_in_the_order_of_their_keys(
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
-    let (last, handled) = text.trim_end().rsplit_once('\n').unwrap();
+    let (handled, last) = text.trim_end().rsplit_once('\n').unwrap();
     assert_eq!(last, "done: 8 handled, 2 tried again, 0 dead letters");
     for name in ["mail", "stock"] {
         let of = |order: &str| handled.lines().position(|line| line == format!("{name}: order {order}")).unwrap();
