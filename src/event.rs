@@ -154,6 +154,9 @@ pub struct PublishError {
     pub code: String,
     /// What a person reads; never holds the payload.
     pub message: String,
+    /// It says nothing about any event, whatever the destination took a moment before: it refused whoever asked, or nothing was
+    /// sent.
+    pub of_destination: bool,
 }
 
 impl PublishError {
@@ -167,7 +170,13 @@ impl PublishError {
     pub fn new(fault: Fault, code: impl Into<String>, message: impl AsRef<str>) -> Self {
         // A destination's text is not ours to trust.
         let code = shown(&code.into(), Self::MAX_CODE_CHARS);
-        Self { fault, code, message: shown(message.as_ref(), Self::MAX_MESSAGE_CHARS) }
+        Self { fault, code, message: shown(message.as_ref(), Self::MAX_MESSAGE_CHARS), of_destination: false }
+    }
+
+    /// The same, and no event has to do with it, as where a password is wrong.
+    #[must_use]
+    pub fn of_destination(self) -> Self {
+        Self { of_destination: true, ..self }
     }
 }
 

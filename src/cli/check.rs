@@ -11,6 +11,7 @@ use crate::config::ConfigError;
 use crate::config::destinations::{destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
+use crate::outbox::standstill::is_blocked_at;
 use crate::outbox::{Check, CheckRequest, Usage};
 use crate::relay::{Endpoint, configuration};
 use crate::text::shown;
@@ -49,6 +50,10 @@ pub(super) fn check(
                     Err(format!("no answer within {} s; is it up, and is its address right?", CHECK_TIMEOUT.as_secs()))
                 }
             };
+            // Then it takes no others, and its events are not to be done away with.
+            if result.is_err() {
+                checks.retain(|check| !matches!(&check.result, Err(text) if is_blocked_at(text, &name)));
+            }
             checks.push(Check { subject: format!("destination {name}"), result });
         }
         Ok::<_, ConfigError>(checks)

@@ -20,6 +20,11 @@ pub(super) fn over(column: &str, size: usize, max_payload: usize) -> PublishErro
     PublishError::new(Fault::Unfit, format!("{column}_too_large"), message)
 }
 
+/// The defect of a column that holds nothing, where somebody has dropped the constraint that it must.
+pub(super) fn missing(column: &str) -> PublishError {
+    PublishError::new(Fault::Unfit, format!("{column}_missing"), format!("the column {column} of the event is NULL"))
+}
+
 /// The headers of an event, as the JSON that the column holds; none for nothing.
 ///
 /// # Errors

@@ -54,6 +54,11 @@ pub(crate) const KEYS_BLOCKED: &str = "keys_blocked";
 /// The longest error of an event in the text of a standstill, in characters.
 const MAX_ERROR_CHARS: usize = 500;
 
+/// Whether this is the text of [`KEYS_BLOCKED`] about that destination.
+pub(crate) fn is_blocked_at(text: &str, destination: &str) -> bool {
+    text.starts_with(&format!("destination {destination} takes other events, and not these"))
+}
+
 /// The first of events that stand still together.
 pub(super) struct First {
     pub(super) id: i64,

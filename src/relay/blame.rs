@@ -104,6 +104,15 @@ impl Blame {
         let Some(&(_, first)) = failed.first() else {
             return Judgement { health: if answered { Health::Answered } else { Health::Silent }, blocked: Vec::new() };
         };
+        // A wrong password is no event's, however lately others were taken.
+        if let Some(&(_, error)) = failed.iter().find(|(_, error)| error.of_destination) {
+            let health = match error.fault {
+                Fault::Misconfigured => Health::Misconfigured(error),
+                _ if delivered => Health::Strained(error),
+                _ => Health::Failed(error),
+            };
+            return Judgement { health, blocked: Vec::new() };
+        }
         let refused = failed.iter().find(|(_, error)| error.fault == Fault::Misconfigured).map(|(_, error)| *error);
         let candidates: Vec<(usize, &PublishError, Candidate)> =
             failed.iter().map(|&(place, error)| (place, error, candidate(place))).collect();
@@ -293,6 +302,21 @@ mod tests {
         assert_eq!(place.call(3, 3, &[(102, failed(Fault::Misconfigured))]), ("misconfigured", vec![0]));
         assert_eq!(place.call(4, 4, &[(5, delivered())]).0, "answered");
         assert_eq!(place.call(5, 5, &[(102, failed(Fault::Misconfigured))]), ("silent", vec![0]));
+    }
+
+    #[test]
+    fn f64_what_concerns_no_event_is_the_destinations_fault_whatever_it_took_before() {
+        let mut place = Place::new();
+        for (fault, label) in [(Fault::Misconfigured, "misconfigured"), (Fault::Destination, "failed")] {
+            let refused = || Outcome::Failed(PublishError::new(fault, "CODE", "").of_destination());
+            for second in 0..9 {
+                assert_eq!(place.call(second, second, &[(1, delivered())]).0, "answered");
+                // At the same moment, again, and of an event that was blocked before.
+                assert_eq!(place.call(second, second, &[(2, refused()), (102, refused())]), (label, vec![]));
+            }
+        }
+        let refused = Outcome::Failed(PublishError::new(Fault::Misconfigured, "CODE", "").of_destination());
+        assert_eq!(place.call(10, 10, &[(1, delivered()), (2, refused)]), ("misconfigured", vec![]));
     }
 
     #[test]

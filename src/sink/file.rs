@@ -203,7 +203,7 @@ impl FileConfig {
             | ErrorKind::InvalidInput => Fault::Misconfigured,
             _ => Fault::Destination,
         };
-        PublishError::new(fault, "file", format!("cannot {what} {}: {error}", self.path.display()))
+        PublishError::new(fault, "file", format!("cannot {what} {}: {error}", self.path.display())).of_destination()
     }
 }
 

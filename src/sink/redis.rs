@@ -129,7 +129,9 @@ impl Redis {
         }
         // Also the wait for a lane that is just connecting.
         let connected = tokio::time::timeout_at(deadline.into(), self.connection()).await;
-        let in_time = |_| Err(PublishError::new(Fault::Destination, "connect", "no connection to Redis in time"));
+        let in_time = |_| {
+            Err(PublishError::new(Fault::Destination, "connect", "no connection to Redis in time").of_destination())
+        };
         let (number, connection) = match connected.unwrap_or_else(in_time) {
             Ok(connected) => connected,
             Err(error) => return Published::of(vec![Outcome::Failed(error); events.len()]),

@@ -135,7 +135,9 @@ impl Sink for StdoutSink {
                     if error.kind() == io::ErrorKind::BrokenPipe {
                         self.gone.cancel();
                     }
-                    Outcome::Failed(PublishError::new(Fault::Misconfigured, "stdout", error.to_string()))
+                    Outcome::Failed(
+                        PublishError::new(Fault::Misconfigured, "stdout", error.to_string()).of_destination(),
+                    )
                 }
                 Err(_) => {
                     let message = "the reader of standard output did not take the lines in time";

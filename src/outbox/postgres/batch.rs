@@ -10,6 +10,7 @@ use futures_util::TryStreamExt;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Row, ValueRef};
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
 use crate::outbox::number::to_i64;
@@ -102,6 +103,7 @@ cross join lateral (
 /// - The text of a `jsonb` has at least a quarter of the bytes that it takes uncompressed (`[1, 1]` is such), and that at least
 ///   those that it takes compressed. So what is stored in over four times the limit is not looked into, and what takes over four
 ///   times the limit uncompressed is not printed. Headers are a map of texts, of which each byte prints as one to six.
+/// - A payload and headers that are NULL, which somebody has allowed, are named by `unfit` too.
 /// - After five seconds nothing more is measured: what is left is read by the next claim.
 const ROWS_WITHIN_BYTES: &str = "
 (
@@ -114,6 +116,8 @@ const ROWS_WITHIN_BYTES: &str = "
         end as size
         from (
             select c.*, case
+                when c.payload is null then 'payload missing'
+                when c.headers is null then 'headers missing'
                 when c.headers_bytes > {max_headers} then 'headers ' || c.headers_bytes::text
                 when pg_catalog.octet_length(c.source) > {max_text} then 'source ' || pg_catalog.octet_length(c.source)::text
                 when pg_catalog.octet_length(c.aggregate_type) > {max_text}
@@ -150,8 +154,8 @@ const ROWS_WITHIN_BYTES: &str = "
                         else pg_catalog.pg_column_size(s.headers operator(pg_catalog.#>) '{}'::text[])
                     end as headers_size
                     from (
-                        select t.place, e.*, pg_catalog.pg_column_size(e.payload) as payload_stored,
-                            pg_catalog.pg_column_size(e.headers) as headers_stored
+                        select t.place, e.*, coalesce(pg_catalog.pg_column_size(e.payload), 0) as payload_stored,
+                            coalesce(pg_catalog.pg_column_size(e.headers), 0) as headers_stored
                         from unnest($1::smallint[], $5::bigint[]) with ordinality t(partition, bound, place)
                         cross join lateral (
                             select ctid, *
@@ -257,7 +261,8 @@ pub(super) async fn read(
         let mut all_small = true;
         let mut rows = query(form(&READ_SMALL), small).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
-            all_small = all_small && to_usize(row.try_get(17)?) <= small;
+            // Of a NULL that somebody has allowed there is no size.
+            all_small = all_small && row.try_get::<Option<i32>, _>(17)?.is_some_and(|size| to_usize(size) <= small);
             if all_small {
                 batch.add(&row, request, false)?;
             }
@@ -369,7 +374,10 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
     }
     if within_bytes && let Some(over) = row.try_get::<Option<&str>, _>(21)? {
         let (column, bytes) = over.split_once(' ').unwrap_or((over, ""));
-        defect = Some(decode::over(column, bytes.parse().unwrap_or_default(), max_payload));
+        defect = Some(match bytes {
+            "missing" => decode::missing(column),
+            _ => decode::over(column, bytes.parse().unwrap_or_default(), max_payload),
+        });
     }
     let headers = decode::headers(jsonb_text(row, 10)?).unwrap_or_else(|error| {
         defect = Some(error);
@@ -391,9 +399,24 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
         }
         Ok::<_, sqlx::Error>(text)
     };
-    let (event_type, source) = (text(5)?.unwrap_or_default(), text(6)?.unwrap_or_default());
+    let (event_type, source) = (text(5)?, text(6)?);
     let (aggregate_type, aggregate_id, correlation_id, causation_id) = (text(7)?, text(8)?, text(11)?, text(12)?);
-    let attempts: i32 = row.try_get(15)?;
+    let (event_id, schema_version): (Option<Uuid>, Option<i32>) = (row.try_get(4)?, row.try_get(13)?);
+    let (attempts, due): (Option<i32>, Option<bool>) = (row.try_get(15)?, row.try_get(16)?);
+    let destination: Option<String> = row.try_get(3)?;
+    if defect.is_none() {
+        let columns = [
+            ("event_id", event_id.is_none()),
+            ("event_type", event_type.is_none()),
+            ("source", source.is_none()),
+            ("schema_version", schema_version.is_none()),
+            ("attempts", attempts.is_none()),
+            ("available_at", due.is_none()),
+            ("destination", destination.is_none()),
+        ];
+        defect = columns.into_iter().find(|(_, is_missing)| *is_missing).map(|(column, _)| decode::missing(column));
+    }
+    let attempts = attempts.unwrap_or_default();
     let remaining = |(destination, ms)| Behind { destination, remaining: Duration::from_millis(ms) };
     let claimed = Claimed {
         event: Event {
@@ -401,22 +424,22 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
                 locator: tid::to_locator(row.try_get(0)?).ok_or_else(|| sqlx::Error::Decode("not a ctid".into()))?,
                 partition: row.try_get(1)?,
                 id: row.try_get(2)?,
-                destination: row.try_get(3)?,
+                destination: destination.unwrap_or_default(),
             },
-            event_id: row.try_get(4)?,
-            event_type,
-            source,
+            event_id: event_id.unwrap_or_default(),
+            event_type: event_type.unwrap_or_default(),
+            source: source.unwrap_or_default(),
             aggregate_type,
             aggregate_id,
             payload: payload.to_vec(),
             headers,
             correlation_id,
             causation_id,
-            schema_version: row.try_get(13)?,
+            schema_version: schema_version.unwrap_or_default(),
             created_at: created_at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
             attempts: attempts.max(0),
         },
-        due: row.try_get(16)?,
+        due: due.unwrap_or(true),
         defect,
         blocked_before: attempts < 0,
         behind: behind.into_iter().map(remaining).collect(),

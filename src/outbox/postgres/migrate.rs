@@ -10,7 +10,7 @@ use crate::outbox::{Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 
 /// All migrations, the first with version 1. Never edited once released.
-const MIGRATIONS: [(&str, &str); 20] = [
+const MIGRATIONS: [(&str, &str); 21] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -31,6 +31,7 @@ const MIGRATIONS: [(&str, &str); 20] = [
     ("0018_several_configurations", include_str!("../../../migrations/postgres/0018_several_configurations.sql")),
     ("0019_owed", include_str!("../../../migrations/postgres/0019_owed.sql")),
     ("0020_redriven_formats", include_str!("../../../migrations/postgres/0020_redriven_formats.sql")),
+    ("0021_header_spaces", include_str!("../../../migrations/postgres/0021_header_spaces.sql")),
 ];
 
 /// The schema version this binary needs.

@@ -354,14 +354,17 @@ impl Written for DeadLetter<'_> {
         self.event
     }
 
+    /// A column that is NULL, where somebody has allowed that, must not keep the event out of the dead letters.
     async fn insert(settle: &mut Settle<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_dead_letter ({id}outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
                 headers, correlation_id, causation_id, schema_version, priority, created_at, destination, attempts,
                 error_code, error, first_failed_at, failed_at)
             {own}
-            select {value}o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload,
-                o.headers, o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, d.destination,
+            select {value}o.id, coalesce(o.event_id, '00000000-0000-0000-0000-000000000000'), coalesce(o.event_type, ''), coalesce(o.source, ''),
+                o.aggregate_type, o.aggregate_id, coalesce(o.payload, 'null'), coalesce(o.headers, '{}'), o.correlation_id,
+                o.causation_id, coalesce(o.schema_version, 1), coalesce(o.priority, 0::smallint),
+                coalesce(o.created_at, pg_catalog.statement_timestamp()), d.destination,
                 d.attempts, d.code, d.error, least(o.first_failed_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp()
             from unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::text[], $6::text[])
                 as d(tid, id, destination, attempts, code, error)

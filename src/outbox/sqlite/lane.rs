@@ -42,11 +42,11 @@ then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_
     case when octet_length(o.aggregate_id) <= ?5 then o.aggregate_id end,
     null, null, null, o.schema_version, o.created_at,
     case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
-    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(octet_length(o.payload),
-    octet_length(o.headers), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(ifnull(octet_length(o.payload), 0),
+    ifnull(octet_length(o.headers), 0), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
     octet_length(o.correlation_id), octet_length(o.causation_id)))
 else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
-    o.aggregate_id, nullif(o.headers, '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
+    o.aggregate_id, nullif(ifnull(o.headers, 'null'), '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
     case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
     o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
     json(case when o.aggregate_id is not null and (
@@ -66,7 +66,7 @@ else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_
             limit 1
         ))
         from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-    ) end), null) || o.payload end
+    ) end), null) || ifnull(o.payload, '') end
 from event_outbox o
 where o.partition < 640
 order by o.partition, o.id, o.destination
@@ -74,7 +74,8 @@ limit ?1";
 
 /// How many bytes the rows have that [`READ_BATCH`] reads.
 const SIZES: &str = "
-select octet_length(o.payload) + octet_length(o.headers) + octet_length(o.source) + ifnull(octet_length(o.aggregate_type), 0)
+select ifnull(octet_length(o.payload), 0) + ifnull(octet_length(o.headers), 0) + ifnull(octet_length(o.source), 0)
+    + ifnull(octet_length(o.aggregate_type), 0)
     + ifnull(octet_length(o.aggregate_id), 0) + ifnull(octet_length(o.correlation_id), 0)
     + ifnull(octet_length(o.causation_id), 0)
 from event_outbox o

@@ -16,21 +16,43 @@ struct Columns {
     row_id: i64,
     partition: i16,
     id: i64,
-    destination: String,
-    event_id: Uuid,
-    event_type: String,
-    source: String,
+    destination: Option<String>,
+    event_id: Option<Uuid>,
+    event_type: Option<String>,
+    source: Option<String>,
     aggregate_type: Option<String>,
     aggregate_id: Option<String>,
     headers: Option<String>,
     correlation_id: Option<String>,
     causation_id: Option<String>,
-    schema_version: i32,
-    created_at: String,
-    attempts: i32,
-    due: u8,
+    schema_version: Option<i32>,
+    created_at: Option<String>,
+    attempts: Option<i32>,
+    due: Option<u8>,
     behind: Option<BTreeMap<String, Option<i64>>>,
     sizes: Option<Sizes>,
+}
+
+/// What stands for headers that are NULL.
+const NO_HEADERS: &str = "null";
+
+impl Columns {
+    /// The first column that holds nothing, where somebody has made the table anew without its constraints.
+    fn missing(&self, payload: &[u8]) -> Option<&'static str> {
+        let columns = [
+            ("payload", payload.is_empty() && self.sizes.is_none()),
+            ("headers", self.headers.as_deref() == Some(NO_HEADERS)),
+            ("event_id", self.event_id.is_none()),
+            ("event_type", self.event_type.is_none()),
+            ("source", self.source.is_none()),
+            ("schema_version", self.schema_version.is_none()),
+            ("created_at", self.created_at.is_none()),
+            ("attempts", self.attempts.is_none()),
+            ("available_at", self.due.is_none()),
+            ("destination", self.destination.is_none()),
+        ];
+        columns.into_iter().find(|(_, is_missing)| *is_missing).map(|(column, _)| column)
+    }
 }
 
 /// How many bytes a row has that was not read: payload, headers, and its texts in the order of [`TEXTS`].
@@ -74,36 +96,44 @@ pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error
     if defect.is_none() && std::str::from_utf8(&payload).is_err() {
         defect = Some(not_utf8());
     }
+    let missing = columns.missing(&payload);
     let headers = decode::headers(columns.headers.as_ref().map(String::as_bytes)).unwrap_or_else(|error| {
         defect = Some(error);
         Vec::new()
     });
+    defect = missing.map(decode::missing).or(defect);
+    let attempts = columns.attempts.unwrap_or_default();
+    // A time that is missing is a defect; one that cannot be read is the schema's.
+    let created_at = match &columns.created_at {
+        Some(text) => {
+            time(text).ok_or_else(|| sqlx::Error::Decode("created_at is not as the schema demands it".into()))?
+        }
+        None => PrimitiveDateTime::MIN,
+    };
     let claimed = Claimed {
         event: Event {
             row: RowKey {
                 locator: columns.row_id,
                 partition: columns.partition,
                 id: columns.id,
-                destination: columns.destination,
+                destination: columns.destination.unwrap_or_default(),
             },
-            event_id: columns.event_id,
-            event_type: columns.event_type,
-            source: columns.source,
+            event_id: columns.event_id.unwrap_or_default(),
+            event_type: columns.event_type.unwrap_or_default(),
+            source: columns.source.unwrap_or_default(),
             aggregate_type: columns.aggregate_type,
             aggregate_id: columns.aggregate_id,
             payload,
             headers,
             correlation_id: columns.correlation_id,
             causation_id: columns.causation_id,
-            schema_version: columns.schema_version,
-            created_at: time(&columns.created_at)
-                .ok_or_else(|| sqlx::Error::Decode("created_at is not as the schema demands it".into()))?
-                .assume_utc(),
-            attempts: columns.attempts.max(0),
+            schema_version: columns.schema_version.unwrap_or_default(),
+            created_at: created_at.assume_utc(),
+            attempts: attempts.max(0),
         },
-        due: columns.due != 0,
+        due: columns.due != Some(0),
         defect,
-        blocked_before: columns.attempts < 0,
+        blocked_before: attempts < 0,
         behind: columns
             .behind
             .into_iter()

@@ -43,14 +43,16 @@ const BEGIN: &str = "begin immediate;";
 ///   head of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
 /// - What the first destination took, which is nearly all there is, comes as an object of row and message, which unfolds in
 ///   a third of the time that a list of lists takes.
+/// - A column that is NULL, where somebody has allowed that, keeps no event out of the dead letters.
 /// - A trigger may swallow what is written. Then a query fails with words that begin with [`SUPPRESSED`]: here, because to ask
 ///   from outside would take as long again. (With `changes()` in them, or SQLite would make them before it compares.)
 const RECORD: &str = "
 insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
     correlation_id, causation_id, schema_version, priority, created_at, destination, attempts, error_code, error,
     first_failed_at, failed_at)
-select o.id, o.event_id, o.event_type, o.source, o.aggregate_type, o.aggregate_id, o.payload, o.headers,
-    o.correlation_id, o.causation_id, o.schema_version, o.priority, o.created_at, e.value ->> 1, e.value ->> 2,
+select o.id, ifnull(o.event_id, '00000000-0000-0000-0000-000000000000'), ifnull(o.event_type, ''), ifnull(o.source, ''), o.aggregate_type, o.aggregate_id,
+    ifnull(o.payload, 'null'), ifnull(o.headers, '{}'), o.correlation_id, o.causation_id, ifnull(o.schema_version, 1),
+    ifnull(o.priority, 0), ifnull(o.created_at, strftime('%Y-%m-%d %H:%M:%f', 'now')), e.value ->> 1, e.value ->> 2,
     e.value ->> 3, e.value ->> 4,
     min(coalesce(o.first_failed_at, '9999'), strftime('%Y-%m-%d %H:%M:%f', 'now')), strftime('%Y-%m-%d %H:%M:%f', 'now')
 from json_each($1) e cross join event_outbox o on o.row_id = e.value ->> 0;
@@ -67,7 +69,8 @@ from json_each($2) e cross join event_outbox o on o.row_id = e.value ->> 0;
 
 insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
     duration_ms, worker, processed_at)
-select o.event_id, o.id, o.event_type, e.value ->> 1, e.value ->> 2, o.attempts + 1, e.value ->> 3, e.value ->> 4,
+select ifnull(o.event_id, '00000000-0000-0000-0000-000000000000'), o.id, ifnull(o.event_type, ''), e.value ->> 1, e.value ->> 2, ifnull(o.attempts, 0) + 1,
+    e.value ->> 3, e.value ->> 4,
     e.value ->> 5, $8, (select strftime('%Y-%m-%d %H:%M:%f', 'now'))
 from json_each($4) e cross join event_outbox o on o.row_id = e.value ->> 0;
 {insert on event_processing_log:$4:$14}

@@ -68,6 +68,23 @@ fn classify_refusal(status: u16, code: &str, message: &str) -> Fault {
     }
 }
 
+/// Whether AWS refused who asked, and not what was asked: the credentials, the signature, the clock, or the service itself.
+fn concerns_no_event(code: &str) -> bool {
+    const REFUSED: [&str; 10] = [
+        "ExpiredToken",
+        "IncompleteSignature",
+        "InvalidClientTokenId",
+        "InvalidSignature",
+        "MissingAuthenticationToken",
+        "RequestExpired",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "UnknownOperation",
+        "UnrecognizedClient",
+    ];
+    REFUSED.iter().any(|prefix| code.starts_with(prefix))
+}
+
 /// The error of a request that has no answers for its entries.
 pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkError<E, HttpResponse>) -> PublishError {
     match &error {
@@ -80,7 +97,9 @@ pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkEr
                 // What the SDK says about it quotes the body.
                 (Fault::Unknown, _) => unreadable_answer(),
                 (_, "") => PublishError::new(fault, format!("http_{status}"), message),
-                _ => PublishError::new(fault, code, message),
+                _ => {
+                    PublishError { of_destination: concerns_no_event(code), ..PublishError::new(fault, code, message) }
+                }
             }
         }
         SdkError::ResponseError(_) => unreadable_answer(),
@@ -100,7 +119,7 @@ fn of_dispatch(error: Option<&ConnectorError>) -> PublishError {
     match (error, client, credentials) {
         // Without a connection nothing was sent: a refusal, DNS, TLS, or the connect timeout.
         (_, Some(client), _) if client.is_connect() => {
-            PublishError::new(Fault::Destination, "connection_failed", chain(client))
+            PublishError::new(Fault::Destination, "connection_failed", chain(client)).of_destination()
         }
         (_, _, Some(credentials)) => no_credentials(credentials),
         (Some(error), None, None) if error.is_user() || error.is_other() => not_sent(),
@@ -121,7 +140,7 @@ fn no_credentials(error: &CredentialsError) -> PublishError {
             format!("the AWS credentials could not be loaded: {}", root.map(ToString::to_string).unwrap_or_default())
         }
     };
-    PublishError::new(Fault::Misconfigured, "no_credentials", message)
+    PublishError::new(Fault::Misconfigured, "no_credentials", message).of_destination()
 }
 
 /// The SDK gave up before it asked the HTTP client. Its text is not for us: on a bad endpoint, it quotes the request.
@@ -224,6 +243,12 @@ mod tests {
                 assert_eq!(classify_refusal(status, code, ""), fault, "{status} {code}");
             }
         }
+    }
+
+    #[test]
+    fn who_asks_is_refused_by_other_codes_than_what_is_asked() {
+        assert!(["ExpiredTokenException", "UnrecognizedClientException"].into_iter().all(concerns_no_event));
+        assert!(!["AccessDeniedException", "ResourceNotFoundException", ""].into_iter().any(concerns_no_event));
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Connection {
         }
         .map_err(|error| {
             let error = connect_error(error);
-            PublishError::new(error.fault, error.code, format!("{told}: {}", error.message))
+            PublishError::new(error.fault, error.code, format!("{told}: {}", error.message)).of_destination()
         })
     }
 

@@ -14,10 +14,29 @@ pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
     let text = text.split(", with args beginning with").next().unwrap_or(text);
     let (code, message) = text.split_once(' ').unwrap_or((text, ""));
     let fault = classify(code, message, one_key);
+    let error = |message: &str| PublishError {
+        of_destination: concerns_no_event(code, message),
+        ..PublishError::new(fault, code, message)
+    };
     if code == "MOVED" {
-        return PublishError::new(fault, code, format!("{message}; of a cluster the URL begins with redis-cluster://"));
+        return error(&format!("{message}; of a cluster the URL begins with redis-cluster://"));
     }
-    PublishError::new(fault, code, message)
+    error(message)
+}
+
+/// Whether whoever asks is refused, whatever the event: the connection has no right, or lacks one for a command that all events
+/// need. A right that is missing for a key or a channel concerns the events that go there.
+fn concerns_no_event(code: &str, message: &str) -> bool {
+    match code {
+        "NOAUTH" | "WRONGPASS" => true,
+        "NOPERM" => message.contains("to run the"),
+        "ERR" => {
+            message.starts_with("AUTH ")
+                || message.starts_with("The user executing the script can't run")
+                || message.starts_with("ACL failure in script") && message.contains("to run the")
+        }
+        _ => false,
+    }
 }
 
 /// Whose fault an error of the server is. Total: what nobody has classified pauses the destination.
@@ -59,6 +78,7 @@ pub(super) fn connect_error(error: RedisError) -> PublishError {
             None => PublishError::new(Fault::Destination, "connect", error.to_string()),
         },
     }
+    .of_destination()
 }
 
 /// An error of a call: the server's own, or a lost connection, after which nobody knows.
@@ -133,6 +153,27 @@ mod tests {
             assert_eq!(server_error(text, true).fault, fault, "{text}");
         }
         assert_eq!(server_error("WRONGTYPE Operation", false).fault, Fault::Event);
+    }
+
+    #[test]
+    fn a_right_that_is_missing_for_a_key_concerns_its_events_and_any_other_no_event() {
+        let of_destination = [
+            "NOAUTH Authentication required.",
+            "WRONGPASS invalid username-password pair or user is disabled.",
+            "NOPERM User relay has no permissions to run the 'evalsha' command",
+            "NOPERM this user has no permissions to run the 'xadd' command or its subcommand",
+            "ERR The user executing the script can't run this command or subcommand",
+            "ERR ACL failure in script: User relay has no permissions to run the 'xadd' command",
+        ];
+        let of_events = [
+            "NOPERM No permissions to access a key",
+            "NOPERM this user has no permissions to access one of the keys used as arguments",
+            "ERR The user executing the script can't access at least one of the keys mentioned in the command arguments",
+            "WRONGTYPE Operation against a key holding the wrong kind of value",
+            "OOM command not allowed when used memory > 'maxmemory'.",
+        ];
+        assert!(of_destination.iter().all(|text| server_error(text, true).of_destination));
+        assert!(!of_events.iter().any(|text| server_error(text, true).of_destination));
     }
 
     #[test]

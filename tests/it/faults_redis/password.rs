@@ -4,7 +4,8 @@ use outbox_relay::event::Fault;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
 
-use crate::binary::finished;
+use crate::binary::{Running, finished, relay};
+use crate::harness::{count, eventually, sql};
 use crate::readback::RedisClient;
 use crate::redis::{at, sink, url_as};
 use crate::servers::{Server, database};
@@ -60,6 +61,56 @@ async fn f38_a_rotated_password_is_read_at_the_next_connection() {
     for stream in ["by-password", "by-url"] {
         assert_eq!(client.sequences(stream), [1, 2]);
     }
+}
+
+#[tokio::test]
+async fn f38_a_password_that_changes_under_way_is_no_events_fault() {
+    let (database, server) = (database().await, Server::start("redis", &[]));
+    let mut connection = database.connect().await;
+    let mut client = RedisClient::connect(&server);
+    let variables = [
+        ("DATABASE_URL", database.url()),
+        ("REDIS_URL", server.url()),
+        ("EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "500"),
+    ];
+    let mut daemon = Running::start(relay(&["run"], &variables));
+    daemon.until_log("\"message\":\"ready\"");
+    let emit = "select emit_event('e', aggregate_id => i::text) from generate_series(1, 20) i";
+    sql(&mut connection, emit).await;
+    eventually("it takes events", async || count(&mut connection, "event_outbox").await == 0).await;
+    client.tell("ACL SETUSER default resetpass >changed");
+    client.tell("CLIENT KILL TYPE normal");
+    // Shortly after deliveries, one after the other.
+    for _ in 0..5 {
+        sql(&mut connection, emit).await;
+    }
+    daemon.until_log("destination misconfigured");
+    let checked = finished(&["check"], &variables).exited(1).stdout;
+    assert!(checked.contains("FAIL  destination redis: NOAUTH") && !checked.contains("keys_blocked"), "{checked}");
+    assert_eq!(count(&mut connection, "event_outbox where status = 'pending' and last_error is null").await, 100);
+    client.tell("ACL SETUSER default nopass");
+    eventually("all is published", async || count(&mut connection, "event_outbox").await == 0).await;
+    daemon.signal("TERM");
+    let log = daemon.finish().exited(0).stderr;
+    assert!(!log.contains("keys_blocked"), "{log}");
+}
+
+/// A key that is blocked while its destination takes nothing is not told as one that others overtake.
+#[tokio::test]
+async fn f38_no_event_is_to_be_deleted_while_the_password_is_wrong() {
+    let (database, server) = (database().await, Server::start("redis", &["--set", "requirepass=s3cret"]));
+    let mut connection = database.connect().await;
+    sql(&mut connection, "select emit_event('e', aggregate_id => '1')").await;
+    let block =
+        "update event_outbox set status = 'scheduled', destination = 'redis', available_at = now() + interval '1 hour',
+                 first_failed_at = now() - interval '5 minutes', last_error = 'NOPERM: no'";
+    sql(&mut connection, block).await;
+    let wrong = url_as(&server, "", "hunter2");
+    let check =
+        |url: &str| finished(&["check"], &[("DATABASE_URL", database.url()), ("REDIS_URL", url)]).exited(1).stdout;
+    assert!(check(server.url()).contains("FAIL  standstill keys_blocked: destination redis takes other events"));
+    let checked = check(&wrong);
+    assert!(checked.contains("WRONGPASS") && !checked.contains("keys_blocked"), "{checked}");
 }
 
 #[tokio::test]

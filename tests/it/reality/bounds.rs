@@ -1,10 +1,15 @@
 //! The bounds of texts and the names of headers, as the database holds them.
 
 use outbox_relay::event::{MAX_HEADERS_BYTES, MAX_TEXT_BYTES};
+use outbox_relay::outbox::postgres::migrate::migrate;
+use outbox_relay::secret::Secret;
 use outbox_relay::{EmitError, NewEvent, NewEventError};
+use sqlx::{Connection, PgConnection};
 
+use crate::binary::drain;
 use crate::harness::{Setup, column, count, refused, sql};
 use crate::scripted::ScriptedSink;
+use crate::servers::database;
 use crate::stores::{Client, Postgres, Sqlite, Store};
 
 const TEXTS: [&str; 5] = ["source", "aggregate_type", "aggregate_id", "correlation_id", "causation_id"];
@@ -102,6 +107,48 @@ async fn f99_a_header_is_known_by_its_name_trimmed_and_in_any_case<S: Store>() {
                     "_id": "1", "id2": "2", "my id": "3", "database": "4", "a": "id", "b": "{\"id\": \"x\"}", "c": ""}"#;
     sql(&mut connection, format!("update event_outbox set headers = '{taken}'")).await;
     sql(&mut connection, insert(taken)).await;
+}
+
+/// What only Unicode calls a space or a control character.
+const SPACES: [char; 9] =
+    ['\u{80}', '\u{85}', '\u{a0}', '\u{1680}', '\u{2003}', '\u{2028}', '\u{202f}', '\u{205f}', '\u{3000}'];
+
+async fn header_names_with_spaces_of_unicode_are_refused(connection: &mut impl Client) {
+    let insert = |name: &str| {
+        format!("insert into event_outbox (event_type, headers) values ('a', '{{\"a\": \"b\", \"{name}\": \"x\"}}')")
+    };
+    for space in SPACES {
+        for name in [format!("id{space}"), format!("{space}Type"), format!("{space} data\\t{space}")] {
+            let words = refused(connection, insert(&name)).await;
+            assert!(words.contains("headers_take_no_reserved_name"), "{name:?}: {words}");
+        }
+        let words = refused(connection, insert(&format!("{space}{space}"))).await;
+        assert!(words.contains("header_names_are_not_empty"), "{space:?}: {words}");
+        sql(connection, insert(&format!("my{space}id"))).await;
+    }
+    for like in ["größe", "id名", "éid", "\u{200b}id", "€"] {
+        sql(connection, insert(like)).await;
+    }
+}
+
+#[tokio::test]
+async fn f99_what_is_space_around_a_name_depends_on_no_locale() {
+    let (database, file) = (database().await, Sqlite::new().await);
+    header_names_with_spaces_of_unicode_are_refused(&mut file.connect().await).await;
+    header_names_with_spaces_of_unicode_are_refused(&mut database.connect().await).await;
+    let (base, name) = database.url().rsplit_once('/').unwrap();
+    let name = format!("{}_c", name.split('?').next().unwrap());
+    let create = format!("create database {name} template template0 encoding 'UTF8' lc_collate 'C' lc_ctype 'C'");
+    sql(&mut database.connect().await, create).await;
+    let url = format!("{base}/{name}");
+    migrate(&Secret::inline(&url)).await.unwrap();
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    header_names_with_spaces_of_unicode_are_refused(&mut connection).await;
+    // The relay calls no other name one that is reserved.
+    assert_eq!(count(&mut connection, "event_outbox").await, 14);
+    assert_eq!(drain(&url).len(), 14);
+    connection.close().await.unwrap();
+    sql(&mut database.connect().await, format!("drop database {name}")).await;
 }
 
 async fn a_row_older_than_a_rule_moves_and_is_asked_only_for_what_changes<S: Store>() {
