@@ -17,7 +17,7 @@ use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
-use crate::outbox::postgres::proof::is_content;
+use crate::outbox::postgres::proof::{is_content, words_and_cure};
 use crate::outbox::postgres::register::CHANGES;
 use crate::outbox::postgres::salvage::{CHECK_AND_COMMIT, SAVEPOINT};
 use crate::outbox::postgres::settle::Settle;
@@ -493,7 +493,22 @@ impl Lane for PgLane {
             connection.execute("commit").await?;
             Ok(promotion)
         })
-        .await?;
+        .await;
+        let promotion = match promotion {
+            Err(OutboxError::Query { source, .. }) if is_content(&source) => {
+                answered("end a promotion", STATEMENT_TIMEOUT, connection.execute("rollback")).await?;
+                self.outbox.prove(&mut connection, &self.begin).await?;
+                answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+                    connection.execute(AssertSqlSafe(self.begin.clone())).await?;
+                    let reason = words_and_cure(&source);
+                    let promotion = promote::promote_each(&mut connection, sql, &destinations, &reason).await?;
+                    connection.execute("commit").await?;
+                    Ok(promotion)
+                })
+                .await?
+            }
+            promotion => promotion?,
+        };
         if promotion.swallowed > 0 {
             // Somebody swallows updates: of all rows, which stops the relay, or of some.
             self.outbox.prove(&mut connection, &self.begin).await?;

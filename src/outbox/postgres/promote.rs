@@ -10,10 +10,14 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::number::to_i64;
+use crate::outbox::postgres::proof::is_content;
+use crate::outbox::postgres::salvage::{CHECK_DEFERRED, SAVEPOINT};
 use crate::outbox::postgres::sql::Sql;
+use crate::outbox::records::parked_whole_error;
 
 /// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
 /// such a row either waiting, and its key behind it, or pending, and in its place.
@@ -121,6 +125,72 @@ pub(super) async fn promote(
     let promoted = usize::try_from(count).unwrap_or_default();
     walks.took(promoted, walked, took.saturating_sub(walked));
     Ok(Done { promoted, swallowed: due - count, next_due_ms })
+}
+
+/// The rows of a promotion, for where it is refused as a whole.
+const DUE: &str = "
+select e.tid, e.id
+from pg_catalog.unnest($1::text[]) d(destination)
+cross join lateral (
+    select ctid::text as tid, id from {schema}.event_outbox
+    where status = 'scheduled' and destination = d.destination and available_at <= pg_catalog.statement_timestamp()
+    order by available_at, id limit 500 for update skip locked
+) e";
+
+const PROMOTE_ONE: &str =
+    "update {schema}.event_outbox set status = 'pending' where ctid = $1::text::tid and id = $2 and $3::text <> ''";
+
+const PARK_ONE: &str = "
+update {schema}.event_outbox set available_at = 'infinity', last_error = $3 where ctid = $1::text::tid and id = $2";
+
+/// The same, one by one, after a promotion was refused because of `reason`. What is refused alone is parked; of what cannot
+/// even be parked it is told how many.
+pub(super) async fn promote_each(
+    connection: &mut PgConnection,
+    sql: Sql,
+    destinations: &[&str],
+    reason: &str,
+) -> Result<Done, sqlx::Error> {
+    let due: Vec<(String, i64)> =
+        sql.query_as(DUE).persistent(false).bind(destinations).fetch_all(&mut *connection).await?;
+    let mut done = Done { promoted: 0, swallowed: 0, next_due_ms: None };
+    let error = parked_whole_error(&[], reason);
+    for (tid, id) in due {
+        let mut written = false;
+        for text in [PROMOTE_ONE, PARK_ONE] {
+            connection.execute(SAVEPOINT).await?;
+            let write = async {
+                let query = sql.query(text).persistent(false).bind(&tid).bind(id).bind(&error);
+                let rows = query.execute(&mut *connection).await?.rows_affected();
+                connection.execute(CHECK_DEFERRED).await?;
+                Ok(rows)
+            };
+            match write.await {
+                Ok(rows) => {
+                    connection.execute("release savepoint before_settle").await?;
+                    written = rows > 0;
+                }
+                Err(error) if is_content(&error) => {
+                    connection.execute("rollback to savepoint before_settle; release savepoint before_settle").await?;
+                }
+                Err(error) => return Err(error),
+            }
+            if written {
+                if text == PROMOTE_ONE {
+                    done.promoted += 1;
+                } else {
+                    tracing::error!(
+                        outbox_id = id,
+                        error,
+                        "a scheduled event is due and cannot become pending; it is parked"
+                    );
+                }
+                break;
+            }
+        }
+        done.swallowed += i64::from(!written);
+    }
+    Ok(done)
 }
 
 #[cfg(test)]
