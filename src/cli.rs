@@ -1,5 +1,6 @@
 //! The command line: parsing, logging, exit codes, and one file per command.
 
+#[cfg(all(feature = "postgres", feature = "redis"))]
 mod audit;
 mod check;
 mod emit;
@@ -77,6 +78,7 @@ enum Command {
     },
     /// Compare a stream with the database: nothing lost, no ghost, in order, bytes unchanged, the log true. Safe beside running
     /// relays.
+    #[cfg(all(feature = "postgres", feature = "redis"))]
     Audit(audit::AuditArgs),
     /// Insert one event, in a transaction of its own, and print its event_id.
     Emit(Box<emit::EmitArgs>),
@@ -140,6 +142,7 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::Check { json }) => {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
         }
+        #[cfg(all(feature = "postgres", feature = "redis"))]
         Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),
     }

@@ -2,8 +2,6 @@
 //!
 //! Nothing here knows a database, a destination or a clock.
 
-mod new_event;
-
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +11,8 @@ use uuid::Uuid;
 
 use crate::text::shown;
 
-pub(crate) use new_event::HeaderName;
-pub use new_event::{
+pub(crate) use crate::emit::HeaderName;
+pub use crate::emit::{
     MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, NewEvent, NewEventError, RESERVED_HEADERS,
 };
 

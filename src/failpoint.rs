@@ -47,10 +47,6 @@ pub(crate) fn panic_on(event: &crate::event::Event) {
 }
 
 /// Ends the process like [`crash_on`], but some time later: `crash_late_on_event=return(<event type>)`.
-#[cfg_attr(
-    not(feature = "failpoints"),
-    expect(clippy::unused_async, reason = "without the feature nothing is awaited")
-)]
 pub(crate) async fn crash_late_on(events: &[&crate::event::Event]) {
     #[cfg(feature = "failpoints")]
     {

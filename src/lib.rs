@@ -1,7 +1,8 @@
 //! A transactional-outbox relay: committed rows of `event_outbox` reach Redis and Amazon EventBridge, in order, recorded,
 //! nothing lost.
 //!
-//! Applications need [`emit`] and [`NewEvent`] only. The rest is the program `relay`:
+//! Applications need [`emit`] and [`NewEvent`] only, which is what the features `postgres` and `sqlite` bring. The rest is the
+//! program `relay`. Its engine is the feature `relay`, destinations are `redis` and `eventbridge`, the command line is `cli`.
 //!
 //! ```text
 //!             claim                    publish                       settle
@@ -19,8 +20,9 @@
 //! The modules, in the order of the flow. Arrows between them point one way: only [`relay`] knows stores, sinks and rules
 //! at once.
 //!
+//! - `emit`: the insert for applications.
 //! - [`event`]: the vocabulary.
-//! - [`outbox`]: the contract of a store; [`outbox::postgres`] and [`outbox::sqlite`] have all SQL.
+//! - [`outbox`]: the contract of a store; [`outbox::postgres`] and [`outbox::sqlite`] have all SQL but that insert's.
 //! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
@@ -28,23 +30,50 @@
 //! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
 //! - `text`: what others wrote, as it may stand in a log.
 
+#![cfg_attr(
+    not(all(feature = "cli", feature = "postgres", feature = "sqlite", feature = "redis", feature = "eventbridge")),
+    allow(dead_code, reason = "what stores share, or destinations, may be of no use to one of them alone")
+)]
+#![cfg_attr(
+    not(any(feature = "postgres", feature = "sqlite")),
+    allow(unreachable_code, unused_variables, reason = "without a store nothing is done to one")
+)]
+
+#[cfg(feature = "relay")]
 pub mod audit;
+#[cfg(feature = "relay")]
 pub mod breaker;
+#[cfg(feature = "cli")]
 pub mod cli;
+#[cfg(feature = "cli")]
 pub mod config;
+mod emit;
+#[cfg(feature = "relay")]
 pub mod event;
+#[cfg(feature = "relay")]
 mod failpoint;
+#[cfg(feature = "relay")]
 mod hosts;
+#[cfg(feature = "relay")]
 pub mod outbox;
+#[cfg(feature = "relay")]
 pub mod redact;
+#[cfg(feature = "relay")]
 pub mod relay;
+#[cfg(feature = "relay")]
 pub mod retry;
+#[cfg(feature = "relay")]
 pub mod route;
+#[cfg(feature = "relay")]
 pub mod secret;
+#[cfg(feature = "cli")]
 pub mod shutdown;
+#[cfg(feature = "relay")]
 pub mod sink;
+#[cfg(feature = "cli")]
 mod stderr;
+#[cfg(feature = "relay")]
 mod text;
 
-pub use event::{NewEvent, NewEventError};
-pub use outbox::emit::{EmitError, OutboxDatabase, emit};
+pub use emit::{EmitError, NewEvent, NewEventError, OutboxDatabase, emit};
+pub use emit::{MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RESERVED_HEADERS};

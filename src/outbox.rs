@@ -2,20 +2,20 @@
 //!
 //! - [`postgres`], [`sqlite`]: the implementations; all SQL is in there.
 //! - [`database`]: which of them a URL names.
-//! - [`emit`](mod@emit): the insert for applications.
 //! - [`error`]: what to do about what goes wrong.
 //! - `standstill`: what keeps events from moving.
 //! - [`register`]: which of several configurations routes.
 
 pub mod database;
 mod decode;
-pub mod emit;
 pub mod error;
 mod number;
+#[cfg(feature = "postgres")]
 pub mod postgres;
 mod records;
 pub mod register;
 mod shape;
+#[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod standstill;
 

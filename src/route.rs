@@ -28,7 +28,8 @@ impl Route {
 }
 
 /// What becomes of an event that no route takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Unrouted {
     /// It becomes a dead letter with the code `unrouted`.
     DeadLetter,

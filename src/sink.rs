@@ -7,11 +7,15 @@
 //! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
 
 pub mod cloudevent;
+#[cfg(feature = "eventbridge")]
 pub mod eventbridge;
 pub mod file;
 mod handler;
+#[cfg(feature = "redis")]
 pub mod redis;
+#[cfg(feature = "redis")]
 pub mod redis_pubsub;
+#[cfg(feature = "redis")]
 pub mod redis_stream;
 pub mod rounds;
 pub mod spec;
@@ -28,9 +32,9 @@ pub use handler::{HandlerError, handler};
 use crate::event::{ClaimId, Event, Outcome, PublishError, RenewedClaim, SentBefore};
 
 /// What a document-shaped destination is given for an event.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum), value(rename_all = "lower"))]
 #[serde(rename_all = "lowercase")]
-#[value(rename_all = "lower")]
 pub enum Format {
     /// Structured `CloudEvents` JSON, with the payload as `data`.
     CloudEvents,

@@ -9,8 +9,7 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RELAY = os.path.join(ROOT, "target", "release", "relay")
-SHOP = os.path.join(ROOT, "target", "release", "examples", "embedded_shop")
+RELAY = os.path.join(ROOT, "target", "demo", "relay")
 
 ON_SERVERS = """\
 The same on PostgreSQL and Redis, once they are there:
@@ -50,6 +49,32 @@ def show(database, statement):
         print("  " + "  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip())
 
 
+def place_order(database, order, customer, total):
+    """The order and its event, in one transaction: both are there afterwards, or neither is."""
+    database.execute("begin immediate")
+    try:
+        # The event first, to show that its place does not matter: a failed insert of the order takes it along.
+        database.execute(
+            "insert into event_outbox (event_type, payload, source, aggregate_type, aggregate_id, correlation_id) values ('order.created', ?, 'shop', 'order', ?, ?)",
+            (json.dumps({"order": order, "customer": customer, "total": total}), str(order), f"request-{customer}-{order}"))
+        database.execute("insert into shop_order (id, customer, total) values (?, ?, ?)", (order, customer, total))
+        database.execute("commit")
+        print(f"order {order} of {customer} committed")
+    except sqlite3.IntegrityError:
+        database.execute("rollback")
+        print(f"order {order} of {customer} rolled back: the number is taken")
+
+
+def pay_order(database, order):
+    database.execute("begin immediate")
+    database.execute("update shop_order set paid = true where id = ?", (order,))
+    database.execute(
+        "insert into event_outbox (event_type, payload, source, aggregate_type, aggregate_id) values ('order.paid', ?, 'shop', 'order', ?)",
+        (json.dumps({"order": order}), str(order)))
+    database.execute("commit")
+    print(f"order {order} paid")
+
+
 def main():
     with tempfile.TemporaryDirectory() as home:
         file = os.path.join(home, "shop.db")
@@ -62,9 +87,13 @@ def main():
         run({**environment, "DATABASE_URL": f"sqlite:{file}?mode=rwc"}, RELAY, "migrate")
 
         title("2. A shop commits orders with their events, and rolls one back")
-        run(environment, SHOP, file)
-        print("and one event with a payload over the limit of this demo, 1,000 bytes")
         database = sqlite3.connect(file, isolation_level=None)
+        database.execute("create table shop_order (id integer primary key, customer text, total text, paid integer)")
+        for order, customer, total in [(1, "ada", "12.50"), (2, "grace", "7.00"), (3, "ada", "99.90")]:
+            place_order(database, order, customer, total)
+        pay_order(database, 1)
+        place_order(database, 3, "mallory", "0.01")
+        print("and one event with a payload over the limit of this demo, 1,000 bytes")
         database.execute("insert into event_outbox (event_type, payload) values ('report.made', json_object('pages', hex(zeroblob(1000))))")
         show(database, "select id, event_type, aggregate_id, status, length(payload) as bytes from event_outbox order by id")
 

@@ -11,10 +11,10 @@ use crate::cli::run::explained;
 use crate::cli::{database, print, runtime};
 use crate::config::ConfigError;
 use crate::config::settings::Settings;
+use crate::emit::EmitError;
 use crate::event::NewEvent;
 use crate::outbox::OutboxError;
 use crate::outbox::database::Unemitted;
-use crate::outbox::emit::EmitError;
 
 #[derive(Args)]
 pub(super) struct EmitArgs {

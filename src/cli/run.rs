@@ -13,7 +13,9 @@ use crate::config::destinations::{Destination, destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::database::Kind;
+#[cfg(feature = "postgres")]
 use crate::outbox::postgres::PgOutbox;
+#[cfg(feature = "sqlite")]
 use crate::outbox::sqlite::SqliteOutbox;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill, Usage};
 use crate::relay::{Endpoint, Readiness, Relay};
@@ -33,7 +35,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Err(ConfigError::Contradiction(reason.to_owned()).into());
     }
     let database = database(settings)?;
-    if settings.ghost_barrier && database.kind() == Kind::Sqlite {
+    if settings.ghost_barrier && database.kind().is_sqlite() {
         let reason = "RELAY_GHOST_BARRIER is for PostgreSQL, and DATABASE_URL names a SQLite file; unset it".to_owned();
         return Err(ConfigError::Contradiction(reason).into());
     }
@@ -63,9 +65,11 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
         let code = match database.kind() {
+            #[cfg(feature = "postgres")]
             Kind::Postgres => {
                 work(Relay::new(PgOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
             }
+            #[cfg(feature = "sqlite")]
             Kind::Sqlite => {
                 work(Relay::new(SqliteOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
             }

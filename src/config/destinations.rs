@@ -12,6 +12,7 @@ use crate::config::settings::Settings;
 use crate::config::variables::{self, Fixed};
 use crate::relay;
 use crate::route::{Route, Router};
+#[cfg(feature = "redis")]
 use crate::sink::redis::RedisAddress;
 use crate::sink::spec::{self, Invalid, Kind, Opening, Spec};
 
@@ -127,6 +128,7 @@ fn configured(
 
 impl Destination {
     /// The stream that all its events go to, where it is one of a fixed name.
+    #[cfg(feature = "redis")]
     pub fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
         self.spec.fixed_stream()
     }

@@ -1,12 +1,13 @@
 //! Which kind of database `DATABASE_URL` names, and what the commands ask of it.
 
-use sqlx::Connection;
 use uuid::Uuid;
 
-use crate::event::NewEvent;
-use crate::outbox::emit::{EmitError, emit};
-use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, postgres, sqlite};
-use crate::redact::{self, hide};
+use crate::emit::{EmitError, NewEvent};
+#[cfg(feature = "postgres")]
+use crate::outbox::postgres;
+#[cfg(feature = "sqlite")]
+use crate::outbox::sqlite;
+use crate::outbox::{Check, CheckRequest, Migrated, OutboxError};
 use crate::secret::Secret;
 
 /// A database that is not connected yet.
@@ -17,13 +18,47 @@ pub struct Database {
     pooled: bool,
 }
 
-/// The kinds of databases.
+/// The kinds of databases that this library is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// `postgres://...`
+    #[cfg(feature = "postgres")]
     Postgres,
     /// `sqlite:...`
+    #[cfg(feature = "sqlite")]
     Sqlite,
+}
+
+/// Tells why a database refused an event with this payload for its content, if that is why.
+type Refusal = fn(&sqlx::Error, &str) -> Option<String>;
+
+impl Kind {
+    /// The kind that a URL names.
+    ///
+    /// # Errors
+    /// The feature that this library was built without.
+    fn of(url: &str) -> Result<Self, &'static str> {
+        if url.starts_with("sqlite:") {
+            #[cfg(feature = "sqlite")]
+            return Ok(Self::Sqlite);
+            #[cfg(not(feature = "sqlite"))]
+            return Err("sqlite");
+        }
+        #[cfg(feature = "postgres")]
+        return Ok(Self::Postgres);
+        #[cfg(not(feature = "postgres"))]
+        return Err("postgres");
+    }
+
+    /// Whether it is a file of SQLite.
+    pub fn is_sqlite(self) -> bool {
+        match self {
+            #[cfg(feature = "postgres")]
+            Self::Postgres => false,
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite => true,
+        }
+    }
 }
 
 /// Why an event was not emitted.
@@ -42,12 +77,16 @@ impl Database {
     /// transaction-pooling proxy stands in front.
     ///
     /// # Errors
-    /// The URL cannot be read, or cannot be one.
+    /// The URL cannot be read, cannot be one, or names a kind of database that this library was built without.
     pub fn new(url: Secret, pooled: bool) -> Result<Self, OutboxError> {
         let text = url.read().map_err(OutboxError::UrlFile)?;
-        let kind = if text.starts_with("sqlite:") { Kind::Sqlite } else { Kind::Postgres };
+        let kind = Kind::of(&text).map_err(|feature| OutboxError::Url {
+            reason: format!("this relay was built without the feature `{feature}`; use one that was built with it"),
+        })?;
         match kind {
+            #[cfg(feature = "postgres")]
             Kind::Postgres => postgres::validate(&url, pooled)?,
+            #[cfg(feature = "sqlite")]
             Kind::Sqlite => sqlite::validate(&url, pooled)?,
         }
         Ok(Self { kind, url, pooled })
@@ -67,8 +106,10 @@ impl Database {
     pub fn shown(&self) -> String {
         match (self.url.read(), self.kind) {
             (Err(error), _) => error.to_string(),
-            (Ok(url), Kind::Postgres) => hide(&url),
-            (Ok(url), Kind::Sqlite) => redact::setting(url.split('?').next().unwrap_or_default()).into_owned(),
+            #[cfg(feature = "postgres")]
+            (Ok(url), Kind::Postgres) => crate::redact::hide(&url),
+            #[cfg(feature = "sqlite")]
+            (Ok(url), Kind::Sqlite) => crate::redact::setting(url.split('?').next().unwrap_or_default()).into_owned(),
         }
     }
 
@@ -78,7 +119,9 @@ impl Database {
     /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
     pub async fn migrate(&self) -> Result<Migrated, OutboxError> {
         match self.kind {
+            #[cfg(feature = "postgres")]
             Kind::Postgres => postgres::migrate::migrate(&self.url).await,
+            #[cfg(feature = "sqlite")]
             Kind::Sqlite => sqlite::schema::migrate(&self.url).await,
         }
     }
@@ -87,7 +130,9 @@ impl Database {
     /// stands still.
     pub async fn check(&self, request: CheckRequest<'_>) -> Vec<Check> {
         match self.kind {
+            #[cfg(feature = "postgres")]
             Kind::Postgres => postgres::check::check(&self.url, self.pooled, request).await,
+            #[cfg(feature = "sqlite")]
             Kind::Sqlite => sqlite::schema::check(&self.url, request).await,
         }
     }
@@ -98,17 +143,19 @@ impl Database {
     /// Why not.
     pub async fn emit(&self, event: NewEvent) -> Result<Uuid, Unemitted> {
         let payload = event.payload.clone();
-        let (emitted, refusal): (_, fn(&sqlx::Error, &str) -> Option<String>) = match self.kind {
+        let (emitted, refusal): (Result<Uuid, EmitError>, Refusal) = match self.kind {
+            #[cfg(feature = "postgres")]
             Kind::Postgres => {
                 let mut connection = postgres::open(&self.url, self.pooled).await.map_err(Unemitted::Outbox)?;
                 let emitted = postgres::emit::alone(&mut connection, event).await;
-                drop(connection.close().await); // it is committed, or an error tells
+                drop(sqlx::Connection::close(connection).await); // it is committed, or an error tells
                 (emitted, postgres::emit::refusal)
             }
+            #[cfg(feature = "sqlite")]
             Kind::Sqlite => {
                 let mut connection = sqlite::open(&self.url).await.map_err(Unemitted::Outbox)?;
-                let emitted = emit(&mut connection, event).await;
-                drop(connection.close().await);
+                let emitted = crate::emit(&mut connection, event).await;
+                drop(sqlx::Connection::close(connection).await);
                 (emitted, sqlite::emit::refusal)
             }
         };
@@ -119,5 +166,18 @@ impl Database {
                 None => Unemitted::Emit(error),
             },
         })
+    }
+}
+
+#[cfg(all(test, not(any(feature = "postgres", feature = "sqlite"))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_the_relay_was_built_without_is_refused_with_the_feature_to_build_with() {
+        for (url, feature) in [("postgres://localhost/shop", "`postgres`"), ("sqlite:shop.db", "`sqlite`")] {
+            let refused = Database::new(Secret::inline(url), false).expect_err("there is no store");
+            assert!(refused.explain().contains(feature), "{url}");
+        }
     }
 }

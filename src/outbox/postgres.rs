@@ -14,13 +14,13 @@
 //! - `suspects`: the notes that end a crash loop.
 //! - `exclusion`: whether advisory locks are what they should be.
 //! - `standstill`: what keeps events from moving; `parked`, `undecided`: two kinds of it.
-//! - [`emit`](mod@emit): the insert for applications.
+//! - `emit`: the command of that name.
 
 pub mod audit;
 mod batch;
 mod bounds;
 pub mod check;
-pub mod emit;
+pub(super) mod emit;
 mod exclusion;
 mod formats;
 mod home;

@@ -12,7 +12,7 @@
 //! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection;
 //! the write lock is taken to settle and given back at once, never held while anything is published.
 
-pub mod emit;
+pub(super) mod emit;
 mod formats;
 mod identity;
 pub mod lane;

@@ -10,17 +10,29 @@ use serde::de::DeserializeOwned;
 use tracing::level_filters::LevelFilter;
 use url::form_urlencoded;
 
+#[cfg(feature = "eventbridge")]
+use crate::sink::eventbridge;
+#[cfg(feature = "redis")]
 use crate::sink::redis::RedisAddress;
-use crate::sink::{Sink, eventbridge, file, redis_pubsub, redis_stream, stdout};
+use crate::sink::{Sink, file, stdout};
+#[cfg(feature = "redis")]
+use crate::sink::{redis_pubsub, redis_stream};
 
-/// Every kind there is.
-pub const KINDS: [Kind; 5] = [
+/// Every kind that this library is built with.
+pub const KINDS: &[Kind] = &[
+    #[cfg(feature = "redis")]
     Kind::of::<redis_stream::Spec>(),
+    #[cfg(feature = "redis")]
     Kind::of::<redis_pubsub::Spec>(),
+    #[cfg(feature = "eventbridge")]
     Kind::of::<eventbridge::Spec>(),
     Kind::of::<stdout::Spec>(),
     Kind::of::<file::Spec>(),
 ];
+
+/// The features that bring kinds, and whether this library has them. The types and schemes of a feature's kinds begin with its name.
+const FEATURES: [(&str, bool); 2] =
+    [("redis", cfg!(feature = "redis")), ("eventbridge", cfg!(feature = "eventbridge"))];
 
 /// What a kind of destination is configured with: its fields as they stand in a file. Unknown fields are refused by
 /// `#[serde(deny_unknown_fields)]`.
@@ -38,6 +50,7 @@ pub trait Spec: Send + Sync {
     }
 
     /// The stream that all its events go to, where it is one of a fixed name.
+    #[cfg(feature = "redis")]
     fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
         None
     }
@@ -171,14 +184,20 @@ pub fn fields_of<T: DeserializeOwned>(fields: &[Field]) -> Result<T, String> {
     serde_urlencoded::from_str(&query).map_err(|error| error.to_string())
 }
 
+/// What to say of a type or a scheme whose feature this library was built without.
+fn left_out(name: &str) -> Option<String> {
+    let (feature, _) = FEATURES.into_iter().find(|(feature, built)| !built && name.starts_with(feature))?;
+    Some(format!("this relay was built without the feature `{feature}`; use one that was built with it"))
+}
+
 /// The kind with this `type`.
 ///
 /// # Errors
 /// There is none; the message says which there are.
 pub fn of_type(name: &str) -> Result<Kind, String> {
-    KINDS.into_iter().find(|kind| kind.name == name).ok_or_else(|| {
+    KINDS.iter().copied().find(|kind| kind.name == name).ok_or_else(|| {
         let names: Vec<&str> = KINDS.iter().map(|kind| kind.name).collect();
-        format!("there is no such type; there are {}", names.join(", "))
+        left_out(name).unwrap_or_else(|| format!("there is no such type; there are {}", names.join(", ")))
     })
 }
 
@@ -188,9 +207,10 @@ pub fn of_type(name: &str) -> Result<Kind, String> {
 /// It is no URL, or its scheme is unknown; the message says which there are.
 pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
     let (scheme, rest) = url.trim().split_once("://").unwrap_or_default();
-    let kind = KINDS.into_iter().find(|kind| kind.schemes.contains(&scheme)).ok_or_else(|| {
+    let kind = KINDS.iter().copied().find(|kind| kind.schemes.contains(&scheme)).ok_or_else(|| {
         let schemes: Vec<&str> = KINDS.iter().flat_map(|kind| kind.schemes).copied().collect();
-        format!("the URL begins with no known scheme and ://; there are {}", schemes.join(", "))
+        left_out(scheme)
+            .unwrap_or_else(|| format!("the URL begins with no known scheme and ://; there are {}", schemes.join(", ")))
     })?;
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
     // What stands there may be the end of a password.
@@ -199,4 +219,31 @@ pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
     }
     let query = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
     Ok((kind, UrlParts { scheme, address, query }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schemes_of_a_kind_tell_its_feature_as_its_type_does() {
+        for kind in KINDS {
+            let feature = |name: &str| FEATURES.iter().position(|(feature, _)| name.starts_with(feature));
+            assert!(kind.schemes.iter().all(|scheme| feature(scheme) == feature(kind.name)), "{}", kind.name);
+        }
+    }
+
+    #[cfg(not(any(feature = "redis", feature = "eventbridge")))]
+    #[test]
+    fn a_destination_that_the_relay_was_built_without_is_refused_with_the_feature_to_build_with() {
+        for (kind, url, feature) in [
+            ("redis-stream", "redis+stream://host?stream=a", "`redis`"),
+            ("redis-pubsub", "rediss-cluster+pubsub://host?channel=a", "`redis`"),
+            ("eventbridge", "eventbridge://bus", "`eventbridge`"),
+        ] {
+            assert!(of_type(kind).is_err_and(|reason| reason.contains(feature)), "{kind}");
+            assert!(of_url(url).is_err_and(|reason| reason.contains(feature)), "{url}");
+        }
+        assert!(of_type("kafka").is_err_and(|reason| reason.contains("there are stdout, ")));
+    }
 }

@@ -1,35 +1,10 @@
-//! The insert of one event.
+//! `relay emit` into PostgreSQL.
 
-use sqlx::postgres::{PgArguments, PgConnection};
-use sqlx::query::Query;
+use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Postgres};
 use uuid::Uuid;
 
-use crate::event::NewEvent;
-use crate::outbox::emit::{EmitError, OutboxDatabase};
-
-impl OutboxDatabase for Postgres {
-    fn insert(event: NewEvent) -> Query<'static, Self, PgArguments> {
-        sqlx::query(
-            "insert into event_outbox (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
-                                       correlation_id, causation_id, schema_version, priority, available_at, status)
-             values ($1, $2, $3, $4, $5, $6::text::jsonb, $7::text::jsonb, $8, $9, $10, $11,
-                     pg_catalog.now() + pg_catalog.make_interval(secs => $12), case when $12 > 0 then 'scheduled' else 'pending' end)",
-        )
-        .bind(event.event_id)
-        .bind(event.event_type)
-        .bind(event.source)
-        .bind(event.aggregate_type)
-        .bind(event.aggregate_id)
-        .bind(event.payload)
-        .bind(serde_json::to_string(&event.headers).expect("a map of strings is JSON"))
-        .bind(event.correlation_id)
-        .bind(event.causation_id)
-        .bind(event.schema_version)
-        .bind(event.priority)
-        .bind(event.delay.as_secs_f64())
-    }
-}
+use crate::emit::{EmitError, NewEvent, OutboxDatabase};
 
 /// Emits one event in a transaction of its own. Its statement has no name and travels in that transaction: behind a pooler
 /// another client may have used the name, and outside of one its parts may reach different connections.

@@ -1,10 +1,20 @@
-//! The insert for applications that use sqlx.
+//! What applications need, and all that is built of this library for them: an event, and its insert by sqlx.
+
+mod new_event;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 
 use sqlx::query::Query;
 use sqlx::{Database, Executor, IntoArguments};
 use uuid::Uuid;
 
-use crate::event::{NewEvent, NewEventError};
+#[cfg(feature = "relay")]
+pub(crate) use new_event::HeaderName;
+pub use new_event::{
+    MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, NewEvent, NewEventError, RESERVED_HEADERS,
+};
 
 /// Why an event was not emitted.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +27,7 @@ pub enum EmitError {
     Insert(#[source] sqlx::Error),
 }
 
-/// A database with an outbox: [`sqlx::Postgres`] and [`sqlx::Sqlite`].
+/// A database with an outbox: `sqlx::Postgres` with the feature `postgres`, `sqlx::Sqlite` with the feature `sqlite`.
 pub trait OutboxDatabase: Database + sealed::Sealed {
     /// The insert of one event.
     #[doc(hidden)]
@@ -26,7 +36,9 @@ pub trait OutboxDatabase: Database + sealed::Sealed {
 
 mod sealed {
     pub trait Sealed {}
+    #[cfg(feature = "postgres")]
     impl Sealed for sqlx::Postgres {}
+    #[cfg(feature = "sqlite")]
     impl Sealed for sqlx::Sqlite {}
 }
 
@@ -34,7 +46,8 @@ mod sealed {
 ///
 /// It is published once that transaction has committed, and never if it rolls back.
 ///
-/// ```no_run
+#[cfg_attr(feature = "postgres", doc = "```no_run")]
+#[cfg_attr(not(feature = "postgres"), doc = "```ignore")]
 /// # async fn create_order(database: &sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
 /// use outbox_relay::{NewEvent, emit};
 ///
