@@ -36,7 +36,7 @@
 )]
 #![cfg_attr(
     not(any(feature = "postgres", feature = "sqlite")),
-    allow(unreachable_code, unused_variables, reason = "without a store nothing is done to one")
+    allow(unreachable_code, unused_imports, unused_variables, reason = "without a store nothing is done to one")
 )]
 
 #[cfg(feature = "relay")]

@@ -64,7 +64,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
-        let code = match database.kind() {
+        let code: anyhow::Result<ExitCode> = match database.kind() {
             #[cfg(feature = "postgres")]
             Kind::Postgres => {
                 work(Relay::new(PgOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
@@ -73,7 +73,8 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
             Kind::Sqlite => {
                 work(Relay::new(SqliteOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
             }
-        }?;
+        };
+        let code = code?;
         match lost.and_then(|lost| lost.get().cloned()) {
             Some(reason) => anyhow::bail!(reason),
             None => Ok(code),
