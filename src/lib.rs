@@ -1,7 +1,7 @@
 //! A transactional-outbox relay: committed rows of `event_outbox` reach Redis and Amazon EventBridge, in order, recorded,
 //! nothing lost.
 //!
-//! Applications need [`emit`] and [`NewEvent`] only, which is what the features `postgres` and `sqlite` bring. The rest is the
+//! Applications need [`emit`](fn@emit) and [`NewEvent`] only, which is what the features `postgres` and `sqlite` bring. The rest is the
 //! program `relay`. Its engine is the feature `relay`, destinations are `redis` and `eventbridge`, the command line is `cli`.
 //!
 //! ```text

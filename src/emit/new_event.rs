@@ -55,7 +55,7 @@ impl HeaderName {
     }
 }
 
-/// An event an application is about to emit; hand it to [`crate::emit`] inside the transaction it belongs to.
+/// An event an application is about to emit; hand it to [`emit`](fn@crate::emit) inside the transaction it belongs to.
 ///
 /// ```
 /// # fn main() -> Result<(), outbox_relay::NewEventError> {
