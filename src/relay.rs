@@ -6,6 +6,7 @@
 //! - `blame`: whether a failed call is the destination's fault, or its events'.
 //! - `blocked`: which blocked keys the log has named.
 //! - `caution`: what ends a crash loop.
+//! - `config`: what the engine is given.
 //! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
 //! - `lane`: one loop on one connection.
 //! - `watch`: looking for work, and sleeping while there is none.
@@ -17,6 +18,7 @@
 mod blame;
 mod blocked;
 mod caution;
+mod config;
 mod destination;
 mod ending;
 mod lane;
@@ -35,17 +37,15 @@ use tokio::sync::watch as channel;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::breaker::BreakerPolicy;
 use crate::event::Tally;
 use crate::failpoint::hit;
 use crate::outbox::register::Configuration;
 use crate::outbox::{Outbox, OutboxError, Standstill};
-use crate::retry::RetryPolicy;
 use crate::route::{Router, Unrouted};
-use crate::sink::Sink;
 use crate::text::shown;
 use blocked::Named;
 use caution::Caution;
+pub use config::{Endpoint, Policy, RelayConfig};
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
 use report::Report;
@@ -65,72 +65,6 @@ const CONFIGURATIONS: &str = "configurations_differ";
 
 /// When to look at the register of relays again where that failed.
 const ATTEND_AGAIN: Duration = Duration::from_secs(1);
-
-/// How the engine works; see the README for the defaults.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RelayConfig {
-    /// Loops, each on a connection of its own.
-    pub lanes: usize,
-    /// Events in one claim.
-    pub batch_events: usize,
-    /// Bytes of events in one claim, about.
-    pub batch_bytes: usize,
-    /// Bytes of one payload; larger ones are dead-lettered at once.
-    pub max_payload: usize,
-    /// The longest sleep when idle.
-    pub polling_interval: Duration,
-    /// What becomes of events that no route takes.
-    pub unrouted: Unrouted,
-    /// How long what is in flight may take after a stop; then it is given up.
-    pub shutdown_timeout: Duration,
-}
-
-/// As the settings are by default.
-impl Default for RelayConfig {
-    fn default() -> Self {
-        Self {
-            lanes: 3,
-            batch_events: 1000,
-            batch_bytes: 4 << 20,
-            max_payload: 1 << 20,
-            polling_interval: Duration::from_secs(5),
-            unrouted: Unrouted::DeadLetter,
-            shutdown_timeout: Duration::from_secs(40),
-        }
-    }
-}
-
-/// When a destination is given up, tried again and paused.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Policy {
-    /// How long one publish call may take.
-    pub timeout: Duration,
-    /// When charged events are tried again.
-    pub retry: RetryPolicy,
-    /// When the destination is paused.
-    pub breaker: BreakerPolicy,
-}
-
-/// As the settings are by default.
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            timeout: Duration::from_secs(30),
-            retry: RetryPolicy { max_retries: 3, base: Duration::from_secs(1), exponential: true, jitter: true },
-            breaker: BreakerPolicy { threshold: 5, window: Duration::from_secs(60), recovery: Duration::from_secs(30) },
-        }
-    }
-}
-
-/// A destination for the engine.
-pub struct Endpoint {
-    /// Its name, as it stands in `destination` columns.
-    pub name: String,
-    /// What publishes to it.
-    pub sink: Arc<dyn Sink>,
-    /// How it is dealt with.
-    pub policy: Policy,
-}
 
 /// Whether the relay can do its work right now.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -36,6 +36,7 @@ mod refusal;
 mod register;
 mod salvage;
 mod schema;
+mod session;
 mod settle;
 mod shape;
 mod sql;
@@ -113,7 +114,7 @@ impl PgOutbox {
         hit("connect")?;
         let mut options = connect_options(&self.config.url, self.config.pooled)?;
         if !self.config.pooled {
-            options = options.options(lane::settings(&self.config));
+            options = options.options(session::settings(&self.config));
         }
         let mut connection = connect(&options).await?;
         answered("begin", STATEMENT_TIMEOUT, self.begin_pooled(&mut connection)).await?;
@@ -147,7 +148,7 @@ impl PgOutbox {
     /// needs one even if it is the only one: its parts travel apart.
     async fn begin_pooled(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         if self.config.pooled {
-            connection.execute(AssertSqlSafe(lane::begin(&self.config))).await?;
+            connection.execute(AssertSqlSafe(session::begin(&self.config))).await?;
         }
         Ok(())
     }
@@ -259,7 +260,7 @@ impl Outbox for PgOutbox {
         }
         self.add_days(&mut connection).await?;
         self.look_at_additions(&mut connection).await?;
-        self.prove(&mut connection, &lane::begin(&self.config)).await
+        self.prove(&mut connection, &session::begin(&self.config)).await
     }
 
     async fn register(&self, configuration: &Arc<Configuration>, once: bool) -> Result<(), OutboxError> {

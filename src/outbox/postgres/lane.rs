@@ -4,6 +4,8 @@
 //! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
 //! lane that dies frees its partitions at once, with no lease to wait for.
 
+mod superseded;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -12,21 +14,21 @@ use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{ClaimId, RenewedClaim, SentBefore};
 use crate::failpoint::hit;
-use crate::outbox::number::{milliseconds, to_i64};
+use crate::outbox::number::milliseconds;
 use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
 use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
 use crate::outbox::postgres::proof::{is_content, words_and_cure};
-use crate::outbox::postgres::register::CHANGES;
 use crate::outbox::postgres::salvage::{CHECK_AND_COMMIT, SAVEPOINT};
+use crate::outbox::postgres::session::begin;
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::take::{self, PARTITIONS, Peeked, Ranges};
+use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, PARTITIONS, Peeked, Ranges};
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::register::Role;
-use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxConfig, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
@@ -42,28 +44,6 @@ select {schema}.relay_epoch_above($1), array(
         where o.partition in (n.partition, n.partition + 640::smallint) and o.id = n.id and o.event_id = n.event_id
           and o.destination in ('', $5)
     )
-)";
-
-const HAS_OWED: &str = "
-select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')
-    or exists (select from {schema}.event_outbox where partition >= 1280 and available_at <= pg_catalog.statement_timestamp())";
-
-/// A scan from the right of each partition touches one index entry.
-const LAST_ID: &str = "
-select pg_catalog.max(last.id)
-from pg_catalog.generate_series(0, 639) p(partition)
-cross join lateral (
-    select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint
-    order by o.partition desc, o.id desc limit 1
-) last";
-
-const IS_PENDING_UP_TO: &str = "
-select exists (
-    select from pg_catalog.generate_series(0, 639) p(partition)
-    cross join lateral (
-        select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint and o.id <= $1
-        order by o.partition, o.id limit 1
-    ) first
 )";
 
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
@@ -299,55 +279,6 @@ impl PgLane {
         }
     }
 
-    /// Claims for a relay that is superseded; `None` where it is not any more.
-    async fn claim_left(&mut self, request: ClaimRequest<'_>) -> Result<Option<Claim>, OutboxError> {
-        let look =
-            async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(CHANGES).fetch_one(connection).await;
-        let changes = self.ask("look whether this relay routes", look).await?;
-        let Role::Superseded { left } = self.outbox.role_at(changes).await? else { return Ok(None) };
-        let left = self.outbox.membership.ready(&left);
-        if left.is_empty() {
-            return Ok(Some(Claim::Superseded));
-        }
-        let request = ClaimRequest { destinations: &left, ..request };
-        let mut connection = self.ready().await?;
-        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim_left(&mut connection, request)).await?;
-        self.connection = Some(connection);
-        Ok(Some(claim))
-    }
-
-    /// Claims what is owed to the destinations of the request. Its transaction writes before it publishes; that is rare.
-    async fn try_claim_left(
-        &mut self,
-        connection: &mut PgConnection,
-        request: ClaimRequest<'_>,
-    ) -> Result<Claim, sqlx::Error> {
-        let sql = self.outbox.sql();
-        connection.execute(AssertSqlSafe(self.begin.clone())).await?;
-        let limit = request.max_events;
-        let taken = take::take_left(connection, sql, request.destinations, to_i64(limit)).await?;
-        if taken.is_empty() {
-            connection.execute("commit").await?;
-            return Ok(Claim::Superseded);
-        }
-        let share = (limit / taken.len()).max(1);
-        let limits = (limit, share);
-        let bounds = vec![i64::MIN; taken.len()];
-        let mut batch =
-            batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::Owed).await?;
-        batch.sort();
-        // They keep their places, as those do that a relay that routes has passed.
-        self.outbox.unrecorded.kept.leave_out(&mut batch, &BTreeMap::new());
-        let Batch { claimed, given, bytes, epoch, .. } = batch;
-        let Some(epoch) = epoch.filter(|_| !claimed.is_empty()) else {
-            connection.execute("commit").await?;
-            return Ok(Claim::Superseded);
-        };
-        let full = bytes >= request.max_bytes || given.values().any(|given| given.events == share);
-        let claim_id = ClaimId { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
-        Ok(Claim::Batch { claimed, full, claim_id })
-    }
-
     /// Writes all of it and commits; after an error nothing is written. Where what is written may be refused, the claim is
     /// kept then.
     async fn try_settle(
@@ -564,41 +495,6 @@ impl Lane for PgLane {
         })
         .await
     }
-}
-
-/// How a transaction of a relay begins.
-pub(super) fn begin(config: &OutboxConfig) -> String {
-    // Each statement after the first must see what was committed before it: no higher isolation.
-    let begin = "begin isolation level read committed";
-    if !config.pooled {
-        return begin.to_owned();
-    }
-    let local = |(name, value)| format!("pg_catalog.set_config('{name}', '{value}', true)");
-    format!("{begin}; select {}", settings(config).map(local).join(", "))
-}
-
-/// What a relay's connection is set to; behind a transaction-pooling proxy, each of its transactions.
-///
-/// - The idle timeout ends the claim of a relay that stalled; it must outlast every publish.
-/// - The server gives up before the client does: a connection that is dropped while it waits would wait on, and each attempt
-///   would leave one more behind. A claim gives up a lock after seconds, and is repeated; a settle has longer, which
-///   `take` sees to, because what is published already would be published again.
-/// - Row-level security that applies to this role fails a statement, and does not hide rows from it.
-/// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
-pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 10] {
-    let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
-    [
-        ("idle_in_transaction_session_timeout", idle.to_string()),
-        ("lock_timeout", "5s".to_owned()),
-        ("statement_timeout", "28s".to_owned()),
-        ("row_security", "off".to_owned()),
-        ("plan_cache_mode", "force_generic_plan".to_owned()),
-        ("enable_seqscan", "off".to_owned()),
-        ("enable_bitmapscan", "off".to_owned()),
-        ("enable_hashjoin", "off".to_owned()),
-        ("enable_mergejoin", "off".to_owned()),
-        ("jit", "off".to_owned()),
-    ]
 }
 
 /// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so

@@ -12,6 +12,30 @@ use crate::outbox::postgres::sql::Sql;
 /// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
 pub(super) const PARTITIONS: i16 = 640;
 
+/// Whether something waits that a claim does not take.
+pub(super) const HAS_OWED: &str = "
+select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')
+    or exists (select from {schema}.event_outbox where partition >= 1280 and available_at <= pg_catalog.statement_timestamp())";
+
+/// The greatest pending id. A scan from the right of each partition touches one index entry.
+pub(super) const LAST_ID: &str = "
+select pg_catalog.max(last.id)
+from pg_catalog.generate_series(0, 639) p(partition)
+cross join lateral (
+    select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint
+    order by o.partition desc, o.id desc limit 1
+) last";
+
+/// Whether an event with an id up to `$1` is pending.
+pub(super) const IS_PENDING_UP_TO: &str = "
+select exists (
+    select from pg_catalog.generate_series(0, 639) p(partition)
+    cross join lateral (
+        select o.id from {schema}.event_outbox o where o.partition = p.partition::smallint and o.id <= $1
+        order by o.partition, o.id limit 1
+    ) first
+)";
+
 /// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds. What follows in this transaction may wait for
 /// longer: a settle that gave up would let be published again what is published. It still ends before the client gives up.
 const TAKE: &str = "
