@@ -204,6 +204,17 @@ impl From<Tripped> for OutboxError {
 }
 
 impl OutboxError {
+    /// Whether a statement was given up, by us or by the server.
+    pub(super) fn is_timeout(&self) -> bool {
+        match self {
+            Self::TimedOut { .. } => true,
+            Self::Query { source, .. } => {
+                source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("57014"))
+            }
+            _ => false,
+        }
+    }
+
     /// Waiting cannot help: a human must change the configuration or the binary.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Url { .. } | Self::LocksDoNotExclude | Self::SchemaTooNew { .. })

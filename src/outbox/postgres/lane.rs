@@ -21,7 +21,7 @@ use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
 use crate::outbox::postgres::proof::{is_content, words_and_cure};
 use crate::outbox::postgres::salvage::{CHECK_AND_COMMIT, SAVEPOINT};
-use crate::outbox::postgres::session::begin;
+use crate::outbox::postgres::session::{begin, flushed};
 use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, PARTITIONS, Peeked, Ranges};
@@ -324,7 +324,7 @@ impl Lane for PgLane {
             let rows = self.rows.min(request.max_events);
             match answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
                 // Repeated as it was, it would fail again: some events are so large, or print so long.
-                Err(error) if rows > 1 && is_timeout(&error) => {
+                Err(error) if rows > 1 && error.is_timeout() => {
                     self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
                     tracing::warn!(
                         rows,
@@ -494,25 +494,5 @@ impl Lane for PgLane {
             sql.query_scalar(IS_PENDING_UP_TO).bind(id).fetch_one(connection).await
         })
         .await
-    }
-}
-
-/// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so
-/// this is the usual answer only where little goes on, or all of it waits for the disk.
-async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select pg_catalog.pg_current_wal_insert_lsn() <= pg_catalog.pg_current_wal_flush_lsn()")
-        .persistent(false)
-        .fetch_one(connection)
-        .await
-}
-
-/// Whether a statement was given up, by us or by the server.
-fn is_timeout(error: &OutboxError) -> bool {
-    match error {
-        OutboxError::TimedOut { .. } => true,
-        OutboxError::Query { source, .. } => {
-            source.as_database_error().is_some_and(|error| error.code().as_deref() == Some("57014"))
-        }
-        _ => false,
     }
 }
