@@ -346,9 +346,10 @@ impl Batch {
         given.events += 1;
         given.last_id = given.last_id.max(id);
         self.last = Some(partition);
-        let attempts: i32 = row.try_get(15)?;
-        if attempts < -1 {
-            let holds = if attempts == -3 { kept::key(&claimed.event) } else { None };
+        // NULL, where somebody has allowed that, is no mark.
+        let attempts: Option<i32> = row.try_get(15)?;
+        if attempts.is_some_and(|attempts| attempts < -1) {
+            let holds = if attempts == Some(-3) { kept::key(&claimed.event) } else { None };
             self.marked.push(Marked { row: claimed.event.row, holds });
             return Ok(());
         }
