@@ -12,12 +12,14 @@ use crate::stores::Client;
 /// The files that have SQL which a relay or a migration runs.
 fn sources() -> Vec<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let mut files: Vec<PathBuf> = ["src/outbox/postgres", "migrations/postgres"]
-        .iter()
-        .flat_map(|folder| std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()))
-        .collect();
-    files.push(root.join("src/outbox/postgres.rs"));
-    files.push(root.join("deploy/sql/roles.sql"));
+    let mut files = vec![root.join("src/outbox/postgres.rs"), root.join("deploy/sql/roles.sql")];
+    let mut folders = vec![root.join("src/outbox/postgres"), root.join("migrations/postgres")];
+    while let Some(folder) = folders.pop() {
+        let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let (inner, found): (Vec<_>, Vec<_>) = paths.partition(|path| path.is_dir());
+        folders.extend(inner);
+        files.extend(found);
+    }
     files.sort();
     files
 }
