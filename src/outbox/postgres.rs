@@ -7,13 +7,14 @@
 //! - `settle`: what is written of a batch; `salvage`: and where that is refused; `kept`: what cannot even be
 //!   parked. `proof`: whether all of it can be written. `refusal`: what a refusal says, and its cure.
 //! - [`wake`]: sleeping until a producer commits.
-//! - `schema`, `home`, `shape`: whether a database fits; [`migrate`], [`check`]: the commands of that name.
+//! - `schema`, `home`, `shape`: whether a database fits; `migrations`: their list; [`migrate`], [`check`]: the commands of that name.
 //! - `formats`: events that this relay cannot read.
 //! - `triggers`: what must be there of them. `patience`: the locks of a migration.
 //! - `register`: the relays at work, by what configurations; `owed`: what is owed to destinations that are gone.
 //! - `suspects`: the notes that end a crash loop.
 //! - `exclusion`: whether advisory locks are what they should be.
-//! - `standstill`: what keeps events from moving; `parked`, `undecided`: two kinds of it.
+//! - `standstill`: what keeps events from moving; `question`: what its probes go by; `parked`, `undecided`: two of them.
+//! - `session`: what connections and transactions are set to.
 //! - `emit`: the command of that name.
 
 pub mod audit;
@@ -27,11 +28,13 @@ mod home;
 mod kept;
 pub mod lane;
 pub mod migrate;
+mod migrations;
 mod owed;
 mod parked;
 mod patience;
 mod promote;
 mod proof;
+mod question;
 mod refusal;
 mod register;
 mod salvage;
@@ -61,9 +64,9 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 use crate::failpoint::hit;
 use crate::outbox::postgres::bounds::Bounds;
 use crate::outbox::postgres::promote::Walks;
+use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::salvage::Unrecorded;
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::standstill::Question;
 use crate::outbox::postgres::suspects::Aside;
 use crate::outbox::register::{Configuration, Membership};
 use crate::outbox::standstill::Memory;

@@ -20,6 +20,7 @@ mod owed;
 mod owner;
 mod parked;
 mod proof;
+mod question;
 mod register;
 mod retention;
 mod row;
@@ -48,7 +49,7 @@ use crate::secret::Secret;
 use identity::FileId;
 use lane::Turn;
 use owner::Owner;
-use standstill::Question;
+use question::Question;
 
 /// How long a write waits for another program's transaction to end before it fails, to be tried again later. What is
 /// told to stop waits no longer than this either.

@@ -6,8 +6,9 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
 use crate::outbox::error::CONNECTIONS_BESIDE;
+use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::standstill::{self, Question, TABLE_LOCKED};
+use crate::outbox::postgres::standstill::{self, TABLE_LOCKED};
 use crate::outbox::postgres::{
     ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, proof, register, schema,
     shape, triggers,

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::standstill::Question;
 use crate::outbox::postgres::tid;
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::{Claimed, OutboxError, Standstill, standstill};

@@ -17,7 +17,7 @@ use sqlx::postgres::PgConnection;
 use crate::event::{Event, RowKey};
 use crate::outbox::postgres::batch::Batch;
 use crate::outbox::postgres::proof::Survivor;
-use crate::outbox::postgres::standstill::Question;
+use crate::outbox::postgres::question::Question;
 use crate::outbox::standstill::{self, First};
 use crate::outbox::{Claimed, Standstill};
 

@@ -6,8 +6,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::register;
-use crate::outbox::postgres::standstill::Question;
 use crate::outbox::records::Unconfigured;
 use crate::outbox::{Standstill, records};
 

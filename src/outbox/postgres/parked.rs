@@ -6,7 +6,7 @@ use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::outbox::Standstill;
-use crate::outbox::postgres::standstill::Question;
+use crate::outbox::postgres::question::Question;
 use crate::outbox::records::MOST_COUNTED;
 use crate::outbox::standstill::{self, First};
 

@@ -8,7 +8,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::outbox::OutboxError;
 use crate::outbox::postgres::PgOutbox;
-use crate::outbox::postgres::migrate::SCHEMA_VERSION;
+use crate::outbox::postgres::migrations::SCHEMA_VERSION;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::register::{Configuration, Member, Register, Registration, Role};
 

@@ -7,7 +7,7 @@ use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::home::Home;
-use crate::outbox::postgres::migrate::SCHEMA_VERSION;
+use crate::outbox::postgres::migrations::SCHEMA_VERSION;
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::{OutboxError, SchemaVersion};
 

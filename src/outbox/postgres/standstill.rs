@@ -3,7 +3,6 @@
 //! A probe must not wait for whoever blocks the tables: it reads catalogues, `pg_locks` and `pg_stat_activity`. One that reads
 //! a table of ours is given up after a second. To add a probe: a text, a function, and a line in [`PROBES`].
 
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -11,28 +10,11 @@ use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
+use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::PARTITIONS;
 use crate::outbox::postgres::{formats, kept, owed, parked, undecided};
-use crate::outbox::standstill::{Memory, NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
-
-/// What the probes go by.
-pub(super) struct Question<'a> {
-    /// How statements are sent.
-    pub(super) sql: Sql,
-    /// The names of all configured destinations.
-    pub(super) destinations: &'a [String],
-    /// How long one publish call may take: so long, and a little more, another relay may hold its claim.
-    pub(super) publish_timeout: Duration,
-    /// Whether published events are copied to `event_history`; else a lock there is nobody's trouble.
-    pub(super) history: bool,
-    /// What was seen before.
-    pub(super) memory: &'a Memory,
-    /// For each partition, the id above which it may have pending events.
-    pub(super) bounds: Vec<i64>,
-    /// Set where events wait behind one of a format that this relay does not know.
-    pub(super) aside: &'a AtomicBool,
-}
+use crate::outbox::standstill::{NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
 
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 

@@ -3,7 +3,7 @@
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::postgres::standstill::Question;
+use crate::outbox::postgres::question::Question;
 use crate::outbox::records::literal;
 use crate::outbox::standstill::Standstill;
 

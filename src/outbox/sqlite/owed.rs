@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::records::Unconfigured;
-use crate::outbox::sqlite::standstill::Question;
+use crate::outbox::sqlite::question::Question;
 use crate::outbox::{Standstill, records};
 
 /// Each destination of scheduled rows that is none of `?1`: how many rows, at most `?2`, and the age of the first of them.

@@ -6,7 +6,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::Standstill;
 use crate::outbox::records::MOST_COUNTED;
-use crate::outbox::sqlite::standstill::Question;
+use crate::outbox::sqlite::question::Question;
 use crate::outbox::standstill::{self, First};
 
 /// When nothing is due by itself.

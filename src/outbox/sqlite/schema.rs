@@ -10,7 +10,8 @@ use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::proof::{self, Tried};
-use crate::outbox::sqlite::standstill::{self, Question};
+use crate::outbox::sqlite::question::Question;
+use crate::outbox::sqlite::standstill;
 use crate::outbox::sqlite::{answered, open, open_or_create, owner, path, register, shape};
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, Migrated, OutboxError, SchemaVersion, Standstill};

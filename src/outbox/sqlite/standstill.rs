@@ -9,22 +9,9 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
+use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::{formats, owed, parked};
-use crate::outbox::standstill::{self, Memory, Standstill, TAKEN_AFTER};
-
-/// What the probes go by.
-pub(super) struct Question<'a> {
-    /// The names of all configured destinations.
-    pub(super) destinations: &'a [String],
-    /// How long one publish call may take.
-    pub(super) publish_timeout: Duration,
-    /// What was seen before.
-    pub(super) memory: &'a Memory,
-    /// Who works on the file, where it is not this relay.
-    pub(super) owner: Option<String>,
-    /// How long an event must be seen that nobody takes, once it has been due for too long; somebody may just have put it back.
-    pub(super) seen_for: Duration,
-}
+use crate::outbox::standstill::{self, Standstill, TAKEN_AFTER};
 
 type Probe =
     for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
