@@ -199,12 +199,12 @@ pub struct Claimed {
     /// It failed before in a way that it was not charged for, and waited.
     pub blocked_before: bool,
     /// The destinations at which an earlier event of its key still waits.
-    pub behind: Vec<Behind>,
+    pub blocked_by: Vec<BlockedBy>,
 }
 
 /// An earlier event of the same key waits at this destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Behind {
+pub struct BlockedBy {
     /// Where.
     pub destination: String,
     /// How long until that event is due.
@@ -287,7 +287,7 @@ pub trait CrashNotes {
     ///
     /// # Errors
     /// It may be noted or not.
-    fn suspect(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+    fn mark(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// `run` lives for a while after it began to publish `events`: what it dies of later may be something else.
     ///
@@ -306,7 +306,7 @@ pub trait CrashNotes {
     ///
     /// # Errors
     /// They stay suspects, for a while.
-    fn acquit(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+    fn clear(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 }
 
 /// A store of events.

@@ -5,28 +5,28 @@
 //!
 //! - `blame`: whether a failed call is the destination's fault, or its events'.
 //! - `blocked`: which blocked keys the log has named.
-//! - `caution`: what ends a crash loop.
 //! - `config`: what the engine is given.
+//! - `crash_guard`: what ends a crash loop.
 //! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
 //! - `lane`: one loop on one connection.
-//! - `watch`: looking for work, and sleeping while there is none.
 //! - `panics`: what finds the event on which a destination's code panics.
+//! - `poll`: polling for work, and sleeping while there is none.
+//! - `publish`: from a claimed batch to what is settled.
 //! - `report`: what is logged of events and of the work.
-//! - `pass`: from a claimed batch to what is settled.
 //! - `standstills`: what keeps events from moving, logged and shown.
 
 mod blame;
 mod blocked;
-mod caution;
 mod config;
+mod crash_guard;
 mod destination;
 mod ending;
 mod lane;
 mod panics;
-mod pass;
+mod poll;
+mod publish;
 mod report;
 mod standstills;
-mod watch;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,8 +44,8 @@ use crate::outbox::{Outbox, OutboxError, Standstill};
 use crate::route::{Router, Unrouted};
 use crate::text::shown;
 use blocked::Named;
-use caution::Caution;
 pub use config::{Endpoint, Policy, RelayConfig};
+use crash_guard::CrashGuard;
 use destination::Destination;
 use lane::{Ending, Lane, Shared};
 use report::Report;
@@ -54,7 +54,7 @@ use standstills::Standstills;
 /// How often the days of the processing log are looked after.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// How often it is looked whether something is to be logged.
+/// How often it is checked whether something is to be logged.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest message of a panic that is logged, in characters.
@@ -97,13 +97,13 @@ pub struct Relay<O: Outbox> {
     /// Of a publish call to any of them.
     longest_timeout: Duration,
     readiness: channel::Sender<Readiness>,
-    caution: Caution,
+    crash_guard: CrashGuard,
     report: Arc<Report>,
     named: Named,
     standstills: Standstills,
     configuration: Arc<Configuration>,
-    /// When some lane last looked for events.
-    looked: Mutex<Instant>,
+    /// When some lane last polled for events.
+    polled: Mutex<Instant>,
 }
 
 impl<O: Outbox> Relay<O> {
@@ -116,8 +116,8 @@ impl<O: Outbox> Relay<O> {
         let destinations =
             destinations.into_iter().map(|endpoint| Destination::new(endpoint, Arc::clone(&report))).collect();
         let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        let (caution, named, standstills) = (Caution::new(), Named::default(), Standstills::new());
-        let looked = Mutex::new(Instant::now());
+        let (crash_guard, named, standstills) = (CrashGuard::new(), Named::default(), Standstills::new());
+        let polled = Mutex::new(Instant::now());
         Arc::new(Self {
             outbox,
             config,
@@ -126,12 +126,12 @@ impl<O: Outbox> Relay<O> {
             names,
             longest_timeout,
             readiness,
-            caution,
+            crash_guard,
             report,
             named,
             standstills,
             configuration,
-            looked,
+            polled,
         })
     }
 
@@ -214,9 +214,9 @@ impl<O: Outbox> Relay<O> {
     /// Does its part in the register of relays until `stop`, and says where configurations differ.
     async fn attend(self: Arc<Self>, stop: CancellationToken) {
         loop {
-            let idle = self.looked.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
+            let idle = self.polled.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
             let next = self.outbox.attend(idle).await.unwrap_or_else(|error| {
-                tracing::debug!(error = error.explain(), "the register of relays cannot be looked at");
+                tracing::debug!(error = error.explain(), "the register of relays cannot be reached");
                 ATTEND_AGAIN
             });
             self.report_differences();
@@ -252,8 +252,8 @@ impl<O: Outbox> Relay<O> {
     }
 
     /// Some lane looks for events.
-    fn looked(&self) {
-        *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    fn polled(&self) {
+        *self.polled.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Waits until the store can be used. Returns false where `stop` came first.
@@ -316,7 +316,7 @@ impl<O: Outbox> Relay<O> {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => result = Err(error),
                 Err(panic) => {
-                    self.caution.panicked();
+                    self.crash_guard.panicked();
                     tracing::error!(
                         error = shown(&panic.to_string(), MAX_PANIC_CHARS),
                         "a lane panicked; its events are pending again, another lane takes its place"
@@ -329,7 +329,7 @@ impl<O: Outbox> Relay<O> {
         }
         self.report.tick(true);
         life.abort();
-        drop(tokio::time::timeout(ending::IDLE_GRACE, self.caution.stop(&self.outbox)).await);
+        drop(tokio::time::timeout(ending::IDLE_GRACE, self.crash_guard.stop(&self.outbox)).await);
         match (result, self.given_up(&shared)) {
             (Ok(()), what) if !what.is_empty() => {
                 Err(OutboxError::GivenUp { after: self.config.shutdown_timeout, what })

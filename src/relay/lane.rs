@@ -1,6 +1,6 @@
 //! A lane: one loop on one connection.
 //!
-//! A lane whose last batch was full claims again at once. All others queue for the relay's one [`Watch`]: its holder
+//! A lane whose last batch was full claims again at once. All others queue for the relay's one [`Poller`]: its holder
 //! looks for work, and sleeps while there is none; as soon as it has claimed some, the next lane takes over. So an idle
 //! relay asks its database one question at a time, however many lanes it has.
 
@@ -18,12 +18,12 @@ use tokio_util::sync::CancellationToken;
 use crate::event::{ClaimId, RenewedClaim, SentBefore, Tally};
 use crate::failpoint::hit;
 use crate::outbox::{self, Claimed, Lane as _, Outbox, OutboxError};
-use crate::relay::watch::{Look, Watch};
+use crate::relay::poll::{Polled, Poller};
 use crate::relay::{Backoff, Drained, Relay, sleep};
 use crate::sink::ClaimCheck;
 
 /// How long a lane that ends waits for destinations to have heard of its last settle.
-const TELLING_TIMEOUT: Duration = Duration::from_secs(1);
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// When a relay's lanes are done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub(super) enum Ending {
 /// What the lanes of a relay share.
 pub(super) struct Shared<W> {
     pub(super) ending: Ending,
-    pub(super) watch: AsyncMutex<Watch<W>>,
+    pub(super) poller: AsyncMutex<Poller<W>>,
     /// Lanes that hold, or may come to hold, a claim.
     pub(super) busy: AtomicUsize,
     /// A lane has settled: what it held may be claimed by another.
@@ -58,7 +58,7 @@ impl<W> Shared<W> {
     pub(super) fn new(wakeup: Option<W>, ending: Ending) -> Self {
         Self {
             ending,
-            watch: AsyncMutex::new(Watch::new(wakeup)),
+            poller: AsyncMutex::new(Poller::new(wakeup)),
             busy: AtomicUsize::new(0),
             settled: Notify::new(),
             scheduled: AtomicBool::new(false),
@@ -135,7 +135,7 @@ pub(super) struct Lane<O: Outbox> {
     /// The last batch was full: there is more.
     pub(super) eager: bool,
     /// What destinations are being told of what is settled; nothing waits for it but the lane's end.
-    telling: JoinSet<()>,
+    cleanups: JoinSet<()>,
 }
 
 /// The store, as far as sinks may ask it while they publish.
@@ -177,14 +177,14 @@ impl<L: outbox::Lane> ClaimCheck for ClaimLedger<'_, L> {
 impl<O: Outbox> Lane<O> {
     pub(super) fn new(relay: Arc<Relay<O>>, shared: Arc<Shared<O::Wakeup>>, stop: CancellationToken) -> Self {
         let lane = relay.outbox.lane();
-        Self { relay, shared, lane, stop, eager: false, telling: JoinSet::new() }
+        Self { relay, shared, lane, stop, eager: false, cleanups: JoinSet::new() }
     }
 
     /// Works until the end. In a drain, trouble with the store ends it; otherwise it is waited out.
     pub(super) async fn run(mut self) -> Result<(), OutboxError> {
         let ended = self.work().await;
         // A destination that does not answer now costs the next claim a question, and is not waited for.
-        drop(tokio::time::timeout(TELLING_TIMEOUT, self.telling.join_all()).await);
+        drop(tokio::time::timeout(CLEANUP_TIMEOUT, self.cleanups.join_all()).await);
         ended
     }
 
@@ -216,7 +216,7 @@ impl<O: Outbox> Lane<O> {
     async fn pass(&mut self) -> Result<bool, OutboxError> {
         let Some(Work { mut batch, claim_id, begun: claiming, busy }) = self.find().await? else { return Ok(false) };
         let relay = Arc::clone(&self.relay);
-        let mut care = match relay.caution.before(&relay.outbox, &mut batch, &self.stop).await {
+        let mut care = match relay.crash_guard.before(&relay.outbox, &mut batch, &self.stop).await {
             Ok(care) => care,
             Err(error) => {
                 self.lane.settle(&[]).await?; // gives the claim up
@@ -236,9 +236,9 @@ impl<O: Outbox> Lane<O> {
         let asking = relay.standstills.asking();
         let settled = self.lane.settle(&deliveries).await;
         drop(asking);
-        relay.caution.after(&relay.outbox, care).await;
+        relay.crash_guard.after(&relay.outbox, care).await;
         settled?;
-        self.tell(after_settle);
+        self.spawn_cleanup(after_settle);
         let mut tally = Tally::default();
         deliveries.iter().for_each(|delivery| tally.count(&delivery.verdict));
         tracing::debug!(
@@ -267,11 +267,11 @@ impl<O: Outbox> Lane<O> {
     }
 
     /// Begins to tell destinations that their events are settled, ahead of whatever the next claim sends there.
-    fn tell(&mut self, after_settle: Vec<BoxFuture<'static, ()>>) {
-        while self.telling.try_join_next().is_some() {}
-        for mut telling in after_settle {
-            if (&mut telling).now_or_never().is_none() {
-                self.telling.spawn(telling);
+    fn spawn_cleanup(&mut self, after_settle: Vec<BoxFuture<'static, ()>>) {
+        while self.cleanups.try_join_next().is_some() {}
+        for mut cleanups in after_settle {
+            if (&mut cleanups).now_or_never().is_none() {
+                self.cleanups.spawn(cleanups);
             }
         }
     }
@@ -283,20 +283,20 @@ impl<O: Outbox> Lane<O> {
         }
         let shared = Arc::clone(&self.shared);
         if self.eager && self.relay.paused_until(Instant::now()).is_none() {
-            // With all lanes here nobody keeps watch, and what is scheduled must come in its turn all the same.
-            if let Ok(mut watch) = shared.watch.try_lock()
-                && watch.schedule.next_promotion <= Instant::now()
+            // With all lanes here nobody polls, and what is scheduled must come in its turn all the same.
+            if let Ok(mut poller) = shared.poller.try_lock()
+                && poller.schedule.next_promotion <= Instant::now()
             {
-                self.promote(&mut watch.schedule).await?;
+                self.promote(&mut poller.schedule).await?;
             }
-            if let Look::Found(work) = self.look().await? {
+            if let Polled::Found(work) = self.poll().await? {
                 return Ok(Some(work));
             }
         }
-        let mut watch = tokio::select! {
-            watch = shared.watch.lock() => watch,
+        let mut poller = tokio::select! {
+            poller = shared.poller.lock() => poller,
             () = self.stop.cancelled() => return Ok(None),
         };
-        self.keep_watch(&mut watch).await
+        self.wait_for_work(&mut poller).await
     }
 }

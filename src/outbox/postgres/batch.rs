@@ -18,7 +18,7 @@ use crate::outbox::postgres::kept::{self, Marked};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::MOVES;
 use crate::outbox::postgres::tid;
-use crate::outbox::{Behind, ClaimRequest, Claimed, decode};
+use crate::outbox::{BlockedBy, ClaimRequest, Claimed, decode};
 
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
@@ -418,7 +418,7 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
         defect = columns.into_iter().find(|(_, is_missing)| *is_missing).map(|(column, _)| decode::missing(column));
     }
     let attempts = attempts.unwrap_or_default();
-    let remaining = |(destination, ms)| Behind { destination, remaining: Duration::from_millis(ms) };
+    let remaining = |(destination, ms)| BlockedBy { destination, remaining: Duration::from_millis(ms) };
     let claimed = Claimed {
         event: Event {
             row: RowKey {
@@ -443,7 +443,7 @@ fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<C
         due: due.unwrap_or(true),
         defect,
         blocked_before: attempts < 0,
-        behind: behind.into_iter().map(remaining).collect(),
+        blocked_by: behind.into_iter().map(remaining).collect(),
     };
     Ok(claimed)
 }

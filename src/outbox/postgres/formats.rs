@@ -58,7 +58,7 @@ pub(super) async fn set_aside(
     sql: Sql,
     claimed: &[Claimed],
 ) -> Result<bool, sqlx::Error> {
-    let waits = |claimed: &&Claimed| claimed.behind.iter().any(|behind| behind.destination == APART);
+    let waits = |claimed: &&Claimed| claimed.blocked_by.iter().any(|earlier| earlier.destination == APART);
     let (tids, ids): (Vec<String>, Vec<i64>) = claimed
         .iter()
         .filter(waits)

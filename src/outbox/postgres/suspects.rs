@@ -156,7 +156,7 @@ impl CrashNotes for PgOutbox {
         Ok(rows.iter().map(suspicion).collect())
     }
 
-    async fn suspect(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn mark(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         self.aside("note what is about to be published", async |connection| {
             let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
             let query = self.sql().query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
@@ -179,7 +179,7 @@ impl CrashNotes for PgOutbox {
         .await
     }
 
-    async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn clear(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         self.aside("note what was published", async |connection| {
             let query = "delete from {schema}.event_crash_suspect where event_id = any($1)";
             self.sql().query(query).persistent(false).bind(events).execute(connection).await.map(drop)

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
 use crate::outbox::number::milliseconds;
-use crate::outbox::{Behind, Claimed, decode};
+use crate::outbox::{BlockedBy, Claimed, decode};
 
 /// The columns before the payload, in the order of the statement.
 #[derive(Deserialize)]
@@ -134,11 +134,11 @@ pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error
         due: columns.due != Some(0),
         defect,
         blocked_before: attempts < 0,
-        behind: columns
+        blocked_by: columns
             .behind
             .into_iter()
             .flatten()
-            .filter_map(|(destination, ms)| Some(Behind { destination, remaining: milliseconds(ms?) }))
+            .filter_map(|(destination, ms)| Some(BlockedBy { destination, remaining: milliseconds(ms?) }))
             .collect(),
     };
     Ok((claimed, columns.sizes))

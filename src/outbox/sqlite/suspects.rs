@@ -90,7 +90,7 @@ impl CrashNotes for SqliteOutbox {
         Ok(rows.into_iter().map(suspicion).collect())
     }
 
-    async fn suspect(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn mark(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let query = sqlx::query(SUSPECT).bind(json(events)).bind(run.to_string()).bind(together);
@@ -109,7 +109,7 @@ impl CrashNotes for SqliteOutbox {
         answered("note that events are tried again", query.execute(&mut *connection)).await.map(drop)
     }
 
-    async fn acquit(&self, events: &[Uuid]) -> Result<(), OutboxError> {
+    async fn clear(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = "delete from event_crash_suspect where event_id in (select value from json_each(?1))";
         let query = sqlx::query(query).bind(json(events));

@@ -96,8 +96,8 @@ impl<O: Outbox> Relay<O> {
             }
             for target in targets {
                 let name = self.names[target].as_str();
-                match claimed.behind.iter().find(|behind| behind.destination == name) {
-                    Some(behind) => decide(name, Verdict::Wait { park: Some(behind.remaining) }),
+                match claimed.blocked_by.iter().find(|earlier| earlier.destination == name) {
+                    Some(earlier) => decide(name, Verdict::Wait { park: Some(earlier.remaining) }),
                     None => plan.publish[target].push(index),
                 }
             }

@@ -34,11 +34,11 @@ const CRASHES_ALONE: usize = 3;
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// One run's care.
-pub(super) struct Caution {
+pub(super) struct CrashGuard {
     run: Mutex<Uuid>,
     stage: Mutex<Stage>,
     /// Events that nobody died of, and whose notes are still there: the store could not be reached.
-    innocent: Mutex<Vec<Uuid>>,
+    to_clear: Mutex<Vec<Uuid>>,
     /// Held alone while suspects are published, so that an event of another lane is not taken for the cause.
     lanes: Arc<RwLock<()>>,
     /// How many events may be claimed at once: few after others have died, who left no note if they died in a claim.
@@ -70,12 +70,12 @@ enum Turn {
     Beside(#[expect(dead_code, reason = "held")] OwnedRwLockReadGuard<()>),
 }
 
-impl Caution {
+impl CrashGuard {
     pub(super) fn new() -> Self {
         Self {
             run: Mutex::new(Uuid::new_v4()),
             stage: Mutex::new(Stage::Fresh),
-            innocent: Mutex::default(),
+            to_clear: Mutex::default(),
             lanes: Arc::default(),
             claim: AtomicUsize::new(usize::MAX),
         }
@@ -117,7 +117,7 @@ impl Caution {
             Stage::Begun { careful: true, .. } if !stop.is_cancelled() => {}
             _ => return Ok(Care::default()),
         }
-        self.acquit(outbox, &[]).await;
+        self.clear(outbox, &[]).await;
         let ids: Vec<Uuid> = batch.iter().map(|claimed| claimed.event.event_id).collect();
         let run = self.run();
         let known = outbox.suspicions(run, &ids).await?;
@@ -150,9 +150,9 @@ impl Caution {
         }
         let noted: Vec<Uuid> =
             batch.iter().filter(|claimed| claimed.defect.is_none()).map(|claimed| claimed.event.event_id).collect();
-        outbox.suspect(run, &noted).await?;
+        outbox.mark(run, &noted).await?;
         if stop.is_cancelled() {
-            self.acquit(outbox, &noted).await; // the stop may have been faster than the notes
+            self.clear(outbox, &noted).await; // the stop may have been faster than the notes
         }
         Ok(Care { noted, lanes: Some(lanes), ended: None })
     }
@@ -164,17 +164,17 @@ impl Caution {
             let twice = |limit: usize| Some(limit.saturating_mul(2));
             _ = self.claim.fetch_update(Ordering::SeqCst, Ordering::SeqCst, twice);
         }
-        self.acquit(outbox, &care.noted).await;
+        self.clear(outbox, &care.noted).await;
     }
 
-    async fn acquit(&self, outbox: &impl CrashNotes, events: &[Uuid]) {
-        let mut innocent = std::mem::take(&mut *self.innocent.lock().unwrap_or_else(PoisonError::into_inner));
-        innocent.extend_from_slice(events);
-        if !innocent.is_empty()
-            && let Err(error) = outbox.acquit(&innocent).await
+    async fn clear(&self, outbox: &impl CrashNotes, events: &[Uuid]) {
+        let mut to_clear = std::mem::take(&mut *self.to_clear.lock().unwrap_or_else(PoisonError::into_inner));
+        to_clear.extend_from_slice(events);
+        if !to_clear.is_empty()
+            && let Err(error) = outbox.clear(&to_clear).await
         {
             tracing::debug!(error = error.explain(), "events stay noted as suspects for now");
-            self.innocent.lock().unwrap_or_else(PoisonError::into_inner).append(&mut innocent);
+            self.to_clear.lock().unwrap_or_else(PoisonError::into_inner).append(&mut to_clear);
         }
     }
 
@@ -231,7 +231,7 @@ impl<O: Outbox> Relay<O> {
             return;
         }
         let (relay, noted, lanes) = (Arc::clone(self), care.noted.clone(), care.lanes.take());
-        let (run, ended) = (self.caution.run(), CancellationToken::new());
+        let (run, ended) = (self.crash_guard.run(), CancellationToken::new());
         care.ended = Some(ended.clone().drop_guard());
         tokio::spawn(async move {
             if tokio::time::timeout(AT_ONCE, ended.cancelled()).await.is_err()
@@ -246,9 +246,9 @@ impl<O: Outbox> Relay<O> {
     /// Takes the notes back when the relay is told to stop, and ends its care when it has lived for a while.
     pub(super) async fn watch_life(self: Arc<Self>, stop: CancellationToken) {
         while tokio::time::timeout(PROBATION, stop.cancelled()).await.is_err() {
-            self.caution.prove(&self.outbox).await;
+            self.crash_guard.prove(&self.outbox).await;
         }
-        self.caution.stop(&self.outbox).await;
+        self.crash_guard.stop(&self.outbox).await;
     }
 }
 

@@ -15,10 +15,10 @@ use crate::relay::{Relay, sleep};
 
 /// The shortest time between two looks of one relay: while producers are busy it makes bigger batches, and after the
 /// last event it is where the poll interval of a relay that is still awake starts.
-const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The longest of these, which a store that is busy with others gets.
-const LOOK_INTERVAL_AT_MOST: Duration = Duration::from_millis(10);
+const POLL_INTERVAL_AT_MOST: Duration = Duration::from_millis(10);
 
 /// The longest time between two looks of a relay that is awake.
 const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
@@ -39,7 +39,7 @@ const NOT_WOKEN: &str = "not_woken";
 /// How long a relay stays awake after its last work, at least and at most.
 const LINGER: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// A sleep shorter than this doubles the time to stay awake: under load a relay must not doze off and make producers
+/// A sleep shorter than this doubles the time to stay awake: under load a relay must not fall asleep and make producers
 /// notify it, over and over.
 const SHORT_SLEEP: Duration = Duration::from_millis(50);
 
@@ -53,14 +53,14 @@ const PROMOTION_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_EVENTS: usize = 10;
 
 /// The right to look for work; owned by the lane that looks.
-pub(super) struct Watch<W> {
+pub(super) struct Poller<W> {
     wakeup: Option<W>,
     pub(super) schedule: Schedule,
 }
 
 /// What a relay knows about when to look next.
 pub(super) struct Schedule {
-    last_look: Instant,
+    last_poll: Instant,
     last_work: Instant,
     linger: Duration,
     /// Looks in a row that found nothing.
@@ -80,11 +80,11 @@ struct Held {
     until: Instant,
 }
 
-impl<W> Watch<W> {
+impl<W> Poller<W> {
     pub(super) fn new(wakeup: Option<W>) -> Self {
         let now = Instant::now();
         let schedule = Schedule {
-            last_look: now,
+            last_poll: now,
             last_work: now,
             linger: LINGER.0,
             misses: 0,
@@ -97,7 +97,7 @@ impl<W> Watch<W> {
 }
 
 /// What a look found.
-pub(super) enum Look<W> {
+pub(super) enum Polled<W> {
     /// A batch, claimed.
     Found(Work<W>),
     /// Only what others hold.
@@ -145,18 +145,18 @@ impl<O: Outbox> Relay<O> {
 
 impl<O: Outbox> Lane<O> {
     /// Tries to claim a batch.
-    pub(super) async fn look(&mut self) -> Result<Look<O::Wakeup>, OutboxError> {
+    pub(super) async fn poll(&mut self) -> Result<Polled<O::Wakeup>, OutboxError> {
         let relay = Arc::clone(&self.relay);
-        relay.looked();
-        if !relay.caution.has_begun() {
+        relay.polled();
+        if !relay.crash_guard.has_begun() {
             if !self.lane.peek(&[]).await?.pending {
                 relay.ready();
-                return Ok(Look::Empty);
+                return Ok(Polled::Empty);
             }
-            relay.caution.begin(&relay.outbox, relay.config.batch_events).await?;
+            relay.crash_guard.begin(&relay.outbox, relay.config.batch_events).await?;
         }
         let request = ClaimRequest {
-            max_events: relay.caution.claim_events(relay.batch_events(Instant::now())),
+            max_events: relay.crash_guard.claim_events(relay.batch_events(Instant::now())),
             max_bytes: relay.config.batch_bytes,
             max_payload: relay.config.max_payload,
             destinations: &relay.names,
@@ -179,38 +179,38 @@ impl<O: Outbox> Lane<O> {
         Ok(match claim {
             Claim::Batch { claimed: batch, claim_id, .. } => {
                 busy.claimed();
-                Look::Found(Work { batch, claim_id, begun, busy })
+                Polled::Found(Work { batch, claim_id, begun, busy })
             }
             // Not only after a batch is settled: a relay that has nothing to do is ready again too.
             Claim::Busy => {
                 relay.ready();
-                Look::Busy
+                Polled::Busy
             }
             Claim::Superseded => {
                 relay.ready();
-                Look::Superseded
+                Polled::Superseded
             }
             Claim::Empty => {
                 relay.ready();
-                Look::Empty
+                Polled::Empty
             }
         })
     }
 
     /// Looks until there is work; `None` at the end.
-    pub(super) async fn keep_watch(
+    pub(super) async fn wait_for_work(
         &mut self,
-        watch: &mut Watch<O::Wakeup>,
+        poller: &mut Poller<O::Wakeup>,
     ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
-        let Watch { wakeup, schedule } = watch;
+        let Poller { wakeup, schedule } = poller;
         loop {
             if self.shared.drained.load(Ordering::SeqCst)
-                || !sleep((schedule.last_look + self.pace()).saturating_duration_since(Instant::now()), &self.stop)
+                || !sleep((schedule.last_poll + self.pace()).saturating_duration_since(Instant::now()), &self.stop)
                     .await
             {
                 return Ok(None);
             }
-            self.relay.looked();
+            self.relay.polled();
             let now = Instant::now();
             if let Some(until) = self.relay.paused_until(now) {
                 let all_down = self.relay.destinations.iter().all(Destination::is_down);
@@ -221,33 +221,34 @@ impl<O: Outbox> Lane<O> {
                 sleep(until - now, &self.stop).await;
                 continue;
             }
-            schedule.last_look = now;
+            schedule.last_poll = now;
             if self.shared.scheduled.swap(false, Ordering::SeqCst) || schedule.next_promotion <= now {
                 self.promote(schedule).await?;
             }
             // Asked before the look: what a lane held then may be pending again now.
             let alone = self.alone();
-            let look = self.look().await?;
-            if let Look::Found(work) = look {
+            let polled = self.poll().await?;
+            if let Polled::Found(work) = polled {
                 schedule.last_work = Instant::now();
                 schedule.misses = 0;
                 return Ok(Some(work));
             }
             schedule.misses = schedule.misses.saturating_add(1);
             if self.shared.ending == Ending::Drained {
-                let rest = if matches!(look, Look::Busy | Look::Superseded) { HELD_INTERVAL } else { LOOK_INTERVAL };
-                let over = alone && (matches!(look, Look::Empty) || !self.is_held_by_others(schedule).await?);
+                let rest =
+                    if matches!(polled, Polled::Busy | Polled::Superseded) { HELD_INTERVAL } else { POLL_INTERVAL };
+                let over = alone && (matches!(polled, Polled::Empty) || !self.is_held_by_others(schedule).await?);
                 if over && self.drain_is_over(schedule).await? {
                     return Ok(None);
                 }
                 self.rest(rest).await;
-            } else if matches!(look, Look::Superseded) {
+            } else if matches!(polled, Polled::Superseded) {
                 self.rest(SUPERSEDED_INTERVAL).await;
-            } else if matches!(look, Look::Busy) {
+            } else if matches!(polled, Polled::Busy) {
                 self.rest(interval(schedule.misses, BUSY_INTERVAL)).await;
             } else if now.duration_since(schedule.last_work) < schedule.linger {
                 self.rest(interval(schedule.misses, AWAKE_INTERVAL)).await;
-            } else if let Some(work) = self.doze(schedule, wakeup.as_mut()).await? {
+            } else if let Some(work) = self.sleep_until_notified(schedule, wakeup.as_mut()).await? {
                 schedule.last_work = Instant::now();
                 schedule.misses = 0;
                 return Ok(Some(work));
@@ -271,7 +272,7 @@ impl<O: Outbox> Lane<O> {
 
     /// Sleeps until there may be work: at most a polling interval, less where something is due or a destination may be
     /// back before, and less where a producer wakes us. Returns what the last look before falling asleep found.
-    async fn doze(
+    async fn sleep_until_notified(
         &mut self,
         schedule: &mut Schedule,
         wakeup: Option<&mut O::Wakeup>,
@@ -289,7 +290,7 @@ impl<O: Outbox> Lane<O> {
             Ok(armed) => {
                 schedule.warned = false;
                 self.relay.standstills.clear(NOT_WOKEN, "");
-                let found = self.doze_armed(schedule, wakeup, armed).await;
+                let found = self.sleep_armed_once(schedule, wakeup, armed).await;
                 // Whatever happened: as long as it is armed, producers pay for it.
                 if let Err(error) = wakeup.disarm().await {
                     tracing::debug!(error = error.explain(), "the connection that wakes this relay was lost");
@@ -313,17 +314,17 @@ impl<O: Outbox> Lane<O> {
         }
     }
 
-    async fn doze_armed(
+    async fn sleep_armed_once(
         &mut self,
         schedule: &mut Schedule,
         wakeup: &mut O::Wakeup,
         armed: Armed,
     ) -> Result<Option<Work<O::Wakeup>>, OutboxError> {
         // Once more, now that whoever commits after this will wake us.
-        let look = self.look().await?;
+        let polled = self.poll().await?;
         let begun = Instant::now();
         let mut woken = false;
-        if matches!(look, Look::Empty) {
+        if matches!(polled, Polled::Empty) {
             let at_most = self.promote(schedule).await?;
             woken = self.sleep_armed(schedule, wakeup, armed, at_most).await?;
         }
@@ -336,9 +337,9 @@ impl<O: Outbox> Lane<O> {
             // It may have been a delayed event; the others come first.
             schedule.next_promotion = schedule.next_promotion.min(now + LINGER.0 / 2);
         }
-        Ok(match look {
-            Look::Found(work) => Some(work),
-            Look::Busy | Look::Superseded | Look::Empty => None,
+        Ok(match polled {
+            Polled::Found(work) => Some(work),
+            Polled::Busy | Polled::Superseded | Polled::Empty => None,
         })
     }
 
@@ -356,7 +357,7 @@ impl<O: Outbox> Lane<O> {
             let now = Instant::now();
             if until <= now {
                 let relay = Arc::clone(&self.relay);
-                relay.looked();
+                relay.polled();
                 let asking = relay.standstills.asking();
                 let found = self.lane.peek(&relay.ready_destinations(now)).await?;
                 drop(asking);
@@ -399,7 +400,7 @@ impl<O: Outbox> Lane<O> {
     /// others.
     fn pace(&self) -> Duration {
         let in_store = Duration::from_micros(self.shared.store_us.load(Ordering::SeqCst));
-        in_store.saturating_mul(2).clamp(LOOK_INTERVAL, LOOK_INTERVAL_AT_MOST)
+        in_store.saturating_mul(2).clamp(POLL_INTERVAL, POLL_INTERVAL_AT_MOST)
     }
 
     /// No other lane of this relay holds anything.
@@ -448,13 +449,13 @@ impl<O: Outbox> Lane<O> {
 
     /// Ends a drain whose destinations are all down: nothing more is claimed for them.
     async fn give_up_drain(&mut self) -> Result<(), OutboxError> {
-        let pending = match self.look().await? {
-            Look::Found(work) => {
+        let pending = match self.poll().await? {
+            Polled::Found(work) => {
                 self.lane.settle(&[]).await?;
                 drop(work);
                 true
             }
-            Look::Busy | Look::Superseded | Look::Empty => false,
+            Polled::Busy | Polled::Superseded | Polled::Empty => false,
         };
         self.end_drain(pending).await
     }
@@ -478,5 +479,5 @@ impl<O: Outbox> Lane<O> {
 
 /// The wait after so many looks in a row that found nothing.
 fn interval(misses: u32, at_most: Duration) -> Duration {
-    (LOOK_INTERVAL * (1 << misses.saturating_sub(1).min(8))).min(at_most)
+    (POLL_INTERVAL * (1 << misses.saturating_sub(1).min(8))).min(at_most)
 }
