@@ -259,12 +259,34 @@ pub enum Verdict {
         /// Which part of the configuration says so.
         reason: &'static str,
     },
-    /// Uncharged and still owed. `None` leaves the row as it is; `Some` schedules it for after the delay, out of the
-    /// way of the events behind it.
-    Wait {
-        /// How long, counted by the database's clock; never before the event's own `available_at`.
-        park: Option<Duration>,
-    },
+    /// Uncharged and still owed.
+    Wait(Wait),
+}
+
+/// What an event waits for that is not charged. No wait ends before the event's own `available_at`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// For the next claim. Its row stays pending, as it is.
+    InPlace,
+    /// For its own `available_at`, for which its row is scheduled.
+    UntilDue,
+    /// For its destination, which takes nothing now, or which this relay does not know. Its row is scheduled, out of the way of
+    /// the events behind it, until a relay has a destination of this name that takes events.
+    ForDestination,
+    /// For an earlier event of its key, which is due at the same destination after this time, by the database's clock. Its row
+    /// is scheduled for then.
+    BehindKey(Duration),
+}
+
+impl Wait {
+    /// After how long its row is due again; `None`: the row does not change.
+    pub fn delay(self) -> Option<Duration> {
+        match self {
+            Self::InPlace => None,
+            Self::UntilDue | Self::ForDestination => Some(Duration::ZERO),
+            Self::BehindKey(delay) => Some(delay),
+        }
+    }
 }
 
 /// How many deliveries ended how, over a pass or a run.
@@ -290,7 +312,7 @@ impl Tally {
             Verdict::Retry { .. } => self.retried += 1,
             Verdict::DeadLetter { .. } => self.dead_lettered += 1,
             Verdict::Drop { .. } => self.dropped += 1,
-            Verdict::Wait { .. } | Verdict::Block { .. } => self.waiting += 1,
+            Verdict::Wait(_) | Verdict::Block { .. } => self.waiting += 1,
         }
     }
 

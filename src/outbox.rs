@@ -2,12 +2,14 @@
 //!
 //! - [`postgres`], [`sqlite`]: the implementations; all SQL is in there.
 //! - [`database`]: which of them a URL names.
+//! - [`deliveries`]: what became of a batch.
 //! - [`error`]: what to do about what goes wrong.
 //! - `standstill`: what keeps events from moving.
 //! - [`register`]: which of several configurations routes.
 
 pub mod database;
 mod decode;
+pub mod deliveries;
 pub mod error;
 mod number;
 #[cfg(feature = "postgres")]
@@ -25,8 +27,9 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::event::{ClaimId, Event, PublishError, RenewedClaim, SentBefore, Verdict};
+use crate::event::{ClaimId, Event, PublishError, RenewedClaim, SentBefore};
 use crate::secret::Secret;
+pub use deliveries::{Deliveries, Delivery};
 pub use error::OutboxError;
 use register::Configuration;
 pub use standstill::Standstill;
@@ -211,19 +214,6 @@ pub struct BlockedBy {
     pub remaining: Duration,
 }
 
-/// What became of one event at one destination.
-#[derive(Debug)]
-pub struct Delivery<'a> {
-    /// The event, of the batch that is being settled.
-    pub event: &'a Event,
-    /// The destination's name; empty for an event that never got as far as one.
-    pub destination: &'a str,
-    /// What is to be recorded.
-    pub verdict: Verdict,
-    /// How long the publish call took that carried it.
-    pub duration: Duration,
-}
-
 /// What is known of an event during whose publishing a relay died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suspicion {
@@ -402,12 +392,12 @@ pub trait Lane: Send {
         destination: &str,
     ) -> impl Future<Output = Result<RenewedClaim, OutboxError>> + Send;
 
-    /// Records what became of the claimed events, in one transaction, and gives up the claim. `deliveries` are grouped
-    /// by event. An event none of whose verdicts changes anything stays as it is; so does one that is not mentioned.
+    /// Records what became of the claimed events, in one transaction, and gives up the claim. An event none of whose verdicts
+    /// changes anything stays as it is; so does one that is not mentioned.
     ///
     /// # Errors
     /// Whether it was recorded is unknown: the next claim tells.
-    fn settle(&mut self, deliveries: &[Delivery<'_>]) -> impl Future<Output = Result<(), OutboxError>> + Send;
+    fn settle(&mut self, deliveries: &Deliveries<'_>) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Makes due events pending that were scheduled: delayed ones, and those owed to one of `destinations`.
     ///

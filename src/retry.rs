@@ -7,7 +7,7 @@ use std::time::Duration;
 use backoff::ExponentialBackoff;
 use backoff::backoff::Backoff;
 
-use crate::event::{Fault, Outcome, Verdict};
+use crate::event::{Fault, Outcome, Verdict, Wait};
 
 /// The longest wait between two attempts: an event that may be retried for days is still looked at hourly.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
@@ -29,14 +29,14 @@ pub struct RetryPolicy {
 impl RetryPolicy {
     /// The verdict on one event's outcome at one destination. `attempts` were charged before; `random` is in `[0, 1)`.
     ///
-    /// [`Outcome::Held`] and every uncharged failure wait in place; whether such a row must be parked out of the way is
-    /// for the caller, who knows the other destinations.
+    /// [`Outcome::Held`] and every uncharged failure wait in place; whether such a row must get out of the way
+    /// of others is decided by the caller, who knows the other destinations.
     pub fn judge(&self, outcome: Outcome, attempts: i32, random: f64) -> Verdict {
         match outcome {
             Outcome::Delivered { message_id } => Verdict::Published { message_id },
-            Outcome::Held => Verdict::Wait { park: None },
+            Outcome::Held => Verdict::Wait(Wait::InPlace),
             Outcome::Failed(error) => match error.fault {
-                Fault::Destination | Fault::Misconfigured | Fault::Unknown => Verdict::Wait { park: None },
+                Fault::Destination | Fault::Misconfigured | Fault::Unknown => Verdict::Wait(Wait::InPlace),
                 Fault::Unfit => Verdict::DeadLetter { error },
                 Fault::Event => {
                     let retries = u32::try_from(attempts).unwrap_or_default();
@@ -106,9 +106,9 @@ mod tests {
     #[test]
     fn only_the_event_at_fault_is_charged() {
         for fault in [Fault::Destination, Fault::Misconfigured, Fault::Unknown] {
-            assert_eq!(policy().judge(failed(fault), 99, 0.0), Verdict::Wait { park: None }, "{fault:?}");
+            assert_eq!(policy().judge(failed(fault), 99, 0.0), Verdict::Wait(Wait::InPlace), "{fault:?}");
         }
-        assert_eq!(policy().judge(Outcome::Held, 99, 0.0), Verdict::Wait { park: None });
+        assert_eq!(policy().judge(Outcome::Held, 99, 0.0), Verdict::Wait(Wait::InPlace));
         assert!(matches!(policy().judge(failed(Fault::Unfit), 0, 0.0), Verdict::DeadLetter { .. }));
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::event::{Event, Fault, PublishError, Verdict};
+use crate::event::{Event, Fault, PublishError, Verdict, Wait};
 use crate::outbox::standstill::counted;
 use crate::outbox::{Delivery, Standstill};
 
@@ -66,15 +66,15 @@ pub(super) struct Owed<'a> {
 }
 
 impl<'a> Records<'a> {
-    /// The records of `deliveries`, which are grouped by event. An event that only waits in place leaves none.
-    pub(super) fn new(deliveries: &'a [Delivery<'a>], history: bool) -> Self {
+    /// The records of these events and their deliveries. An event that only waits in place leaves none.
+    pub(super) fn new(groups: impl Iterator<Item = (&'a Event, &'a [Delivery<'a>])>, history: bool) -> Self {
         let mut records = Self::default();
-        for group in deliveries.chunk_by(|a, b| std::ptr::eq(a.event, b.event)) {
-            if group.iter().all(|delivery| delivery.verdict == Verdict::Wait { park: None }) {
+        for (event, group) in groups {
+            if group.iter().all(|delivery| delivery.verdict == Verdict::Wait(Wait::InPlace)) {
                 continue;
             }
-            let owed = group.iter().filter_map(|delivery| records.record(delivery, history)).collect();
-            records.owe(group[0].event, owed);
+            let owed = group.iter().filter_map(|delivery| records.record(event, delivery, history)).collect();
+            records.owe(event, owed);
         }
         records
     }
@@ -99,9 +99,9 @@ impl<'a> Records<'a> {
     }
 
     /// Returns what is still owed.
-    fn record(&mut self, delivery: &'a Delivery<'a>, history: bool) -> Option<Owed<'a>> {
-        let (event, destination) = (delivery.event, delivery.destination);
-        let attempts = delivery.event.attempts.saturating_add(1);
+    fn record(&mut self, event: &'a Event, delivery: &'a Delivery<'a>, history: bool) -> Option<Owed<'a>> {
+        let destination = delivery.destination;
+        let attempts = event.attempts.saturating_add(1);
         let mut owed = None;
         let (status, message_id, error) = match &delivery.verdict {
             Verdict::Published { message_id } => {
@@ -121,17 +121,17 @@ impl<'a> Records<'a> {
             }
             Verdict::Drop { reason } => ("dropped", None, Some((*reason).to_owned())),
             Verdict::Block { error } => {
-                let (attempts, error) = (delivery.event.attempts, Some(error.to_string()));
+                let (attempts, error) = (event.attempts, Some(error.to_string()));
                 return Some(Owed { event, destination, attempts, delay_seconds: Some(GROWING), error });
             }
-            Verdict::Wait { park } => {
-                let delay_seconds = Some(park.unwrap_or_default().as_secs_f64());
-                let attempts = delivery.event.attempts;
+            Verdict::Wait(wait) => {
+                let delay_seconds = Some(wait.delay().unwrap_or_default().as_secs_f64());
+                let attempts = event.attempts;
                 return Some(Owed { event, destination, attempts, delay_seconds, error: None });
             }
         };
         let duration_ms = i32::try_from(delivery.duration.as_millis()).unwrap_or(i32::MAX);
-        self.log.push(LogEntry { event: delivery.event, destination, status, message_id, error, duration_ms });
+        self.log.push(LogEntry { event, destination, status, message_id, error, duration_ms });
         owed
     }
 

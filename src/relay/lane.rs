@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::event::{ClaimId, RenewedClaim, SentBefore, Tally};
 use crate::failpoint::hit;
-use crate::outbox::{self, Claimed, Lane as _, Outbox, OutboxError};
+use crate::outbox::{self, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
 use crate::relay::poll::{Polled, Poller};
 use crate::relay::{Backoff, Drained, Relay, sleep};
 use crate::sink::ClaimCheck;
@@ -219,7 +219,7 @@ impl<O: Outbox> Lane<O> {
         let mut care = match relay.crash_guard.before(&relay.outbox, &mut batch, &self.stop).await {
             Ok(care) => care,
             Err(error) => {
-                self.lane.settle(&[]).await?; // gives the claim up
+                self.lane.settle(&Deliveries::default()).await?; // gives the claim up
                 return Err(error);
             }
         };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::breaker::Admission;
 use crate::event::Tally;
 use crate::failpoint::{crash_on_many, hit};
-use crate::outbox::{Armed, Claim, ClaimRequest, Lane as _, Outbox, OutboxError, Standstill, Wakeup};
+use crate::outbox::{Armed, Claim, ClaimRequest, Deliveries, Lane as _, Outbox, OutboxError, Standstill, Wakeup};
 use crate::relay::destination::Destination;
 use crate::relay::lane::{Busy, Ending, Lane, Work};
 use crate::relay::standstills::Answer;
@@ -451,7 +451,7 @@ impl<O: Outbox> Lane<O> {
     async fn give_up_drain(&mut self) -> Result<(), OutboxError> {
         let pending = match self.poll().await? {
             Polled::Found(work) => {
-                self.lane.settle(&[]).await?;
+                self.lane.settle(&Deliveries::default()).await?;
                 drop(work);
                 true
             }

@@ -1,15 +1,17 @@
 //! From a claimed batch to what is settled: route, publish everywhere at once, judge each delivery.
 
 use std::collections::{HashMap, HashSet};
+use std::iter::{Enumerate, Peekable};
 use std::panic::AssertUnwindSafe;
 use std::time::Duration;
+use std::{slice, vec};
 
 use futures_util::future::{BoxFuture, join_all};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{ClaimId, Event, Fault, Key, Outcome, PublishError, Verdict};
+use crate::event::{ClaimId, Event, Fault, Key, Outcome, PublishError, Verdict, Wait};
 use crate::failpoint::panic_on;
-use crate::outbox::{Claimed, Delivery, Outbox};
+use crate::outbox::{Claimed, Deliveries, Delivery, Outbox};
 use crate::relay::Relay;
 use crate::relay::destination::{Answers, Destination};
 use crate::route::{Destinations, Unrouted};
@@ -18,21 +20,34 @@ use crate::text::shown;
 
 /// A batch split by destination.
 struct Plan<'a> {
-    /// What needs no publishing: dead on arrival, dropped, or not its turn.
+    /// What needs no publishing, with its event's index: dead on arrival, dropped, or not its turn. In order of the indexes.
     decided: Vec<(usize, Delivery<'a>)>,
-    /// Indexes into the batch, for each destination.
+    /// For each destination, the indexes of its events in the batch, in order.
     publish: Vec<Vec<usize>>,
 }
 
+/// The answers of one destination, which are judged one by one, in the order of its events.
+struct Judge<'a, 'p> {
+    destination: &'a Destination,
+    /// The indexes of its events, with their places in the call.
+    indexes: Peekable<Enumerate<slice::Iter<'p, usize>>>,
+    outcomes: vec::IntoIter<Outcome>,
+    /// See [`Answers::blocked`].
+    blocked: HashSet<usize>,
+    duration: Duration,
+    /// The keys that failed here and are tried again: what was held behind them waits as long as they do.
+    retried: HashMap<Key<'a>, Duration>,
+}
+
 impl<O: Outbox> Relay<O> {
-    /// Publishes a batch, until `give_up` at the longest. Returns what became of it, grouped by event, and what to do when that is settled.
+    /// Publishes a batch, until `give_up` at the longest. Returns what became of it, and what to do when that is settled.
     pub(super) async fn publish<'a>(
         &'a self,
         batch: &'a [Claimed],
         claim_id: &ClaimId,
         claim_check: &dyn ClaimCheck,
         give_up: &CancellationToken,
-    ) -> (Vec<Delivery<'a>>, Vec<BoxFuture<'static, ()>>) {
+    ) -> (Deliveries<'a>, Vec<BoxFuture<'static, ()>>) {
         let plan = self.plan(batch);
         let answers = join_all(self.destinations.iter().zip(&plan.publish).map(async |(destination, indexes)| {
             if indexes.is_empty() {
@@ -46,13 +61,34 @@ impl<O: Outbox> Relay<O> {
             }
         }))
         .await;
-        let (mut deliveries, mut after_settle) = (plan.decided, Vec::new());
-        for ((destination, indexes), mut answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
-            after_settle.extend(answers.after_settle.take());
-            self.judge(batch, destination, indexes, answers, &mut deliveries);
+        let (mut judges, mut after_settle) = (Vec::new(), Vec::new());
+        for ((destination, indexes), answers) in self.destinations.iter().zip(&plan.publish).zip(answers) {
+            after_settle.extend(answers.after_settle);
+            judges.push(Judge {
+                destination,
+                indexes: indexes.iter().enumerate().peekable(),
+                outcomes: answers.outcomes.into_iter(),
+                blocked: answers.blocked,
+                duration: answers.duration,
+                retried: HashMap::new(),
+            });
         }
-        deliveries.sort_by_key(|(index, _)| *index);
-        (deliveries.into_iter().map(|(_, delivery)| delivery).collect(), after_settle)
+        let mut deliveries = Deliveries::with_capacity(batch.len());
+        let mut decided = plan.decided.into_iter().peekable();
+        for (index, Claimed { event, .. }) in batch.iter().enumerate() {
+            let mut group = deliveries.begin(event);
+            while let Some((_, delivery)) = decided.next_if(|(at, _)| *at == index) {
+                group.push(delivery);
+            }
+            for judge in &mut judges {
+                if let Some((place, _)) = judge.indexes.next_if(|(_, at)| **at == index)
+                    && let Some(outcome) = judge.outcomes.next()
+                {
+                    group.push(self.judge(judge, place, event, outcome));
+                }
+            }
+        }
+        (deliveries, after_settle)
     }
 
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {
@@ -62,14 +98,14 @@ impl<O: Outbox> Relay<O> {
         for (index, claimed) in batch.iter().enumerate() {
             let event = &claimed.event;
             let mut decide = |destination: &'a str, verdict| {
-                plan.decided.push((index, Delivery { event, destination, verdict, duration: Duration::ZERO }));
+                plan.decided.push((index, Delivery { destination, verdict, duration: Duration::ZERO }));
             };
             if !claimed.due {
-                decide(&event.row.destination, Verdict::Wait { park: Some(Duration::ZERO) });
+                decide(&event.row.destination, Verdict::Wait(Wait::UntilDue));
                 continue;
             }
             if event.key().is_some_and(|key| blocked.contains(&key)) {
-                decide(&event.row.destination, Verdict::Wait { park: None });
+                decide(&event.row.destination, Verdict::Wait(Wait::InPlace));
                 continue;
             }
             let defect = claimed.defect.as_ref();
@@ -97,7 +133,7 @@ impl<O: Outbox> Relay<O> {
             for target in targets {
                 let name = self.names[target].as_str();
                 match claimed.blocked_by.iter().find(|earlier| earlier.destination == name) {
-                    Some(earlier) => decide(name, Verdict::Wait { park: Some(earlier.remaining) }),
+                    Some(earlier) => decide(name, Verdict::Wait(Wait::BehindKey(earlier.remaining))),
                     None => plan.publish[target].push(index),
                 }
             }
@@ -130,7 +166,7 @@ impl<O: Outbox> Relay<O> {
                     outbox_id = event.row.id,
                     "event owed to a destination that is not configured here; it waits"
                 );
-                Verdict::Wait { park: Some(Duration::ZERO) }
+                Verdict::Wait(Wait::ForDestination)
             });
         }
         match (self.router.route(event), self.config.unrouted) {
@@ -151,43 +187,34 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    fn judge<'a>(
-        &'a self,
-        batch: &'a [Claimed],
-        destination: &'a Destination,
-        indexes: &[usize],
-        answers: Answers,
-        deliveries: &mut Vec<(usize, Delivery<'a>)>,
-    ) {
-        // The keys that failed here and are tried again: what was held behind them waits as long as they do.
-        let mut retried: HashMap<Key<'a>, Duration> = HashMap::new();
-        for (place, (&index, outcome)) in indexes.iter().zip(answers.outcomes).enumerate() {
-            let event = &batch[index].event;
-            let mut verdict = match outcome {
-                Outcome::Failed(error) if answers.blocked.contains(&place) => Verdict::Block { error },
-                outcome => destination.retry().judge(outcome, event.attempts, fastrand::f64()),
-            };
-            match (&mut verdict, event.key()) {
-                (Verdict::Retry { delay, error }, key) => {
-                    self.log_retry(event, destination, error, *delay);
-                    key.map(|key| retried.insert(key, *delay));
-                }
-                (Verdict::DeadLetter { error }, _) => {
-                    self.log_dead_letter(event, Some(destination), error);
-                }
-                (Verdict::Block { error }, _) => self.log_blocked(event, destination, error),
-                (Verdict::Wait { park }, key) => {
-                    let behind = key.and_then(|key| retried.get(&key).copied());
-                    // A row owed to this destination alone would be claimed again and again for the sake of the others.
-                    let alone = !event.row.destination.is_empty() && self.destinations.len() > 1;
-                    *park = behind.or(alone.then_some(Duration::ZERO));
-                }
-                (Verdict::Published { .. } | Verdict::Drop { .. }, _) => {}
+    /// What follows from the outcome of the event at this place of a call.
+    fn judge<'a>(&self, judge: &mut Judge<'a, '_>, place: usize, event: &'a Event, outcome: Outcome) -> Delivery<'a> {
+        let Judge { destination, blocked, duration, retried, .. } = judge;
+        let mut verdict = match outcome {
+            Outcome::Failed(error) if blocked.contains(&place) => Verdict::Block { error },
+            outcome => destination.retry().judge(outcome, event.attempts, fastrand::f64()),
+        };
+        match (&mut verdict, event.key()) {
+            (Verdict::Retry { delay, error }, key) => {
+                self.log_retry(event, destination, error, *delay);
+                key.map(|key| retried.insert(key, *delay));
             }
-            let destination = destination.name.as_str();
-            deliveries.push((index, Delivery { event, destination, verdict, duration: answers.duration }));
+            (Verdict::DeadLetter { error }, _) => self.log_dead_letter(event, Some(destination), error),
+            (Verdict::Block { error }, _) => self.log_blocked(event, destination, error),
+            (Verdict::Wait(wait), key) => {
+                // A row owed to this destination alone would be claimed again and again for the sake of the others.
+                let alone = !event.row.destination.is_empty() && self.destinations.len() > 1;
+                if let Some(delay) = key.and_then(|key| retried.get(&key)) {
+                    *wait = Wait::BehindKey(*delay);
+                } else if alone {
+                    *wait = Wait::ForDestination;
+                }
+            }
+            (Verdict::Published { .. } | Verdict::Drop { .. }, _) => {}
         }
+        Delivery { destination: destination.name.as_str(), verdict, duration: *duration }
     }
+
     fn log_retry(&self, event: &Event, destination: &Destination, error: &PublishError, delay: Duration) {
         let name = destination.name.as_str();
         if !self.report.admits("events failed; they will be tried again", name, &error.code) {

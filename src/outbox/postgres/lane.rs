@@ -28,7 +28,7 @@ use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, P
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::register::Role;
-use crate::outbox::{Claim, ClaimRequest, Delivery, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
@@ -284,11 +284,11 @@ impl PgLane {
     async fn try_settle(
         &mut self,
         connection: &mut PgConnection,
-        deliveries: &[Delivery<'_>],
+        deliveries: &Deliveries<'_>,
         wary: bool,
     ) -> Result<(), sqlx::Error> {
         let config = &self.outbox.config;
-        let records = Records::new(deliveries, config.usage.history);
+        let records = Records::new(deliveries.by_event(), config.usage.history);
         let mut commit = "commit";
         if !records.is_empty() && wary {
             connection.execute(SAVEPOINT).await?;
@@ -386,7 +386,7 @@ impl Lane for PgLane {
         Ok(RenewedClaim { epoch, pending })
     }
 
-    async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
+    async fn settle(&mut self, deliveries: &Deliveries<'_>) -> Result<(), OutboxError> {
         self.unproven = true;
         hit("before_settle")?;
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);

@@ -20,7 +20,7 @@ use crate::outbox::postgres::settle::{Settle, Suppressed};
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, refusal, shape, tid};
 use crate::outbox::records::Records;
-use crate::outbox::{ClaimRequest, Delivery, OutboxError, Usage};
+use crate::outbox::{ClaimRequest, Deliveries, Delivery, OutboxError, Usage};
 use crate::text::shown;
 
 /// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
@@ -180,10 +180,12 @@ async fn try_all(
             vec![("proof", retry())]
         },
     ];
-    let mut deliveries = Vec::new();
+    let mut deliveries = Deliveries::default();
     let mut add = |event, verdicts: Vec<(&'static str, Verdict)>| {
-        let of = |(destination, verdict)| Delivery { event, destination, verdict, duration: Duration::ZERO };
-        deliveries.extend(verdicts.into_iter().map(of));
+        let mut group = deliveries.begin(event);
+        for (destination, verdict) in verdicts {
+            group.push(Delivery { destination, verdict, duration: Duration::ZERO });
+        }
     };
     if events.len() == verdicts.len() {
         events.iter().zip(verdicts).for_each(|(event, verdicts)| add(event, verdicts));
@@ -193,7 +195,7 @@ async fn try_all(
     for survivor in survivors {
         add(&survivor.event, vec![("proof", if survivor.moves { retry() } else { published() })]);
     }
-    let records = Records::new(&deliveries, usage.history);
+    let records = Records::new(deliveries.by_event(), usage.history);
     Settle::proof(&mut *connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
     connection.execute(CHECK_DEFERRED).await?;
     Ok(tried)

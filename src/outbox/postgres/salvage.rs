@@ -26,7 +26,7 @@ use crate::outbox::postgres::settle::Settle;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
 use crate::outbox::records::{Records, SETTLE_FAILED};
-use crate::outbox::{Delivery, OutboxError};
+use crate::outbox::{Deliveries, OutboxError};
 
 pub(super) const SAVEPOINT: &str = "savepoint before_settle";
 
@@ -188,13 +188,13 @@ impl PgOutbox {
         connection: &mut PgConnection,
         begin: &str,
         held: bool,
-        deliveries: &[Delivery<'_>],
+        deliveries: &Deliveries<'_>,
         error: sqlx::Error,
     ) -> Result<(), OutboxError> {
         self.unrecorded.wary.store(true, Ordering::Relaxed);
         tracing::warn!(
             error = words(&error),
-            event_count = deliveries.len(),
+            event_count = deliveries.by_event().count(),
             "a settle was refused; settling what can be settled"
         );
         let (mut not_made, mut halved) = (None, false);
@@ -205,7 +205,7 @@ impl PgOutbox {
                     not_made = Some(error_of_day);
                     return Ok(Err(error));
                 }
-                let records = Records::new(deliveries, self.config.usage.history);
+                let records = Records::new(deliveries.by_event(), self.config.usage.history);
                 if self.try_records(connection, &records).await?.is_ok() {
                     return Ok(Ok(()));
                 }
@@ -240,7 +240,7 @@ impl PgOutbox {
         connection: &mut PgConnection,
         begin: &str,
         held: bool,
-        deliveries: &[Delivery<'_>],
+        deliveries: &Deliveries<'_>,
     ) -> Result<(), sqlx::Error> {
         if held {
             connection.execute(BACK).await?;
@@ -248,7 +248,7 @@ impl PgOutbox {
         }
         connection.execute("rollback").await?;
         connection.execute(AssertSqlSafe(begin.to_owned())).await?;
-        let partitions: Vec<i16> = deliveries.iter().map(|delivery| delivery.event.row.partition).collect();
+        let partitions: Vec<i16> = deliveries.by_event().map(|(event, _)| event.row.partition).collect();
         self.sql().query(TAKE_AGAIN).persistent(false).bind(partitions).execute(&mut *connection).await?;
         Ok(())
     }
@@ -288,30 +288,25 @@ impl PgOutbox {
     async fn halve(
         &self,
         connection: &mut PgConnection,
-        deliveries: &[Delivery<'_>],
+        deliveries: &Deliveries<'_>,
     ) -> Result<Option<sqlx::Error>, sqlx::Error> {
-        let groups: Vec<&[Delivery<'_>]> = deliveries.chunk_by(|a, b| std::ptr::eq(a.event, b.event)).collect();
-        let mut ends = vec![0];
-        for group in &groups {
-            ends.push(ends[ends.len() - 1] + group.len());
-        }
+        let groups: Vec<_> = deliveries.by_event().collect();
         let (mut parts, mut unparked) = (vec![(0, groups.len())], None);
         while let Some((start, end)) = parts.pop() {
-            let deliveries = &deliveries[ends[start]..ends[end]];
-            let records = Records::new(deliveries, self.config.usage.history);
+            let records = Records::new(groups[start..end].iter().copied(), self.config.usage.history);
             let Err(error) = self.try_records(connection, &records).await? else { continue };
             if end - start > 1 {
                 let middle = start.midpoint(end);
                 parts.extend([(middle, end), (start, middle)]);
                 continue;
             }
-            let Some(first) = deliveries.first() else { continue };
+            let Some(&(event, _)) = groups.get(start) else { continue };
             let reason = words_and_cure(&error);
-            let (row, event_type) = (&first.event.row, &first.event.event_type);
+            let (row, event_type) = (&event.row, &event.event_type);
             if self.park(connection, &records, &reason).await? {
                 tracing::error!(
                     outbox_id = row.id,
-                    event_id = %first.event.event_id,
+                    event_id = %event.event_id,
                     event_type,
                     error = reason,
                     "an event cannot be settled; it is parked with the code {SETTLE_FAILED}, and published again only when \
@@ -322,14 +317,14 @@ impl PgOutbox {
             let marked = self.mark(connection, &records, &reason).await?;
             tracing::error!(
                 outbox_id = row.id,
-                event_id = %first.event.event_id,
+                event_id = %event.event_id,
                 event_type,
                 noted = marked,
                 error = reason,
                 "an event can be neither settled nor parked; it is left out, and the others go on"
             );
             if !marked {
-                let event = Event { payload: Vec::new(), ..first.event.clone() };
+                let event = Event { payload: Vec::new(), ..event.clone() };
                 let survivor = Survivor { event, moves: records.gone.is_empty() };
                 if !self.unrecorded.kept.remember(survivor, reason) {
                     unparked = Some(error);

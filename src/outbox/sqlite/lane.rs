@@ -23,7 +23,7 @@ use crate::outbox::sqlite::row::{self, Sizes};
 use crate::outbox::sqlite::settle::Settle;
 use crate::outbox::sqlite::traffic::Traffic;
 use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, query_failed, schema};
-use crate::outbox::{Claim, ClaimRequest, Claimed, Delivery, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane, OutboxError, Peek, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
 /// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
@@ -308,10 +308,10 @@ impl Lane for SqliteLane {
         Ok(renewed)
     }
 
-    async fn settle(&mut self, deliveries: &[Delivery<'_>]) -> Result<(), OutboxError> {
+    async fn settle(&mut self, deliveries: &Deliveries<'_>) -> Result<(), OutboxError> {
         let Some(mut turn) = self.turn.take() else { return Ok(()) };
         if let Some(file) = turn.fits {
-            let settle = Settle::new(&Records::new(deliveries, self.outbox.config.usage.history));
+            let settle = Settle::new(&Records::new(deliveries.by_event(), self.outbox.config.usage.history));
             turn.unsettled.push((settle, file));
         }
         turn.record(&self.outbox).await
