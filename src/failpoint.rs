@@ -7,7 +7,7 @@
 /// An error that a test asked for.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
 #[error("failpoint {0}")]
-pub(crate) struct Tripped(&'static str);
+pub(crate) struct FailpointError(&'static str);
 
 /// Arms what `FAILPOINTS` names, for as long as the value lives.
 #[cfg(feature = "failpoints")]
@@ -19,10 +19,10 @@ pub(crate) fn arm() -> fail::FailScenario<'static> {
 ///
 /// # Errors
 /// `return`: the test wants the place to fail.
-pub(crate) fn hit(name: &'static str) -> Result<(), Tripped> {
+pub(crate) fn failpoint(name: &'static str) -> Result<(), FailpointError> {
     fail::fail_point!(name, |action: Option<String>| match action.as_deref() {
         Some("abort") => std::process::abort(),
-        _ => Err(Tripped(name)),
+        _ => Err(FailpointError(name)),
     });
     let _ = name;
     Ok(())

@@ -38,7 +38,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::Tally;
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::register::Configuration;
 use crate::outbox::{Outbox, OutboxError, Standstill};
 use crate::route::{Router, Unrouted};
@@ -374,7 +374,7 @@ impl<O: Outbox> Relay<O> {
 
     async fn look_after_days(&self) {
         let maintained = async {
-            hit("maintain")?;
+            failpoint("maintain")?;
             self.outbox.maintain().await
         };
         if let Err(error) = maintained.await {

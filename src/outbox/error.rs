@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::time::Duration;
 
-use crate::failpoint::Tripped;
+use crate::failpoint::FailpointError;
 use crate::text::shown;
 
 /// The longest text of one cause, in characters.
@@ -197,9 +197,9 @@ pub enum OutboxError {
     },
 }
 
-impl From<Tripped> for OutboxError {
-    fn from(tripped: Tripped) -> Self {
-        Self::Query { operation: "pass a failpoint", source: sqlx::Error::Decode(Box::new(tripped)), advice: None }
+impl From<FailpointError> for OutboxError {
+    fn from(error: FailpointError) -> Self {
+        Self::Query { operation: "pass a failpoint", source: sqlx::Error::Decode(Box::new(error)), advice: None }
     }
 }
 

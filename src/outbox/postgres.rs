@@ -61,7 +61,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor};
 
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::postgres::bounds::Bounds;
 use crate::outbox::postgres::promote::Walks;
 use crate::outbox::postgres::question::Question;
@@ -114,7 +114,7 @@ impl PgOutbox {
 
     /// One connection to a database that can be written to.
     async fn connect(&self) -> Result<PgConnection, OutboxError> {
-        hit("connect")?;
+        failpoint("connect")?;
         let mut options = connect_options(&self.config.url, self.config.pooled)?;
         if !self.config.pooled {
             options = options.options(session::settings(&self.config));

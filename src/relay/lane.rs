@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{ClaimId, RenewedClaim, SentBefore, Tally};
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::{self, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
 use crate::relay::poll::{Polled, Poller};
 use crate::relay::{Backoff, Drained, Relay, sleep};
@@ -225,13 +225,13 @@ impl<O: Outbox> Lane<O> {
         };
         let begun = Instant::now();
         relay.watch_call(&mut care);
-        hit("before_publish")?;
+        failpoint("before_publish")?;
         let claim_check = ClaimLedger { lane: AsyncMutex::new(&mut self.lane), asking: AtomicBool::new(false) };
         let (deliveries, after_settle) = relay.publish(&batch, &claim_id, &claim_check, &self.shared.give_up).await;
         if claim_check.asking.load(Ordering::SeqCst) && self.shared.give_up.is_cancelled() {
             return Ok(false);
         }
-        hit("acked")?;
+        failpoint("acked")?;
         let published = begun.elapsed();
         let asking = relay.standstills.asking();
         let settled = self.lane.settle(&deliveries).await;

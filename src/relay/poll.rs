@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::breaker::Admission;
 use crate::event::Tally;
-use crate::failpoint::{crash_on_many, hit};
+use crate::failpoint::{crash_on_many, failpoint};
 use crate::outbox::{Armed, Claim, ClaimRequest, Deliveries, Lane as _, Outbox, OutboxError, Standstill, Wakeup};
 use crate::relay::destination::Destination;
 use crate::relay::lane::{Busy, Ending, Lane, Work};
@@ -262,7 +262,7 @@ impl<O: Outbox> Lane<O> {
         let relay = Arc::clone(&self.relay);
         let now = Instant::now();
         let limit = relay.batch_events(now);
-        hit("promote")?;
+        failpoint("promote")?;
         let _asking = relay.standstills.asking();
         let promoted = self.lane.promote(&relay.ready_destinations(now), limit).await?;
         let next = if promoted.count >= limit { Duration::ZERO } else { relay.rest(now, promoted.next_due) };

@@ -13,7 +13,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::{ClaimId, RenewedClaim, SentBefore};
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::number::milliseconds;
 use crate::outbox::postgres::batch::{self, Batch, Given, Which};
 use crate::outbox::postgres::bounds::{Known, Reading};
@@ -302,10 +302,10 @@ impl PgLane {
                 "someone else deleted rows of event_outbox while they were being published"
             );
         }
-        hit("before_commit").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
+        failpoint("before_commit").map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
         connection.execute(commit).await?;
         self.outbox.bounds.settled(self.reading.take(), settled);
-        hit("committed").map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))
+        failpoint("committed").map_err(|error| sqlx::Error::Decode(Box::new(error)))
     }
 }
 
@@ -335,7 +335,7 @@ impl Lane for PgLane {
                 claim => break (connection, claim?),
             }
         };
-        hit("claimed")?;
+        failpoint("claimed")?;
         if matches!(claim, Claim::Batch { .. })
             && (self.outbox.unrecorded.is_salvaging() || self.outbox.unrecorded.is_set())
         {
@@ -388,7 +388,7 @@ impl Lane for PgLane {
 
     async fn settle(&mut self, deliveries: &Deliveries<'_>) -> Result<(), OutboxError> {
         self.unproven = true;
-        hit("before_settle")?;
+        failpoint("before_settle")?;
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
         let wary = self.outbox.unrecorded.is_wary();

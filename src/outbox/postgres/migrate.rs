@@ -52,7 +52,7 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
             patience.after(&mut connection, name, error).await?;
             continue;
         }
-        crate::failpoint::hit("migrate_step")?;
+        crate::failpoint::failpoint("migrate_step")?;
         run(&mut connection, "commit").await?;
         applied.push(*name);
     }

@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 use sqlx::postgres::PgConnection;
 
 use crate::event::{Event, RowKey};
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::tid;
 use crate::outbox::records::{DeadLetter, Kept, LogEntry, Owed, Records};
@@ -112,8 +112,8 @@ impl<'c> Settle<'c> {
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
         self.all(&records.dead_letters, "insert on event_dead_letter").await?;
         if !records.dead_letters.is_empty() {
-            hit(if self.is_proof { "proof_inserted" } else { "dlq_inserted" })
-                .map_err(|tripped| sqlx::Error::Decode(Box::new(tripped)))?;
+            failpoint(if self.is_proof { "proof_inserted" } else { "dlq_inserted" })
+                .map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
         }
         self.all(&records.history, "insert on event_history").await?;
         self.all(&Copy::of(&records.copies), "insert on event_outbox").await?;

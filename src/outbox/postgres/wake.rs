@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgListener, PgPoolOptions};
 
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::postgres::{
     CONNECT_TIMEOUT, NO_IDLE_LIMIT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options, query_failed,
 };
@@ -67,7 +67,7 @@ impl PgWakeup {
 
 impl Wakeup for PgWakeup {
     async fn arm(&mut self) -> Result<Armed, OutboxError> {
-        hit("arm")?;
+        failpoint("arm")?;
         let mut listener = match self.listener.take() {
             Some(listener) => listener,
             None => {

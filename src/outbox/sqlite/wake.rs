@@ -14,7 +14,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use sqlx::sqlite::SqliteConnection;
 use tokio::sync::Notify;
 
-use crate::failpoint::hit;
+use crate::failpoint::failpoint;
 use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, path};
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
@@ -74,7 +74,7 @@ impl SqliteWakeup {
 
 impl Wakeup for SqliteWakeup {
     async fn arm(&mut self) -> Result<Armed, OutboxError> {
-        hit("arm")?;
+        failpoint("arm")?;
         self.watch_files()?;
         let connection = self.asked.take().map(|(connection, _)| connection);
         let mut connection = self.outbox.connect_unless(connection).await?;
