@@ -1,19 +1,25 @@
-//! The contract of a store: claiming events, settling what became of them, and sleeping until there are more.
+//! The contract of a store. It has two doors:
 //!
-//! - [`postgres`], [`sqlite`]: the implementations; all SQL is in there.
-//! - [`database`]: which of them a URL names.
-//! - [`deliveries`]: what became of a batch.
-//! - [`error`]: what to do about what goes wrong.
-//! - `standstill`: what keeps events from moving.
-//! - [`register`]: which of several configurations routes.
+//! - [`Outbox`], for the engine: claim events, settle what became of them, and sleep until there are more. This is the hot path, so
+//!   the engine is compiled once for each kind of store.
+//! - [`Operate`], for commands and for what is done rarely. It is used through `dyn`.
+//!
+//! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] knows which of them a URL names, and is the only
+//! place that matches on it. [`error`] says what to do about what goes wrong, [`standstill`] what keeps events from moving,
+//! [`register`] which of several configurations routes. [`deliveries`] are what became of a batch, and `records` turns
+//! them into rows.
 
+mod config;
 pub mod database;
 mod decode;
 pub mod deliveries;
 pub mod error;
 mod number;
+pub mod operate;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+mod proof;
+mod quote;
 mod records;
 pub mod register;
 mod shape;
@@ -28,73 +34,12 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::event::{ClaimId, Event, PublishError, RenewedClaim, SentBefore};
-use crate::secret::Secret;
+pub use config::{OutboxConfig, Usage};
 pub use deliveries::{Deliveries, Delivery};
 pub use error::OutboxError;
+pub use operate::{Check, CheckRequest, Migrated, Operate};
 use register::Configuration;
 pub use standstill::Standstill;
-
-/// How a relay uses its store.
-#[derive(Debug, Clone)]
-pub struct OutboxConfig {
-    /// `postgres://...` or `sqlite:...`; read again at every connection.
-    pub url: Secret,
-    /// A transaction-pooling proxy such as PgBouncer stands in front: no named statements, no LISTEN.
-    pub pooled: bool,
-    /// How long one publish call may take, which bounds how long a claim stays idle.
-    pub publish_timeout: Duration,
-    /// How long the processing log is kept.
-    pub log_retention: Duration,
-    /// How long the history is kept.
-    pub history_retention: Duration,
-    /// What of the tables is used.
-    pub usage: Usage,
-    /// Whether events are published only once their commits are on disk, where the store cannot take that for granted.
-    pub ghost_barrier: bool,
-    /// Who writes the processing log: host name and process id.
-    pub worker: String,
-}
-
-impl OutboxConfig {
-    /// The store at `url`, with the settings that hold by default, for one destination.
-    pub fn new(url: Secret) -> Self {
-        const DAY: Duration = Duration::from_secs(86_400);
-        Self {
-            url,
-            pooled: false,
-            publish_timeout: Duration::from_secs(30),
-            log_retention: 7 * DAY,
-            history_retention: 30 * DAY,
-            usage: Usage::default(),
-            ghost_barrier: false,
-            worker: format!("{}:{}", gethostname::gethostname().to_string_lossy(), std::process::id()),
-        }
-    }
-}
-
-/// What of the tables a relay uses, by its configuration.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Usage {
-    /// Whether an event may go to more than one destination, and so become several rows.
-    pub several_destinations: bool,
-    /// Whether published events are copied to `event_history`.
-    pub history: bool,
-}
-
-/// What a migration did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Migrated {
-    /// The version before; 0: nothing was there.
-    pub from: i32,
-    /// The version after; higher than `known` where a newer relay migrated, in a way that this one can work with.
-    pub to: i32,
-    /// The newest migration that this binary has.
-    pub known: i32,
-    /// The names of the migrations that were applied, in order.
-    pub applied: Vec<&'static str>,
-    /// The schema whose functions were made anew, because it was renamed, or because some were moved.
-    pub mended: Option<String>,
-}
 
 /// The schema that a store has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,40 +66,6 @@ impl SchemaVersion {
             format!("version {found}; this relay knows up to {known}, and can work with it")
         })
     }
-}
-
-/// One line of `relay check`.
-#[derive(Debug)]
-pub struct Check {
-    /// What was looked at.
-    pub subject: String,
-    /// What was found, or what is wrong and what to do about it.
-    pub result: Result<String, String>,
-}
-
-impl Check {
-    /// What stands still, one failed line each.
-    fn standstills(found: Vec<Standstill>) -> impl Iterator<Item = Self> {
-        found.into_iter().map(|standstill| Self {
-            subject: format!("standstill {}", standstill.cause),
-            result: Err(standstill.text),
-        })
-    }
-}
-
-/// What a check looks for besides the store itself.
-#[derive(Debug, Clone, Copy)]
-pub struct CheckRequest<'a> {
-    /// The names of all configured destinations.
-    pub destinations: &'a [String],
-    /// How long one publish call may take.
-    pub publish_timeout: Duration,
-    /// What of the tables is used.
-    pub usage: Usage,
-    /// How many batches are published at once, each on a connection of its own.
-    pub lanes: usize,
-    /// What decides where events go.
-    pub configuration: &'a Configuration,
 }
 
 /// What a lane asks for.
@@ -300,7 +211,7 @@ pub trait CrashNotes {
 }
 
 /// A store of events.
-pub trait Outbox: CrashNotes + Send + Sync + 'static {
+pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
     /// One connection's worth of claiming and settling.
     type Lane: Lane;
     /// What ends a sleep early.
@@ -344,26 +255,6 @@ pub trait Outbox: CrashNotes + Send + Sync + 'static {
     /// # Errors
     /// Others will find out that this relay is gone.
     fn deregister(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
-
-    /// Makes the days ahead and drops those past their retention.
-    ///
-    /// # Errors
-    /// What stands in the way; it is enough to try again within a few days.
-    fn maintain(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
-
-    /// Who holds pending events now, this relay's own lanes included: each in words for people.
-    ///
-    /// # Errors
-    /// Unknown.
-    fn holders(&self) -> impl Future<Output = Result<Vec<String>, OutboxError>> + Send;
-
-    /// What keeps events from moving, as far as the store can tell. `destinations`: the names of all configured ones. Never
-    /// waits for a lock on a table.
-    ///
-    /// # Errors
-    /// Nothing is known.
-    fn standstills(&self, destinations: &[String])
-    -> impl Future<Output = Result<Vec<Standstill>, OutboxError>> + Send;
 }
 
 /// One loop's access to the store.

@@ -13,8 +13,7 @@ use crate::config::destinations::destinations;
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::event::PublishError;
-use crate::outbox::database::Kind;
-use crate::outbox::postgres;
+use crate::outbox::operate::Feature;
 use crate::sink::redis::StreamReader;
 
 #[derive(clap::Args)]
@@ -37,11 +36,8 @@ pub(super) struct AuditArgs {
 }
 
 pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) -> anyhow::Result<ExitCode> {
-    let database = database(settings)?;
-    if database.kind() != Kind::Postgres {
-        let reason = "relay audit reads PostgreSQL; DATABASE_URL names a SQLite file".to_owned();
-        return Err(ConfigError::Contradiction(reason).into());
-    }
+    let store = database(settings)?.operate();
+    store.require(Feature::Audit).map_err(|error| ConfigError::Contradiction(error.explain()))?;
     let (destinations, _) = destinations(settings, file)?;
     let mut streams: Vec<_> = destinations
         .iter()
@@ -62,7 +58,7 @@ pub(super) fn audit(settings: &Settings, file: &ConfigFile, args: &AuditArgs) ->
             None => audit.foreign_entry(),
         });
         first.await.map_err(unreadable)?;
-        let recorded_since = postgres::audit::read(database.url(), name, &mut audit).await.map_err(explained)?;
+        let recorded_since = store.audit(name, &mut audit).await.map_err(explained)?;
         let later = reader.read(|entry| entry.into_iter().for_each(|entry| audit.later_entry(entry.event_id)));
         later.await.map_err(unreadable)?;
         let trimmed = reader.trimmed().await.map_err(unreadable)?;

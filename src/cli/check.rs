@@ -42,7 +42,7 @@ pub(super) fn check(
         let lanes = settings.relay().lanes;
         let request =
             CheckRequest { destinations: &names, publish_timeout, usage, lanes, configuration: &configuration };
-        let mut checks = database.check(request).await;
+        let mut checks = database.operate().check(request).await;
         for Endpoint { name, sink, .. } in endpoints {
             let result = match tokio::time::timeout(CHECK_TIMEOUT, sink.check()).await {
                 Ok(result) => result.map_err(|error| error.to_string()),

@@ -14,7 +14,7 @@ use crate::config::settings::Settings;
 use crate::emit::EmitError;
 use crate::event::NewEvent;
 use crate::outbox::OutboxError;
-use crate::outbox::database::Unemitted;
+use crate::outbox::operate::Unemitted;
 
 #[derive(Args)]
 pub(super) struct EmitArgs {
@@ -81,7 +81,7 @@ pub(super) fn emit(settings: &Settings, args: EmitArgs) -> anyhow::Result<ExitCo
     for (name, value) in args.headers {
         event = event.header(name, value);
     }
-    let emitted = runtime(1)?.block_on(database.emit(event));
+    let emitted = runtime(1)?.block_on(database.operate().emit(event));
     let event_id = emitted.map_err(|error| match error {
         // What is refused for its content is wrong usage.
         Unemitted::Refused(reason) => ConfigError::Contradiction(reason).into(),

@@ -8,7 +8,7 @@ use crate::config::settings::Settings;
 
 pub(super) fn migrate(settings: &Settings) -> anyhow::Result<ExitCode> {
     let database = database(settings)?;
-    let migrated = runtime(1)?.block_on(database.migrate()).map_err(explained)?;
+    let migrated = runtime(1)?.block_on(database.operate().migrate()).map_err(explained)?;
     let mut applied: String = migrated.applied.iter().map(|name| format!("applied {name}\n")).collect();
     if let Some(schema) = &migrated.mended {
         applied.push_str(&format!("made the functions anew for schema {schema}\n"));

@@ -12,13 +12,11 @@ use crate::config::ConfigError;
 use crate::config::destinations::{Destination, destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
-use crate::outbox::database::Kind;
-#[cfg(feature = "postgres")]
-use crate::outbox::postgres::PgOutbox;
-#[cfg(feature = "sqlite")]
-use crate::outbox::sqlite::SqliteOutbox;
+use crate::outbox::database::WithOutbox;
+use crate::outbox::operate::Feature;
 use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill, Usage};
-use crate::relay::{Endpoint, Readiness, Relay};
+use crate::relay::{Endpoint, Readiness, Relay, RelayConfig};
+use crate::route::Router;
 use crate::shutdown;
 
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
@@ -35,18 +33,17 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Err(ConfigError::Contradiction(reason.to_owned()).into());
     }
     let database = database(settings)?;
-    if settings.ghost_barrier && database.kind().is_sqlite() {
-        let reason = "RELAY_GHOST_BARRIER is for PostgreSQL, and DATABASE_URL names a SQLite file; unset it".to_owned();
-        return Err(ConfigError::Contradiction(reason).into());
+    if settings.ghost_barrier {
+        let has_barrier = database.operate().require(Feature::GhostBarrier);
+        has_barrier.map_err(|error| ConfigError::Contradiction(error.explain()))?;
     }
     let outbox = OutboxConfig {
-        pooled: settings.database_pooled,
         publish_timeout: longest_timeout(&destinations),
         log_retention: settings.log_retention,
         history_retention: settings.history_retention,
         usage: Usage { several_destinations: destinations.len() > 1, history: settings.history },
         ghost_barrier: settings.ghost_barrier,
-        ..OutboxConfig::new(database.url().clone())
+        ..database.config()
     };
     let names: Vec<&str> = destinations.iter().map(|destination| destination.name.as_str()).collect();
     tracing::info!(
@@ -64,17 +61,8 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
-        let code: anyhow::Result<ExitCode> = match database.kind() {
-            #[cfg(feature = "postgres")]
-            Kind::Postgres => {
-                work(Relay::new(PgOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
-            }
-            #[cfg(feature = "sqlite")]
-            Kind::Sqlite => {
-                work(Relay::new(SqliteOutbox::new(outbox), sinks, router, settings.relay()), once, stop).await
-            }
-        };
-        let code = code?;
+        let work = Work { sinks, router, settings: settings.relay(), once, stop };
+        let code = database.with_outbox(outbox, work).await?;
         match lost.and_then(|lost| lost.get().cloned()) {
             Some(reason) => anyhow::bail!(reason),
             None => Ok(code),
@@ -126,6 +114,24 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result
         );
     }
     Ok(endpoints)
+}
+
+/// The relay's work, on a store of whatever kind.
+struct Work {
+    sinks: Vec<Endpoint>,
+    router: Router,
+    settings: RelayConfig,
+    once: bool,
+    stop: CancellationToken,
+}
+
+impl WithOutbox for Work {
+    type Output = anyhow::Result<ExitCode>;
+
+    async fn run(self, outbox: impl Outbox) -> anyhow::Result<ExitCode> {
+        let Self { sinks, router, settings, once, stop } = self;
+        work(Relay::new(outbox, sinks, router, settings), once, stop).await
+    }
 }
 
 async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationToken) -> anyhow::Result<ExitCode> {

@@ -1,13 +1,13 @@
-//! Which kind of database `DATABASE_URL` names, and what the commands ask of it.
+//! Which kind of database `DATABASE_URL` names. Nothing else matches on the kind.
 
-use uuid::Uuid;
+use std::future::Future;
 
-use crate::emit::{EmitError, NewEvent};
+use crate::outbox::operate::Operate;
 #[cfg(feature = "postgres")]
 use crate::outbox::postgres;
 #[cfg(feature = "sqlite")]
 use crate::outbox::sqlite;
-use crate::outbox::{Check, CheckRequest, Migrated, OutboxError};
+use crate::outbox::{Outbox, OutboxConfig, OutboxError};
 use crate::secret::Secret;
 
 /// A database that is not connected yet.
@@ -20,7 +20,7 @@ pub struct Database {
 
 /// The kinds of databases that this library is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+enum Kind {
     /// `postgres://...`
     #[cfg(feature = "postgres")]
     Postgres,
@@ -28,9 +28,6 @@ pub enum Kind {
     #[cfg(feature = "sqlite")]
     Sqlite,
 }
-
-/// Tells why a database refused an event with this payload for its content, if that is why.
-type Refusal = fn(&sqlx::Error, &str) -> Option<String>;
 
 impl Kind {
     /// The kind that a URL names.
@@ -49,27 +46,6 @@ impl Kind {
         #[cfg(not(feature = "postgres"))]
         return Err("postgres");
     }
-
-    /// Whether it is a file of SQLite.
-    pub fn is_sqlite(self) -> bool {
-        match self {
-            #[cfg(feature = "postgres")]
-            Self::Postgres => false,
-            #[cfg(feature = "sqlite")]
-            Self::Sqlite => true,
-        }
-    }
-}
-
-/// Why an event was not emitted.
-#[derive(Debug)]
-pub enum Unemitted {
-    /// For its content, in words without it.
-    Refused(String),
-    /// The database could not be reached.
-    Outbox(OutboxError),
-    /// The insert failed.
-    Emit(EmitError),
 }
 
 impl Database {
@@ -92,16 +68,6 @@ impl Database {
         Ok(Self { kind, url, pooled })
     }
 
-    /// Which kind it is.
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    /// Where it is.
-    pub fn url(&self) -> &Secret {
-        &self.url
-    }
-
     /// Where it is, without secrets.
     pub fn shown(&self) -> String {
         match (self.url.read(), self.kind) {
@@ -113,60 +79,39 @@ impl Database {
         }
     }
 
-    /// Brings it to the schema of this binary. Safe to run twice, twice at once, and beside running relays.
-    ///
-    /// # Errors
-    /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
-    pub async fn migrate(&self) -> Result<Migrated, OutboxError> {
+    /// How a relay uses it, by the settings that hold by default.
+    pub fn config(&self) -> OutboxConfig {
+        OutboxConfig { pooled: self.pooled, ..OutboxConfig::new(self.url.clone()) }
+    }
+
+    /// Its operator's door. Nothing is connected yet.
+    pub fn operate(&self) -> Box<dyn Operate> {
         match self.kind {
             #[cfg(feature = "postgres")]
-            Kind::Postgres => postgres::migrate::migrate(&self.url).await,
+            Kind::Postgres => Box::new(postgres::PgOutbox::new(self.config())),
             #[cfg(feature = "sqlite")]
-            Kind::Sqlite => sqlite::schema::migrate(&self.url).await,
+            Kind::Sqlite => Box::new(sqlite::SqliteOutbox::new(self.config())),
         }
     }
 
-    /// Tries it as a relay would use it; stops at the first thing that makes the rest pointless. At last it looks for what
-    /// stands still.
-    pub async fn check(&self, request: CheckRequest<'_>) -> Vec<Check> {
+    /// Does `work` with its outbox, used as `config` says.
+    pub async fn with_outbox<W: WithOutbox>(&self, config: OutboxConfig, work: W) -> W::Output {
         match self.kind {
             #[cfg(feature = "postgres")]
-            Kind::Postgres => postgres::check::check(&self.url, self.pooled, request).await,
+            Kind::Postgres => work.run(postgres::PgOutbox::new(config)).await,
             #[cfg(feature = "sqlite")]
-            Kind::Sqlite => sqlite::schema::check(&self.url, request).await,
+            Kind::Sqlite => work.run(sqlite::SqliteOutbox::new(config)).await,
         }
     }
+}
 
-    /// Inserts one event, in a transaction of its own.
-    ///
-    /// # Errors
-    /// Why not.
-    pub async fn emit(&self, event: NewEvent) -> Result<Uuid, Unemitted> {
-        let payload = event.payload.clone();
-        let (emitted, refusal): (Result<Uuid, EmitError>, Refusal) = match self.kind {
-            #[cfg(feature = "postgres")]
-            Kind::Postgres => {
-                let mut connection = postgres::open(&self.url, self.pooled).await.map_err(Unemitted::Outbox)?;
-                let emitted = postgres::emit::alone(&mut connection, event).await;
-                drop(sqlx::Connection::close(connection).await); // it is committed, or an error tells
-                (emitted, postgres::emit::refusal)
-            }
-            #[cfg(feature = "sqlite")]
-            Kind::Sqlite => {
-                let mut connection = sqlite::open(&self.url).await.map_err(Unemitted::Outbox)?;
-                let emitted = crate::emit(&mut connection, event).await;
-                drop(sqlx::Connection::close(connection).await);
-                (emitted, sqlite::emit::refusal)
-            }
-        };
-        emitted.map_err(|error| match &error {
-            EmitError::Event(reason) => Unemitted::Refused(reason.to_string()),
-            EmitError::Insert(source) => match refusal(source, &payload) {
-                Some(reason) => Unemitted::Refused(reason),
-                None => Unemitted::Emit(error),
-            },
-        })
-    }
+/// Work that is done with an outbox of whatever kind.
+pub trait WithOutbox {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn run(self, outbox: impl Outbox) -> impl Future<Output = Self::Output>;
 }
 
 #[cfg(all(test, not(any(feature = "postgres", feature = "sqlite"))))]

@@ -24,6 +24,9 @@ pub enum OutboxError {
     /// The file that holds the URL cannot be read; it may be about to be replaced.
     #[error("DATABASE_URL cannot be read")]
     UrlFile(#[source] std::io::Error),
+    /// This kind of database does not have it.
+    #[error("{0}")]
+    Unsupported(&'static str),
     /// No connection.
     #[error("cannot connect to the database")]
     Connect {

@@ -1,10 +1,7 @@
 //! What a settle writes: verdicts turned into rows of the tables, the same for every store.
 
-use std::time::Duration;
-
 use crate::event::{Event, Fault, PublishError, Verdict, Wait};
-use crate::outbox::standstill::counted;
-use crate::outbox::{Delivery, Standstill};
+use crate::outbox::deliveries::Delivery;
 
 /// With this the last error of a row begins that could not be settled: it waits until somebody acts.
 pub(super) const SETTLE_FAILED: &str = "settle_failed";
@@ -23,7 +20,7 @@ pub(super) struct Records<'a> {
     pub(super) copies: Vec<Owed<'a>>,
     pub(super) log: Vec<LogEntry<'a>>,
     pub(super) dead_letters: Vec<DeadLetter<'a>>,
-    pub(super) history: Vec<Kept<'a>>,
+    pub(super) history: Vec<HistoryRow<'a>>,
 }
 
 /// A row of the processing log.
@@ -45,7 +42,7 @@ pub(super) struct DeadLetter<'a> {
 }
 
 /// A row of the history.
-pub(super) struct Kept<'a> {
+pub(super) struct HistoryRow<'a> {
     pub(super) event: &'a Event,
     pub(super) destination: &'a str,
 }
@@ -106,7 +103,7 @@ impl<'a> Records<'a> {
         let (status, message_id, error) = match &delivery.verdict {
             Verdict::Published { message_id } => {
                 if history {
-                    self.history.push(Kept { event, destination });
+                    self.history.push(HistoryRow { event, destination });
                 }
                 ("published", message_id.as_deref(), None)
             }
@@ -196,39 +193,4 @@ pub(super) fn parked_whole_error(delivered: &[&str], reason: &str) -> String {
 /// Cut to what is stored of a message, and without what a database refuses.
 fn bounded(text: &str) -> String {
     PublishError::new(Fault::Event, "", text).message
-}
-
-/// So many rows are counted; there may be millions.
-pub(super) const MOST_COUNTED: i64 = 1000;
-
-/// What is owed to a destination that nobody has configured.
-pub(super) struct Unconfigured {
-    pub(super) destination: String,
-    /// At most one more than are counted.
-    pub(super) count: i64,
-    /// How long ago the first of them was emitted.
-    pub(super) oldest: Option<Duration>,
-    /// The statements that give them to another destination, and make dead letters of them.
-    pub(super) move_them: String,
-    pub(super) give_them_up: String,
-}
-
-impl Unconfigured {
-    pub(super) fn told(self) -> Standstill {
-        let Self { destination, count, oldest, move_them, give_them_up } = self;
-        let count = counted(count);
-        let oldest = oldest.map_or_else(String::new, |oldest| {
-            format!(", the oldest emitted {} ago", humantime::format_duration(Duration::from_secs(oldest.as_secs())))
-        });
-        let text = format!(
-            "events wait for the destination {destination:?}, which is not configured: {count}{oldest}; configure it again, or \
-             give them to another destination: {move_them}; or make dead letters of them: {give_them_up};"
-        );
-        Standstill::new("destination_unconfigured", text).about(destination)
-    }
-}
-
-/// A text as a literal in SQL.
-pub(super) fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use ring::digest::{SHA256, digest};
 
-use crate::outbox::OutboxError;
+use crate::outbox::error::OutboxError;
 
 /// How often a relay looks at the register while there is one configuration.
 const INTERVAL: Duration = Duration::from_secs(10);

@@ -1,5 +1,7 @@
 //! What has become of the columns of our tables, in words: somebody may have renamed one, or changed its type.
 
+use crate::outbox::quote::quoted;
+
 /// A column that is there: its table, its name, and its type where that matters.
 pub(super) type Column = (String, String, String);
 
@@ -50,16 +52,6 @@ fn missing(table: &str, name: &str, strangers: &[&str]) -> String {
         _ => format!("if it is one of {} now: alter table {table} rename column ... to {name}", strangers.join(", ")),
     };
     format!("{table} has no column {name}; {cure}")
-}
-
-/// A name in SQL.
-pub(super) fn quoted(name: &str) -> String {
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    if !name.is_empty() && name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit()) {
-        name.to_owned()
-    } else {
-        format!("\"{}\"", name.replace('"', "\"\""))
-    }
 }
 
 #[cfg(test)]

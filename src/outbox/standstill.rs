@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::outbox::records::{MOST_COUNTED, literal};
+use crate::outbox::quote::literal;
 use crate::text::shown;
 
 /// An event that is due, and that nobody takes, whatever the reason.
@@ -131,9 +131,39 @@ pub(super) fn unknown_formats(events: i64, formats: &str, behind: i64, since: &s
     Standstill::new("format_unknown", text)
 }
 
-/// At most one more than are counted.
-pub(super) fn counted(count: i64) -> String {
+/// A count that was cut off at one more than [`MOST_COUNTED`].
+fn counted(count: i64) -> String {
     if count > MOST_COUNTED { format!("more than {MOST_COUNTED}") } else { count.to_string() }
+}
+
+/// So many rows are counted; there may be millions.
+pub(super) const MOST_COUNTED: i64 = 1000;
+
+/// What is owed to a destination that nobody has configured.
+pub(super) struct Unconfigured {
+    pub(super) destination: String,
+    /// At most one more than are counted.
+    pub(super) count: i64,
+    /// How long ago the first of them was emitted.
+    pub(super) oldest: Option<Duration>,
+    /// The statements that give them to another destination, and make dead letters of them.
+    pub(super) move_them: String,
+    pub(super) give_them_up: String,
+}
+
+impl Unconfigured {
+    pub(super) fn told(self) -> Standstill {
+        let Self { destination, count, oldest, move_them, give_them_up } = self;
+        let count = counted(count);
+        let oldest = oldest.map_or_else(String::new, |oldest| {
+            format!(", the oldest emitted {} ago", humantime::format_duration(Duration::from_secs(oldest.as_secs())))
+        });
+        let text = format!(
+            "events wait for the destination {destination:?}, which is not configured: {count}{oldest}; configure it again, or \
+             give them to another destination: {move_them}; or make dead letters of them: {give_them_up};"
+        );
+        Standstill::new("destination_unconfigured", text).about(destination)
+    }
 }
 
 /// Since when what was seen now was seen each time: another role's times are hidden, and a file has none.

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use outbox_relay::outbox::sqlite::{SqliteOutbox, schema::migrate};
+use outbox_relay::outbox::sqlite::{SqliteOutbox, migrate::migrate};
 use outbox_relay::outbox::{OutboxConfig, Usage};
 use outbox_relay::relay::{Endpoint, Policy, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;

@@ -212,7 +212,7 @@ impl<const WAL: bool> Store for SqliteFile<WAL> {
 
     async fn new() -> Self {
         let file = Self::unmigrated().await;
-        sqlite::schema::migrate(&Secret::inline(&file.url)).await.unwrap();
+        sqlite::migrate::migrate(&Secret::inline(&file.url)).await.unwrap();
         file
     }
 

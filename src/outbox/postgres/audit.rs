@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use crate::audit::{Audit, Checksum, EntryId, Known};
 use crate::outbox::OutboxError;
+use crate::outbox::postgres::connection::{connect, connect_options, query_failed};
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{connect, connect_options, query_failed};
 use crate::secret::Secret;
 
 /// All of it as it was at one time. `$1`: the destination.

@@ -1,24 +1,18 @@
 //! Reading a batch, and decoding its rows.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use foldhash::HashMap;
 use futures_util::TryStreamExt;
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{Connection, Row, ValueRef};
-use time::OffsetDateTime;
-use uuid::Uuid;
+use sqlx::{Connection, Row};
 
-use crate::event::{Event, Fault, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError, RowKey};
+use crate::event::{Event, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RowKey};
 use crate::outbox::number::to_i64;
-use crate::outbox::postgres::kept::{self, Marked};
+use crate::outbox::postgres::row::{self, CHANGES_BITS, LEFT_OUT, LEFT_OUT_AND_OWED, REINSERTIONS_BITS, column};
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::take::MOVES;
-use crate::outbox::postgres::tid;
-use crate::outbox::{BlockedBy, ClaimRequest, Claimed, decode};
+use crate::outbox::postgres::take::REINSERTIONS;
+use crate::outbox::{ClaimRequest, Claimed};
 
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
@@ -65,7 +59,7 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            ) head
        ) end,
        (select last_value from {schema}.event_outbox_epoch),
-       {moves} | (select last_value << 40 from {schema}.event_relay_changes){unfit}
+       {reinsertions} | (select last_value << 40 from {schema}.event_relay_changes){unfit}
 from {rows}
 cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280
@@ -212,7 +206,7 @@ fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> Stri
     let text = text
         .replace("{rows}", rows)
         .replace("{unfit}", unfit)
-        .replace("{moves}", MOVES)
+        .replace("{reinsertions}", REINSERTIONS)
         .replace("{max_headers}", &MAX_HEADERS_BYTES.to_string())
         .replace("{max_text}", &MAX_TEXT_BYTES.to_string());
     Reads { usual: text.replace("{any}", ANY_WAITS).leak(), among_dead: text.replace("{any}", "true").leak() }
@@ -262,7 +256,8 @@ pub(super) async fn read(
         let mut rows = query(form(&READ_SMALL), small).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
             // Of a NULL that somebody has allowed there is no size.
-            all_small = all_small && row.try_get::<Option<i32>, _>(17)?.is_some_and(|size| to_usize(size) <= small);
+            all_small =
+                all_small && row.try_get::<Option<i32>, _>(column::SIZE)?.is_some_and(|size| to_usize(size) <= small);
             if all_small {
                 batch.add(&row, request, false)?;
             }
@@ -278,7 +273,7 @@ pub(super) async fn read(
     // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
     *large = false;
     while let Some(row) = rows.try_next().await? {
-        *large |= to_usize(row.try_get(17)?) > small / 4;
+        *large |= to_usize(row.try_get(column::SIZE)?) > small / 4;
         batch.add(&row, request, true)?;
     }
     drop(rows);
@@ -300,9 +295,25 @@ pub(super) enum Which {
 
 /// What one partition gave to a batch.
 #[derive(Default)]
-pub(super) struct Given {
+pub(super) struct PartitionRead {
     pub(super) events: usize,
     pub(super) last_id: i64,
+}
+
+/// A row that a claim has read and that is marked.
+#[derive(Debug)]
+pub(super) struct Marked {
+    pub(super) row: RowKey,
+    /// The key that it holds back, where it is still owed.
+    pub(super) holds: Option<Key>,
+}
+
+/// `aggregate_type` and `aggregate_id`.
+pub(super) type Key = (String, String);
+
+pub(super) fn key(event: &Event) -> Option<Key> {
+    let id = event.aggregate_id.clone()?;
+    Some((event.aggregate_type.clone().unwrap_or_default(), id))
 }
 
 /// What was read. Each row is decoded as it comes, so that it is not held twice.
@@ -312,15 +323,15 @@ pub(super) struct Batch {
     pub(super) claimed: Vec<Claimed>,
     /// Rows that are left out.
     pub(super) marked: Vec<Marked>,
-    pub(super) given: HashMap<i16, Given>,
+    pub(super) given: HashMap<i16, PartitionRead>,
     /// Of all of them; of one that was not read, what is stored of it.
     pub(super) bytes: usize,
     /// The bytes may have cut some partitions short.
     pub(super) cut: bool,
     /// The epoch when they were read; none without rows.
     pub(super) epoch: Option<i64>,
-    /// The number of moves then; none without rows.
-    pub(super) moves: Option<i64>,
+    /// The number of reinsertions then; none without rows.
+    pub(super) reinsertions: Option<i64>,
     /// The number of changes of the register of relays then.
     pub(super) changes: i64,
     /// The partition that was read last.
@@ -335,21 +346,22 @@ impl Batch {
             return Ok(()); // it and all after it are for the next claim
         }
         if self.epoch.is_none() {
-            let both: i64 = row.try_get(20)?;
-            (self.epoch, self.moves) = (row.try_get(19)?, Some(both & ((1 << 40) - 1)));
-            self.changes = both >> 40 & ((1 << 23) - 1);
+            let both: i64 = row.try_get(column::REINSERTIONS_AND_CHANGES)?;
+            (self.epoch, self.reinsertions) =
+                (row.try_get(column::EPOCH)?, Some(both & ((1 << REINSERTIONS_BITS) - 1)));
+            self.changes = both >> REINSERTIONS_BITS & ((1 << CHANGES_BITS) - 1);
         }
-        let claimed = read_claimed(row, request.max_payload, within_bytes)?;
-        self.bytes += claimed.event.bytes().max(to_usize(row.try_get(17)?));
+        let claimed = row::claimed(row, request.max_payload, within_bytes)?;
+        self.bytes += claimed.event.bytes().max(to_usize(row.try_get(column::SIZE)?));
         let RowKey { partition, id, .. } = claimed.event.row;
         let given = self.given.entry(partition).or_default();
         given.events += 1;
         given.last_id = given.last_id.max(id);
         self.last = Some(partition);
         // NULL, where somebody has allowed that, is no mark.
-        let attempts: Option<i32> = row.try_get(15)?;
-        if attempts.is_some_and(|attempts| attempts < -1) {
-            let holds = if attempts == Some(-3) { kept::key(&claimed.event) } else { None };
+        let attempts: Option<i32> = row.try_get(column::ATTEMPTS)?;
+        if attempts.is_some_and(|attempts| attempts <= LEFT_OUT) {
+            let holds = if attempts == Some(LEFT_OUT_AND_OWED) { key(&claimed.event) } else { None };
             self.marked.push(Marked { row: claimed.event.row, holds });
             return Ok(());
         }
@@ -362,115 +374,6 @@ impl Batch {
             let place = |claimed: &Claimed| (claimed.event.row.partition, claimed.event.row.id);
             place(a).cmp(&place(b)).then_with(|| a.event.row.destination.cmp(&b.event.row.destination))
         });
-    }
-}
-
-/// Decodes a row of [`READ_BATCH`]. Only a driver that disagrees with our own statement makes it fail.
-fn read_claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<Claimed, sqlx::Error> {
-    let mut payload = jsonb_text(row, 9)?.unwrap_or_default();
-    // What the statement measured is not the text where that is small.
-    let mut defect = decode::too_large(payload.len(), max_payload);
-    if defect.is_some() {
-        payload = &[];
-    }
-    if within_bytes && let Some(over) = row.try_get::<Option<&str>, _>(21)? {
-        let (column, bytes) = over.split_once(' ').unwrap_or((over, ""));
-        defect = Some(match bytes {
-            "missing" => decode::missing(column),
-            _ => decode::over(column, bytes.parse().unwrap_or_default(), max_payload),
-        });
-    }
-    let headers = decode::headers(jsonb_text(row, 10)?).unwrap_or_else(|error| {
-        defect = Some(error);
-        Vec::new()
-    });
-    let behind: BTreeMap<String, u64> = match jsonb_text(row, 18)? {
-        None => BTreeMap::new(),
-        Some(json) => serde_json::from_slice(json).map_err(|error| sqlx::Error::Decode(error.into()))?,
-    };
-    let created_at: Option<OffsetDateTime> = row.try_get(14)?;
-    if created_at.is_none() {
-        let message = "created_at is infinite, or lies before the year 1 or after 9999";
-        defect = Some(PublishError::new(Fault::Unfit, "created_at_invalid", message));
-    }
-    let mut text = |index| {
-        let (text, is_utf8) = text(row, index)?;
-        if !is_utf8 {
-            defect = Some(PublishError::new(Fault::Unfit, "not_utf8", "a name, key or id of the event is not UTF-8"));
-        }
-        Ok::<_, sqlx::Error>(text)
-    };
-    let (event_type, source) = (text(5)?, text(6)?);
-    let (aggregate_type, aggregate_id, correlation_id, causation_id) = (text(7)?, text(8)?, text(11)?, text(12)?);
-    let (event_id, schema_version): (Option<Uuid>, Option<i32>) = (row.try_get(4)?, row.try_get(13)?);
-    let (attempts, due): (Option<i32>, Option<bool>) = (row.try_get(15)?, row.try_get(16)?);
-    let destination: Option<String> = row.try_get(3)?;
-    if defect.is_none() {
-        let columns = [
-            ("event_id", event_id.is_none()),
-            ("event_type", event_type.is_none()),
-            ("source", source.is_none()),
-            ("schema_version", schema_version.is_none()),
-            ("attempts", attempts.is_none()),
-            ("available_at", due.is_none()),
-            ("destination", destination.is_none()),
-        ];
-        defect = columns.into_iter().find(|(_, is_missing)| *is_missing).map(|(column, _)| decode::missing(column));
-    }
-    let attempts = attempts.unwrap_or_default();
-    let remaining = |(destination, ms)| BlockedBy { destination, remaining: Duration::from_millis(ms) };
-    let claimed = Claimed {
-        event: Event {
-            row: RowKey {
-                locator: tid::to_locator(row.try_get(0)?).ok_or_else(|| sqlx::Error::Decode("not a ctid".into()))?,
-                partition: row.try_get(1)?,
-                id: row.try_get(2)?,
-                destination: destination.unwrap_or_default(),
-            },
-            event_id: event_id.unwrap_or_default(),
-            event_type: event_type.unwrap_or_default(),
-            source: source.unwrap_or_default(),
-            aggregate_type,
-            aggregate_id,
-            payload: payload.to_vec(),
-            headers,
-            correlation_id,
-            causation_id,
-            schema_version: schema_version.unwrap_or_default(),
-            created_at: created_at.unwrap_or(OffsetDateTime::UNIX_EPOCH),
-            attempts: attempts.max(0),
-        },
-        due: due.unwrap_or(true),
-        defect,
-        blocked_before: attempts < 0,
-        blocked_by: behind.into_iter().map(remaining).collect(),
-    };
-    Ok(claimed)
-}
-
-/// A text column, and whether it is UTF-8, which in a database without an encoding (SQL_ASCII) nobody guarantees: that is the
-/// row's defect, and must not fail the batch.
-fn text(row: &PgRow, index: usize) -> Result<(Option<String>, bool), sqlx::Error> {
-    let value = row.try_get_raw(index)?;
-    if value.is_null() {
-        return Ok((None, true));
-    }
-    let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
-    let text = String::from_utf8_lossy(bytes);
-    let is_utf8 = matches!(text, Cow::Borrowed(_));
-    Ok((Some(text.into_owned()), is_utf8))
-}
-
-/// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
-fn jsonb_text(row: &PgRow, index: usize) -> Result<Option<&[u8]>, sqlx::Error> {
-    let value = row.try_get_raw(index)?;
-    if value.is_null() {
-        return Ok(None);
-    }
-    let bytes = value.as_bytes().map_err(sqlx::Error::Decode)?;
-    match bytes.split_first() {
-        Some((1, text)) => Ok(Some(text)),
-        _ => Err(sqlx::Error::Decode("jsonb of an unknown version".into())),
     }
 }
 

@@ -43,7 +43,7 @@ pub(super) struct Bounds {
 
 #[derive(Debug, Default)]
 struct State {
-    known: Known,
+    known: BoundsSnapshot,
     next_search: Option<Instant>,
     /// The partition that was searched last.
     searched: i16,
@@ -59,9 +59,9 @@ struct State {
 
 /// What a claim goes by.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Known {
-    /// The number of moves that all this holds for.
-    pub(super) moves: i64,
+pub(super) struct BoundsSnapshot {
+    /// The number of reinsertions that all this holds for.
+    pub(super) reinsertions: i64,
     /// How often bounds were forgotten: what was read by older ones leads to none.
     era: u64,
     /// Everything with an id up to this one is committed or will never be.
@@ -88,14 +88,14 @@ pub(super) struct Drawn {
 
 /// What a claim has read; if all of it is deleted, bounds follow.
 #[derive(Debug)]
-pub(super) struct Reading {
+pub(super) struct ReadExtent {
     era: u64,
     /// By partition: nothing with an id up to this one is left there but what was read.
     reached: Vec<(i16, i64)>,
     rows: usize,
 }
 
-impl Known {
+impl BoundsSnapshot {
     /// Above which id to read each of these partitions.
     pub(super) fn bounds_of(&self, partitions: &[i16]) -> Vec<i64> {
         partitions.iter().map(|partition| self.bounds.get(partition).copied().unwrap_or(i64::MIN)).collect()
@@ -111,12 +111,12 @@ impl Known {
     }
 
     /// A reading of so many rows, `last` gives for each partition the id of the last one that was read, if there may be more.
-    pub(super) fn reading(&self, last: impl Iterator<Item = (i16, Option<i64>)>, rows: usize) -> Reading {
+    pub(super) fn read_extent(&self, last: impl Iterator<Item = (i16, Option<i64>)>, rows: usize) -> ReadExtent {
         let horizon = self.horizon.unwrap_or(i64::MIN);
         // Of the same id there may be another row, for another destination.
         let reached = |last: Option<i64>| last.map_or(horizon, |last| horizon.min(last - 1));
         let reached = last.map(|(partition, last)| (partition, reached(last))).collect();
-        Reading { era: self.era, reached, rows }
+        ReadExtent { era: self.era, reached, rows }
     }
 }
 
@@ -127,7 +127,7 @@ impl Bounds {
     }
 
     /// What a claim starts from, and whether it is to ask for the writers.
-    pub(super) fn known(&self) -> (Known, bool) {
+    pub(super) fn known(&self) -> (BoundsSnapshot, bool) {
         let state = self.state();
         let ask = self.asks
             && state.settled - state.within >= EVENTS_BEYOND
@@ -135,21 +135,21 @@ impl Bounds {
         (state.known.clone(), ask)
     }
 
-    /// What holds at this number of moves.
-    pub(super) fn at(&self, moves: i64) -> Known {
+    /// What holds at this number of reinsertions.
+    pub(super) fn at(&self, reinsertions: i64) -> BoundsSnapshot {
         let mut state = self.state();
-        state.at(moves);
+        state.at(reinsertions);
         state.known.clone()
     }
 
     /// Takes note of the answer to the question for the writers. Returns what holds now.
-    pub(super) fn wrote(&self, moves: i64, writers: Writers) -> Known {
+    pub(super) fn wrote(&self, reinsertions: i64, writers: Writers) -> BoundsSnapshot {
         let mut state = self.state();
-        if state.known.moves == moves {
+        if state.known.reinsertions == reinsertions {
             state.wrote(writers);
         } else {
             // Whoever raised the number may have begun to write after the writers were listed.
-            state.at(moves);
+            state.at(reinsertions);
         }
         state.known.clone()
     }
@@ -160,10 +160,10 @@ impl Bounds {
     }
 
     /// `deleted` rows of a reading are gone, by a transaction that has committed.
-    pub(super) fn settled(&self, reading: Option<Reading>, deleted: usize) {
+    pub(super) fn settled(&self, reading: Option<ReadExtent>, deleted: usize) {
         let mut state = self.state();
         state.settled += deleted;
-        let of_now = |reading: &Reading| reading.rows == deleted && reading.era == state.known.era;
+        let of_now = |reading: &ReadExtent| reading.rows == deleted && reading.era == state.known.era;
         let Some(reading) = reading.filter(of_now) else { return };
         let bounds = Arc::make_mut(&mut state.known.bounds);
         for (partition, reached) in reading.reached {
@@ -173,7 +173,7 @@ impl Bounds {
     }
 
     /// Who went by `known` found no partition with anything in it.
-    pub(super) fn empty(&self, known: &Known) {
+    pub(super) fn empty(&self, known: &BoundsSnapshot) {
         let mut state = self.state();
         if let Some(horizon) = known.horizon.filter(|_| known.era == state.known.era) {
             let bounds = Arc::make_mut(&mut state.known.bounds);
@@ -231,18 +231,18 @@ impl State {
         self.known.era += 1;
     }
 
-    fn forget(&mut self, moves: i64) {
+    fn forget(&mut self, reinsertions: i64) {
         self.forget_bounds();
-        self.known.moves = moves;
+        self.known.reinsertions = reinsertions;
         self.known.horizon = None;
         self.next = None;
         self.within = 0;
     }
 
-    fn at(&mut self, moves: i64) {
-        if self.known.moves != moves {
+    fn at(&mut self, reinsertions: i64) {
+        if self.known.reinsertions != reinsertions {
             // The horizon too: whoever raised the number may still be in flight.
-            self.forget(moves);
+            self.forget(reinsertions);
         }
     }
 
@@ -253,7 +253,7 @@ impl State {
             self.life.clone_from(&drawn.life);
         }
         if restarted || of_another_life {
-            self.forget(self.known.moves);
+            self.forget(self.known.reinsertions);
         }
         restarted || of_another_life
     }
@@ -297,7 +297,7 @@ mod tests {
         bounds.wrote(1, writers(100, &[]));
         let known = bounds.wrote(1, writers(200, &[]));
         assert_eq!(known.horizon, Some(100));
-        bounds.settled(known.reading([(7, None), (8, Some(60))].into_iter(), 5).into(), 5);
+        bounds.settled(known.read_extent([(7, None), (8, Some(60))].into_iter(), 5).into(), 5);
         assert_eq!(*bounds.known().0.bounds, BTreeMap::from([(7, 100), (8, 59)]));
         bounds
     }
@@ -346,7 +346,7 @@ mod tests {
     fn a_bound_never_goes_back() {
         let bounds = settled();
         let known = bounds.known().0;
-        bounds.settled(known.reading([(7, Some(50))].into_iter(), 5).into(), 5);
+        bounds.settled(known.read_extent([(7, Some(50))].into_iter(), 5).into(), 5);
         assert_eq!(bounds.known().0.bounds_of(&[7, 8, 9]), [100, 59, i64::MIN]);
     }
 
@@ -365,7 +365,7 @@ mod tests {
     fn a_row_left_where_it_was_sets_no_bound() {
         let bounds = settled();
         let known = bounds.known().0;
-        bounds.settled(known.reading([(9, None)].into_iter(), 5).into(), 4);
+        bounds.settled(known.read_extent([(9, None)].into_iter(), 5).into(), 4);
         assert_eq!(bounds.known().0.bounds_of(&[9]), [i64::MIN]);
     }
 
@@ -373,7 +373,7 @@ mod tests {
     fn a_partition_read_before_there_was_a_horizon_has_a_bound_once_all_are_empty() {
         let bounds = settled();
         bounds.at(2);
-        bounds.settled(Some(bounds.known().0.reading([(9, Some(5))].into_iter(), 5)), 5);
+        bounds.settled(Some(bounds.known().0.read_extent([(9, Some(5))].into_iter(), 5)), 5);
         assert_eq!(bounds.known().0.bounds_of(&[9]), [i64::MIN]);
         bounds.wrote(2, writers(300, &[]));
         bounds.wrote(2, writers(400, &[]));
@@ -384,7 +384,7 @@ mod tests {
     #[test]
     fn a_move_ends_bounds_and_horizon_and_what_was_read_before() {
         let bounds = settled();
-        let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
+        let read = bounds.known().0.read_extent([(7, None)].into_iter(), 5);
         let known = bounds.wrote(2, writers(300, &[]));
         assert_eq!(bounds.wrote(2, writers(300, &[])).horizon, None, "those of before do not count");
         bounds.state().asked = None;
@@ -429,7 +429,7 @@ mod tests {
         assert_eq!(bounds.to_search(), None, "not at once");
         assert_eq!(search(&bounds), Some(vec![(7, 100), (8, 59)]));
         assert_eq!(bounds.to_search(), None, "one lane is at it");
-        let read = bounds.known().0.reading([(7, None)].into_iter(), 5);
+        let read = bounds.known().0.read_extent([(7, None)].into_iter(), 5);
         bounds.searched(&[(7, true), (8, false)], true, Duration::ZERO);
         assert_eq!(bounds.known().0.bounds_of(&[7, 8]), [i64::MIN, 59]);
         bounds.settled(Some(read), 5);

@@ -6,13 +6,13 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
 use crate::outbox::error::CONNECTIONS_BESIDE;
+use crate::outbox::postgres::connection::{
+    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, connect, connect_options, with_timeout,
+};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::{self, TABLE_LOCKED};
-use crate::outbox::postgres::{
-    ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, answered, connect, connect_options, exclusion, proof, register, schema,
-    shape, triggers,
-};
+use crate::outbox::postgres::{connection, exclusion, proof, register, schema, shape, triggers};
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
@@ -156,7 +156,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
 /// Who else may create objects in the schema of the tables. No trouble for the relay, which runs nothing of theirs.
 async fn creators(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
     let (schema, creators): (String, Option<String>) =
-        answered("look at the rights to create", STATEMENT_TIMEOUT, async {
+        with_timeout("look at the rights to create", STATEMENT_TIMEOUT, async {
             sqlx::query_as(
                 "select n.nspname::text, pg_catalog.string_agg(distinct
                  case a.grantee when 0::oid then 'everybody' else pg_catalog.pg_get_userbyid(a.grantee)::text end, ', ')
@@ -185,7 +185,7 @@ async fn transaction<T>(
     connection: &mut PgConnection,
     look: impl AsyncFnOnce(&mut PgConnection) -> Result<T, OutboxError>,
 ) -> Result<T, OutboxError> {
-    answered(
+    with_timeout(
         "begin",
         STATEMENT_TIMEOUT,
         connection.execute("begin; set local row_security = off; set local lock_timeout = '5s'"),
@@ -193,13 +193,13 @@ async fn transaction<T>(
     .await?;
     let found = look(connection).await;
     // Where the connection is lost, the next look says so.
-    drop(answered("end a look", STATEMENT_TIMEOUT, connection.execute("rollback")).await);
+    drop(with_timeout("end a look", STATEMENT_TIMEOUT, connection.execute("rollback")).await);
     found
 }
 
 /// How this command sends statements.
 async fn sql(connection: &mut PgConnection) -> Result<Sql, OutboxError> {
-    let schema = answered("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
+    let schema = with_timeout("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
     Ok(Sql { schema: schema.unwrap_or_default(), persistent: false })
 }
 
@@ -215,7 +215,7 @@ async fn ids_ahead(connection: &mut PgConnection) -> Result<String, OutboxError>
 
 async fn configurations(connection: &mut PgConnection, mine: &Configuration) -> Result<String, OutboxError> {
     let sql = sql(connection).await?;
-    let rows = answered("read event_relay", STATEMENT_TIMEOUT, register::rows(sql, connection)).await?;
+    let rows = with_timeout("read event_relay", STATEMENT_TIMEOUT, register::rows(sql, connection)).await?;
     mine.check(&rows)
 }
 
@@ -226,12 +226,14 @@ async fn standstills(
     let memory = Memory::default();
     loop {
         let sql = transaction(connection, sql).await?;
-        let (bounds, aside) = (vec![i64::MIN; 640], &AtomicBool::default());
+        let (bounds, behind_unknown_format) = (vec![i64::MIN; 640], &AtomicBool::default());
         let history = usage.history;
-        let question = Question { sql, destinations, publish_timeout, history, memory: &memory, bounds, aside };
+        let question =
+            Question { sql, destinations, publish_timeout, history, memory: &memory, bounds, behind_unknown_format };
         let first = memory.is_empty();
         let (found, brief) =
-            answered("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question)).await?;
+            with_timeout("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question))
+                .await?;
         if !(first && brief) {
             return Ok(found);
         }
@@ -259,7 +261,7 @@ pub(super) async fn require_all_rows(connection: &mut PgConnection, sql: Sql) ->
           and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history', 'event_relay_run',
                             'event_crash_suspect', 'event_relay')
           and pg_catalog.row_security_active(t.oid)";
-    let hidden: Option<String> = answered("look for row-level security", STATEMENT_TIMEOUT, async {
+    let hidden: Option<String> = with_timeout("look for row-level security", STATEMENT_TIMEOUT, async {
         sql.query_scalar(query).fetch_one(connection).await
     })
     .await?;
@@ -267,7 +269,7 @@ pub(super) async fn require_all_rows(connection: &mut PgConnection, sql: Sql) ->
 }
 
 async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, OutboxError> {
-    let row = answered("look at the server", STATEMENT_TIMEOUT, async {
+    let row = with_timeout("look at the server", STATEMENT_TIMEOUT, async {
         sqlx::query(
             "select pg_catalog.current_database(), pg_catalog.current_setting('server_version'), current_user::text,
                     pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
@@ -280,7 +282,7 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
     })
     .await?;
     if row.get::<bool, _>(3) {
-        return Err(read_only());
+        return Err(connection::read_only());
     }
     let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
     let login: String = row.get(6);
@@ -296,17 +298,11 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
     Ok(format!("{database} on PostgreSQL {version} as {user}{acts}, {encryption}"))
 }
 
-/// The error of a database that takes no writes.
-pub(super) fn read_only() -> OutboxError {
-    let reason = "a replica, or default_transaction_read_only; point DATABASE_URL at the primary".to_owned();
-    OutboxError::ReadOnly { reason }
-}
-
 async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let mut missing = Vec::new();
     let sql = sql(connection).await?;
     for (privilege, condition) in PRIVILEGES {
-        let granted: bool = answered("look at the privileges", STATEMENT_TIMEOUT, async {
+        let granted: bool = with_timeout("look at the privileges", STATEMENT_TIMEOUT, async {
             sql.query_scalar(condition).fetch_one(&mut *connection).await
         })
         .await?;
@@ -317,7 +313,7 @@ async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError
     if missing.is_empty() {
         return Ok("all granted".to_owned());
     }
-    let advice = answered("look at the memberships", STATEMENT_TIMEOUT, membership(connection, sql)).await?;
+    let advice = with_timeout("look at the memberships", STATEMENT_TIMEOUT, membership(connection, sql)).await?;
     Err(OutboxError::Privileges { missing: missing.join("; "), advice })
 }
 
@@ -359,7 +355,7 @@ async fn connections(connection: &mut PgConnection, lanes: usize) -> Result<Opti
         from pg_catalog.pg_roles r cross join pg_catalog.pg_database d
         where r.rolname = session_user and d.datname = pg_catalog.current_database() and not r.rolsuper";
     let found: Option<(String, i32, String, i32)> =
-        answered("look at the limits of connections", STATEMENT_TIMEOUT, async {
+        with_timeout("look at the limits of connections", STATEMENT_TIMEOUT, async {
             sqlx::query_as(query).persistent(false).fetch_optional(connection).await
         })
         .await?;

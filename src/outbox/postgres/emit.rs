@@ -1,14 +1,26 @@
 //! `relay emit` into PostgreSQL.
 
 use sqlx::postgres::PgConnection;
-use sqlx::{Executor, Postgres};
+use sqlx::{Connection, Executor, Postgres};
 use uuid::Uuid;
 
 use crate::emit::{EmitError, NewEvent, OutboxDatabase};
+use crate::outbox::operate::Unemitted;
+use crate::outbox::postgres::connection::open;
+use crate::secret::Secret;
+
+/// Inserts one event into the database at `url`, in a transaction of its own.
+pub(super) async fn emit(url: &Secret, pooled: bool, event: NewEvent) -> Result<Uuid, Unemitted> {
+    let payload = event.payload.clone();
+    let mut connection = open(url, pooled).await.map_err(Unemitted::Outbox)?;
+    let emitted = insert(&mut connection, event).await;
+    drop(connection.close().await); // it is committed, or the error says why not
+    emitted.map_err(|error| Unemitted::new(error, |source| refusal(source, &payload)))
+}
 
 /// Emits one event in a transaction of its own. Its statement has no name and travels in that transaction: behind a pooler
 /// another client may have used the name, and outside of one its parts may reach different connections.
-pub(in crate::outbox) async fn alone(connection: &mut PgConnection, event: NewEvent) -> Result<Uuid, EmitError> {
+async fn insert(connection: &mut PgConnection, event: NewEvent) -> Result<Uuid, EmitError> {
     event.validate()?;
     let event_id = event.event_id;
     let emitted = async {
@@ -21,7 +33,7 @@ pub(in crate::outbox) async fn alone(connection: &mut PgConnection, event: NewEv
 }
 
 /// Why the database refused an event for its content, told without that content.
-pub(in crate::outbox) fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
+fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
     let error = error.as_database_error()?;
     match error.code()?.as_ref() {
         // A text that is no value of its type, which can only be the payload. Our parser merely knows where.

@@ -7,7 +7,7 @@ use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::OutboxError;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
 /// How long the second session is waited for. A pooler with one connection to the server has none to give it as long as the
 /// first has a transaction.
@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const ATTEMPTS: usize = 3;
 
 /// A session that can hold a lock until its transaction ends.
-pub(super) trait Session {
+pub(super) trait LockSession {
     /// Begins a transaction and tries to take the lock for it; returns whether it was free.
     fn try_lock(&mut self, key: i32) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 
@@ -27,7 +27,7 @@ pub(super) trait Session {
 
 /// Fails where a lock that one session holds is given to the other too. Behind a pooler that cannot give two sessions a
 /// transaction at once it remains unknown, which is said.
-pub(super) async fn prove(first: &mut impl Session, second: &mut impl Session) -> Result<(), OutboxError> {
+pub(super) async fn prove(first: &mut impl LockSession, second: &mut impl LockSession) -> Result<(), OutboxError> {
     for _ in 0..ATTEMPTS {
         let key = fastrand::i32(..);
         let taken = first.try_lock(key).await?;
@@ -52,9 +52,9 @@ pub(super) async fn prove(first: &mut impl Session, second: &mut impl Session) -
     Err(OutboxError::LocksDoNotExclude)
 }
 
-impl Session for PgConnection {
+impl LockSession for PgConnection {
     async fn try_lock(&mut self, key: i32) -> Result<bool, OutboxError> {
-        answered("try an advisory lock", STATEMENT_TIMEOUT, async {
+        with_timeout("try an advisory lock", STATEMENT_TIMEOUT, async {
             self.execute("begin").await?;
             // The class of `relay migrate`, whose own key is 1.
             sqlx::query_scalar("select pg_catalog.pg_try_advisory_xact_lock(7233173, $1)")
@@ -67,8 +67,10 @@ impl Session for PgConnection {
     }
 
     async fn release(&mut self) -> Result<(), OutboxError> {
-        answered("give an advisory lock back", STATEMENT_TIMEOUT, async { self.execute("rollback").await.map(drop) })
-            .await
+        with_timeout("give an advisory lock back", STATEMENT_TIMEOUT, async {
+            self.execute("rollback").await.map(drop)
+        })
+        .await
     }
 }
 
@@ -79,7 +81,7 @@ mod tests {
     /// A session of a server that gives these answers.
     struct Fake(Vec<Option<bool>>);
 
-    impl Session for Fake {
+    impl LockSession for Fake {
         async fn try_lock(&mut self, _: i32) -> Result<bool, OutboxError> {
             match self.0.remove(0) {
                 Some(answer) => Ok(answer),

@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::tid;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::{Claimed, OutboxError, Standstill, standstill};
 
 /// In a claim, the name of what an event waits behind that is of another format.
@@ -80,7 +80,7 @@ pub(super) async fn set_aside(
 /// Gives back what waits behind nothing any more.
 pub(super) async fn give_back(connection: &mut PgConnection, schema: Schema) -> Result<(), OutboxError> {
     let sql = Sql { schema, persistent: false };
-    answered("give back events that wait behind no other format any more", STATEMENT_TIMEOUT, async {
+    with_timeout("give back events that wait behind no other format any more", STATEMENT_TIMEOUT, async {
         connection.execute("begin").await?;
         if sql.query_scalar(ANY_ASIDE).fetch_one(&mut *connection).await? {
             let locked: Vec<i32> = sql.query_scalar(LOCK).fetch_one(&mut *connection).await?;
@@ -98,7 +98,7 @@ pub(super) async fn unknown(
 ) -> Result<Vec<Standstill>, sqlx::Error> {
     let (events, formats, behind, since): (i64, Option<String>, i64, Option<String>) =
         question.sql.query_as(COUNT).fetch_one(connection).await?;
-    question.aside.store(behind > 0, Ordering::Relaxed);
+    question.behind_unknown_format.store(behind > 0, Ordering::Relaxed);
     let told = || {
         let (formats, since) = (formats.unwrap_or_default(), since.unwrap_or_default());
         standstill::unknown_formats(events, &formats, behind, &since)

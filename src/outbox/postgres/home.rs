@@ -5,7 +5,7 @@ use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::OutboxError;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
 /// What is asked of the schema that has the first table `event_outbox` on the search path.
 const FIND: &str = "
@@ -86,7 +86,7 @@ $relay$";
 
 /// The schema that has `event_outbox`.
 ///
-/// The query names a table, and so takes note of what others have just committed; one that names only functions may be answered
+/// The query names a table, and so takes note of what others have just committed; one that names only functions may be with_timeout
 /// from what the session has cached, and so from before it waited for a lock.
 #[derive(Debug)]
 pub(super) struct Home {
@@ -109,7 +109,7 @@ type Row = (String, String, Vec<String>, Vec<String>, Vec<String>, Option<String
 impl Home {
     /// `None`: no table `event_outbox` is on the search path.
     pub(super) async fn find(connection: &mut PgConnection) -> Result<Option<Self>, OutboxError> {
-        let found: Option<Row> = answered("look for event_outbox", STATEMENT_TIMEOUT, async {
+        let found: Option<Row> = with_timeout("look for event_outbox", STATEMENT_TIMEOUT, async {
             sqlx::query_as(FIND).persistent(false).fetch_optional(connection).await
         })
         .await?;
@@ -132,7 +132,7 @@ impl Home {
 
     /// Brings its functions to it.
     pub(super) async fn gather(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        answered("move the functions to the schema of event_outbox", STATEMENT_TIMEOUT, connection.execute(GATHER))
+        with_timeout("move the functions to the schema of event_outbox", STATEMENT_TIMEOUT, connection.execute(GATHER))
             .await
             .map(drop)
     }

@@ -15,17 +15,19 @@ use sqlx::{AssertSqlSafe, Executor};
 use crate::event::{ClaimId, RenewedClaim, SentBefore};
 use crate::failpoint::failpoint;
 use crate::outbox::number::milliseconds;
-use crate::outbox::postgres::batch::{self, Batch, Given, Which};
-use crate::outbox::postgres::bounds::{Known, Reading};
+use crate::outbox::postgres::batch::{self, Batch, PartitionRead, Which};
+use crate::outbox::postgres::bounds::{BoundsSnapshot, ReadExtent};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, query_failed, with_timeout};
+use crate::outbox::postgres::flush::flushed;
 use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
-use crate::outbox::postgres::proof::{is_content, words_and_cure};
-use crate::outbox::postgres::salvage::{CHECK_AND_COMMIT, SAVEPOINT};
-use crate::outbox::postgres::session::{begin, flushed};
-use crate::outbox::postgres::settle::Settle;
+use crate::outbox::postgres::refusal::{is_content, words_and_cure};
+use crate::outbox::postgres::savepoint::{CHECK_AND_COMMIT, SAVEPOINT};
+use crate::outbox::postgres::session::begin;
+use crate::outbox::postgres::settle::SettleWriter;
 use crate::outbox::postgres::sql::Sql;
+use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, PARTITIONS, Peeked, Ranges};
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed};
 use crate::outbox::records::Records;
 use crate::outbox::register::Role;
 use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, OutboxError, Peek, Promoted};
@@ -77,7 +79,7 @@ pub struct PgLane {
     /// When to take without bounds again.
     next_walk: Instant,
     /// What was claimed, as far as bounds may follow from it.
-    reading: Option<Reading>,
+    read_extent: Option<ReadExtent>,
     /// The number of changes of the register of relays at the last claim.
     changes: i64,
     /// A settle failed, and nothing was written since.
@@ -96,7 +98,7 @@ impl PgLane {
             rows: MAX_ROWS,
             large: false,
             next_walk: Instant::now(),
-            reading: None,
+            read_extent: None,
             changes: 0,
             unproven: false,
         }
@@ -112,7 +114,7 @@ impl PgLane {
                 self.outbox.connect().await?
             }
         };
-        if self.unproven || self.outbox.unrecorded.is_set() {
+        if self.unproven || self.outbox.refused_writes.is_set() {
             self.outbox.prove(&mut connection, &self.begin).await?;
             self.unproven = false;
         }
@@ -127,7 +129,7 @@ impl PgLane {
         query: impl AsyncFnOnce(Sql, &mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, OutboxError> {
         let mut connection = self.ready().await?;
-        let answer = answered(operation, STATEMENT_TIMEOUT, async {
+        let answer = with_timeout(operation, STATEMENT_TIMEOUT, async {
             self.outbox.begin_pooled(&mut connection).await?;
             let answer = query(self.outbox.sql(), &mut connection).await?;
             self.outbox.commit_pooled(&mut connection).await?;
@@ -160,7 +162,7 @@ impl PgLane {
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
         let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
-        let kept = &self.outbox.unrecorded.kept.clone();
+        let kept = &self.outbox.refused_writes.left_out.clone();
         let passed = kept.passed();
         let (taken, mut known) = self.take(connection, most, &passed).await?;
         let Some(&last) = taken.last() else {
@@ -183,11 +185,11 @@ impl PgLane {
         let which = Which::All { among_dead: self.outbox.walks.are_long() };
         let mut batch =
             batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, which).await?;
-        if let Some(moves) = batch.moves
-            && moves != known.moves
+        if let Some(reinsertions) = batch.reinsertions
+            && reinsertions != known.reinsertions
         {
             // An event was put back since, maybe below a bound.
-            known = self.outbox.bounds.at(moves);
+            known = self.outbox.bounds.at(reinsertions);
             let bounds = vec![i64::MIN; taken.len()];
             batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, which).await?;
         }
@@ -226,10 +228,10 @@ impl PgLane {
         let stays = |partition: &i16| left_out.contains(partition) || passed.contains_key(partition);
         let read = taken.iter().filter(|partition| (!cut || given.contains_key(partition)) && !stays(partition));
         let reached = read.map(|&partition| {
-            let more = |given: &&Given| cut || given.events == share;
+            let more = |given: &&PartitionRead| cut || given.events == share;
             (partition, given.get(&partition).filter(more).map(|given| given.last_id))
         });
-        self.reading = Some(known.reading(reached, claimed.len()));
+        self.read_extent = Some(known.read_extent(reached, claimed.len()));
         let claim_id = ClaimId { outbox: self.outbox.id(connection).await?, epoch, token: fastrand::u64(..) };
         Ok(Some(Claim::Batch { claimed, full, claim_id }))
     }
@@ -251,26 +253,26 @@ impl PgLane {
         connection: &mut PgConnection,
         most: i16,
         passed: &BTreeMap<i16, i64>,
-    ) -> Result<(Vec<i16>, Known), sqlx::Error> {
+    ) -> Result<(Vec<i16>, BoundsSnapshot), sqlx::Error> {
         self.search(connection).await?;
         let (sql, bounds) = (self.outbox.sql(), &self.outbox.bounds);
         let (mut known, ask) = bounds.known();
         if ask {
-            let (moves, writers) = take::writers(connection, sql).await?;
-            known = bounds.wrote(moves, writers);
+            let (reinsertions, writers) = take::writers(connection, sql).await?;
+            known = bounds.wrote(reinsertions, writers);
         }
         loop {
             known = known.behind(passed);
             let begun = Instant::now();
             let walk = self.next_walk <= begun;
             let ranges = Ranges::after(self.last_taken, if walk { passed } else { &known.bounds });
-            let (taken, moves) = take::take(connection, sql, ranges, most).await?;
+            let (taken, reinsertions) = take::take(connection, sql, ranges, most).await?;
             if walk && begun.elapsed() > SHORT_WALK {
                 self.next_walk = begun + 100 * begun.elapsed();
             }
-            let moved = known.moves != moves;
+            let moved = known.reinsertions != reinsertions;
             if moved {
-                known = bounds.at(moves);
+                known = bounds.at(reinsertions);
             }
             // What was moved may lie below what was a bound until now.
             if !moved || !taken.is_empty() {
@@ -294,7 +296,7 @@ impl PgLane {
             connection.execute(SAVEPOINT).await?;
             commit = CHECK_AND_COMMIT;
         }
-        let settled = Settle::new(connection, self.outbox.sql(), &config.worker).write(&records).await?;
+        let settled = SettleWriter::new(connection, self.outbox.sql(), &config.worker).write(&records).await?;
         if settled != records.rows() {
             tracing::warn!(
                 expected = records.rows(),
@@ -304,14 +306,14 @@ impl PgLane {
         }
         failpoint("before_commit").map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
         connection.execute(commit).await?;
-        self.outbox.bounds.settled(self.reading.take(), settled);
+        self.outbox.bounds.settled(self.read_extent.take(), settled);
         failpoint("committed").map_err(|error| sqlx::Error::Decode(Box::new(error)))
     }
 }
 
 impl Lane for PgLane {
     async fn claim(&mut self, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
-        if self.outbox.unrecorded.is_salvaging() {
+        if self.outbox.refused_writes.is_salvaging() {
             return Ok(Claim::Busy);
         }
         if self.outbox.membership.role() != Role::Routes
@@ -322,7 +324,7 @@ impl Lane for PgLane {
         let (mut connection, mut claim) = loop {
             let mut connection = self.ready().await?;
             let rows = self.rows.min(request.max_events);
-            match answered("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
+            match with_timeout("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
                 // Repeated as it was, it would fail again: some events are so large, or print so long.
                 Err(error) if rows > 1 && error.is_timeout() => {
                     self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
@@ -337,21 +339,21 @@ impl Lane for PgLane {
         };
         failpoint("claimed")?;
         if matches!(claim, Claim::Batch { .. })
-            && (self.outbox.unrecorded.is_salvaging() || self.outbox.unrecorded.is_set())
+            && (self.outbox.refused_writes.is_salvaging() || self.outbox.refused_writes.is_set())
         {
             // It may be what a lane that lost its claim to a refused settle has published, and is about to take again.
-            self.reading = None;
-            answered("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
+            self.read_extent = None;
+            with_timeout("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
             self.connection = Some(connection);
             return Ok(Claim::Busy);
         }
         if matches!(claim, Claim::Batch { .. }) && self.outbox.role_at(self.changes).await? != Role::Routes {
-            answered("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
-            (self.reading, claim) = (None, Claim::Superseded);
+            with_timeout("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
+            (self.read_extent, claim) = (None, Claim::Superseded);
         }
         if self.outbox.config.ghost_barrier
             && matches!(claim, Claim::Batch { .. })
-            && !answered("look whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
+            && !with_timeout("look whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
         {
             self.outbox.flush().await?;
         }
@@ -368,7 +370,7 @@ impl Lane for PgLane {
         let lost = || query_failed("renew the claim", sqlx::Error::WorkerCrashed);
         // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
         let mut connection = self.connection.take().ok_or_else(lost)?;
-        let (epoch, places): (i64, Vec<i32>) = answered("renew the claim", STATEMENT_TIMEOUT, async {
+        let (epoch, places): (i64, Vec<i32>) = with_timeout("renew the claim", STATEMENT_TIMEOUT, async {
             self.outbox
                 .sql()
                 .query_as(RENEW)
@@ -391,15 +393,15 @@ impl Lane for PgLane {
         failpoint("before_settle")?;
         let lost = || query_failed("settle", sqlx::Error::WorkerCrashed);
         let mut connection = self.connection.take().ok_or_else(lost)?;
-        let wary = self.outbox.unrecorded.is_wary();
+        let wary = self.outbox.refused_writes.is_wary();
         let settle = self.try_settle(&mut connection, deliveries, wary);
         let settled = tokio::time::timeout(2 * STATEMENT_TIMEOUT, settle).await;
         match settled {
             Err(_) => return Err(OutboxError::TimedOut { operation: "settle", after: 2 * STATEMENT_TIMEOUT }),
             Ok(Ok(())) => {}
             Ok(Err(error)) if is_content(&error) => {
-                self.reading = None;
-                let _salvaging = self.outbox.unrecorded.salvaging();
+                self.read_extent = None;
+                let _salvaging = self.outbox.refused_writes.salvaging();
                 self.outbox.salvage(&mut connection, &self.begin, wary, deliveries, error).await?;
             }
             Ok(Err(error)) => return Err(query_failed("settle", error)),
@@ -417,7 +419,7 @@ impl Lane for PgLane {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
         let (sql, walks) = (self.outbox.sql(), &self.outbox.walks);
-        let promotion = answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+        let promotion = with_timeout("promote scheduled events", STATEMENT_TIMEOUT, async {
             // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
             connection.execute(AssertSqlSafe(self.begin.clone())).await?;
             let promotion = promote::promote(&mut connection, sql, walks, &destinations, max_events).await?;
@@ -427,9 +429,9 @@ impl Lane for PgLane {
         .await;
         let promotion = match promotion {
             Err(OutboxError::Query { source, .. }) if is_content(&source) => {
-                answered("end a promotion", STATEMENT_TIMEOUT, connection.execute("rollback")).await?;
+                with_timeout("end a promotion", STATEMENT_TIMEOUT, connection.execute("rollback")).await?;
                 self.outbox.prove(&mut connection, &self.begin).await?;
-                answered("promote scheduled events", STATEMENT_TIMEOUT, async {
+                with_timeout("promote scheduled events", STATEMENT_TIMEOUT, async {
                     connection.execute(AssertSqlSafe(self.begin.clone())).await?;
                     let reason = words_and_cure(&source);
                     let promotion = promote::promote_each(&mut connection, sql, &destinations, &reason).await?;
@@ -443,7 +445,7 @@ impl Lane for PgLane {
         if promotion.swallowed > 0 {
             // Somebody swallows updates: of all rows, which stops the relay, or of some.
             self.outbox.prove(&mut connection, &self.begin).await?;
-            self.outbox.unrecorded.warn_of_promotions(promotion.swallowed);
+            self.outbox.refused_writes.warn_of_promotions(promotion.swallowed);
         }
         self.connection = Some(connection);
         Ok(Promoted { count: promotion.promoted, next_due: promotion.next_due_ms.map(milliseconds) })
@@ -452,9 +454,9 @@ impl Lane for PgLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let passed = self.outbox.unrecorded.kept.passed();
-        let (known, Peeked { mut pending, next_due_ms, moves, drawn }) =
-            answered("look whether there are events", STATEMENT_TIMEOUT, async {
+        let passed = self.outbox.refused_writes.left_out.passed();
+        let (known, Peeked { mut pending, next_due_ms, reinsertions, drawn }) =
+            with_timeout("look whether there are events", STATEMENT_TIMEOUT, async {
                 self.outbox.begin_pooled(&mut connection).await?;
                 self.search(&mut connection).await?;
                 let known = self.outbox.bounds.known().0.behind(&passed);
@@ -464,9 +466,9 @@ impl Lane for PgLane {
                 Ok((known, found))
             })
             .await?;
-        if self.outbox.bounds.drew(&drawn) || known.moves != moves {
+        if self.outbox.bounds.drew(&drawn) || known.reinsertions != reinsertions {
             // There may be, below what was a bound until now; the next look tells.
-            self.outbox.bounds.at(moves);
+            self.outbox.bounds.at(reinsertions);
             pending = true;
         } else if !pending && passed.is_empty() {
             self.outbox.bounds.empty(&known);
@@ -479,7 +481,7 @@ impl Lane for PgLane {
         let owed =
             async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(HAS_OWED).fetch_one(connection).await;
         let owed: bool = self.ask("look for events still owed", owed).await?;
-        Ok(owed || self.outbox.unrecorded.kept.is_any())
+        Ok(owed || self.outbox.refused_writes.left_out.is_any())
     }
 
     async fn last_id(&mut self) -> Result<Option<i64>, OutboxError> {

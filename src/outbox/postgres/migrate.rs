@@ -3,10 +3,11 @@
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
+use crate::outbox::postgres::connection::{connect, connect_options, query_failed};
 use crate::outbox::postgres::home::Home;
 use crate::outbox::postgres::migrations::MIGRATIONS;
 use crate::outbox::postgres::patience::{Patience, WAIT_BRIEFLY};
-use crate::outbox::postgres::{connect, connect_options, query_failed, schema};
+use crate::outbox::postgres::schema;
 use crate::outbox::{Migrated, OutboxError, SchemaVersion};
 use crate::secret::Secret;
 

@@ -5,10 +5,8 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
-use crate::outbox::Standstill;
 use crate::outbox::postgres::question::Question;
-use crate::outbox::records::MOST_COUNTED;
-use crate::outbox::standstill::{self, First};
+use crate::outbox::standstill::{self, First, MOST_COUNTED, Standstill};
 
 /// `$1` destinations; of each at most `$2` are counted. What waits behind them is counted of the first twenty that hold back their
 /// key: one that was delivered does not.

@@ -9,7 +9,7 @@ use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::OutboxError;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
 /// What a migration begins with.
 pub(super) const WAIT_BRIEFLY: &str = "set local lock_timeout = '1s'";
@@ -61,7 +61,7 @@ impl Patience {
         if !is_lock(&error) {
             return Err(error);
         }
-        let held_by: String = answered("look who has a lock", STATEMENT_TIMEOUT, async {
+        let held_by: String = with_timeout("look who has a lock", STATEMENT_TIMEOUT, async {
             connection.execute("rollback").await?;
             sqlx::query_scalar(HOLDERS).persistent(false).fetch_one(connection).await
         })

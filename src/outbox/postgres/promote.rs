@@ -14,8 +14,8 @@ use sqlx::Executor;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::number::to_i64;
-use crate::outbox::postgres::proof::is_content;
-use crate::outbox::postgres::salvage::{CHECK_DEFERRED, SAVEPOINT};
+use crate::outbox::postgres::refusal::is_content;
+use crate::outbox::postgres::savepoint::{CHECK_DEFERRED, KEEP, SAVEPOINT, UNDO};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::records::parked_whole_error;
 
@@ -103,7 +103,7 @@ impl Walks {
 }
 
 /// What a promotion did.
-pub(super) struct Done {
+pub(super) struct Promotion {
     pub(super) promoted: usize,
     /// How many more it found, and could not change.
     pub(super) swallowed: i64,
@@ -117,14 +117,14 @@ pub(super) async fn promote(
     walks: &Walks,
     destinations: &[&str],
     batch: usize,
-) -> Result<Done, sqlx::Error> {
+) -> Result<Promotion, sqlx::Error> {
     let (walked_us, count, due, next_due_ms, took_us): (i64, i64, i64, Option<i64>, i64) =
         sql.query_as(PROMOTE).bind(destinations).bind(to_i64(walks.limit(batch))).fetch_one(connection).await?;
     let duration = |us| Duration::from_micros(u64::try_from(us).unwrap_or_default());
     let (walked, took) = (duration(walked_us), duration(took_us));
     let promoted = usize::try_from(count).unwrap_or_default();
     walks.took(promoted, walked, took.saturating_sub(walked));
-    Ok(Done { promoted, swallowed: due - count, next_due_ms })
+    Ok(Promotion { promoted, swallowed: due - count, next_due_ms })
 }
 
 /// The rows of a promotion, for where it is refused as a whole.
@@ -150,10 +150,10 @@ pub(super) async fn promote_each(
     sql: Sql,
     destinations: &[&str],
     reason: &str,
-) -> Result<Done, sqlx::Error> {
+) -> Result<Promotion, sqlx::Error> {
     let due: Vec<(String, i64)> =
         sql.query_as(DUE).persistent(false).bind(destinations).fetch_all(&mut *connection).await?;
-    let mut done = Done { promoted: 0, swallowed: 0, next_due_ms: None };
+    let mut done = Promotion { promoted: 0, swallowed: 0, next_due_ms: None };
     let error = parked_whole_error(&[], reason);
     for (tid, id) in due {
         let mut written = false;
@@ -167,11 +167,11 @@ pub(super) async fn promote_each(
             };
             match write.await {
                 Ok(rows) => {
-                    connection.execute("release savepoint before_settle").await?;
+                    connection.execute(KEEP).await?;
                     written = rows > 0;
                 }
                 Err(error) if is_content(&error) => {
-                    connection.execute("rollback to savepoint before_settle; release savepoint before_settle").await?;
+                    connection.execute(UNDO).await?;
                 }
                 Err(error) => return Err(error),
             }

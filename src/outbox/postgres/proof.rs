@@ -8,20 +8,23 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use sqlx::Executor;
-use sqlx::error::ErrorKind;
-use sqlx::postgres::{PgConnection, PgDatabaseError};
+use sqlx::postgres::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::event::{Event, Fault, PublishError, RowKey, Verdict};
+use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::batch::{self, Which};
-use crate::outbox::postgres::salvage::CHECK_DEFERRED;
-use crate::outbox::postgres::settle::{Settle, Suppressed};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, query_failed, with_timeout};
+use crate::outbox::postgres::left_out::Survivor;
+use crate::outbox::postgres::refusal::{self, is_content, is_missing_day, is_of_types, suppressed, words};
+use crate::outbox::postgres::savepoint::CHECK_DEFERRED;
+use crate::outbox::postgres::settle::SettleWriter;
 use crate::outbox::postgres::sql::{Schema, Sql};
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, query_failed, refusal, shape, tid};
+use crate::outbox::postgres::{shape, tid};
+use crate::outbox::proof::ProofRows;
 use crate::outbox::records::Records;
-use crate::outbox::{ClaimRequest, Deliveries, Delivery, OutboxError, Usage};
-use crate::text::shown;
+use crate::outbox::{ClaimRequest, Deliveries, Delivery, Usage};
 
 /// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
 const INSERT: &str = "
@@ -74,36 +77,6 @@ where i.indisunique and c.relname not in ('event_outbox_pkey', 'event_dead_lette
   and not exists (select from pg_catalog.pg_constraint n where n.conindid = i.indexrelid)
 order by 1";
 
-/// An event that could neither be settled nor parked.
-#[derive(Debug, Clone)]
-pub(super) struct Survivor {
-    pub(super) event: Event,
-    /// It was to be tried again, and not to go.
-    pub(super) moves: bool,
-}
-
-/// How a settle was tried.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Tried {
-    /// With rows of its own.
-    Inserted,
-    /// With rows that are there, or none, because the table refuses a plain insert in these words.
-    Refused(String),
-}
-
-impl Tried {
-    /// In words, for people.
-    pub(super) fn told(self) -> String {
-        match self {
-            Self::Inserted => "all that a relay writes, tried and taken back".to_owned(),
-            Self::Refused(why) => format!(
-                "tried with the rows that are there and taken back, because a plain insert into event_outbox is refused ({why}): \
-                 so will be `relay emit` and a redrive"
-            ),
-        }
-    }
-}
-
 /// Within a transaction: writes all that settles write, and the settles of `survivors`, which could not be settled nor parked;
 /// takes it back.
 ///
@@ -115,7 +88,7 @@ pub(super) async fn prove(
     worker: &str,
     usage: Usage,
     survivors: &[Survivor],
-) -> Result<Tried, sqlx::Error> {
+) -> Result<ProofRows, sqlx::Error> {
     connection.execute("savepoint before_proof").await?;
     let tried = try_all(connection, sql, worker, usage, survivors).await;
     // After an error that is not the database's, too: who goes on to commit must not commit rows of a proof.
@@ -129,7 +102,7 @@ pub(super) async fn prove(
 /// # Errors
 /// [`OutboxError::Unrecorded`] where something is refused or swallowed.
 pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result<String, OutboxError> {
-    let tried = answered("try what settles write", STATEMENT_TIMEOUT, async {
+    let tried = with_timeout("try what settles write", STATEMENT_TIMEOUT, async {
         // The first of all: behind a pooler what comes before may be another connection's.
         connection.execute("begin; set local lock_timeout = '5s'").await?;
         let sql = Sql { schema: Schema::find(connection).await?.unwrap_or_default(), persistent: false };
@@ -140,7 +113,7 @@ pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result
     .await?;
     let (tried, sql) = tried;
     match tried {
-        Ok(tried) => Ok(tried.told()),
+        Ok(tried) => Ok(tried.describe()),
         Err(error) if is_missing_day(&error) => Ok(format!("{}: the relay adds that day at its start", words(&error))),
         Err(error) if is_content(&error) => Err(unrecorded(connection, sql, usage, error).await),
         Err(error) => Err(query_failed("try what settles write", error)),
@@ -155,19 +128,19 @@ async fn try_all(
     worker: &str,
     usage: Usage,
     survivors: &[Survivor],
-) -> Result<Tried, sqlx::Error> {
+) -> Result<ProofRows, sqlx::Error> {
     let inserted: Result<Vec<Row>, _> = sql.query_as(INSERT).persistent(false).fetch_all(&mut *connection).await;
     let (tried, rows) = match inserted {
-        Ok(rows) if rows.len() == 4 => (Tried::Inserted, rows),
+        Ok(rows) if rows.len() == 4 => (ProofRows::Own, rows),
         Err(error) if !is_content(&error) => return Err(error),
         refused => {
             let why = refused.err().map_or_else(|| "it has no effect".to_owned(), |error| words(&error));
             connection.execute("rollback to savepoint before_proof").await?;
-            (Tried::Refused(why), sql.query_as(ROWS).persistent(false).fetch_all(&mut *connection).await?)
+            (ProofRows::Existing(why), sql.query_as(ROWS).persistent(false).fetch_all(&mut *connection).await?)
         }
     };
     // The events of others may be large.
-    let partitions = if tried == Tried::Inserted { rows.iter().map(|row| row.1).collect() } else { BTreeSet::new() };
+    let partitions = if tried == ProofRows::Own { rows.iter().map(|row| row.1).collect() } else { BTreeSet::new() };
     read(connection, sql, &partitions.into_iter().collect::<Vec<_>>()).await?;
     let events: Vec<Event> = rows.into_iter().filter_map(event).collect();
     let verdicts = [
@@ -193,10 +166,10 @@ async fn try_all(
         events.iter().for_each(|event| add(event, vec![("proof", published())]));
     }
     for survivor in survivors {
-        add(&survivor.event, vec![("proof", if survivor.moves { retry() } else { published() })]);
+        add(&survivor.event, vec![("proof", if survivor.still_owed { retry() } else { published() })]);
     }
     let records = Records::new(deliveries.by_event(), usage.history);
-    Settle::proof(&mut *connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
+    SettleWriter::proof(&mut *connection, Sql { persistent: false, ..sql }, worker).write(&records).await?;
     connection.execute(CHECK_DEFERRED).await?;
     Ok(tried)
 }
@@ -277,12 +250,6 @@ pub(super) async fn unrecorded(
     OutboxError::Unrecorded { reason: format!("{}{additions}", words(&error)) }
 }
 
-/// Why an event cannot be settled, and what undoes that.
-pub(super) fn words_and_cure(error: &sqlx::Error) -> String {
-    let cure = refusal::cure(error).map(|cure| format!("; {cure}")).unwrap_or_default();
-    words(error) + &cure
-}
-
 /// The error of a table that has no partition for now, and for which none can be made.
 pub(super) fn no_day(error: &sqlx::Error, not_made: &OutboxError) -> OutboxError {
     let table = error.as_database_error().and_then(|error| error.table()).unwrap_or("event_processing_log");
@@ -292,64 +259,4 @@ pub(super) fn no_day(error: &sqlx::Error, not_made: &OutboxError) -> OutboxError
         not_made.explain()
     );
     OutboxError::Unrecorded { reason }
-}
-
-/// The most that is shown of a message of the database: a trigger of the application may have written it.
-const MAX_MESSAGE_CHARS: usize = 500;
-
-/// The reason of such an error, in words. Never the DETAIL, which may quote a row.
-pub(super) fn words(error: &sqlx::Error) -> String {
-    if let Some(suppressed) = suppressed(error) {
-        return suppressed.to_string();
-    }
-    let Some(database) = error.as_database_error() else { return error.to_string() };
-    let mut words =
-        format!("{} ({})", shown(database.message(), MAX_MESSAGE_CHARS), database.code().unwrap_or_default());
-    if let Some(context) = database.downcast_ref::<PgDatabaseError>().r#where()
-        && let Some(function) = context.lines().find(|line| line.starts_with("PL/pgSQL function"))
-    {
-        words.push_str(", in ");
-        words.push_str(function);
-    }
-    words
-}
-
-fn suppressed(error: &sqlx::Error) -> Option<&Suppressed> {
-    match error {
-        sqlx::Error::Decode(error) => error.downcast_ref(),
-        _ => None,
-    }
-}
-
-fn sqlstate(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error()?.code().map(|code| code.into_owned())
-}
-
-/// Whether an error is about what was to be written, and not about the server, its disk, its locks or this role's rights.
-pub(super) fn is_content(error: &sqlx::Error) -> bool {
-    let about_content = |code: String| match code.as_str() {
-        "42501" => false,
-        // A publication needs what tells rows apart.
-        "55000" => true,
-        // Of the features that are not supported, those of rules: the text of the other is about plans.
-        "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
-        code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),
-    };
-    let decodes = matches!(error, sqlx::Error::ColumnDecode { .. });
-    decodes || suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
-}
-
-/// Whether it may come from a column of another type, or of another name.
-fn is_of_types(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::ColumnDecode { .. })
-        || sqlstate(error).is_some_and(|code| code.starts_with("42") || code == "22P02")
-}
-
-/// Whether a table that is kept by day has none for now.
-pub(super) fn is_missing_day(error: &sqlx::Error) -> bool {
-    let Some(error) = error.as_database_error() else { return false };
-    // A row that a CHECK refuses has the same kind, with the constraint's name.
-    error.kind() == ErrorKind::CheckViolation
-        && error.constraint().is_none()
-        && error.table().is_some_and(|table| ["event_processing_log", "event_history"].contains(&table))
 }

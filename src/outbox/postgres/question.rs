@@ -21,5 +21,5 @@ pub(super) struct Question<'a> {
     /// For each partition, the id above which it may have pending events.
     pub(super) bounds: Vec<i64>,
     /// Set where events wait behind one of a format that this relay does not know.
-    pub(super) aside: &'a AtomicBool,
+    pub(super) behind_unknown_format: &'a AtomicBool,
 }

@@ -1,18 +1,12 @@
 //! What undoes the reason for which the database refuses a write, as a statement that can be typed.
 
+use sqlx::error::ErrorKind;
 use sqlx::postgres::{PgConnection, PgDatabaseError};
 
+use crate::outbox::postgres::settle::Suppressed;
 use crate::outbox::postgres::sql::Sql;
-
-/// A name as PostgreSQL writes it.
-fn quoted(name: &str) -> String {
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    if name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit()) {
-        name.to_owned()
-    } else {
-        format!("\"{}\"", name.replace('"', "\"\""))
-    }
-}
+use crate::outbox::quote::quoted;
+use crate::text::shown;
 
 /// The table that has what refuses; of a day, the table that it is a day of, as far as a constraint is inherited from there.
 fn table(error: &PgDatabaseError) -> Option<String> {
@@ -81,14 +75,68 @@ pub(super) async fn cure_of_publication(
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Why an event cannot be settled, and what undoes that.
+pub(super) fn words_and_cure(error: &sqlx::Error) -> String {
+    let cure = cure(error).map(|cure| format!("; {cure}")).unwrap_or_default();
+    words(error) + &cure
+}
 
-    #[test]
-    fn a_name_is_quoted_where_it_must_be() {
-        assert_eq!(quoted("child_fkey1"), "child_fkey1");
-        assert_eq!(quoted("Child \"x\""), "\"Child \"\"x\"\"\"");
-        assert_eq!(quoted("1st"), "\"1st\"");
+/// The most that is shown of a message of the database: a trigger of the application may have written it.
+const MAX_MESSAGE_CHARS: usize = 500;
+
+/// The reason of such an error, in words. Never the DETAIL, which may quote a row.
+pub(super) fn words(error: &sqlx::Error) -> String {
+    if let Some(suppressed) = suppressed(error) {
+        return suppressed.to_string();
     }
+    let Some(database) = error.as_database_error() else { return error.to_string() };
+    let mut words =
+        format!("{} ({})", shown(database.message(), MAX_MESSAGE_CHARS), database.code().unwrap_or_default());
+    if let Some(context) = database.downcast_ref::<PgDatabaseError>().r#where()
+        && let Some(function) = context.lines().find(|line| line.starts_with("PL/pgSQL function"))
+    {
+        words.push_str(", in ");
+        words.push_str(function);
+    }
+    words
+}
+
+pub(super) fn suppressed(error: &sqlx::Error) -> Option<&Suppressed> {
+    match error {
+        sqlx::Error::Decode(error) => error.downcast_ref(),
+        _ => None,
+    }
+}
+
+fn sqlstate(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error()?.code().map(|code| code.into_owned())
+}
+
+/// Whether an error is about what was to be written, and not about the server, its disk, its locks or this role's rights.
+pub(super) fn is_content(error: &sqlx::Error) -> bool {
+    let about_content = |code: String| match code.as_str() {
+        "42501" => false,
+        // A publication needs what tells rows apart.
+        "55000" => true,
+        // Of the features that are not supported, those of rules: the text of the other is about plans.
+        "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
+        code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),
+    };
+    let decodes = matches!(error, sqlx::Error::ColumnDecode { .. });
+    decodes || suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
+}
+
+/// Whether it may come from a column of another type, or of another name.
+pub(super) fn is_of_types(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::ColumnDecode { .. })
+        || sqlstate(error).is_some_and(|code| code.starts_with("42") || code == "22P02")
+}
+
+/// Whether a table that is kept by day has none for now.
+pub(super) fn is_missing_day(error: &sqlx::Error) -> bool {
+    let Some(error) = error.as_database_error() else { return false };
+    // A row that a CHECK refuses has the same kind, with the constraint's name.
+    error.kind() == ErrorKind::CheckViolation
+        && error.constraint().is_none()
+        && error.table().is_some_and(|table| ["event_processing_log", "event_history"].contains(&table))
 }

@@ -1,4 +1,4 @@
-//! The register of relays, on the connection aside: its session holds an advisory lock by which others know that the relay
+//! The register of relays, on the side connection: its session holds an advisory lock by which others know that the relay
 //! lives. Behind a transaction-pooling proxy there is no session.
 
 use std::time::{Duration, Instant};
@@ -7,9 +7,9 @@ use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::outbox::OutboxError;
-use crate::outbox::postgres::PgOutbox;
 use crate::outbox::postgres::migrations::SCHEMA_VERSION;
 use crate::outbox::postgres::sql::Sql;
+use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::register::{Configuration, Member, Register, Registration, Role};
 
 /// As far as a claim can read it in one number with the moves, see `batch`.
@@ -42,13 +42,6 @@ select $1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb,
 on conflict (id) do update
 set hung = false, pid = excluded.pid, seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp()";
 
-/// For a new session.
-const HOLD: &str = "
-update {schema}.event_relay set pid = case when pg_catalog.pg_try_advisory_lock(
-    '{schema}.event_outbox'::regclass::oid::int, (2000000::bigint + $1 % 2000000000::bigint)::int
-) then pg_catalog.pg_backend_pid() end
-where id = $1";
-
 const BEAT: &str = "
 update {schema}.event_relay
 set seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
@@ -64,14 +57,6 @@ where id = $1 and exists (
 )";
 
 impl PgOutbox {
-    /// A new session of a relay that is registered.
-    pub(super) async fn hold_registration(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-        if let Some(member) = self.membership.member().filter(|_| !self.config.pooled) {
-            self.sql().query(HOLD).persistent(false).bind(member.id).execute(connection).await?;
-        }
-        Ok(())
-    }
-
     /// Whether this relay routes, at this number of changes.
     pub(super) async fn role_at(&self, changes: i64) -> Result<Role, OutboxError> {
         match self.membership.role_at(changes) {
@@ -112,7 +97,7 @@ impl Register for PgOutbox {
     const ONE_WORKS: bool = false;
 
     async fn changes(&self) -> Result<i64, OutboxError> {
-        self.aside("read the number of changes of event_relay", async |connection| {
+        self.on_side_connection("read the number of changes of event_relay", async |connection| {
             self.sql().query_scalar(CHANGES).persistent(false).fetch_one(connection).await
         })
         .await
@@ -123,11 +108,11 @@ impl Register for PgOutbox {
     }
 
     async fn rows(&self) -> Result<Vec<Registration>, OutboxError> {
-        self.aside("read event_relay", async |connection| rows(self.sql(), connection).await).await
+        self.on_side_connection("read event_relay", async |connection| rows(self.sql(), connection).await).await
     }
 
     async fn next_id(&self) -> Result<i64, OutboxError> {
-        self.aside("raise the number of changes of event_relay", async |connection| {
+        self.on_side_connection("raise the number of changes of event_relay", async |connection| {
             self.sql().query_scalar(CHANGED).persistent(false).fetch_one(connection).await
         })
         .await
@@ -136,7 +121,7 @@ impl Register for PgOutbox {
     async fn write(&self, member: &Member) -> Result<(), OutboxError> {
         let configuration = &member.configuration;
         let json = |value: serde_json::Value| value.to_string();
-        self.aside("register this relay", async |connection| {
+        self.on_side_connection("register this relay", async |connection| {
             self.sql()
                 .query(WRITE)
                 .persistent(false)
@@ -157,7 +142,7 @@ impl Register for PgOutbox {
     }
 
     async fn beat(&self, id: i64, idle: Duration) -> Result<(), OutboxError> {
-        self.aside("write that this relay lives", async |connection| {
+        self.on_side_connection("write that this relay lives", async |connection| {
             let query = self.sql().query(BEAT).persistent(false).bind(id).bind(idle.as_secs_f64());
             query.execute(connection).await.map(drop)
         })
@@ -168,7 +153,7 @@ impl Register for PgOutbox {
         if ids.is_empty() {
             return Ok(());
         }
-        self.aside("remove relays from event_relay", async |connection| {
+        self.on_side_connection("remove relays from event_relay", async |connection| {
             let query = "delete from {schema}.event_relay where id = any($1)";
             self.sql().query(query).persistent(false).bind(ids).execute(connection).await.map(drop)
         })
@@ -176,7 +161,7 @@ impl Register for PgOutbox {
     }
 
     async fn depose(&self, id: i64, patience: Duration) -> Result<bool, OutboxError> {
-        self.aside("take over from a relay that hangs", async |connection| {
+        self.on_side_connection("take over from a relay that hangs", async |connection| {
             let query = self.sql().query(DEPOSE).persistent(false).bind(id).bind(patience.as_secs_f64());
             query.execute(connection).await.map(|done| done.rows_affected() > 0)
         })

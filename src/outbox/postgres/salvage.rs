@@ -12,109 +12,42 @@
 //! tables what may refuse a write, or something was refused lately. Elsewhere the claim is lost and taken again. The other
 //! lanes of this relay claim nothing meanwhile; another relay may come in between, once.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
 
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
 
 use crate::event::Event;
-use crate::outbox::postgres::kept::{Kept, MARK};
-use crate::outbox::postgres::proof::{self, Survivor, Tried, is_content, is_missing_day, words, words_and_cure};
-use crate::outbox::postgres::settle::Settle;
+use crate::outbox::Deliveries;
+use crate::outbox::error::OutboxError;
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, query_failed, with_timeout};
+use crate::outbox::postgres::left_out::{MARK, Survivor};
+use crate::outbox::postgres::proof;
+use crate::outbox::postgres::refusal::{is_content, is_missing_day, words, words_and_cure};
+use crate::outbox::postgres::savepoint::{BACK, CHECK_DEFERRED, KEEP, SAVEPOINT, UNDO};
+use crate::outbox::postgres::settle::SettleWriter;
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered, query_failed, tid};
+use crate::outbox::postgres::store::PgOutbox;
+use crate::outbox::postgres::tid;
+use crate::outbox::proof::ProofRows;
 use crate::outbox::records::{Records, SETTLE_FAILED};
-use crate::outbox::{Deliveries, OutboxError};
-
-pub(super) const SAVEPOINT: &str = "savepoint before_settle";
-
-const BACK: &str = "rollback to savepoint before_settle";
-
-/// A deferred constraint would refuse at the end of the transaction, where no savepoint is left. It is checked here; what is
-/// written after this is checked by the next such statement, as a whole again.
-pub(super) const CHECK_DEFERRED: &str = "set constraints all immediate; set constraints all deferred";
-
-/// The same of a settle for which there is [`SAVEPOINT`], in the text that is sent anyway.
-pub(super) const CHECK_AND_COMMIT: &str = "set constraints all immediate; commit";
 
 /// In order, as all do who wait for them.
 const TAKE_AGAIN: &str = "
 select pg_catalog.pg_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, partition::int)
 from (select distinct pg_catalog.unnest($1::smallint[]) as partition order by 1) p";
 
-/// What goes on is told once in so long.
-const WARNING_INTERVAL: Duration = Duration::from_secs(60);
-
-/// What a relay knows of writes that were refused.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Unrecorded {
-    wary: Arc<AtomicBool>,
-    /// A settle failed for what it said; nothing is published before a proof.
-    failed: Arc<AtomicBool>,
-    /// Lanes that settle what they can.
-    salvages: Arc<AtomicUsize>,
-    /// Events that could neither be settled nor parked.
-    pub(super) kept: Kept,
-    warned: Arc<Mutex<Option<Instant>>>,
-}
-
-/// See [`Unrecorded::salvaging`].
-pub(super) struct Salvaging(Arc<AtomicUsize>);
-
-impl Drop for Salvaging {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-impl Unrecorded {
-    /// Whether to keep claims of settles that fail.
-    pub(super) fn is_wary(&self) -> bool {
-        self.wary.load(Ordering::Relaxed)
-    }
-
-    /// Keeps the other lanes of this relay from claiming, for as long as the answer lives.
-    pub(super) fn salvaging(&self) -> Salvaging {
-        self.salvages.fetch_add(1, Ordering::SeqCst);
-        Salvaging(Arc::clone(&self.salvages))
-    }
-
-    /// Whether a lane settles what it can.
-    pub(super) fn is_salvaging(&self) -> bool {
-        self.salvages.load(Ordering::SeqCst) > 0
-    }
-
-    /// Whether nothing is to be published before a proof.
-    pub(super) fn is_set(&self) -> bool {
-        self.failed.load(Ordering::Relaxed)
-    }
-
-    /// Some rows that are due do not become pending.
-    pub(super) fn warn_of_promotions(&self, count: i64) {
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.is_none_or(|at| at.elapsed() >= WARNING_INTERVAL) {
-            *warned = Some(Instant::now());
-            tracing::warn!(
-                count,
-                "scheduled events are due, and an update of their rows to `pending` has no effect: look at the triggers on event_outbox"
-            );
-        }
-    }
-}
-
 impl PgOutbox {
     /// Looks whether the application has added to the tables what may refuse a write.
     pub(super) async fn look_at_additions(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        let additions = answered("look at what was added to the tables", STATEMENT_TIMEOUT, async {
+        let additions = with_timeout("look at what was added to the tables", STATEMENT_TIMEOUT, async {
             self.begin_pooled(connection).await?;
             let additions = proof::additions(connection, self.sql()).await?;
             self.commit_pooled(connection).await?;
             Ok(additions)
         })
         .await?;
-        self.unrecorded.wary.store(!additions.is_empty(), Ordering::Relaxed);
+        self.refused_writes.wary.store(!additions.is_empty(), Ordering::Relaxed);
         if !additions.is_empty() {
             tracing::debug!(additions = additions.join(", "), "the tables have more than the relay's own");
         }
@@ -126,7 +59,7 @@ impl PgOutbox {
     /// # Errors
     /// [`OutboxError::Unrecorded`] where something is refused or swallowed.
     pub(super) async fn prove(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
-        let survivors = self.unrecorded.kept.too_many();
+        let survivors = self.refused_writes.left_out.too_many();
         let mut proven = self.try_to_prove(connection, begin, &survivors).await;
         if let Err(error) = &proven
             && is_missing_day(error)
@@ -136,9 +69,9 @@ impl PgOutbox {
         }
         match proven {
             Ok(tried) => {
-                survivors.iter().for_each(|survivor| self.unrecorded.kept.forget(survivor));
-                self.unrecorded.failed.store(false, Ordering::Relaxed);
-                if let Tried::Refused(why) = tried {
+                survivors.iter().for_each(|survivor| self.refused_writes.left_out.forget(survivor));
+                self.refused_writes.failed.store(false, Ordering::Relaxed);
+                if let ProofRows::Existing(why) = tried {
                     tracing::debug!(why, "a plain insert into event_outbox is refused");
                 }
                 Ok(())
@@ -152,9 +85,9 @@ impl PgOutbox {
 
     /// Tries from time to time whether events that were left out can be settled by now: then they are published once more.
     pub(super) async fn try_kept(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
-        for survivor in self.unrecorded.kept.to_try() {
+        for survivor in self.refused_writes.left_out.to_try() {
             match self.try_to_prove(connection, begin, std::slice::from_ref(&survivor)).await {
-                Ok(_) => self.unrecorded.kept.forget(&survivor),
+                Ok(_) => self.refused_writes.left_out.forget(&survivor),
                 Err(error) if is_content(&error) => {}
                 Err(error) => return Err(query_failed("prove that an event can be settled", error)),
             }
@@ -167,7 +100,7 @@ impl PgOutbox {
         connection: &mut PgConnection,
         begin: &str,
         survivors: &[Survivor],
-    ) -> Result<Tried, sqlx::Error> {
+    ) -> Result<ProofRows, sqlx::Error> {
         let prove = async {
             connection.execute(AssertSqlSafe(begin.to_owned())).await?;
             let proven = proof::prove(connection, self.sql(), &self.config.worker, self.config.usage, survivors).await;
@@ -191,14 +124,14 @@ impl PgOutbox {
         deliveries: &Deliveries<'_>,
         error: sqlx::Error,
     ) -> Result<(), OutboxError> {
-        self.unrecorded.wary.store(true, Ordering::Relaxed);
+        self.refused_writes.wary.store(true, Ordering::Relaxed);
         tracing::warn!(
             error = words(&error),
             event_count = deliveries.by_event().count(),
             "a settle was refused; settling what can be settled"
         );
         let (mut not_made, mut halved) = (None, false);
-        let salvaged = answered("settle", 10 * STATEMENT_TIMEOUT, async {
+        let salvaged = with_timeout("settle", 10 * STATEMENT_TIMEOUT, async {
             self.take_again(connection, begin, held, deliveries).await?;
             if is_missing_day(&error) {
                 if let Err(error_of_day) = self.add_days(connection).await {
@@ -221,11 +154,11 @@ impl PgOutbox {
         })
         .await?;
         match salvaged {
-            Ok(()) => answered("settle", STATEMENT_TIMEOUT, connection.execute("commit")).await.map(drop),
+            Ok(()) => with_timeout("settle", STATEMENT_TIMEOUT, connection.execute("commit")).await.map(drop),
             Err(error) => {
-                self.unrecorded.failed.store(true, Ordering::Relaxed);
+                self.refused_writes.failed.store(true, Ordering::Relaxed);
                 let end = if halved { "commit" } else { "rollback" };
-                answered("settle", STATEMENT_TIMEOUT, connection.execute(end)).await?;
+                with_timeout("settle", STATEMENT_TIMEOUT, connection.execute(end)).await?;
                 match not_made {
                     Some(not_made) => Err(proof::no_day(&error, &not_made)),
                     None => Err(proof::unrecorded(connection, self.sql(), self.config.usage, error).await),
@@ -254,7 +187,7 @@ impl PgOutbox {
     }
 
     async fn write_records(&self, connection: &mut PgConnection, records: &Records<'_>) -> Result<(), sqlx::Error> {
-        Settle::new(&mut *connection, Sql { persistent: false, ..self.sql() }, &self.config.worker)
+        SettleWriter::new(&mut *connection, Sql { persistent: false, ..self.sql() }, &self.config.worker)
             .write(records)
             .await?;
         connection.execute(CHECK_DEFERRED).await.map(drop)
@@ -272,11 +205,11 @@ impl PgOutbox {
         connection.execute(SAVEPOINT).await?;
         match self.write_records(connection, records).await {
             Ok(()) => {
-                connection.execute("release savepoint before_settle").await?;
+                connection.execute(KEEP).await?;
                 Ok(Ok(()))
             }
             Err(error) if is_content(&error) => {
-                connection.execute("rollback to savepoint before_settle; release savepoint before_settle").await?;
+                connection.execute(UNDO).await?;
                 Ok(Err(error))
             }
             Err(error) => Err(error),
@@ -314,7 +247,7 @@ impl PgOutbox {
                 );
                 continue;
             }
-            let marked = self.mark(connection, &records, &reason).await?;
+            let marked = self.mark_row(connection, &records, &reason).await?;
             tracing::error!(
                 outbox_id = row.id,
                 event_id = %event.event_id,
@@ -325,8 +258,8 @@ impl PgOutbox {
             );
             if !marked {
                 let event = Event { payload: Vec::new(), ..event.clone() };
-                let survivor = Survivor { event, moves: records.gone.is_empty() };
-                if !self.unrecorded.kept.remember(survivor, reason) {
+                let survivor = Survivor { event, still_owed: records.gone.is_empty() };
+                if !self.refused_writes.left_out.remember(survivor, reason) {
                     unparked = Some(error);
                 }
             }
@@ -350,7 +283,7 @@ impl PgOutbox {
     }
 
     /// Whether the row of these records says now what became of its event, in its place.
-    async fn mark(
+    async fn mark_row(
         &self,
         connection: &mut PgConnection,
         records: &Records<'_>,
@@ -369,12 +302,12 @@ impl PgOutbox {
         };
         match marked.await {
             Ok(true) => {
-                connection.execute("release savepoint before_settle").await?;
+                connection.execute(KEEP).await?;
                 Ok(true)
             }
             Err(error) if !is_content(&error) => Err(error),
             _ => {
-                connection.execute("rollback to savepoint before_settle; release savepoint before_settle").await?;
+                connection.execute(UNDO).await?;
                 Ok(false)
             }
         }

@@ -6,9 +6,9 @@
 use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::home::Home;
 use crate::outbox::postgres::migrations::SCHEMA_VERSION;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::{OutboxError, SchemaVersion};
 
 /// Fails unless the database has a schema that this binary can work with; else says which.
@@ -43,7 +43,7 @@ pub(super) async fn version(connection: &mut PgConnection, home: &Home) -> Resul
     }
     let needs = if home.has_function("relay_schema_needs()") { "relay_schema_needs" } else { "relay_schema_version" };
     let query = format!("select {0}.relay_schema_version(), {0}.{needs}()", home.identifier);
-    let (found, needs) = answered("read the schema version", STATEMENT_TIMEOUT, async {
+    let (found, needs) = with_timeout("read the schema version", STATEMENT_TIMEOUT, async {
         sqlx::query_as(AssertSqlSafe(query)).persistent(false).fetch_one(connection).await
     })
     .await?;
@@ -52,7 +52,7 @@ pub(super) async fn version(connection: &mut PgConnection, home: &Home) -> Resul
 
 /// The schemas that have our functions, and whether each is on the search path and open to this role.
 async fn schemas(connection: &mut PgConnection) -> Result<Vec<(String, bool)>, OutboxError> {
-    answered("look for the schema", STATEMENT_TIMEOUT, async {
+    with_timeout("look for the schema", STATEMENT_TIMEOUT, async {
         sqlx::query_as(
             "select n.nspname::text, n.nspname = any (pg_catalog.current_schemas(true))
              from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace

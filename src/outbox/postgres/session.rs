@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use sqlx::postgres::PgConnection;
-
 use crate::outbox::OutboxConfig;
 
 /// How a transaction of a relay begins.
@@ -39,13 +37,4 @@ pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 10] {
         ("enable_mergejoin", "off".to_owned()),
         ("jit", "off".to_owned()),
     ]
-}
-
-/// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so
-/// this is the usual answer only where little goes on, or all of it waits for the disk.
-pub(super) async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
-    sqlx::query_scalar("select pg_catalog.pg_current_wal_insert_lsn() <= pg_catalog.pg_current_wal_flush_lsn()")
-        .persistent(false)
-        .fetch_one(connection)
-        .await
 }

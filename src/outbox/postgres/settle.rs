@@ -13,7 +13,7 @@ use crate::event::{Event, RowKey};
 use crate::failpoint::failpoint;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::tid;
-use crate::outbox::records::{DeadLetter, Kept, LogEntry, Owed, Records};
+use crate::outbox::records::{DeadLetter, HistoryRow, LogEntry, Owed, Records};
 
 /// A write that had no effect, as in "insert on event_dead_letter".
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +85,7 @@ fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
 }
 
 /// How a lane sends its statements, and in whose name.
-pub(super) struct Settle<'c> {
+pub(super) struct SettleWriter<'c> {
     connection: &'c mut PgConnection,
     sql: Sql,
     worker: &'c str,
@@ -95,7 +95,7 @@ pub(super) struct Settle<'c> {
     is_proof: bool,
 }
 
-impl<'c> Settle<'c> {
+impl<'c> SettleWriter<'c> {
     pub(super) fn new(connection: &'c mut PgConnection, sql: Sql, worker: &'c str) -> Self {
         Self { connection, sql, worker, moved_to: HashMap::new(), is_proof: false }
     }
@@ -346,7 +346,10 @@ trait Written: Sized {
     fn event(&self) -> &Event;
 
     /// Returns how many rows were written.
-    fn insert(settle: &mut Settle<'_>, records: &[&Self]) -> impl Future<Output = Result<usize, sqlx::Error>> + Send;
+    fn insert(
+        settle: &mut SettleWriter<'_>,
+        records: &[&Self],
+    ) -> impl Future<Output = Result<usize, sqlx::Error>> + Send;
 }
 
 impl Written for DeadLetter<'_> {
@@ -355,7 +358,7 @@ impl Written for DeadLetter<'_> {
     }
 
     /// A column that is NULL, where somebody has allowed that, must not keep the event out of the dead letters.
-    async fn insert(settle: &mut Settle<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
+    async fn insert(settle: &mut SettleWriter<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_dead_letter ({id}outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
                 headers, correlation_id, causation_id, schema_version, priority, created_at, destination, attempts,
@@ -389,12 +392,12 @@ impl Written for DeadLetter<'_> {
     }
 }
 
-impl Written for Kept<'_> {
+impl Written for HistoryRow<'_> {
     fn event(&self) -> &Event {
         self.event
     }
 
-    async fn insert(settle: &mut Settle<'_>, kept: &[&Self]) -> Result<usize, sqlx::Error> {
+    async fn insert(settle: &mut SettleWriter<'_>, kept: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_history (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                 correlation_id, causation_id, schema_version, priority, created_at, destination, published_at)
@@ -430,7 +433,7 @@ impl Written for Copy<'_> {
         self.0.event
     }
 
-    async fn insert(settle: &mut Settle<'_>, copies: &[&Self]) -> Result<usize, sqlx::Error> {
+    async fn insert(settle: &mut SettleWriter<'_>, copies: &[&Self]) -> Result<usize, sqlx::Error> {
         let columns: Vec<String> = settle
             .sql
             .query_scalar(COLUMNS)

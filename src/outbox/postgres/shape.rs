@@ -2,8 +2,8 @@
 
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 use crate::outbox::shape::{Column, differences};
 use crate::outbox::{OutboxError, Usage};
 
@@ -70,6 +70,7 @@ pub(super) async fn changes(
 
 /// Fails where a column is not there.
 pub(super) async fn require(connection: &mut PgConnection, sql: Sql, usage: Usage) -> Result<(), OutboxError> {
-    let changes = answered("look at the columns", STATEMENT_TIMEOUT, changes(connection, sql, usage, false)).await?;
+    let changes =
+        with_timeout("look at the columns", STATEMENT_TIMEOUT, changes(connection, sql, usage, false)).await?;
     if changes.is_empty() { Ok(()) } else { Err(OutboxError::SchemaBroken { reason: changes.join("; ") }) }
 }

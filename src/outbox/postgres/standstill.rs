@@ -13,7 +13,7 @@ use sqlx::{Executor, Row};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::take::PARTITIONS;
-use crate::outbox::postgres::{formats, kept, owed, parked, undecided};
+use crate::outbox::postgres::{formats, left_out, parked, unconfigured, undecided};
 use crate::outbox::standstill::{NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
 
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
@@ -23,10 +23,10 @@ const PROBES: [Probe; 9] = [
     |connection, question| table_locked(connection, question).boxed(),
     |connection, question| partitions_held(connection, question).boxed(),
     |connection, question| undecided::find(connection, question).boxed(),
-    |connection, question| owed::unconfigured(connection, question),
+    |connection, question| unconfigured::find(connection, question),
     |connection, question| parked::parked(connection, question).boxed(),
     |connection, question| parked::blocked(connection, question).boxed(),
-    |connection, question| kept::find(connection, question).boxed(),
+    |connection, question| left_out::find(connection, question).boxed(),
     |connection, question| formats::unknown(connection, question).boxed(),
     // The last one: it is left out where another has found the reason.
     |connection, question| not_taken(connection, question).boxed(),
@@ -56,7 +56,7 @@ pub(super) async fn find(
 /// Who holds partitions now.
 pub(super) async fn holders(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
     let rows = sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
-    rows.iter().map(|row| Session::of(row).map(|session| session.name(Duration::ZERO))).collect()
+    rows.iter().map(|row| Holder::of(row).map(|session| session.name(Duration::ZERO))).collect()
 }
 
 /// Asks all probes. One that the database refuses is left out; where a table is locked, all that follow it are.
@@ -90,7 +90,7 @@ fn holds_all(standstill: &Standstill) -> bool {
 }
 
 /// A session that stands in the way.
-struct Session {
+struct Holder {
     /// Null: a prepared transaction.
     pid: Option<i32>,
     /// Its present transaction, as locks name it; ends in `/0` outside of one.
@@ -103,7 +103,7 @@ struct Session {
     seconds: Option<f64>,
 }
 
-impl Session {
+impl Holder {
     fn of(row: &PgRow) -> Result<Self, sqlx::Error> {
         Ok(Self {
             pid: row.try_get("pid")?,
@@ -222,7 +222,7 @@ async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) ->
     let rows = question.sql.query(TABLE_LOCKS).bind(question.history).fetch_all(connection).await?;
     let mut found = Vec::new();
     for row in &rows {
-        let session = Session::of(row)?;
+        let session = Holder::of(row)?;
         let (relation, mode): (&str, &str) = (row.try_get("relation")?, row.try_get("mode")?);
         let waiting = waits(row.try_get("part")?);
         let behind: Vec<i32> = row.try_get("behind")?;
@@ -275,7 +275,7 @@ async fn partitions_held(
     let rows = question.sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
     let mut found = Vec::new();
     for row in &rows {
-        let (session, partitions) = (Session::of(row)?, row.try_get::<i64, _>("partitions")?);
+        let (session, partitions) = (Holder::of(row)?, row.try_get::<i64, _>("partitions")?);
         let who = format!("partitions {}", session.key());
         let seen = question.memory.seen(&(who.clone() + &session.transaction));
         let stranger: bool = row.try_get("stranger")?;

@@ -43,7 +43,7 @@ select array(
     select pending.partition from ({ranges}) range cross join lateral ({pending}) pending
     where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, pending.partition)
     limit $4::smallint
-), {moves}, pg_catalog.set_config('lock_timeout', '55s', true), pg_catalog.set_config('statement_timeout', '58s', true)";
+), {reinsertions}, pg_catalog.set_config('lock_timeout', '55s', true), pg_catalog.set_config('statement_timeout', '58s', true)";
 
 /// Whether any partition of `{ranges}` is non-empty.
 const ANY: &str = "select exists (select from ({ranges}) range cross join lateral ({pending}) pending)";
@@ -76,12 +76,12 @@ const PEEK: &str = "
         where status = 'scheduled' and destination = d.destination
         order by available_at, id limit 1
     ) e
-), {moves}, drawn.last_id, drawn.life from ({drawn}) drawn";
+), {reinsertions}, drawn.last_id, drawn.life from ({drawn}) drawn";
 
 /// The last id drawn, and then, which is why the one is read from the other, all who may have drawn it or one before:
 /// inserting takes the table's lock before it draws the id.
 const WRITERS: &str = "
-select {moves}, drawn.last_id, drawn.life, writers.transactions
+select {reinsertions}, drawn.last_id, drawn.life, writers.transactions
 from ({drawn}) drawn
 cross join lateral (
     select coalesce(pg_catalog.array_agg(virtualtransaction), '{}') as transactions from pg_catalog.pg_locks
@@ -121,7 +121,7 @@ const PENDING: &str = "
 
 /// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was. Of 40
 /// bits, above which a claim reads another number.
-pub(super) const MOVES: &str =
+pub(super) const REINSERTIONS: &str =
     "(select (last_value + is_called::int) & 1099511627775::bigint from {schema}.event_outbox_moves)";
 
 /// For a relay that is superseded: makes rows pending that are due for one of the destinations `$1`, at most `$2` of each, in
@@ -158,7 +158,7 @@ fn complete(query: &str) -> &'static str {
         .replace("{drawn}", DRAWN)
         .replace("{ranges}", RANGES)
         .replace("{pending}", PENDING)
-        .replace("{moves}", MOVES)
+        .replace("{reinsertions}", REINSERTIONS)
         .leak()
 }
 
@@ -209,7 +209,7 @@ impl Ranges {
     }
 }
 
-/// Takes at most `limit` partitions for the transaction that is open. Returns the number of moves too.
+/// Takes at most `limit` partitions for the transaction that is open. Returns the number of reinsertions too.
 pub(super) async fn take(
     connection: &mut PgConnection,
     sql: Sql,
@@ -217,8 +217,8 @@ pub(super) async fn take(
     limit: i16,
 ) -> Result<(Vec<i16>, i64), sqlx::Error> {
     let query = sql.query_as(*TAKE_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high).bind(limit);
-    let (taken, moves, _, _): (_, _, String, String) = query.fetch_one(connection).await?;
-    Ok((taken, moves))
+    let (taken, reinsertions, _, _): (_, _, String, String) = query.fetch_one(connection).await?;
+    Ok((taken, reinsertions))
 }
 
 /// For a relay that is superseded: takes the partitions in which something is due for `destinations`, and makes at most `limit`
@@ -241,10 +241,10 @@ pub(super) async fn any(connection: &mut PgConnection, sql: Sql, ranges: Ranges)
     Ok((any, Drawn { last_id, life }))
 }
 
-/// The number of moves, and who may be writing.
+/// The number of reinsertions, and who may be writing.
 pub(super) async fn writers(connection: &mut PgConnection, sql: Sql) -> Result<(i64, Writers), sqlx::Error> {
-    let (moves, last_id, life, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
-    Ok((moves, Writers { drawn: Drawn { last_id, life }, transactions }))
+    let (reinsertions, last_id, life, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
+    Ok((reinsertions, Writers { drawn: Drawn { last_id, life }, transactions }))
 }
 
 /// Of each of the first of these partitions, whether it has a row up to its bound.
@@ -263,18 +263,18 @@ pub(super) struct Peeked {
     pub(super) pending: bool,
     /// In how many milliseconds something scheduled is due.
     pub(super) next_due_ms: Option<i64>,
-    pub(super) moves: i64,
+    pub(super) reinsertions: i64,
     pub(super) drawn: Drawn,
 }
 
-/// Whether something is pending, or soon will be, and how far moves and ids have come.
+/// Whether something is pending, or soon will be, and how far reinsertions and ids have come.
 pub(super) async fn peek(
     connection: &mut PgConnection,
     sql: Sql,
     ranges: Ranges,
     destinations: &[&str],
 ) -> Result<Peeked, sqlx::Error> {
-    let (pending, next_due_ms, moves, last_id, life) = sql
+    let (pending, next_due_ms, reinsertions, last_id, life) = sql
         .query_as(*PEEK_QUERY)
         .bind(ranges.low)
         .bind(ranges.above)
@@ -282,7 +282,7 @@ pub(super) async fn peek(
         .bind(destinations)
         .fetch_one(connection)
         .await?;
-    Ok(Peeked { pending, next_due_ms, moves, drawn: Drawn { last_id, life } })
+    Ok(Peeked { pending, next_due_ms, reinsertions, drawn: Drawn { last_id, life } })
 }
 
 #[cfg(test)]

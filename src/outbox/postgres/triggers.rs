@@ -3,8 +3,8 @@
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::OutboxError;
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered};
 
 /// Fills `partition` and holds the rules; runs after all others before a row is written.
 const RULES: &str = "zzz_event_outbox_rules";
@@ -24,7 +24,7 @@ type Trigger = (String, bool, bool, String);
 
 /// Fails where a trigger of ours is missing or disabled, or another changes rows after ours has seen them.
 pub(super) async fn require(connection: &mut PgConnection, sql: Sql) -> Result<(), OutboxError> {
-    let triggers: Vec<Trigger> = answered("look at the triggers of event_outbox", STATEMENT_TIMEOUT, async {
+    let triggers: Vec<Trigger> = with_timeout("look at the triggers of event_outbox", STATEMENT_TIMEOUT, async {
         sql.query_as(TRIGGERS).persistent(false).fetch_all(connection).await
     })
     .await?;
@@ -108,7 +108,7 @@ from (select coalesce(
 pub(super) async fn require_ids_ahead(connection: &mut PgConnection, sql: Sql) -> Result<String, OutboxError> {
     // In this order: while others insert, the sequence is never behind what was read before.
     let (highest, sequence, last): (Option<i64>, Option<String>, Option<i64>) =
-        answered("look at the ids of event_outbox", STATEMENT_TIMEOUT, async {
+        with_timeout("look at the ids of event_outbox", STATEMENT_TIMEOUT, async {
             let highest = sql.query_scalar(HIGHEST_ID).persistent(false).fetch_one(&mut *connection).await?;
             let (sequence, last) = sql.query_as(SEQUENCE).persistent(false).fetch_one(connection).await?;
             Ok((highest, sequence, last))

@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::question::Question;
-use crate::outbox::records::literal;
+use crate::outbox::quote::literal;
 use crate::outbox::standstill::Standstill;
 
 /// A coordinator that is well decides sooner.

@@ -6,9 +6,10 @@ use std::time::Duration;
 use sqlx::postgres::{PgListener, PgPoolOptions};
 
 use crate::failpoint::failpoint;
-use crate::outbox::postgres::{
-    CONNECT_TIMEOUT, NO_IDLE_LIMIT, PgOutbox, STATEMENT_TIMEOUT, answered, connect_options, query_failed,
+use crate::outbox::postgres::connection::{
+    CONNECT_TIMEOUT, NO_IDLE_LIMIT, STATEMENT_TIMEOUT, connect_options, query_failed, with_timeout,
 };
+use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
 /// A connection of its own that listens, and holds the sleepers' lock.
@@ -28,7 +29,7 @@ impl PgWakeup {
         let options = connect_options(&self.outbox.config.url, false)?;
         // A pool of one is the only way sqlx offers to a listener with options of its own.
         let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_TIMEOUT).connect_lazy_with(options);
-        answered("listen for new events", CONNECT_TIMEOUT + STATEMENT_TIMEOUT, async {
+        with_timeout("listen for new events", CONNECT_TIMEOUT + STATEMENT_TIMEOUT, async {
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.eager_reconnect(false);
             listener.listen("event_outbox").await?;
@@ -39,7 +40,7 @@ impl PgWakeup {
     }
 
     async fn try_arm(&self, listener: &mut PgListener) -> Result<Armed, OutboxError> {
-        let (locked, held): (bool, bool) = answered("ask to be woken", STATEMENT_TIMEOUT, async {
+        let (locked, held): (bool, bool) = with_timeout("ask to be woken", STATEMENT_TIMEOUT, async {
             // The second column is read only where the first is false: an exclusive holder is another sleeper. Where a prepared
             // transaction (no pid) inserted, it holds the lock for as long as somebody leaves it undecided: that is not awaited
             // in short steps.
@@ -102,7 +103,7 @@ impl Wakeup for PgWakeup {
     async fn disarm(&mut self) -> Result<(), OutboxError> {
         let Some(mut listener) = self.listener.take() else { return Ok(()) };
         if std::mem::take(&mut self.armed) {
-            answered("stop waiting for new events", STATEMENT_TIMEOUT, async {
+            with_timeout("stop waiting for new events", STATEMENT_TIMEOUT, async {
                 self.outbox
                     .sql()
                     .query("select pg_catalog.pg_advisory_unlock('{schema}.event_outbox'::regclass::oid::int, -1)")

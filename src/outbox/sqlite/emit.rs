@@ -1,7 +1,24 @@
 //! `relay emit` into a SQLite file.
 
+use sqlx::Connection;
+use uuid::Uuid;
+
+use crate::emit::NewEvent;
+use crate::outbox::operate::Unemitted;
+use crate::outbox::sqlite::connection::open;
+use crate::secret::Secret;
+
+/// Inserts one event into the file at `url`, in a transaction of its own.
+pub(super) async fn emit(url: &Secret, event: NewEvent) -> Result<Uuid, Unemitted> {
+    let payload = event.payload.clone();
+    let mut connection = open(url).await.map_err(Unemitted::Outbox)?;
+    let emitted = crate::emit(&mut connection, event).await;
+    drop(connection.close().await);
+    emitted.map_err(|error| Unemitted::new(error, |source| refusal(source, &payload)))
+}
+
 /// Why the database refused an event for its content, told without that content.
-pub(in crate::outbox) fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
+fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
     let message = error.as_database_error()?.message();
     // What SQLite's time functions make of a date that they cannot tell.
     if message == "NOT NULL constraint failed: event_outbox.available_at" {

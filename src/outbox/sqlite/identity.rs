@@ -35,16 +35,16 @@ impl From<&Metadata> for FileId {
 }
 
 /// A descriptor that is kept open.
-struct Kept {
+struct OpenDescriptor {
     id: FileId,
     file: File,
     /// A relay of this process holds the lock. They share the descriptor, which alone would not keep them apart.
     held: bool,
 }
 
-static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
+static KEPT: Mutex<Vec<OpenDescriptor>> = Mutex::new(Vec::new());
 
-fn kept() -> MutexGuard<'static, Vec<Kept>> {
+fn kept() -> MutexGuard<'static, Vec<OpenDescriptor>> {
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -62,7 +62,7 @@ impl FileLock {
             let file = File::open(path)?;
             let id = FileId::from(&file.metadata()?);
             // Whatever it is: kept open.
-            kept.push(Kept { id, file, held: false });
+            kept.push(OpenDescriptor { id, file, held: false });
         }
         let Some(kept) = kept.iter_mut().find(|kept| kept.id == id) else {
             return Err(io::Error::other("the file is just being replaced"));

@@ -17,12 +17,13 @@ use tokio::sync::OwnedMutexGuard;
 use crate::event::{ClaimId, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RenewedClaim, SentBefore};
 use crate::outbox::number::milliseconds;
 use crate::outbox::records::Records;
-use crate::outbox::sqlite::identity::FileId;
+use crate::outbox::sqlite::connection::{Connected, query_failed, run_query};
 use crate::outbox::sqlite::proof::{self, is_content};
 use crate::outbox::sqlite::row::{self, Sizes};
-use crate::outbox::sqlite::settle::Settle;
-use crate::outbox::sqlite::traffic::Traffic;
-use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, query_failed, schema};
+use crate::outbox::sqlite::schema;
+use crate::outbox::sqlite::settle::SettleScript;
+use crate::outbox::sqlite::store::SqliteOutbox;
+use crate::outbox::sqlite::turn::Turn;
 use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane, OutboxError, Peek, Promoted};
 
 /// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
@@ -142,25 +143,7 @@ select exists (select 1 from event_outbox where status = 'scheduled' and destina
         where status = 'scheduled' and destination = '' and available_at = '9999-12-31 23:59:59' and format <> 0
     )";
 
-/// What the lane needs whose turn it is to claim and to settle.
-#[derive(Debug, Default)]
-pub(super) struct Turn {
-    connection: Option<Connected>,
-    /// The file that was found to fit.
-    fits: Option<FileId>,
-    /// What could not be recorded of the last claim, and in which file it belongs.
-    unsettled: Vec<(Settle, FileId)>,
-    traffic: Traffic,
-    /// The last batch had an event that is not small.
-    large: bool,
-}
-
 impl Turn {
-    /// The file was found to fit: a later migration does not end a relay that runs.
-    pub(super) fn fits(&mut self, file: FileId) {
-        self.fits = Some(file);
-    }
-
     /// Records what is left to record.
     async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
         while let Some((settle, file)) = self.unsettled.last()
@@ -202,7 +185,7 @@ impl Turn {
         drop(connection.execute("rollback").await);
         let config = &outbox.config;
         proof::prove(connection, &config.worker, config.usage).await?;
-        let salvaged = answered("settle", proof::salvage(connection, &config.worker, settle)).await?;
+        let salvaged = run_query("settle", proof::salvage(connection, &config.worker, settle)).await?;
         self.unsettled.pop();
         self.unsettled.extend(salvaged.left.into_iter().map(|left| (left, file)));
         match salvaged.error {
@@ -217,7 +200,7 @@ impl Turn {
             schema::require_fit(&mut connection).await?;
             self.fits(connection.file);
         }
-        let batch = answered("claim events", async {
+        let batch = run_query("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
             read_batch(&mut connection, &mut self.large, ClaimRequest { max_events, ..request }).await
@@ -253,7 +236,7 @@ impl SqliteLane {
         query: impl AsyncFnOnce(&mut SqliteConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, OutboxError> {
         let mut connection = self.connection().await?;
-        let answer = answered(operation, query(&mut connection)).await?;
+        let answer = run_query(operation, query(&mut connection)).await?;
         self.connection = Some(connection);
         Ok(answer)
     }
@@ -291,7 +274,7 @@ impl Lane for SqliteLane {
         let noted = serde_json::Value::from_iter(
             noted.iter().map(|noted| serde_json::json!([noted.partition, noted.id, noted.event_id])),
         );
-        let renewed = answered("renew the claim", async {
+        let renewed = run_query("renew the claim", async {
             let epoch = sqlx::query_scalar(RAISE_EPOCH).bind(floor).fetch_one(&mut *connection).await?;
             let places: Vec<i64> = sqlx::query_scalar(PENDING)
                 .bind(noted.to_string())
@@ -311,7 +294,7 @@ impl Lane for SqliteLane {
     async fn settle(&mut self, deliveries: &Deliveries<'_>) -> Result<(), OutboxError> {
         let Some(mut turn) = self.turn.take() else { return Ok(()) };
         if let Some(file) = turn.fits {
-            let settle = Settle::new(&Records::new(deliveries.by_event(), self.outbox.config.usage.history));
+            let settle = SettleScript::new(&Records::new(deliveries.by_event(), self.outbox.config.usage.history));
             turn.unsettled.push((settle, file));
         }
         turn.record(&self.outbox).await
@@ -320,7 +303,7 @@ impl Lane for SqliteLane {
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let (promoted, swallowed) = answered("promote scheduled events", async {
+        let (promoted, swallowed) = run_query("promote scheduled events", async {
             let due: Vec<(String, Option<i64>)> = sqlx::query_as(DUE)
                 .bind(json_text(&destinations))
                 .bind(i64::try_from(max_events).unwrap_or(i64::MAX))
@@ -357,7 +340,7 @@ impl Lane for SqliteLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
-        let (pending, next_due_ms): (bool, Option<i64>) = answered("look whether there are events", async {
+        let (pending, next_due_ms): (bool, Option<i64>) = run_query("look whether there are events", async {
             sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut *connection).await
         })
         .await?;

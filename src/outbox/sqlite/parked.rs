@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use sqlx::sqlite::SqliteConnection;
 
-use crate::outbox::Standstill;
-use crate::outbox::records::MOST_COUNTED;
 use crate::outbox::sqlite::question::Question;
-use crate::outbox::standstill::{self, First};
+use crate::outbox::standstill::{self, First, MOST_COUNTED, Standstill};
 
 /// When nothing is due by itself.
 const FOREVER: &str = "9999-12-31 23:59:59";

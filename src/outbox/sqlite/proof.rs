@@ -7,9 +7,10 @@
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
+use crate::outbox::proof::ProofRows;
 use crate::outbox::records::SETTLE_FAILED;
-use crate::outbox::sqlite::query_failed;
-use crate::outbox::sqlite::settle::{SUPPRESSED, Settle};
+use crate::outbox::sqlite::connection::query_failed;
+use crate::outbox::sqlite::settle::{SUPPRESSED, SettleScript};
 use crate::outbox::{OutboxError, Usage};
 use crate::text::shown;
 
@@ -27,20 +28,15 @@ select group_concat(name || ' on ' || tbl_name, ', ') from sqlite_schema
 where type = 'trigger' and tbl_name in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history')
   and name not like 'event\\_%' escape '\\' and name not like 'relay\\_%' escape '\\'";
 
-/// How a settle was tried.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Tried {
-    /// With rows of its own.
-    Inserted,
-    /// With rows that are there, or none, because the table refuses a plain insert in these words.
-    Refused(String),
-}
-
 /// Writes all that settles write, and takes it back.
 ///
 /// # Errors
 /// [`OutboxError::Unrecorded`] where that fails or has no effect.
-pub(super) async fn prove(connection: &mut SqliteConnection, worker: &str, usage: Usage) -> Result<Tried, OutboxError> {
+pub(super) async fn prove(
+    connection: &mut SqliteConnection,
+    worker: &str,
+    usage: Usage,
+) -> Result<ProofRows, OutboxError> {
     begin(connection).await?;
     let tried = try_all(connection, worker, usage).await;
     rollback(connection).await;
@@ -50,11 +46,11 @@ pub(super) async fn prove(connection: &mut SqliteConnection, worker: &str, usage
     }
 }
 
-async fn try_all(connection: &mut SqliteConnection, worker: &str, usage: Usage) -> Result<Tried, sqlx::Error> {
+async fn try_all(connection: &mut SqliteConnection, worker: &str, usage: Usage) -> Result<ProofRows, sqlx::Error> {
     let inserted: Result<Vec<i64>, sqlx::Error> =
         sqlx::query_scalar(INSERT).persistent(false).fetch_all(&mut *connection).await;
     let (tried, rows) = match inserted {
-        Ok(rows) if rows.len() == 4 => (Tried::Inserted, rows),
+        Ok(rows) if rows.len() == 4 => (ProofRows::Own, rows),
         Err(error) if !is_content(&error) => return Err(error),
         refused => {
             let words = refused.err().map_or_else(|| "a trigger swallows it".to_owned(), |error| words(&error));
@@ -64,17 +60,17 @@ async fn try_all(connection: &mut SqliteConnection, worker: &str, usage: Usage) 
             let query = format!("select row_id from event_outbox order by row_id limit {ROWS}");
             let rows =
                 sqlx::query_scalar(sqlx::AssertSqlSafe(query)).persistent(false).fetch_all(&mut *connection).await?;
-            (Tried::Refused(words), rows)
+            (ProofRows::Existing(words), rows)
         }
     };
-    Settle::proof(&rows, usage).write_within(connection, worker).await?;
+    SettleScript::proof(&rows, usage).write_within(connection, worker).await?;
     Ok(tried)
 }
 
 /// What became of a settle that failed for its content.
 pub(super) struct Salvaged {
     /// What still could not be recorded.
-    pub(super) left: Vec<Settle>,
+    pub(super) left: Vec<SettleScript>,
     /// Why.
     pub(super) error: Option<sqlx::Error>,
 }
@@ -86,7 +82,7 @@ pub(super) struct Salvaged {
 pub(super) async fn salvage(
     connection: &mut SqliteConnection,
     worker: &str,
-    settle: &Settle,
+    settle: &SettleScript,
 ) -> Result<Salvaged, sqlx::Error> {
     let mut salvaged = Salvaged { left: Vec::new(), error: None };
     let mut parts = vec![settle.clone()];
@@ -124,7 +120,7 @@ pub(super) async fn salvage(
     Ok(salvaged)
 }
 
-async fn write(connection: &mut SqliteConnection, worker: &str, settle: &Settle) -> Result<(), sqlx::Error> {
+async fn write(connection: &mut SqliteConnection, worker: &str, settle: &SettleScript) -> Result<(), sqlx::Error> {
     let written = settle.write(connection, worker).await;
     if written.is_err() {
         rollback(connection).await;
@@ -174,18 +170,5 @@ pub(super) async fn unrecorded(connection: &mut SqliteConnection, error: sqlx::E
         }
         None if error.to_string().contains(SUPPRESSED) => OutboxError::Unrecorded { reason: words(&error) },
         None => query_failed("settle", error),
-    }
-}
-
-impl Tried {
-    /// In words, for people.
-    pub(super) fn told(self) -> String {
-        match self {
-            Self::Inserted => "all that a relay writes, tried and taken back".to_owned(),
-            Self::Refused(why) => format!(
-                "tried with the rows that are there and taken back, because a plain insert into event_outbox is refused ({why}): \
-                 so will be `relay emit` and a redrive"
-            ),
-        }
     }
 }

@@ -7,8 +7,9 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 
 use crate::outbox::OutboxError;
 use crate::outbox::register::{Configuration, Member, Register, Registration};
-use crate::outbox::sqlite::schema::SCHEMA_VERSION;
-use crate::outbox::sqlite::{SqliteOutbox, answered};
+use crate::outbox::sqlite::connection::run_query;
+use crate::outbox::sqlite::migrations::SCHEMA_VERSION;
+use crate::outbox::sqlite::store::SqliteOutbox;
 
 const ROWS: &str = "
 select id, worker, version, once, fingerprint, destinations, routes,
@@ -53,24 +54,24 @@ impl Register for SqliteOutbox {
     async fn changes(&self) -> Result<i64, OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query_scalar("select changes from event_relay_changes");
-        answered("read the number of changes of event_relay", query.fetch_one(&mut *connection)).await
+        run_query("read the number of changes of event_relay", query.fetch_one(&mut *connection)).await
     }
 
     async fn changed(&self) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query("update event_relay_changes set changes = changes + 1");
-        answered("raise the number of changes of event_relay", query.execute(&mut *connection)).await.map(drop)
+        run_query("raise the number of changes of event_relay", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn rows(&self) -> Result<Vec<Registration>, OutboxError> {
         let mut connection = self.connect().await?;
-        answered("read event_relay", rows(&mut connection)).await
+        run_query("read event_relay", rows(&mut connection)).await
     }
 
     async fn next_id(&self) -> Result<i64, OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query_scalar("update event_relay_changes set last_id = last_id + 1 returning last_id");
-        answered("number this relay", query.fetch_one(&mut *connection)).await
+        run_query("number this relay", query.fetch_one(&mut *connection)).await
     }
 
     async fn write(&self, member: &Member) -> Result<(), OutboxError> {
@@ -85,13 +86,13 @@ impl Register for SqliteOutbox {
             .bind(&configuration.fingerprint)
             .bind(serde_json::json!(configuration.destinations).to_string())
             .bind(serde_json::json!(configuration.routes).to_string());
-        answered("register this relay", query.execute(&mut *connection)).await.map(drop)
+        run_query("register this relay", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn beat(&self, id: i64, _: Duration) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = "update event_relay set seen_at = strftime('%Y-%m-%d %H:%M:%f', 'now') where id = ?1";
-        answered("write that this relay lives", sqlx::query(query).bind(id).execute(&mut *connection)).await.map(drop)
+        run_query("write that this relay lives", sqlx::query(query).bind(id).execute(&mut *connection)).await.map(drop)
     }
 
     async fn remove(&self, ids: &[i64]) -> Result<(), OutboxError> {
@@ -101,7 +102,7 @@ impl Register for SqliteOutbox {
         let mut connection = self.connect().await?;
         let query = "delete from event_relay where id in (select value from json_each(?1))";
         let query = sqlx::query(query).bind(serde_json::json!(ids).to_string());
-        answered("remove relays from event_relay", query.execute(&mut *connection)).await.map(drop)
+        run_query("remove relays from event_relay", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn depose(&self, _: i64, _: Duration) -> Result<bool, OutboxError> {

@@ -6,7 +6,7 @@ use sqlx::AssertSqlSafe;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::OutboxError;
-use crate::outbox::sqlite::answered;
+use crate::outbox::sqlite::connection::run_query;
 
 /// Rows deleted in one transaction: about a millisecond of the write lock.
 const ROWS: u32 = 200;
@@ -37,14 +37,14 @@ pub(super) async fn forget(
     );
     let age = format!("-{} seconds", retention.as_secs());
     loop {
-        let old: bool = answered("look for what is past its retention", async {
+        let old: bool = run_query("look for what is past its retention", async {
             sqlx::query_scalar(AssertSqlSafe(any.clone())).bind(&age).fetch_one(&mut *connection).await
         })
         .await?;
         if !old {
             return Ok(());
         }
-        answered("delete what is past its retention", async {
+        run_query("delete what is past its retention", async {
             sqlx::query(AssertSqlSafe(delete.clone())).bind(&age).execute(&mut *connection).await
         })
         .await?;

@@ -16,7 +16,7 @@ use crate::outbox::records::{LogEntry, Owed, Records, parked_error, parked_whole
 
 /// Everything one settle writes, ready to be sent.
 #[derive(Debug, Clone)]
-pub(super) struct Settle {
+pub(super) struct SettleScript {
     dead_letters: List,
     history: List,
     copies: List,
@@ -155,7 +155,7 @@ fn script(copies: &str) -> String {
     script
 }
 
-impl Settle {
+impl SettleScript {
     pub(super) fn new(records: &Records<'_>) -> Self {
         // One call carried all that a destination took, so this is what its entries have in common.
         let first = records.log.iter().find(|entry| entry.status == "published");

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::OutboxError;
-use crate::outbox::shape::{Column, differences, quoted};
-use crate::outbox::sqlite::answered;
+use crate::outbox::quote::quoted;
+use crate::outbox::shape::{Column, differences};
+use crate::outbox::sqlite::connection::run_query;
 
 /// Each table with its columns.
 const TABLES: [(&str, &str); 9] = [
@@ -44,7 +45,7 @@ select lower(m.name), lower(c.name), '' from sqlite_schema m join pragma_table_i
 
 /// Fails where a table or a column is not there.
 pub(super) async fn require(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
-    let columns: Vec<Column> = answered("look at the columns", async {
+    let columns: Vec<Column> = run_query("look at the columns", async {
         sqlx::query_as(COLUMNS).persistent(false).fetch_all(connection).await
     })
     .await?;

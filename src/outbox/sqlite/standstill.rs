@@ -10,14 +10,14 @@ use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
 use crate::outbox::sqlite::question::Question;
-use crate::outbox::sqlite::{formats, owed, parked};
+use crate::outbox::sqlite::{formats, parked, unconfigured};
 use crate::outbox::standstill::{self, Standstill, TAKEN_AFTER};
 
 type Probe =
     for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
 const PROBES: [Probe; 5] = [
-    |connection, question| owed::unconfigured(connection, question),
+    |connection, question| unconfigured::find(connection, question),
     |connection, question| parked::parked(connection, question).boxed(),
     |connection, question| parked::blocked(connection, question).boxed(),
     |connection, _| formats::unknown(connection).boxed(),

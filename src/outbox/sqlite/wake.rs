@@ -15,7 +15,8 @@ use sqlx::sqlite::SqliteConnection;
 use tokio::sync::Notify;
 
 use crate::failpoint::failpoint;
-use crate::outbox::sqlite::{Connected, SqliteOutbox, answered, path};
+use crate::outbox::sqlite::connection::{Connected, path, run_query};
+use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
 /// The shortest and the longest time between two questions, and the longest where nobody tells of writes.
@@ -28,13 +29,13 @@ pub struct SqliteWakeup {
     outbox: SqliteOutbox,
     /// The answers of one connection compare with each other only.
     asked: Option<(Connected, i64)>,
-    watch: Option<Watch>,
+    watch: Option<FileWatch>,
     /// That nobody tells of writes was said.
     warned: bool,
 }
 
 /// Being told of writes to the database's files.
-struct Watch {
+struct FileWatch {
     watcher: RecommendedWatcher,
     written: Arc<Notify>,
     files: Vec<PathBuf>,
@@ -51,7 +52,7 @@ impl SqliteWakeup {
         // The log lies beside the file itself, wherever a symbolic link leads.
         let database = database.canonicalize().unwrap_or(database);
         if self.watch.is_none() {
-            match Watch::new() {
+            match FileWatch::new() {
                 Ok(watch) => self.watch = Some(watch),
                 Err(error) => self.warn(&error),
             }
@@ -120,7 +121,7 @@ impl Wakeup for SqliteWakeup {
     }
 }
 
-impl Watch {
+impl FileWatch {
     fn new() -> notify::Result<Self> {
         let written = Arc::new(Notify::new());
         let tell = Arc::clone(&written);
@@ -158,7 +159,7 @@ impl Watch {
 }
 
 async fn data_version(connection: &mut SqliteConnection) -> Result<i64, OutboxError> {
-    answered("ask whether anything was committed", async {
+    run_query("ask whether anything was committed", async {
         sqlx::query_scalar("pragma data_version").fetch_one(connection).await
     })
     .await

@@ -86,7 +86,7 @@ async fn f86_a_file_that_is_deleted_and_made_anew_is_told_until_it_is_there() {
     let mut application = <sqlx::SqliteConnection as sqlx::Connection>::connect_with(&options).await.unwrap();
     sql(&mut application, "create table app_order (id)").await;
     running.until_not_ready("run `relay migrate`").await;
-    sqlite::schema::migrate(&Secret::inline(store.url())).await.unwrap();
+    sqlite::migrate::migrate(&Secret::inline(store.url())).await.unwrap();
     emit(&mut application, "after", "").await;
     eventually("it works again", async || sink.names() == ["before", "after"]).await;
     eventually("and settles", async || count(&mut application, "event_outbox").await == 0).await;

@@ -27,7 +27,7 @@ const POSTGRES: Versions = Versions {
 };
 
 const SQLITE: Versions = Versions {
-    known: sqlite::schema::SCHEMA_VERSION,
+    known: sqlite::migrate::SCHEMA_VERSION,
     set: |found, needs| {
         format!(
             "drop view relay_schema_version; create view relay_schema_version as select {found} as version;

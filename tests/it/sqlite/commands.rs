@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::binary::{Running, cannot_work, finished, relay, until};
 use crate::harness::{column, count, emit, sql};
 use crate::stores::{Sqlite, SqliteRollbackJournal, Store};
-use outbox_relay::outbox::sqlite::schema::SCHEMA_VERSION;
+use outbox_relay::outbox::sqlite::migrate::SCHEMA_VERSION;
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 

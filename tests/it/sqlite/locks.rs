@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox_relay::outbox::Outbox;
+use outbox_relay::outbox::Operate;
 
 use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Gate, ScriptedSink};

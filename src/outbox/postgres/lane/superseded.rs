@@ -8,10 +8,11 @@ use sqlx::{AssertSqlSafe, Executor};
 use crate::event::ClaimId;
 use crate::outbox::number::to_i64;
 use crate::outbox::postgres::batch::{self, Batch, Which};
+use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::lane::PgLane;
 use crate::outbox::postgres::register::CHANGES;
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::{STATEMENT_TIMEOUT, answered, take};
+use crate::outbox::postgres::take;
 use crate::outbox::register::Role;
 use crate::outbox::{Claim, ClaimRequest, OutboxError};
 
@@ -28,7 +29,8 @@ impl PgLane {
         }
         let request = ClaimRequest { destinations: &left, ..request };
         let mut connection = self.ready().await?;
-        let claim = answered("claim events", STATEMENT_TIMEOUT, self.try_claim_left(&mut connection, request)).await?;
+        let claim =
+            with_timeout("claim events", STATEMENT_TIMEOUT, self.try_claim_left(&mut connection, request)).await?;
         self.connection = Some(connection);
         Ok(Some(claim))
     }
@@ -54,7 +56,7 @@ impl PgLane {
             batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::Owed).await?;
         batch.sort();
         // They keep their places, as those do that a relay that routes has passed.
-        self.outbox.unrecorded.kept.leave_out(&mut batch, &BTreeMap::new());
+        self.outbox.refused_writes.left_out.leave_out(&mut batch, &BTreeMap::new());
         let Batch { claimed, given, bytes, epoch, .. } = batch;
         let Some(epoch) = epoch.filter(|_| !claimed.is_empty()) else {
             connection.execute("commit").await?;

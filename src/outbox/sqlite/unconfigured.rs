@@ -6,9 +6,9 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::SqliteConnection;
 
-use crate::outbox::records::Unconfigured;
+use crate::outbox::quote::literal;
 use crate::outbox::sqlite::question::Question;
-use crate::outbox::{Standstill, records};
+use crate::outbox::standstill::{MOST_COUNTED, Standstill, Unconfigured};
 
 /// Each destination of scheduled rows that is none of `?1`: how many rows, at most `?2`, and the age of the first of them.
 const UNCONFIGURED: &str = "
@@ -55,19 +55,19 @@ const GIVE_UP: &str = "begin immediate; \
     delete from event_outbox where destination = {from}; commit";
 
 /// One standstill for each such destination.
-pub(super) fn unconfigured<'a>(
+pub(super) fn find<'a>(
     connection: &'a mut SqliteConnection,
     question: &'a Question<'a>,
 ) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>> {
     async {
         let found: Vec<(String, i64, Option<f64>)> = sqlx::query_as(UNCONFIGURED)
             .bind(serde_json::json!(question.destinations).to_string())
-            .bind(records::MOST_COUNTED + 1)
+            .bind(MOST_COUNTED + 1)
             .fetch_all(connection)
             .await?;
         let told = found.into_iter().map(|(destination, count, seconds)| {
             let to = question.destinations.first().map_or("another", String::as_str);
-            let (from, to) = (records::literal(&destination), records::literal(to));
+            let (from, to) = (literal(&destination), literal(to));
             let fill = |statements: &str| statements.replace("{from}", &from).replace("{to}", &to);
             let oldest = seconds.map(|seconds| Duration::from_secs_f64(seconds.max(0.0)));
             Unconfigured { destination, count, oldest, move_them: fill(MOVE), give_them_up: fill(GIVE_UP) }.told()

@@ -15,11 +15,11 @@ use sqlx::Row;
 use sqlx::postgres::PgConnection;
 
 use crate::event::{Event, RowKey};
-use crate::outbox::postgres::batch::Batch;
-use crate::outbox::postgres::proof::Survivor;
+use crate::outbox::Claimed;
+use crate::outbox::postgres::batch::{Batch, Key, Marked, key};
 use crate::outbox::postgres::question::Question;
-use crate::outbox::standstill::{self, First};
-use crate::outbox::{Claimed, Standstill};
+use crate::outbox::postgres::take::PARTITIONS;
+use crate::outbox::standstill::{self, First, Standstill};
 
 /// For so long claims begin behind what is kept out.
 const PASSED_FOR: Duration = Duration::from_secs(1);
@@ -48,25 +48,17 @@ cross join lateral (
 where o.available_at = 'infinity' and pg_catalog.starts_with(o.last_error, 'settle_failed: ')
 order by o.id";
 
-/// A row that a claim has read and that is marked.
-#[derive(Debug)]
-pub(super) struct Marked {
-    pub(super) row: RowKey,
-    /// The key that it holds back, where it is still owed.
-    pub(super) holds: Option<Key>,
-}
-
-/// `aggregate_type` and `aggregate_id`.
-pub(super) type Key = (String, String);
-
-pub(super) fn key(event: &Event) -> Option<Key> {
-    let id = event.aggregate_id.clone()?;
-    Some((event.aggregate_type.clone().unwrap_or_default(), id))
+/// An event that could neither be settled nor parked.
+#[derive(Debug, Clone)]
+pub(super) struct Survivor {
+    pub(super) event: Event,
+    /// It was to be tried again, and not to go.
+    pub(super) still_owed: bool,
 }
 
 /// What the lanes of a relay know of them.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Kept {
+pub(super) struct LeftOut {
     state: Arc<Mutex<State>>,
 }
 
@@ -82,7 +74,7 @@ struct State {
     keys: HashMap<i16, HashMap<Key, i64>>,
 }
 
-impl Kept {
+impl LeftOut {
     /// Behind which ids claims begin.
     pub(super) fn passed(&self) -> BTreeMap<i16, i64> {
         let mut state = self.state();
@@ -153,8 +145,8 @@ impl Kept {
             out.push((row.partition, row.id));
             holds.into_iter().for_each(|key| hold(&row, key));
         }
-        for (Survivor { event, moves }, _) in remembered.iter() {
-            key(event).filter(|_| *moves).into_iter().for_each(|key| hold(&event.row, key));
+        for (Survivor { event, still_owed }, _) in remembered.iter() {
+            key(event).filter(|_| *still_owed).into_iter().for_each(|key| hold(&event.row, key));
         }
         batch.claimed.retain(|Claimed { event, .. }| {
             let RowKey { partition, id, .. } = event.row;
@@ -199,7 +191,7 @@ pub(super) async fn find(
     connection: &mut PgConnection,
     question: &Question<'_>,
 ) -> Result<Vec<Standstill>, sqlx::Error> {
-    let partitions: Vec<i16> = (0..super::take::PARTITIONS).collect();
+    let partitions: Vec<i16> = (0..PARTITIONS).collect();
     let rows = question.sql.query(KEPT).bind(partitions).bind(&question.bounds).fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(Vec::new()) };
     let first =

@@ -1,18 +1,12 @@
-//! The notes that end a crash loop, and the commit that ends a ghost: on a connection aside, since a lane's own holds its
-//! claim.
+//! The notes that end a crash loop, written by the side connection.
 
-use std::sync::Arc;
-
-use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{Executor, Row};
-use tokio::sync::Mutex;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use crate::outbox::postgres::{PgOutbox, STATEMENT_TIMEOUT, answered};
-use crate::outbox::{CrashNotes, OutboxError, Suspicion};
-
-/// A connection for what is rarely done, opened when it is first needed.
-pub(super) type Aside = Arc<Mutex<Option<PgConnection>>>;
+use crate::outbox::error::OutboxError;
+use crate::outbox::postgres::store::PgOutbox;
+use crate::outbox::{CrashNotes, Suspicion};
 
 /// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
 const BEGIN_RUN: &str = "
@@ -53,71 +47,10 @@ from pg_catalog.unnest($1::uuid[]) with ordinality e(event_id, place)
 join {schema}.event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
 group by e.place";
 
-/// A commit of its own waits until the log is on disk up to itself, and so the commits before it.
-const FLUSH: &str = "
-begin;
-set local synchronous_commit = on;
-select pg_catalog.pg_logical_emit_message(true, 'relay', '');
-commit";
-
-impl PgOutbox {
-    /// Runs `query` on the connection aside, which is given up if it fails; behind a pooler in a transaction.
-    pub(super) async fn aside<T>(
-        &self,
-        operation: &'static str,
-        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, OutboxError> {
-        let mut aside = self.aside.lock().await;
-        self.ask(&mut aside, operation, async |connection| {
-            self.begin_pooled(connection).await?;
-            let answer = query(connection).await?;
-            self.commit_pooled(connection).await?;
-            Ok(answer)
-        })
-        .await
-    }
-
-    /// The same for a query that sees to its transactions by itself; `None` where somebody uses that connection.
-    pub(super) async fn aside_unless_busy<T>(
-        &self,
-        operation: &'static str,
-        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Option<Result<T, OutboxError>> {
-        let mut aside = self.aside.try_lock().ok()?;
-        Some(self.ask(&mut aside, operation, query).await)
-    }
-
-    async fn ask<T>(
-        &self,
-        aside: &mut Option<PgConnection>,
-        operation: &'static str,
-        query: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, OutboxError> {
-        let mut connection = match aside.take() {
-            Some(connection) => connection,
-            None => {
-                let mut connection = self.connect().await?;
-                answered("hold the registration", STATEMENT_TIMEOUT, self.hold_registration(&mut connection)).await?;
-                connection
-            }
-        };
-        let answer = answered(operation, STATEMENT_TIMEOUT, query(&mut connection)).await?;
-        *aside = Some(connection);
-        Ok(answer)
-    }
-
-    /// Waits until all that is committed now is on disk.
-    pub(super) async fn flush(&self) -> Result<(), OutboxError> {
-        let mut aside = self.aside.lock().await;
-        let flush = async |connection: &mut PgConnection| connection.execute(FLUSH).await.map(drop);
-        self.ask(&mut aside, "have commits flushed to disk", flush).await
-    }
-}
-
 impl CrashNotes for PgOutbox {
     async fn begin_run(&self, run: Uuid) -> Result<usize, OutboxError> {
         let others: i64 = self
-            .aside("note that a relay begins", async |connection| {
+            .on_side_connection("note that a relay begins", async |connection| {
                 let query = self.sql().query_scalar(BEGIN_RUN).persistent(false).bind(run).bind(&self.config.worker);
                 query.fetch_one(connection).await
             })
@@ -126,7 +59,7 @@ impl CrashNotes for PgOutbox {
     }
 
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
-        self.aside("note that a relay ends", async |connection| {
+        self.on_side_connection("note that a relay ends", async |connection| {
             let query =
                 self.sql().query("delete from {schema}.event_relay_run where run_id = $1").persistent(false).bind(run);
             query.execute(connection).await.map(drop)
@@ -135,7 +68,7 @@ impl CrashNotes for PgOutbox {
     }
 
     async fn withdraw(&self, run: Uuid) -> Result<(), OutboxError> {
-        self.aside("take back the notes of a relay that ends", async |connection| {
+        self.on_side_connection("take back the notes of a relay that ends", async |connection| {
             self.sql().query(WITHDRAW).persistent(false).bind(run).execute(connection).await.map(drop)
         })
         .await
@@ -143,7 +76,7 @@ impl CrashNotes for PgOutbox {
 
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let rows = self
-            .aside("read what relays died of", async |connection| {
+            .on_side_connection("read what relays died of", async |connection| {
                 self.sql().query(SUSPICIONS).persistent(false).bind(events).bind(run).fetch_all(connection).await
             })
             .await?;
@@ -157,7 +90,7 @@ impl CrashNotes for PgOutbox {
     }
 
     async fn mark(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
-        self.aside("note what is about to be published", async |connection| {
+        self.on_side_connection("note what is about to be published", async |connection| {
             let together = i32::try_from(events.len()).unwrap_or(i32::MAX);
             let query = self.sql().query(SUSPECT).persistent(false).bind(events).bind(run).bind(together);
             query.execute(connection).await.map(drop)
@@ -166,21 +99,21 @@ impl CrashNotes for PgOutbox {
     }
 
     async fn outlived(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
-        self.aside("note that a relay lives", async |connection| {
+        self.on_side_connection("note that a relay lives", async |connection| {
             self.sql().query(OUTLIVED).persistent(false).bind(events).bind(run).execute(connection).await.map(drop)
         })
         .await
     }
 
     async fn forgive(&self, events: &[Uuid]) -> Result<(), OutboxError> {
-        self.aside("note that events are tried again", async |connection| {
+        self.on_side_connection("note that events are tried again", async |connection| {
             self.sql().query(FORGIVE).persistent(false).bind(events).execute(connection).await.map(drop)
         })
         .await
     }
 
     async fn clear(&self, events: &[Uuid]) -> Result<(), OutboxError> {
-        self.aside("note what was published", async |connection| {
+        self.on_side_connection("note what was published", async |connection| {
             let query = "delete from {schema}.event_crash_suspect where event_id = any($1)";
             self.sql().query(query).persistent(false).bind(events).execute(connection).await.map(drop)
         })

@@ -8,8 +8,8 @@ use sqlx::postgres::PgConnection;
 
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::register;
-use crate::outbox::records::Unconfigured;
-use crate::outbox::{Standstill, records};
+use crate::outbox::quote::literal;
+use crate::outbox::standstill::{MOST_COUNTED, Standstill, Unconfigured};
 
 /// Each destination of scheduled rows that is none of `$1`: how many rows, at most one more than are counted, and how old the
 /// first of them is. A loose scan of the index touches one entry for each destination.
@@ -37,7 +37,7 @@ where owed.destination is not null and owed.destination <> all ($1::text[])
 order by owed.destination limit 20";
 
 /// One standstill for each such destination that no relay at work has either.
-pub(super) fn unconfigured<'a>(
+pub(super) fn find<'a>(
     connection: &'a mut PgConnection,
     question: &'a Question<'a>,
 ) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>> {
@@ -46,7 +46,7 @@ pub(super) fn unconfigured<'a>(
             .sql
             .query_as(UNCONFIGURED)
             .bind(question.destinations)
-            .bind(records::MOST_COUNTED + 1)
+            .bind(MOST_COUNTED + 1)
             .fetch_all(&mut *connection)
             .await?;
         if found.is_empty() {
@@ -59,7 +59,7 @@ pub(super) fn unconfigured<'a>(
         let found = found.into_iter().filter(|(destination, ..)| !known(destination));
         let told = found.map(|(destination, count, seconds)| {
             let to = question.destinations.first().map_or("another", String::as_str);
-            let (from_literal, to_literal) = (records::literal(&destination), records::literal(to));
+            let (from_literal, to_literal) = (literal(&destination), literal(to));
             let oldest = seconds.map(|seconds| Duration::from_secs_f64(seconds.max(0.0)));
             Unconfigured {
                 count,

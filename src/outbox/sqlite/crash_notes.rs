@@ -3,7 +3,8 @@
 use sqlx::Executor;
 use uuid::Uuid;
 
-use crate::outbox::sqlite::{SqliteOutbox, answered};
+use crate::outbox::sqlite::connection::run_query;
+use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::{CrashNotes, OutboxError, Suspicion};
 
 const FORGET_OLD: &str = "
@@ -44,7 +45,7 @@ group by e.key";
 impl CrashNotes for SqliteOutbox {
     async fn begin_run(&self, run: Uuid) -> Result<usize, OutboxError> {
         let mut connection = self.connect().await?;
-        let others: i64 = answered("note that a relay begins", async {
+        let others: i64 = run_query("note that a relay begins", async {
             connection.execute(FORGET_OLD).await?;
             sqlx::query("insert or ignore into event_relay_run (run_id, worker) values (?1, ?2)")
                 .bind(run.to_string())
@@ -60,12 +61,12 @@ impl CrashNotes for SqliteOutbox {
     async fn end_run(&self, run: Uuid) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query("delete from event_relay_run where run_id = ?1").bind(run.to_string());
-        answered("note that a relay ends", query.execute(&mut *connection)).await.map(drop)
+        run_query("note that a relay ends", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn withdraw(&self, run: Uuid) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
-        answered("take back the notes of a relay that ends", async {
+        run_query("take back the notes of a relay that ends", async {
             for table in
                 ["delete from event_crash_suspect where run_id = ?1", "delete from event_relay_run where run_id = ?1"]
             {
@@ -78,7 +79,7 @@ impl CrashNotes for SqliteOutbox {
 
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let mut connection = self.connect().await?;
-        let rows: Vec<(i64, i64, i64, i64, String)> = answered("read what relays died of", async {
+        let rows: Vec<(i64, i64, i64, i64, String)> = run_query("read what relays died of", async {
             sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut *connection).await
         })
         .await?;
@@ -94,26 +95,26 @@ impl CrashNotes for SqliteOutbox {
         let mut connection = self.connect().await?;
         let together = i64::try_from(events.len()).unwrap_or(i64::MAX);
         let query = sqlx::query(SUSPECT).bind(json(events)).bind(run.to_string()).bind(together);
-        answered("note what is about to be published", query.execute(&mut *connection)).await.map(drop)
+        run_query("note what is about to be published", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn outlived(&self, run: Uuid, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query(OUTLIVED).bind(json(events)).bind(run.to_string());
-        answered("note that a relay lives", query.execute(&mut *connection)).await.map(drop)
+        run_query("note that a relay lives", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn forgive(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = sqlx::query(FORGIVE).bind(json(events));
-        answered("note that events are tried again", query.execute(&mut *connection)).await.map(drop)
+        run_query("note that events are tried again", query.execute(&mut *connection)).await.map(drop)
     }
 
     async fn clear(&self, events: &[Uuid]) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = "delete from event_crash_suspect where event_id in (select value from json_each(?1))";
         let query = sqlx::query(query).bind(json(events));
-        answered("note what was published", query.execute(&mut *connection)).await.map(drop)
+        run_query("note what was published", query.execute(&mut *connection)).await.map(drop)
     }
 }
 

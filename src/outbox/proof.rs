@@ -1,0 +1,23 @@
+//! How a store was proven to record what is published.
+
+/// The rows that a proof has settled, and whose settling it has taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ProofRows {
+    /// Rows that it inserted itself.
+    Own,
+    /// Rows that were there, if any, because the table refuses a plain insert. The database's reason.
+    Existing(String),
+}
+
+impl ProofRows {
+    /// A line of `relay check`.
+    pub(super) fn describe(self) -> String {
+        match self {
+            Self::Own => "all that a relay writes, tried and taken back".to_owned(),
+            Self::Existing(why) => format!(
+                "tried with the rows that are there and taken back, because a plain insert into event_outbox is refused ({why}): \
+                 so will be `relay emit` and a redrive"
+            ),
+        }
+    }
+}
