@@ -1,12 +1,13 @@
 //! The contract of a sink, the code for one kind of destination.
 //!
 //! - [`cloudevent`]: what consumers receive, in JSON and as fields.
-//! - [`rounds`]: splitting a batch into requests without letting a key overtake itself.
+//! - [`drive`](mod@drive): the request loop. [`rounds`] splits a batch into requests and keeps the order of each key.
 //! - [`handler`](fn@handler): a function of the application.
 //! - [`spec`]: the list of the kinds, and how each is configured.
 //! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
 
 pub mod cloudevent;
+pub mod drive;
 #[cfg(feature = "eventbridge")]
 pub mod eventbridge;
 pub mod file;

@@ -21,13 +21,13 @@ use aws_config::{Region, SdkConfig};
 use aws_sdk_eventbridge::config::http::HttpResponse;
 use aws_sdk_eventbridge::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_eventbridge::types::PutEventsRequestEntry;
-use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 
 use client::CurrentClient;
 
 use crate::event::{Event, Fault, Outcome, PublishError};
-use crate::sink::rounds::{Limits, Rounds};
+use crate::sink::drive::{Answer, Requests, drive};
+use crate::sink::rounds::Limits;
 use crate::sink::{Batch, Format, Published, Sink};
 
 pub use spec::Spec;
@@ -141,70 +141,20 @@ impl Sink for EventBridge {
     async fn publish(&self, &Batch { events, deadline, .. }: &Batch<'_>) -> Published {
         // Without an answer from the places of credentials the old ones are tried.
         tokio::time::timeout_at(deadline.into(), self.client.renew_if_refused(&self.config)).await.ok();
-        let (mut details, mut refusals): (Vec<String>, Vec<Option<PublishError>>) = events
-            .iter()
-            .map(|event| self.detail(event).map_or_else(|error| (String::new(), Some(error)), |detail| (detail, None)))
-            .unzip();
-        let max_bytes = self.config.max_entry_bytes;
-        // As if it were oversize, an event that is not to be sent rides alone: its turn comes when the earlier events of
-        // its key have their answers.
-        let size = |index: usize| match refusals[index] {
-            Some(_) => max_bytes + 1,
-            None => self.entry_bytes(events[index], details[index].len()),
-        };
-        let sizes: Vec<usize> = (0..events.len()).map(size).collect();
-        let mut limits = Limits {
-            request_events: REQUEST_ENTRIES,
-            request_bytes: max_bytes,
-            requests: self.config.requests_in_flight,
-        };
-        let mut rounds = Rounds::new(events);
+        let mut puts = Puts::new(self, events, deadline);
         if Instant::now() < deadline
-            && refusals.iter().any(Option::is_none)
+            && puts.refusals.iter().any(Option::is_none)
             && let Err(error) = self.verify(deadline).await
         {
             return Published::of(vec![Outcome::Failed(error); events.len()]);
         }
-        while Instant::now() < deadline {
-            let requests = rounds.next(limits, |index| sizes[index]);
-            if requests.is_empty() {
-                break;
-            }
-            let mut calls = Vec::with_capacity(requests.len());
-            for members in requests {
-                if let Some(error) = refusals[members[0]].take() {
-                    answer(&mut rounds, members[0], Outcome::Failed(error));
-                    continue;
-                }
-                let entry = |&index: &usize| self.entry(events[index], std::mem::take(&mut details[index]));
-                let bytes = members.iter().map(|&index| sizes[index]).sum();
-                let entries = members.iter().map(entry).collect();
-                calls.push(async move { (self.put(entries, bytes, deadline).await, members) });
-            }
-            for (result, members) in join_all(calls).await {
-                match result {
-                    Ok(outcomes) => {
-                        for (index, outcome) in members.into_iter().zip(outcomes) {
-                            answer(&mut rounds, index, outcome);
-                        }
-                    }
-                    // Refused for what is in it, a request was not taken in part either: sent one by one, the others
-                    // arrive, and only the culprit pays.
-                    Err(error) if error.fault == Fault::Event && members.len() > 1 => {
-                        limits.request_events = 1;
-                        for index in members {
-                            details[index] = self.detail(events[index]).unwrap_or_default();
-                        }
-                    }
-                    Err(error) => {
-                        for index in members {
-                            answer(&mut rounds, index, Outcome::Failed(error.clone()));
-                        }
-                    }
-                }
-            }
-        }
-        Published::of(rounds.into_outcomes())
+        let limits = Limits {
+            request_events: REQUEST_ENTRIES,
+            request_key_events: REQUEST_ENTRIES,
+            request_bytes: self.config.max_entry_bytes,
+            requests: self.config.requests_in_flight,
+        };
+        Published::of(drive(events, limits, deadline, &mut puts).await)
     }
 
     fn place(&self, _: &Event) -> String {
@@ -275,11 +225,56 @@ impl EventBridge {
     }
 }
 
-/// Records an answer. Every failure but an event's own ends the call after its round: the next request would fare no
-/// better, and what is unknown must not be overtaken.
-fn answer(rounds: &mut Rounds<'_>, index: usize, outcome: Outcome) {
-    if matches!(&outcome, Outcome::Failed(error) if !error.fault.charges_event()) {
-        rounds.end();
+/// One publish call.
+struct Puts<'a> {
+    bridge: &'a EventBridge,
+    events: &'a [&'a Event],
+    deadline: Instant,
+    /// The `Detail` of each event, until it is in a request.
+    details: Vec<String>,
+    /// Why EventBridge cannot take an event.
+    refusals: Vec<Option<PublishError>>,
+}
+
+impl<'a> Puts<'a> {
+    fn new(bridge: &'a EventBridge, events: &'a [&'a Event], deadline: Instant) -> Self {
+        let (details, refusals) = events
+            .iter()
+            .map(|event| match bridge.detail(event) {
+                Ok(detail) => (detail, None),
+                Err(error) => (String::new(), Some(error)),
+            })
+            .unzip();
+        Self { bridge, events, deadline, details, refusals }
     }
-    rounds.answer(index, outcome);
+}
+
+impl Requests for Puts<'_> {
+    type Request = Vec<PutEventsRequestEntry>;
+
+    fn size(&mut self, index: usize) -> Result<usize, PublishError> {
+        match self.refusals[index].take() {
+            Some(error) => Err(error),
+            None => Ok(self.bridge.entry_bytes(self.events[index], self.details[index].len())),
+        }
+    }
+
+    fn prepare(&mut self, members: &[usize]) -> Self::Request {
+        let entry = |&index: &usize| {
+            let mut detail = std::mem::take(&mut self.details[index]);
+            // It was in a request before.
+            if detail.is_empty() {
+                detail = self.bridge.detail(self.events[index]).unwrap_or_default();
+            }
+            self.bridge.entry(self.events[index], detail)
+        };
+        members.iter().map(entry).collect()
+    }
+
+    async fn send(&self, entries: &mut Self::Request, _: &[usize], bytes: usize) -> Answer {
+        match self.bridge.put(std::mem::take(entries), bytes, self.deadline).await {
+            Ok(outcomes) => Answer::Each(outcomes),
+            Err(error) => Answer::Whole(error),
+        }
+    }
 }

@@ -44,8 +44,8 @@ impl RedisPubSub {
 
 impl Commands for Messages {
     fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>) {
-        command.word("PUBLISH");
-        command.shared(self.channel.render(event, &self.source).as_bytes());
+        command.literal("PUBLISH");
+        command.shared_arg(self.channel.render(event, &self.source).as_bytes());
         match self.format {
             Format::CloudEvents => command.document(cloudevent::json(event, &self.source)),
             Format::Payload => command.document(event.payload.as_slice()),

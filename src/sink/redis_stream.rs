@@ -46,41 +46,41 @@ impl RedisStream {
 
 impl Commands for Entries {
     fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>) {
-        command.word("XADD");
+        command.literal("XADD");
         match self.stream.fixed() {
-            Some(stream) => command.word(stream),
-            None => command.shared(self.stream.render(event, &self.source).as_bytes()),
+            Some(stream) => command.literal(stream),
+            None => command.shared_arg(self.stream.render(event, &self.source).as_bytes()),
         }
         if let Some(length) = self.max_length {
-            command.word("MAXLEN");
-            command.word("~");
-            command.word(length.to_string());
+            command.literal("MAXLEN");
+            command.literal("~");
+            command.literal(length.to_string());
         }
-        command.word("*");
+        command.literal("*");
         cloudevent::attributes(event, &self.source, |name, value| {
             match name {
                 "specversion" | "datacontenttype" => {
-                    command.word(name);
-                    command.word(value); // the same for every event
+                    command.literal(name);
+                    command.literal(value); // the same for every event
                 }
                 _ if name.is_empty() => {
-                    command.value(name); // a header without a name, which a word cannot be
-                    command.value(value);
+                    command.own_arg(name); // a header without a name, which a literal cannot be
+                    command.own_arg(value);
                 }
                 "source" | "type" | "schemaversion" => {
-                    command.word(name);
-                    command.shared(value);
+                    command.literal(name);
+                    command.shared_arg(value);
                 }
                 _ => {
-                    command.word(name);
-                    command.value(value);
+                    command.literal(name);
+                    command.own_arg(value);
                     if name == "partitionkey" {
-                        command.was_key();
+                        command.mark_key();
                     }
                 }
             }
         });
-        command.word("data");
+        command.literal("data");
         command.document(event.payload.as_slice());
     }
 

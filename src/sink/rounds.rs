@@ -12,11 +12,14 @@ use crate::event::{Event, Key, Outcome};
 /// What one request, and one round of them, may hold.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Events in one request.
+    /// Events in one request, from 1.
     pub request_events: usize,
+    /// Events of one key in one request, from 1. It is 1 where a destination may take a later event of a request and refuse an
+    /// earlier one.
+    pub request_key_events: usize,
     /// Bytes in one request. An event larger than this rides alone.
     pub request_bytes: usize,
-    /// Requests in flight together.
+    /// Requests in flight together, from 1.
     pub requests: usize,
 }
 
@@ -30,20 +33,13 @@ pub struct Rounds<'a> {
 }
 
 impl<'a> Rounds<'a> {
-    /// All of `events` unanswered.
-    pub fn new(events: &'a [&'a Event]) -> Self {
-        let (places, outcomes) = (vec![0; events.len()], vec![None; events.len()]);
-        Self { events, places, outcomes, stopped: HashSet::new(), ended: false }
+    /// All of `events` are unanswered, and each goes to its place.
+    pub fn new(events: &'a [&'a Event], place: impl FnMut(usize) -> u16) -> Self {
+        let places = (0..events.len()).map(place).collect();
+        Self { events, places, outcomes: vec![None; events.len()], stopped: HashSet::new(), ended: false }
     }
 
-    /// The same with each event at its place.
-    #[must_use]
-    pub fn at_places(mut self, place: impl FnMut(usize) -> u16) -> Self {
-        self.move_to_places(place);
-        self
-    }
-
-    /// From now on each event is at this place.
+    /// From now on each event goes to this place.
     pub fn move_to_places(&mut self, place: impl FnMut(usize) -> u16) {
         self.places = (0..self.events.len()).map(place).collect();
     }
@@ -54,8 +50,8 @@ impl<'a> Rounds<'a> {
         if self.ended {
             return Vec::new();
         }
-        // A key is seated with all of its events that one request can hold: were it seated by its first, the request would
-        // be full before the last, and most keys would take several rounds.
+        // A key is placed with all of its events that one request can hold. If it were placed with its first event only, the
+        // request would be full before the last one, and most keys would take several rounds.
         let mut requests: Vec<Load> = Vec::new();
         for group in self.groups(limits, bytes) {
             match requests.iter().position(|request| request.fits(&group, limits)) {
@@ -88,7 +84,11 @@ impl<'a> Rounds<'a> {
                     groups.push(load);
                     group_of.insert(key, Some(groups.len() - 1));
                 }
-                Some(&Some(group)) if groups[group].fits(&load, limits) => groups[group].add(load),
+                Some(&Some(group))
+                    if groups[group].members.len() < limits.request_key_events && groups[group].fits(&load, limits) =>
+                {
+                    groups[group].add(load);
+                }
                 Some(_) => {
                     group_of.insert(key, None);
                 }
@@ -97,22 +97,23 @@ impl<'a> Rounds<'a> {
         groups
     }
 
-    /// Records an answer; a failure stops the event's key.
+    /// Records an answer. Any but a delivery stops the event's key, and a failure that does not charge the event ends the call.
     pub fn answer(&mut self, index: usize, outcome: Outcome) {
-        if matches!(outcome, Outcome::Failed(_))
+        if !matches!(outcome, Outcome::Delivered { .. })
             && let Some(key) = self.events[index].key()
         {
             self.stopped.insert(key);
         }
+        self.ended |= matches!(&outcome, Outcome::Failed(error) if !error.fault.charges_event());
         self.outcomes[index] = Some(outcome);
     }
 
-    /// Sends nothing more in this call: the destination is unwell, or the deadline has come.
+    /// Sends nothing more in this call.
     pub fn end(&mut self) {
         self.ended = true;
     }
 
-    /// Whether nothing more is to be sent.
+    /// Whether nothing more is sent in this call.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
@@ -150,7 +151,7 @@ mod tests {
     use crate::event::testing::{event, keyed};
     use crate::event::{Fault, PublishError};
 
-    const LIMITS: Limits = Limits { request_events: 3, request_bytes: 100, requests: 2 };
+    const LIMITS: Limits = Limits { request_events: 3, request_key_events: 3, request_bytes: 100, requests: 2 };
 
     fn delivered() -> Outcome {
         Outcome::Delivered { message_id: None }
@@ -160,7 +161,7 @@ mod tests {
     fn a_key_rides_in_one_request_and_its_rest_waits_for_the_next_round() {
         let events: Vec<Event> = (1..=5).map(|id| keyed(id, "a")).chain([keyed(6, "b"), event(7)]).collect();
         let refs: Vec<&Event> = events.iter().collect();
-        let mut rounds = Rounds::new(&refs);
+        let mut rounds = Rounds::new(&refs, |_| 0);
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![0, 1, 2], vec![5, 6]]);
         for index in [0, 1, 2, 5, 6] {
             rounds.answer(index, delivered());
@@ -172,7 +173,7 @@ mod tests {
     fn a_failed_key_takes_no_further_part() {
         let events: Vec<Event> = (1..=5).map(|id| keyed(id, "a")).collect();
         let refs: Vec<&Event> = events.iter().collect();
-        let mut rounds = Rounds::new(&refs);
+        let mut rounds = Rounds::new(&refs, |_| 0);
         rounds.answer(0, delivered());
         rounds.answer(1, Outcome::Failed(PublishError::new(Fault::Event, "X", "")));
         rounds.answer(2, Outcome::Held);
@@ -185,7 +186,7 @@ mod tests {
     fn bytes_count_and_an_oversize_event_rides_alone() {
         let events: Vec<Event> = (1..=4).map(event).collect();
         let refs: Vec<&Event> = events.iter().collect();
-        let rounds = Rounds::new(&refs);
+        let rounds = Rounds::new(&refs, |_| 0);
         let sizes = [60, 60, 500, 10];
         let limits = Limits { requests: 9, ..LIMITS };
         assert_eq!(rounds.next(limits, |index| sizes[index]), [vec![0, 3], vec![1], vec![2]]);
@@ -196,7 +197,7 @@ mod tests {
         // The second of key `a` does not fit beside the first; the third would, and must wait all the same.
         let events = [keyed(1, "a"), keyed(2, "a"), keyed(3, "a")];
         let refs: Vec<&Event> = events.iter().collect();
-        let rounds = Rounds::new(&refs);
+        let rounds = Rounds::new(&refs, |_| 0);
         let sizes = [60, 60, 10];
         assert_eq!(rounds.next(LIMITS, |index| sizes[index]), [vec![0]]);
     }
@@ -206,7 +207,7 @@ mod tests {
         let events = [keyed(1, "a"), event(2), keyed(3, "a"), event(4), keyed(5, "a"), keyed(6, "b")];
         let refs: Vec<&Event> = events.iter().collect();
         let places = [7, 8, 8, 7, 7, 7];
-        let mut rounds = Rounds::new(&refs).at_places(|index| places[index]);
+        let mut rounds = Rounds::new(&refs, |index| places[index]);
         // The third goes elsewhere than the first of its key; the fifth would fit beside the first, and must not overtake.
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![0, 3, 5], vec![1]]);
         [0, 1, 3, 5].into_iter().for_each(|index| rounds.answer(index, delivered()));
@@ -216,18 +217,18 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_seated_whole_where_that_is_possible() {
-        // Seated one by one, the first request would be full with 1a 2b 3a, and the fourth have to wait.
+    fn a_key_is_placed_whole_where_that_is_possible() {
+        // Placed one by one, the first request would be full with 1a 2b 3a, and the fourth would have to wait.
         let events = [keyed(1, "a"), keyed(2, "b"), keyed(3, "a"), keyed(4, "b"), event(5)];
         let refs: Vec<&Event> = events.iter().collect();
-        assert_eq!(Rounds::new(&refs).next(LIMITS, |_| 10), [vec![0, 2, 4], vec![1, 3]]);
+        assert_eq!(Rounds::new(&refs, |_| 0).next(LIMITS, |_| 10), [vec![0, 2, 4], vec![1, 3]]);
     }
 
     #[test]
     fn after_its_end_nothing_is_sent() {
         let events = [event(1)];
         let refs: Vec<&Event> = events.iter().collect();
-        let mut rounds = Rounds::new(&refs);
+        let mut rounds = Rounds::new(&refs, |_| 0);
         rounds.end();
         assert!(rounds.next(LIMITS, |_| 1).is_empty());
         assert_eq!(rounds.into_outcomes(), [Outcome::Held]);

@@ -1,92 +1,37 @@
-//! Exactly once: what keeps an event that is published again, after a crash or an answer that was lost, from arriving twice.
+//! Exactly once: keeps an event from arriving twice that is published again after a crash or a lost answer.
 //!
-//! Beside each stream lies a small hash, its *state*, one for each partition of the outbox: which claim published last
-//! (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...: a line with sequence and id of
-//! each event, an empty one, and their lines of the script's answer), and what of earlier claims is still unsettled
-//! (`carried`). The script of a chunk writes the state together with the stream, so each is as old as the other whatever
-//! happens to Redis.
+//! Beside each stream lies a small hash for each partition of the outbox, its *state* (see `state`). It says which claim
+//! published last (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...), and which events
+//! of earlier claims are still not settled (`already_sent`). The script of a chunk writes the state together with the stream,
+//! so whatever happens to Redis, both have the same age.
 //!
-//! 1. A chunk takes over a state whose list is empty, from an earlier epoch. Otherwise it adds nothing, and tells.
-//! 2. Then the claim asks the outbox, which answers only while it holds its partitions, for an epoch above the state's and
-//!    for what of the listed events still waits. That is carried: published already, and not published again.
-//! 3. When the claim is settled, its list is emptied by a *mark*. A mark that is lost costs the next claim step 2.
+//! 1. A chunk takes over a state whose list is empty and whose epoch is lower. Any other state of another claim it reports,
+//!    and adds nothing.
+//! 2. Then the claim asks the outbox for an epoch above the state's, and which of the listed events still wait. The outbox
+//!    answers only while the claim holds its partitions. The events that still wait were published already, and are not
+//!    published again.
+//! 3. When the claim is settled, a *clear* empties its list. If a clear is lost, the next claim does step 2.
 //!
-//! So a claim that lost its partitions, and does not know it, is refused as soon as another has published there.
+//! So a claim that lost its partitions without knowing it is refused as soon as another claim has published there.
 
 use std::collections::{HashMap, HashSet};
 
-use redis::{Cmd, Value};
+use redis::Cmd;
 use uuid::Uuid;
 
 use crate::event::{Event, Outcome, SentBefore};
 use crate::sink::ClaimContext;
+use crate::sink::redis::command::Commands;
 use crate::sink::redis::connection::slot_of;
-use crate::sink::redis::script::Commands;
+use crate::sink::redis::script::{self, ChunkStates, Settled};
+use crate::sink::redis::state::{Added, StateToRecover};
 use crate::sink::redis::state_key::{Replaced, state_key};
 
-/// How long the state of a partition in which nothing happens is kept. It must outlast a publish call that was begun before
-/// another claim took over, which ends with its timeout.
-const STATE_LIFETIME_SECONDS: u32 = 86_400;
-
 /// How far above the claim's own an epoch may be. A failover of the database takes its epochs back by as many settles as it
-/// loses; a number that is further away is not a relay's, and would drive the database's own to its end.
+/// loses. A number that is further away is not a relay's, and would use up the database's own numbers.
 const EPOCH_REACH: i64 = 1 << 40;
 
-/// Takes over a state that was looked into, unless it has changed since. KEYS: the state. ARGV: its number of fields and its
-/// owner then; the owner from now on; what is carried.
-const BEGIN: &str = "
-if redis.call('HLEN', KEYS[1]) ~= tonumber(ARGV[1]) or redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
-redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'owner', ARGV[3])
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'carried', ARGV[4]) end
-return 1";
-
-/// Empties lists that are settled, each unless another claim owns it by now. KEYS: the states. ARGV: the lifetime; for each
-/// state its owner, and what is still carried.
-const MARK: &str = "
-for n = 1, #KEYS do
-  local owner, carried = ARGV[2 * n], ARGV[2 * n + 1]
-  if redis.call('HGET', KEYS[n], 'owner') == owner then
-    redis.call('DEL', KEYS[n])
-    redis.call('HSET', KEYS[n], 'owner', owner)
-    if carried ~= '' then
-      redis.call('HSET', KEYS[n], 'carried', carried)
-    else
-      redis.call('EXPIRE', KEYS[n], ARGV[1])
-    end
-  end
-end
-return redis.status_reply('OK')";
-
-/// The states that a chunk writes to.
-#[derive(Default)]
-pub(super) struct ChunkStates {
-    /// The chunk's number within its claim, by which one that is sent twice is known.
-    pub(super) chunk: usize,
-    pub(super) keys: Vec<String>,
-    /// The state of each of its events, as an index into `keys`.
-    pub(super) of: Vec<usize>,
-}
-
-/// A state that this claim may not write to before it has looked into it.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Dirty {
-    pub(super) key: String,
-    fields: usize,
-    owner: String,
-    epoch: i64,
-    added: Vec<Added>,
-}
-
-/// An event that a state lists, and the reply to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Added {
-    sequence: i64,
-    event_id: Uuid,
-    reply: String,
-}
-
-/// What one publish call knows of the states it writes to.
+/// What one publish call knows about the states that it writes to.
 pub(super) struct Once<'a> {
     claim: &'a ClaimContext<'a>,
     replaced: &'a Replaced,
@@ -97,13 +42,14 @@ pub(super) struct Once<'a> {
 #[derive(Default)]
 struct State {
     partition: i16,
-    /// Where it is not the claim's first.
+    /// The epoch from when the claim was renewed; before, it is the claim's own.
     epoch: Option<i64>,
-    /// Some chunk was added under this claim.
+    /// This claim has written to it.
     owned: bool,
-    /// A chunk may have been added of which nothing is known.
+    /// A chunk may have been added whose answer is not known.
     unknown: bool,
-    carried: Vec<Added>,
+    /// Events that earlier claims published and that still wait.
+    already_sent: Vec<Added>,
 }
 
 impl<'a> Once<'a> {
@@ -111,16 +57,12 @@ impl<'a> Once<'a> {
         Self { claim, replaced, chunks: 0, states: HashMap::new() }
     }
 
-    pub(super) fn token(&self) -> u64 {
-        self.claim.id.token
-    }
-
-    pub(super) fn epoch(&self, key: &str) -> i64 {
+    fn epoch(&self, key: &str) -> i64 {
         self.states.get(key).and_then(|state| state.epoch).unwrap_or(self.claim.id.epoch)
     }
 
     fn owner(&self, key: &str) -> String {
-        format!("{} {}", self.epoch(key), self.token())
+        format!("{} {}", self.epoch(key), self.claim.id.token)
     }
 
     fn key(&self, event: &Event, commands: &dyn Commands) -> String {
@@ -130,12 +72,12 @@ impl<'a> Once<'a> {
         self.replaced.current(state_key(beside.as_deref(), &name))
     }
 
-    /// A state of this key is of use only if its owner's epoch is at most this.
+    /// What lies at the key of a state is taken for a state only if its owner's epoch is at most this.
     pub(super) fn highest_epoch(&self) -> i64 {
         self.claim.id.epoch.saturating_add(EPOCH_REACH)
     }
 
-    /// What lies at this key is no state: another key takes its place. `false`: there have been too many.
+    /// Moves a state to another key, because this key holds something else. `false`: too many keys were tried.
     pub(super) fn replace(&self, key: &str) -> bool {
         self.replaced.replace(key)
     }
@@ -143,7 +85,8 @@ impl<'a> Once<'a> {
     /// The states of the next chunk.
     pub(super) fn chunk(&mut self, events: &[&Event], chunk: &[usize], commands: &dyn Commands) -> ChunkStates {
         self.chunks += 1;
-        let mut states = ChunkStates { chunk: self.chunks, ..ChunkStates::default() };
+        let token = self.claim.id.token;
+        let mut states = ChunkStates { token, chunk: self.chunks, ..ChunkStates::default() };
         let mut last: Option<(i16, Option<String>, usize)> = None;
         for &index in chunk {
             let event = events[index];
@@ -159,6 +102,7 @@ impl<'a> Once<'a> {
             let key = self.key(event, commands);
             let place = states.keys.iter().position(|known| *known == key).unwrap_or_else(|| {
                 self.states.entry(key.clone()).or_default().partition = event.row.partition;
+                states.epochs.push(self.epoch(&key));
                 states.keys.push(key);
                 states.keys.len() - 1
             });
@@ -168,19 +112,14 @@ impl<'a> Once<'a> {
         states
     }
 
-    /// Adds an event to the list of a state.
-    pub(super) fn list(list: &mut String, event: &Event) {
-        list_event(list, event.row.id, event.event_id);
-    }
-
-    /// A chunk was added.
+    /// Records that a chunk was added.
     pub(super) fn added(&mut self, states: &ChunkStates) {
         for key in &states.keys {
             self.states.entry(key.clone()).or_default().owned = true;
         }
     }
 
-    /// Nobody knows whether a chunk was added.
+    /// Records that it is not known whether a chunk was added.
     pub(super) fn lost(&mut self, states: &ChunkStates) {
         for key in &states.keys {
             self.states.entry(key.clone()).or_default().unknown = true;
@@ -189,10 +128,10 @@ impl<'a> Once<'a> {
 
     /// Asks the outbox about the events that states list, and returns the calls that take those states over. `None`: the
     /// claim is lost.
-    pub(super) async fn look_into(&mut self, dirty: Vec<Dirty>) -> Option<Vec<(String, Cmd)>> {
-        let floor = dirty.iter().map(|state| state.epoch).fold(self.claim.id.epoch, i64::max);
+    pub(super) async fn recover(&mut self, states: Vec<StateToRecover>) -> Option<Vec<(String, Cmd)>> {
+        let floor = states.iter().map(|state| state.epoch).fold(self.claim.id.epoch, i64::max);
         let mut noted = Vec::new();
-        for state in &dirty {
+        for state in &states {
             let partition = self.states.get(&state.key).map_or(0, |state| state.partition);
             noted.extend(state.added.iter().map(|added| SentBefore {
                 partition,
@@ -202,172 +141,55 @@ impl<'a> Once<'a> {
         }
         let renewed = self.claim.check.renew(floor, &noted, self.claim.destination).await?;
         let pending: HashSet<usize> = renewed.pending.into_iter().collect();
-        let mut calls = Vec::with_capacity(dirty.len());
+        let mut calls = Vec::with_capacity(states.len());
         let mut place = 0;
-        for seen in dirty {
-            let count = seen.added.len();
+        for mut found in states {
+            let added = std::mem::take(&mut found.added);
+            let count = added.len();
             let waits = |(offset, added): (usize, Added)| pending.contains(&(place + offset)).then_some(added);
-            let carried: Vec<Added> = seen.added.into_iter().enumerate().filter_map(waits).collect();
+            let already_sent: Vec<Added> = added.into_iter().enumerate().filter_map(waits).collect();
             place += count;
-            let state = self.states.entry(seen.key.clone()).or_default();
+            let state = self.states.entry(found.key.clone()).or_default();
             state.epoch = Some(renewed.epoch);
-            state.carried = carried;
-            let mut call = redis::cmd("EVAL");
-            call.arg(BEGIN).arg(1).arg(&seen.key).arg(seen.fields).arg(&seen.owner);
-            call.arg(self.owner(&seen.key)).arg(format_added(&self.states[&seen.key].carried));
-            calls.push((seen.key, call));
+            state.already_sent = already_sent;
+            let call = script::take_over(&found, &self.owner(&found.key), &self.states[&found.key].already_sent);
+            calls.push((found.key, call));
         }
         Some(calls)
     }
 
-    /// A state that was looked into is this claim's: its events that are carried have been delivered before.
-    pub(super) fn begun(&mut self, key: &str, events: &[&Event], commands: &dyn Commands) -> Vec<(usize, Outcome)> {
+    /// Records that a state was taken over. Returns the events among `events` that it lists as published already.
+    pub(super) fn taken_over(
+        &mut self,
+        key: &str,
+        events: &[&Event],
+        commands: &dyn Commands,
+    ) -> Vec<(usize, Outcome)> {
         let Some(state) = self.states.get_mut(key) else { return Vec::new() };
         state.owned = true;
-        let carried: HashMap<(i64, Uuid), String> =
-            state.carried.iter().map(|added| ((added.sequence, added.event_id), added.reply.clone())).collect();
+        let already_sent: HashMap<(i64, Uuid), String> =
+            state.already_sent.iter().map(|added| ((added.sequence, added.event_id), added.reply.clone())).collect();
         let partition = state.partition;
         let delivered = |(index, event): (usize, &&Event)| {
-            let reply = carried.get(&(event.row.id, event.event_id))?;
+            let reply = already_sent.get(&(event.row.id, event.event_id))?;
             (event.row.partition == partition && self.key(event, commands) == key)
                 .then(|| (index, Outcome::Delivered { message_id: Some(reply.clone()) }))
         };
         events.iter().enumerate().filter_map(delivered).collect()
     }
 
-    /// The calls that empty the lists once `delivered` are settled, one for each slot of a cluster, with that slot.
-    pub(super) fn marks<'e>(&self, delivered: impl Iterator<Item = &'e Event>, clustered: bool) -> Vec<(u16, Cmd)> {
-        let carries = self.states.values().any(|state| !state.carried.is_empty());
+    /// The calls that empty the lists once `delivered` are settled: one for each slot of a cluster, with that slot.
+    pub(super) fn clears<'e>(&self, delivered: impl Iterator<Item = &'e Event>, clustered: bool) -> Vec<(u16, Cmd)> {
+        let lists_any = self.states.values().any(|state| !state.already_sent.is_empty());
         let delivered: HashSet<(i64, Uuid)> =
-            delivered.filter(|_| carries).map(|event| (event.row.id, event.event_id)).collect();
-        let mut places: HashMap<u16, Vec<&String>> = HashMap::new();
-        for (key, state) in &self.states {
-            if state.owned && !state.unknown {
-                places.entry(if clustered { slot_of(key.as_bytes()) } else { 0 }).or_default().push(key);
-            }
+            delivered.filter(|_| lists_any).map(|event| (event.row.id, event.event_id)).collect();
+        let mut places: HashMap<u16, Vec<Settled<'_>>> = HashMap::new();
+        for (key, state) in self.states.iter().filter(|(_, state)| state.owned && !state.unknown) {
+            let mut already_sent = state.already_sent.clone();
+            already_sent.retain(|added| !delivered.contains(&(added.sequence, added.event_id)));
+            let place = if clustered { slot_of(key.as_bytes()) } else { 0 };
+            places.entry(place).or_default().push(Settled { key, owner: self.owner(key), already_sent });
         }
-        let call = |keys: Vec<&String>| {
-            let mut call = redis::cmd("EVAL");
-            call.arg(MARK).arg(keys.len());
-            keys.iter().for_each(|key| {
-                call.arg(key);
-            });
-            call.arg(STATE_LIFETIME_SECONDS);
-            for key in keys {
-                let mut carried = self.states[key].carried.clone();
-                carried.retain(|added| !delivered.contains(&(added.sequence, added.event_id)));
-                call.arg(self.owner(key)).arg(format_added(&carried));
-            }
-            call
-        };
-        places.into_iter().map(|(place, keys)| (place, call(keys))).collect()
-    }
-}
-
-/// A state that a chunk may not write to: one to be looked into, or the key of what is no state.
-pub(super) type Found = Result<Dirty, String>;
-
-/// The states in the answer of a chunk that added nothing; `None` where it is another answer.
-pub(super) fn found(answer: &Value, keys: &[String], highest_epoch: i64) -> Option<Vec<Found>> {
-    let Value::Array(states) = answer else { return None };
-    if states.is_empty() {
-        return None;
-    }
-    states.iter().map(|state| found_state(state, keys, highest_epoch)).collect()
-}
-
-fn found_state(state: &Value, keys: &[String], highest_epoch: i64) -> Option<Found> {
-    let Value::Array(parts) = state else { return None };
-    let [number, fields] = parts.as_slice() else { return None };
-    let key = keys.get(text(number)?.parse::<usize>().ok()?.checked_sub(1)?)?.clone();
-    let dirty = dirty_state(&key, fields).filter(|dirty| dirty.epoch <= highest_epoch);
-    Some(dirty.ok_or(key))
-}
-
-/// `None`: it is no state.
-fn dirty_state(key: &str, fields: &Value) -> Option<Dirty> {
-    // The error of a key of another type is no list.
-    let Value::Array(fields) = fields else { return None };
-    let (mut owner, mut added) = (None, Vec::new());
-    for field in fields.chunks_exact(2) {
-        match text(&field[0])? {
-            "owner" => owner = Some(text(&field[1])?.to_owned()),
-            _ => added.append(&mut parse_added(text(&field[1])?)?),
-        }
-    }
-    let owner = owner?;
-    let epoch = owner.split(' ').next()?.parse().ok()?;
-    Some(Dirty { key: key.to_owned(), fields: fields.len() / 2, owner, epoch, added })
-}
-
-fn parse_added(text: &str) -> Option<Vec<Added>> {
-    let (events, replies) = text.split_once("\n\n")?;
-    let (events, replies): (Vec<_>, Vec<_>) = (events.split('\n').collect(), replies.split('\n').collect());
-    if events.len() != replies.len() {
-        return None;
-    }
-    let added = events.into_iter().zip(replies).filter(|(_, reply)| !reply.is_empty() && !reply.starts_with('-'));
-    added
-        .map(|(event, reply)| {
-            let (sequence, event_id) = event.split_once(' ')?;
-            Some(Added { sequence: sequence.parse().ok()?, event_id: event_id.parse().ok()?, reply: reply.to_owned() })
-        })
-        .collect()
-}
-
-/// What [`parse_added`] reads; nothing for nothing.
-fn format_added(added: &[Added]) -> String {
-    if added.is_empty() {
-        return String::new();
-    }
-    let mut text = String::new();
-    added.iter().for_each(|added| list_event(&mut text, added.sequence, added.event_id));
-    added.iter().for_each(|added| text.extend(["\n", &added.reply]));
-    text
-}
-
-fn list_event(list: &mut String, sequence: i64, event_id: Uuid) {
-    list.extend([&sequence.to_string(), " ", event_id.hyphenated().encode_lower(&mut Uuid::encode_buffer()), "\n"]);
-}
-
-fn text(value: &Value) -> Option<&str> {
-    match value {
-        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_state_with_anything_unexpected_in_it_is_no_state() {
-        let bulk = |text: &str| Value::BulkString(text.as_bytes().to_vec());
-        let state = |fields: &[&str]| {
-            Value::Array(vec![Value::Array(vec![
-                bulk("1"),
-                Value::Array(fields.iter().map(|field| bulk(field)).collect()),
-            ])])
-        };
-        let keys = ["k".to_owned()];
-        let id = Uuid::from_u128(7);
-        let line = format!("12 {id}\n13 {id}\n\n1-0\n");
-        let added = Added { sequence: 12, event_id: id, reply: "1-0".to_owned() };
-        let found = |value: &Value| found(value, &keys, 100);
-        let dirty =
-            Dirty { key: "k".to_owned(), fields: 2, owner: "3 4".to_owned(), epoch: 3, added: vec![added.clone()] };
-        assert_eq!(found(&state(&["owner", "3 4", "1", &line])), Some(vec![Ok(dirty)]));
-        let both = [Added { sequence: -1, event_id: id, reply: "2-0".to_owned() }, added.clone()];
-        assert_eq!(parse_added(&format_added(&both)), Some(both.to_vec()));
-        let no_state = Some(vec![Err("k".to_owned())]);
-        assert_eq!(found(&state(&["1", &line])), no_state);
-        assert_eq!(found(&state(&["owner", "x", "1", &line])), no_state);
-        assert_eq!(found(&state(&["owner", "101 4"])), no_state, "its epoch is out of reach");
-        assert_eq!(found(&state(&["owner", "3 4", "1", "12 x\n\n1-0"])), no_state);
-        assert_eq!(found(&state(&["owner", "3 4", "1", &format!("12 {id}\n\n1-0\n2-0")])), no_state);
-        assert_eq!(found(&Value::Array(vec![Value::Array(vec![bulk("1"), bulk("WRONGTYPE ...")])])), no_state);
-        assert_eq!(found(&Value::Array(vec![bulk("1-0")])), None);
-        assert_eq!(found(&Value::Nil), None);
+        places.into_iter().map(|(place, states)| (place, script::clear(&states))).collect()
     }
 }

@@ -8,31 +8,15 @@ use redis::{Cmd, FromRedisValue, Value};
 
 use crate::audit::{Checksum, Entry};
 use crate::event::{Fault, PublishError};
+use crate::sink::redis::RedisAddress;
 use crate::sink::redis::connection::{Connection, slot_of};
 use crate::sink::redis::fault::call_error;
-use crate::sink::redis::{Redis, RedisAddress};
 
 /// Entries asked for at a time; each may have a payload of a megabyte.
 const PAGE: usize = 100;
 
 /// How long one page may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
-
-impl Redis {
-    /// Whether the stream has given its greatest id. Nothing where it may not be asked, or there is none.
-    pub(in crate::sink) async fn is_exhausted(&self, stream: &str) -> bool {
-        let Ok((_, mut connection)) = self.connection().await else { return false };
-        let mut command = redis::cmd("XINFO");
-        command.arg("STREAM").arg(stream);
-        let Ok(answer) = connection.call(&command, slot_of(stream.as_bytes())).await else { return false };
-        let Ok(facts) = Vec::<Value>::from_redis_value(answer) else { return false };
-        let text = |value: &Value| String::from_redis_value(value.clone()).ok();
-        facts.chunks(2).any(|fact| {
-            text(&fact[0]).as_deref() == Some("last-generated-id")
-                && fact.get(1).and_then(text).as_deref() == Some("18446744073709551615-18446744073709551615")
-        })
-    }
-}
 
 /// A stream that is read in order.
 pub struct StreamReader<'a> {

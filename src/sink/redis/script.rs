@@ -1,13 +1,19 @@
-//! The script that runs a chunk of events, and the calls of it.
+//! The scripts that Redis runs, and the calls of them: publishing a chunk, taking over a state, and clearing one.
+//!
+//! [`once`](super::once) says what the states are for.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use redis::{Cmd, Script};
 
 use crate::event::Event;
-use crate::sink::redis::once::{ChunkStates, Once};
+use crate::sink::redis::command::{Command, Commands, Shape, Words};
+use crate::sink::redis::state::{Added, StateToRecover, format_added, list_event};
+
+/// How long the state of a partition in which nothing happens is kept. It must outlast a publish call that began before
+/// another claim took over. Such a call ends with its timeout, of at most ten minutes.
+const STATE_LIFETIME_SECONDS: u32 = 86_400;
 
 /// Runs each event's command. A pipeline of bare commands could invert a key: an error on one, success on the next.
 ///
@@ -19,16 +25,17 @@ use crate::sink::redis::once::{ChunkStates, Once};
 /// which of its own values is an event's key (0: none). Then runs of events: shape, state (0: none), number of events, the
 /// shared values, and each event's own.
 ///
-/// Answers one text with a line for each event: the command's reply, `-` and an error, or nothing where an earlier event of its
-/// key failed. Or, with nothing done, the states that this claim may not write to before it has looked into them, and
-/// those that are none. One text
-/// is less to take apart than a reply for each event. Shapes and runs, because what events share would else be most of what
-/// Redis parses: it costs as much as adding the entry.
-pub(super) static SCRIPT: LazyLock<Script> = LazyLock::new(|| {
+/// The answer is one text with a line for each event: the command's reply, `-` and an error, or nothing if an earlier event of
+/// its key failed. One text takes less time to read than a reply for each event. If the claim may not write to some of the
+/// states, nothing is done, and the answer is a list of those: states to recover, and keys that hold no state.
+///
+/// There are shapes and runs because what events share would otherwise be most of what Redis parses, which takes as long as
+/// adding the entries.
+pub(super) static PUBLISH: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
 local token, chunk, count, at = ARGV[1], ARGV[2], tonumber(ARGV[3]), 3
-local states, dirty = {}, {}
+local states, to_recover = {}, {}
 for n = 1, count do
   local key, epoch, list = KEYS[#KEYS - count + n], ARGV[at + 1], ARGV[at + 2]
   at = at + 2
@@ -38,15 +45,15 @@ for n = 1, count do
   local owner = found[1]
   local number = owner and tonumber(string.match(owner, '^%d+'))
   if found.err then
-    dirty[#dirty + 1] = { tostring(n), 'WRONGTYPE' }
+    to_recover[#to_recover + 1] = { tostring(n), 'WRONGTYPE' }
   elseif owner == mine then
     if found[2] then return redis.status_reply('REPEATED') end
   elseif redis.call('HLEN', key) > (owner and 1 or 0) or owner and (not number or number >= tonumber(epoch)) then
-    dirty[#dirty + 1] = { tostring(n), redis.call('HGETALL', key) }
+    to_recover[#to_recover + 1] = { tostring(n), redis.call('HGETALL', key) }
   end
   states[n] = { key = key, owner = owner ~= mine and mine, texts = { list } }
 end
-if #dirty > 0 then return dirty end
+if #to_recover > 0 then return to_recover end
 for n = 1, count do
   local state = states[n]
   if state.owner then
@@ -108,141 +115,57 @@ return table.concat(replies, '\n')",
     )
 });
 
-/// A value of at least so many bytes is not copied into a buffer of its own before it goes into the call.
-const LARGE_VALUE: usize = 16 * 1024;
+/// Takes a state over, unless it has changed since it was read. KEYS: the state. ARGV: its number of fields and its owner when
+/// it was read; the owner from now on; the list of events that earlier claims published and that still wait.
+const TAKE_OVER: &str = "
+if redis.call('HLEN', KEYS[1]) ~= tonumber(ARGV[1]) or redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'owner', ARGV[3])
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'already_sent', ARGV[4]) end
+return 1";
 
-/// One event's command, split into what others share and what is its own.
+/// Empties the lists of states that are settled, except those that another claim owns by now. KEYS: the states. ARGV: the
+/// lifetime in seconds; for each state its owner, and the list of what earlier claims published and still waits.
+const CLEAR: &str = "
+for n = 1, #KEYS do
+  local owner, already_sent = ARGV[2 * n], ARGV[2 * n + 1]
+  if redis.call('HGET', KEYS[n], 'owner') == owner then
+    redis.call('DEL', KEYS[n])
+    redis.call('HSET', KEYS[n], 'owner', owner)
+    if already_sent ~= '' then
+      redis.call('HSET', KEYS[n], 'already_sent', already_sent)
+    else
+      redis.call('EXPIRE', KEYS[n], ARGV[1])
+    end
+  end
+end
+return redis.status_reply('OK')";
+
+/// The states that a chunk writes to; none if its batch belongs to no claim.
 #[derive(Default)]
-pub(in crate::sink) struct Command<'a> {
-    shape: Shape,
-    shared: Words,
-    own: Words,
-    /// Large values, by their places among the own words, which are empty there.
-    large: Vec<(usize, Cow<'a, [u8]>)>,
+pub(super) struct ChunkStates {
+    /// The claim's token.
+    pub(super) token: u64,
+    /// The chunk's number within its claim, by which one that is sent twice is recognised.
+    pub(super) chunk: usize,
+    pub(super) keys: Vec<String>,
+    /// The claim's epoch at each of `keys`.
+    pub(super) epochs: Vec<i64>,
+    /// The state of each of its events, as an index into `keys`.
+    pub(super) of: Vec<usize>,
 }
 
-/// What many events share.
-#[derive(Default, Clone, PartialEq, Eq)]
-struct Shape {
-    words: Words,
-    /// At which of the words stand the values that neighbours share, and those of an event's own, counted from 1; 0:
-    /// nowhere.
-    shared: Vec<usize>,
-    own: Vec<usize>,
-    /// Which of its own values is the event's key, counted from 1; 0: it has none.
-    key: usize,
-}
-
-/// Words, one after the other in one buffer.
-#[derive(Default, Clone, PartialEq, Eq)]
-struct Words {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
-impl Words {
-    fn push(&mut self, word: &[u8]) {
-        self.bytes.extend_from_slice(word);
-        self.ends.push(self.bytes.len());
-    }
-
-    fn clear(&mut self) {
-        self.bytes.clear();
-        self.ends.clear();
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, end)| &self.bytes[start..*end])
-    }
-}
-
-impl<'a> Command<'a> {
-    /// A word that many events have in common, never empty: the command, the name of a field.
-    pub(in crate::sink) fn word(&mut self, word: impl AsRef<[u8]>) {
-        self.shape.words.push(word.as_ref());
-    }
-
-    /// A value that an event is likely to share with its neighbours.
-    pub(in crate::sink) fn shared(&mut self, value: impl AsRef<[u8]>) {
-        self.word("");
-        self.shape.shared.push(self.shape.words.ends.len());
-        self.shared.push(value.as_ref());
-    }
-
-    /// A value of the event's own.
-    pub(in crate::sink) fn value(&mut self, value: impl AsRef<[u8]>) {
-        self.word("");
-        self.shape.own.push(self.shape.words.ends.len());
-        self.own.push(value.as_ref());
-    }
-
-    /// The same, which may be large.
-    pub(in crate::sink) fn document(&mut self, value: impl Into<Cow<'a, [u8]>>) {
-        let value = value.into();
-        if value.len() < LARGE_VALUE {
-            self.value(value);
-        } else {
-            self.large.push((self.own.ends.len(), value));
-            self.value("");
-        }
-    }
-
-    /// The value just given is the event's key, as it is printed: of two keys that print alike one stops with the other.
-    pub(in crate::sink) fn was_key(&mut self) {
-        self.shape.key = self.shape.own.len();
-    }
-
-    /// Sees to it that the script knows the key, where the command does not have it.
-    fn finish(&mut self, event: &Event) {
-        if self.shape.key == 0
-            && let Some(key) = event.key()
-        {
-            self.shape.own.push(0);
-            self.own.push(key.to_string().as_bytes());
-            self.was_key();
-        }
-    }
-
-    /// For the next event; its own values come behind those of the others.
-    fn next(&mut self) {
-        self.shape.words.clear();
-        self.shape.shared.clear();
-        self.shape.own.clear();
-        self.shape.key = 0;
-        self.shared.clear();
-    }
-}
-
-/// How a kind of sink turns events into commands.
-pub(in crate::sink) trait Commands: Send + Sync {
-    /// Writes the command that publishes `event`.
-    fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>);
-
-    /// The key that the command writes to, where it writes to one.
-    fn key<'a>(&'a self, event: &'a Event) -> Option<std::borrow::Cow<'a, str>>;
-
-    /// Whether all events go to one key, so that a key of the wrong type concerns all of them.
-    fn one_key(&self) -> bool;
-}
-
-/// Events in a row that have more than their shape in common.
+/// Events in a row with the same shape, state and shared arguments.
 struct Run {
     shape: usize,
-    /// Counted from 1; 0: none.
+    /// The number of the state, counted from 1. 0: there is none.
     state: usize,
     shared: Words,
     events: usize,
 }
 
-/// One chunk as a call of the script.
-pub(super) fn eval(
-    events: &[&Event],
-    chunk: &[usize],
-    commands: &dyn Commands,
-    once: Option<&Once<'_>>,
-    states: &ChunkStates,
-) -> Cmd {
+/// The call that publishes one chunk.
+pub(super) fn publish(events: &[&Event], chunk: &[usize], commands: &dyn Commands, states: &ChunkStates) -> Cmd {
     let mut shapes: Vec<Shape> = Vec::new();
     let mut runs: Vec<Run> = Vec::new();
     let mut lists = vec![String::new(); states.keys.len()];
@@ -254,7 +177,7 @@ pub(super) fn eval(
         command.finish(event);
         let state = states.of.get(place).map_or(0, |state| state + 1);
         if state > 0 {
-            Once::list(&mut lists[state - 1], event);
+            list_event(&mut lists[state - 1], event.row.id, event.event_id);
         }
         match runs.last_mut() {
             Some(run) if run.state == state && run.shared == command.shared && shapes[run.shape] == command.shape => {
@@ -272,20 +195,20 @@ pub(super) fn eval(
     let mut cmd = redis::cmd("EVALSHA");
     let different = if commands.one_key() { 1 } else { chunk.len() };
     let keys: HashSet<_> = chunk.iter().take(different).filter_map(|&index| commands.key(events[index])).collect();
-    cmd.arg(SCRIPT.get_hash()).arg(keys.len() + states.keys.len());
+    cmd.arg(PUBLISH.get_hash()).arg(keys.len() + states.keys.len());
     for key in &keys {
         cmd.arg(key.as_bytes());
     }
     for key in &states.keys {
         cmd.arg(key.as_bytes());
     }
-    cmd.arg(once.map_or(0, Once::token)).arg(states.chunk).arg(states.keys.len());
-    for (key, list) in states.keys.iter().zip(&lists) {
-        cmd.arg(once.map_or(0, |once| once.epoch(key))).arg(list);
+    cmd.arg(states.token).arg(states.chunk).arg(states.keys.len());
+    for (epoch, list) in states.epochs.iter().zip(&lists) {
+        cmd.arg(epoch).arg(list);
     }
     cmd.arg(shapes.len());
     for shape in &shapes {
-        cmd.arg(shape.words.ends.len());
+        cmd.arg(shape.words.len());
         shape.words.iter().for_each(|word| {
             cmd.arg(word);
         });
@@ -304,6 +227,43 @@ pub(super) fn eval(
                 None => cmd.arg(value),
             };
         });
+    }
+    cmd
+}
+
+/// A call of the publishing script that does nothing, for checking that the user may run it.
+pub(super) fn publish_nothing() -> Cmd {
+    let mut cmd = redis::cmd("EVALSHA");
+    cmd.arg(PUBLISH.get_hash()).arg(0).arg(0).arg(0).arg(0).arg(0); // no key, no claim, no state, no shape
+    cmd
+}
+
+/// The call that takes over a state for `owner`.
+pub(super) fn take_over(state: &StateToRecover, owner: &str, already_sent: &[Added]) -> Cmd {
+    let mut cmd = redis::cmd("EVAL");
+    cmd.arg(TAKE_OVER).arg(1).arg(&state.key).arg(state.fields).arg(&state.owner);
+    cmd.arg(owner).arg(format_added(already_sent));
+    cmd
+}
+
+/// A state that is settled.
+pub(super) struct Settled<'a> {
+    pub(super) key: &'a str,
+    pub(super) owner: String,
+    /// What earlier claims published and that still waits.
+    pub(super) already_sent: Vec<Added>,
+}
+
+/// The call that clears states.
+pub(super) fn clear(states: &[Settled<'_>]) -> Cmd {
+    let mut cmd = redis::cmd("EVAL");
+    cmd.arg(CLEAR).arg(states.len());
+    for Settled { key, .. } in states {
+        cmd.arg(key);
+    }
+    cmd.arg(STATE_LIFETIME_SECONDS);
+    for Settled { owner, already_sent, .. } in states {
+        cmd.arg(owner).arg(format_added(already_sent));
     }
     cmd
 }
