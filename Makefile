@@ -32,6 +32,7 @@ clippy:
 
 doc:
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --features failpoints --document-private-items
+	python3 tests/check_links.py
 
 # Clippy rather than check: it refuses warnings without building the dependencies anew. The last line is for what a relay
 # says that lacks a feature.
@@ -52,7 +53,7 @@ chaos: setup ## random faults for a while, then what arrived against what was pr
 	CHAOS_SECONDS=$(SECONDS) CHAOS_SEEDS=$(SEEDS) CHAOS_SEED=$(SEED) \
 	    cargo test --locked --features failpoints --test it -- chaos::a_long_run --ignored --nocapture
 
-figures: setup ## what the README's reliability page says, one fault after the other: FIGURE=s7 PERCENT=10
+figures: setup ## the figures of src/guide/reliability.md, one fault after the other: FIGURE=s7 PERCENT=10
 	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
 	    $(if $(FIGURE),::$(FIGURE)_,chaos::figures::) --ignored --nocapture --test-threads 1
 

@@ -29,6 +29,8 @@
 //! - [`audit`]: whether what arrived is what was emitted.
 //! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
 //! - `text`: what others wrote, as it may stand in a log.
+//!
+//! How to use all of it: the [`guide`], whose chapters exist in this documentation only.
 
 #![cfg_attr(
     not(all(feature = "cli", feature = "postgres", feature = "sqlite", feature = "redis", feature = "eventbridge")),
@@ -52,6 +54,9 @@ mod emit;
 pub mod event;
 #[cfg(feature = "relay")]
 mod failpoint;
+// Documentation alone: a compiler never sees it, and so it costs nothing.
+#[cfg(all(doc, feature = "relay"))]
+pub mod guide;
 #[cfg(feature = "relay")]
 mod hosts;
 #[cfg(feature = "relay")]

@@ -8,7 +8,7 @@ use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
 use crate::sink::Sink;
 
-/// How the engine works; see the README for the defaults.
+/// How the engine works; `src/guide/configuration.md` has the defaults.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RelayConfig {
     /// Loops, each on a connection of its own.

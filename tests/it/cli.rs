@@ -4,6 +4,7 @@ mod audit;
 mod check;
 mod destinations;
 mod emit;
+mod guide;
 mod once;
 mod run;
 mod settings;

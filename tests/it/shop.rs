@@ -1,7 +1,8 @@
-//! The examples of the README, run as a user would.
+//! The examples that README.md and the guide name, run as a user would.
 
 use std::process::Command;
 
+use crate::binary::finished;
 use crate::harness::{column, count};
 use crate::servers::database;
 use crate::stores::{Sqlite, Store};
@@ -67,4 +68,36 @@ async fn handlers_of_the_application_take_all_events_in_the_order_of_their_keys(
         assert!(of("1") < of("3") && of("2") < of("4"), "{handled}");
     }
     assert_eq!(handled.lines().count(), 8);
+}
+
+/// What `relay --once` prints in README.md's example, and what the processing log has then.
+#[tokio::test]
+async fn the_example_of_the_front_page_prints_what_it_shows() {
+    let readme = include_str!("../../README.md");
+    let between = |begin: &str, end: &str| {
+        let (_, rest) = readme.split_once(begin).unwrap_or_else(|| panic!("README.md has no {begin:?}"));
+        rest.split_once(end).unwrap_or_else(|| panic!("README.md has no {end:?} after {begin:?}")).0.to_owned()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite:{}?mode=rwc", folder.path().join("shop.db").display());
+    let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "warn")];
+
+    let migrated = finished(&["migrate"], &variables).exited(0).stdout;
+    assert_eq!(migrated.lines().last(), between("$ relay migrate | tail -n 1\n", "\n").lines().last());
+    let mut shop = <sqlx::SqliteConnection as sqlx::Connection>::connect(&url).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(between("<<'SQL'\n", "SQL\n"))).execute(&mut shop).await.unwrap();
+
+    let json = |line: &str| -> serde_json::Map<String, serde_json::Value> { serde_json::from_str(line).unwrap() };
+    let (printed, shown) = (finished(&["--once"], &variables).exited(0).stdout, between("$ relay --once\n", "\n"));
+    let (mut printed, mut shown) = (json(&printed), json(&shown));
+    for of_its_own in ["id", "time"] {
+        assert!(printed.remove(of_its_own).is_some() && shown.remove(of_its_own).is_some());
+    }
+    assert_eq!(printed, shown);
+    let (_, statement) = readme.split_once("-column shop.db \"").unwrap();
+    let (statement, table) = statement.split_once("\"\n").unwrap();
+    let row: (i64, String, String, String, i64) =
+        sqlx::query_as(sqlx::AssertSqlSafe(statement.to_owned())).fetch_one(&mut shop).await.unwrap();
+    let shown: Vec<&str> = table.lines().nth(2).unwrap().split_whitespace().collect();
+    assert_eq!(shown, [row.0.to_string(), row.1, row.2, row.3, row.4.to_string()]);
 }

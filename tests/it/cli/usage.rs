@@ -1,6 +1,4 @@
-//! `--help`, `--version`, the README, and what is no command.
-
-use std::collections::BTreeSet;
+//! `--help`, `--version`, and what is no command.
 
 use super::{NOWHERE, file};
 use crate::binary::finished;
@@ -22,7 +20,7 @@ const WITHOUT_DEFAULT: [&str; 12] = [
 ];
 
 /// The options of `relay --help`, each with all that is said about it, in one line.
-fn options() -> Vec<(String, String)> {
+pub(super) fn options() -> Vec<(String, String)> {
     let help = finished(&["--help"], &[]).exited(0).stdout;
     let mut options: Vec<(String, String)> = Vec::new();
     for line in help.lines() {
@@ -41,18 +39,14 @@ fn options() -> Vec<(String, String)> {
 }
 
 /// What stands in `[name: ...]`.
-fn bracketed<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+pub(super) fn bracketed<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("[{name}: "))?;
     rest.split(']').next()
 }
 
 /// The variable of an option, by what is said about it.
-fn variable(text: &str) -> Option<&str> {
+pub(super) fn variable(text: &str) -> Option<&str> {
     bracketed(text, "env").map(|variable| variable.trim_end_matches('='))
-}
-
-fn readme() -> String {
-    std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap()
 }
 
 #[test]
@@ -90,33 +84,6 @@ fn help_explains_every_command_and_every_exit_code() {
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
     for code in ["0 done;", "1 it could not do its work;", "2 wrong usage or configuration;", "3 --once ended with"] {
         assert!(words.contains(code), "{code:?} is missing in:\n{help}");
-    }
-}
-
-#[test]
-fn every_variable_of_the_help_stands_in_the_readme_and_back() {
-    let ours = ["RELAY_", "EVENT_", "DATABASE_", "REDIS_", "AWS_EVENTBRIDGE_"];
-    let readme = readme();
-    let in_readme: BTreeSet<&str> = readme
-        .split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'))
-        .filter(|word| ours.iter().any(|prefix| word.starts_with(prefix)))
-        .collect();
-    let options = options();
-    let mut in_help: BTreeSet<&str> = options.iter().filter_map(|(_, text)| variable(text)).collect();
-    // The beginning of variables that have no option; the help has it below the options.
-    assert!(finished(&["--help"], &[]).exited(0).stdout.contains("RELAY_DESTINATION_<NAME>"));
-    in_help.insert("RELAY_DESTINATION_");
-    assert_eq!(in_readme, in_help);
-}
-
-#[test]
-fn every_default_of_the_help_stands_in_the_readme_beside_its_variable() {
-    let readme = readme();
-    for (name, text) in options() {
-        let (Some(variable), Some(default)) = (variable(&text), bracketed(&text, "default")) else { continue };
-        let (variable, default) = (format!("`{variable}`"), format!("`{default}`"));
-        let beside = readme.lines().any(|line| line.contains(&variable) && line.contains(&default));
-        assert!(beside, "{name}: no line of the README has both {variable} and its default {default}");
     }
 }
 

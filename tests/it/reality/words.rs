@@ -167,13 +167,13 @@ async fn f95_what_the_driver_says_is_told_in_words() {
 }
 
 #[tokio::test]
-async fn f95_the_rights_that_the_readme_names_suffice_and_check_sees_each_that_is_missing() {
+async fn f95_the_rights_that_the_guide_names_suffice_and_check_sees_each_that_is_missing() {
     let database = database().await;
     let mut connection = database.connect().await;
     let server = Server::start("redis", &[]);
     let mut admin = crate::stream::connect(server.url());
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let line = readme.lines().find(|line| line.starts_with("ACL SETUSER relay ")).unwrap();
+    let page = include_str!("../../../src/guide/destinations/redis.md");
+    let line = page.lines().find(|line| line.starts_with("ACL SETUSER relay ")).unwrap();
     let words: Vec<&str> = line.split(' ').collect();
     let mut acl = |words: &[&str]| {
         let mut command = redis::cmd("ACL");
