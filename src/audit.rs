@@ -3,6 +3,10 @@
 //! It is fed with the stream, then with the database, in one snapshot, then with what came into the stream meanwhile. So a
 //! running relay gives no false alarm: an event of the first reading is, later, either still in the outbox or recorded; one
 //! that is recorded as published was in the stream before, and so is in one of the two readings.
+//!
+//! Memory grows with the number of different events, and not with their payloads, of which checksums are kept: 150 to 300 bytes
+//! for each event that is in the stream or that the database knows, the text of each different key once, and as much again for
+//! each obligation. So ten million events take at most 3 GB, without obligations. All else is streamed.
 
 mod input;
 

@@ -16,6 +16,7 @@ pub mod deliveries;
 pub mod error;
 mod number;
 pub mod operate;
+mod partitions;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod proof;
@@ -35,7 +36,7 @@ use uuid::Uuid;
 
 use crate::event::{ClaimId, Event, PublishError, RenewedClaim, SentBefore};
 pub use config::{OutboxConfig, Usage};
-pub use deliveries::{Deliveries, Delivery};
+pub use deliveries::{Deliveries, Delivery, NO_DESTINATION};
 pub use error::OutboxError;
 pub use operate::{Check, CheckRequest, Migrated, Operate};
 use register::Configuration;

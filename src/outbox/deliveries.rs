@@ -4,10 +4,14 @@ use std::time::Duration;
 
 use crate::event::{Event, Verdict};
 
+/// The destination of a row that is not routed yet, or that stands for all its destinations; and of a delivery of an event that
+/// never got as far as one.
+pub const NO_DESTINATION: &str = "";
+
 /// What became of one event at one destination.
 #[derive(Debug)]
 pub struct Delivery<'a> {
-    /// The destination's name; empty for an event that never got as far as one.
+    /// The destination's name, or [`NO_DESTINATION`].
     pub destination: &'a str,
     /// What is to be recorded.
     pub verdict: Verdict,

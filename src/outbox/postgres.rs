@@ -1,7 +1,8 @@
 //! The outbox in PostgreSQL 13 and later.
 //!
 //! - The hot path: [`lane`] claims and settles. `take` takes partitions, `batch` reads their rows, `bounds` knows up to which id a
-//!   partition has nothing left, `promote` makes due rows pending, `settle` writes what became of a batch. [`wake`] sleeps until
+//!   partition has nothing left, `promote` makes due rows pending, `renew` renews a claim, `settle` writes what became of a
+//!   batch. [`wake`] sleeps until
 //!   a producer commits, `flush` waits for the disk.
 //! - Where the database refuses a write: `refusal` says what it refuses and how to mend that, `salvage` settles what can be
 //!   settled, `left_out` holds what cannot even be parked, `refused_writes` is what the lanes know of all that, `proof` tries
@@ -40,6 +41,7 @@ mod question;
 mod refusal;
 mod refused_writes;
 mod register;
+mod renew;
 mod row;
 mod salvage;
 mod savepoint;

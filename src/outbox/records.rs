@@ -160,7 +160,7 @@ impl<'a> Records<'a> {
     pub(super) fn parked_whole(&self, reason: &str) -> Self {
         let delivered = self.log.iter().filter(|entry| entry.status == "published");
         let delivered: Vec<&str> = delivered.map(|entry| entry.destination).collect();
-        let error = Some(parked_whole_error(&delivered, reason));
+        let error = Some(parked_whole_error(&delivered, !self.moved.is_empty(), reason));
         let mut records = Self::default();
         let event = self.gone.first().copied().or_else(|| self.moved.first().map(|owed| owed.event));
         if let Some(event) = event {
@@ -184,9 +184,13 @@ pub(super) fn parked_error(status: &str, error: Option<&str>, reason: &str) -> S
     bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}{error}"))
 }
 
-/// The same of a row that stands for all its destinations.
-pub(super) fn parked_whole_error(delivered: &[&str], reason: &str) -> String {
-    let what = if delivered.is_empty() { RETRY.to_owned() } else { format!("delivered to {}", delivered.join(", ")) };
+/// The same of a row that stands for all its destinations, of which some may still be owed the event.
+pub(super) fn parked_whole_error(delivered: &[&str], still_owed: bool, reason: &str) -> String {
+    let what = match (delivered.is_empty(), still_owed) {
+        (true, _) => RETRY.to_owned(),
+        (false, true) => format!("{RETRY}, delivered to {}", delivered.join(", ")),
+        (false, false) => format!("delivered to {}", delivered.join(", ")),
+    };
     bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}"))
 }
 

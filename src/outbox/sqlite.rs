@@ -1,6 +1,6 @@
 //! The outbox in one SQLite file, shared with the application that owns it.
 //!
-//! - The hot path: [`lane`] claims and settles, `turn` is what the lane needs that does, `row` decodes what is read, `settle` writes
+//! - The hot path: [`lane`] claims and settles, `turn` is what the lane needs that does, `batch` reads, `row` decodes what is read, `settle` writes
 //!   what became of it, `traffic` stays out of the application's way, [`wake`] sleeps until the application commits.
 //! - `owner`: of several relays on one file, one works; `identity`: which file it is, whatever its name.
 //! - `proof`: whether the file records what is published, and what to do about events that it does not take.
@@ -13,6 +13,7 @@
 //! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection;
 //! the write lock is taken to settle and given back at once, never held while anything is published.
 
+mod batch;
 pub mod check;
 mod connection;
 mod crash_notes;

@@ -37,6 +37,16 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            where h.partition in (o.partition + 1280, o.partition + 1920) and h.id < o.id and h.aggregate_id = o.aggregate_id
              and coalesce(h.aggregate_type, '') = coalesce(o.aggregate_type, '')
        ) then '{\"*\": 0}'::jsonb
+       when waiting.whole and o.aggregate_id is not null and exists (
+           select from {schema}.event_outbox w
+           where w.status = 'scheduled' and w.destination = '' and w.available_at = 'infinity'
+             and pg_catalog.starts_with(w.last_error, 'settle_failed: retry') and w.id < o.id
+             and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+             and w.partition = o.partition + 640
+       ) then (
+           select pg_catalog.jsonb_object_agg(d.destination, 600000)
+           from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
+       )
        when waiting.any and o.aggregate_id is not null then (
            select pg_catalog.jsonb_object_agg(d.destination, head.remaining_ms)
            from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
@@ -63,7 +73,11 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
 from {rows}
 cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280
-) as apart) waiting";
+) as apart, exists (
+    select from {schema}.event_outbox
+    where status = 'scheduled' and destination = '' and available_at = 'infinity'
+      and pg_catalog.starts_with(last_error, 'settle_failed: retry')
+) as whole) waiting";
 
 /// Whether anything waits. Beside an old snapshot it walks over all that has waited and is gone.
 const ANY_WAITS: &str = "exists (

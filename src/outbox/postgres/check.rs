@@ -6,6 +6,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 
 use crate::outbox::error::CONNECTIONS_BESIDE;
+use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::connection::{
     ROW_SECURITY_ADVICE, STATEMENT_TIMEOUT, connect, connect_options, with_timeout,
 };
@@ -226,7 +227,8 @@ async fn standstills(
     let memory = Memory::default();
     loop {
         let sql = transaction(connection, sql).await?;
-        let (bounds, behind_unknown_format) = (vec![i64::MIN; 640], &AtomicBool::default());
+        let (bounds, behind_unknown_format) =
+            (vec![i64::MIN; usize::from(PENDING.unsigned_abs())], &AtomicBool::default());
         let history = usage.history;
         let question =
             Question { sql, destinations, publish_timeout, history, memory: &memory, bounds, behind_unknown_format };

@@ -15,6 +15,7 @@ use sqlx::{AssertSqlSafe, Executor};
 use crate::event::{ClaimId, RenewedClaim, SentBefore};
 use crate::failpoint::failpoint;
 use crate::outbox::number::milliseconds;
+use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::batch::{self, Batch, PartitionRead, Which};
 use crate::outbox::postgres::bounds::{BoundsSnapshot, ReadExtent};
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, query_failed, with_timeout};
@@ -22,31 +23,19 @@ use crate::outbox::postgres::flush::flushed;
 use crate::outbox::postgres::formats;
 use crate::outbox::postgres::promote;
 use crate::outbox::postgres::refusal::{is_content, words_and_cure};
+use crate::outbox::postgres::renew;
 use crate::outbox::postgres::savepoint::{CHECK_AND_COMMIT, SAVEPOINT};
 use crate::outbox::postgres::session::begin;
 use crate::outbox::postgres::settle::SettleWriter;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
-use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, PARTITIONS, Peeked, Ranges};
+use crate::outbox::postgres::take::{self, HAS_OWED, IS_PENDING_UP_TO, LAST_ID, Peeked, Ranges};
 use crate::outbox::records::Records;
 use crate::outbox::register::Role;
-use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, OutboxError, Peek, Promoted};
 
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
-
-/// `$1` a floor for the epoch; `$2` partitions, `$3` ids, `$4` event ids; `$5` destination. A row may have been scheduled,
-/// and so moved, since it was noted.
-const RENEW: &str = "
-select {schema}.relay_epoch_above($1), array(
-    select n.place::int
-    from unnest($2::smallint[], $3::bigint[], $4::uuid[]) with ordinality as n(partition, id, event_id, place)
-    where exists (
-        select from {schema}.event_outbox o
-        where o.partition in (n.partition, n.partition + 640::smallint) and o.id = n.id and o.event_id = n.event_id
-          and o.destination in ('', $5)
-    )
-)";
 
 /// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
 /// takes longer is not repeated for a hundred times as long.
@@ -93,8 +82,8 @@ impl PgLane {
             outbox,
             connection: None,
             begin,
-            partitions: PARTITIONS,
-            last_taken: fastrand::i16(0..PARTITIONS),
+            partitions: PENDING,
+            last_taken: fastrand::i16(0..PENDING),
             rows: MAX_ROWS,
             large: false,
             next_walk: Instant::now(),
@@ -161,7 +150,7 @@ impl PgLane {
         let sql = self.outbox.sql();
         connection.execute(AssertSqlSafe(self.begin.clone())).await?;
         let limit = self.rows.min(request.max_events);
-        let most = i16::try_from(limit).unwrap_or(PARTITIONS).min(self.partitions);
+        let most = i16::try_from(limit).unwrap_or(PENDING).min(self.partitions);
         let kept = &self.outbox.refused_writes.left_out.clone();
         let passed = kept.passed();
         let (taken, mut known) = self.take(connection, most, &passed).await?;
@@ -203,11 +192,11 @@ impl PgLane {
         }
         let out_of_bytes = bytes >= request.max_bytes;
         let full = out_of_bytes || given.values().any(|given| given.events == share);
-        let count = i16::try_from(taken.len()).unwrap_or(PARTITIONS);
+        let count = i16::try_from(taken.len()).unwrap_or(PENDING);
         // Where only some are deep, a share of each would make their batches small.
         let deep = given.values().filter(|given| given.events == share).count() == taken.len();
         let least = if deep { DEEP_PARTITIONS } else { 1 };
-        self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PARTITIONS);
+        self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PENDING);
         self.rows = match begun.elapsed() {
             // Whatever it is that takes so long, the next claim asks for no more of it.
             took if took > LONG_CLAIM && !claimed.is_empty() => limit.min(claimed.len()) / 2,
@@ -370,22 +359,10 @@ impl Lane for PgLane {
         let lost = || query_failed("renew the claim", sqlx::Error::WorkerCrashed);
         // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
         let mut connection = self.connection.take().ok_or_else(lost)?;
-        let (epoch, places): (i64, Vec<i32>) = with_timeout("renew the claim", STATEMENT_TIMEOUT, async {
-            self.outbox
-                .sql()
-                .query_as(RENEW)
-                .bind(floor)
-                .bind(noted.iter().map(|noted| noted.partition).collect::<Vec<_>>())
-                .bind(noted.iter().map(|noted| noted.id).collect::<Vec<_>>())
-                .bind(noted.iter().map(|noted| noted.event_id).collect::<Vec<_>>())
-                .bind(destination)
-                .fetch_one(&mut connection)
-                .await
-        })
-        .await?;
+        let renewed = renew::renew(&mut connection, self.outbox.sql(), floor, noted, destination);
+        let renewed = with_timeout("renew the claim", STATEMENT_TIMEOUT, renewed).await?;
         self.connection = Some(connection);
-        let pending = places.into_iter().filter_map(|place| usize::try_from(place - 1).ok()).collect();
-        Ok(RenewedClaim { epoch, pending })
+        Ok(renewed)
     }
 
     async fn settle(&mut self, deliveries: &Deliveries<'_>) -> Result<(), OutboxError> {
@@ -417,7 +394,7 @@ impl Lane for PgLane {
             return Ok(Promoted { count: 0, next_due: None }); // see `claim_left`
         }
         let mut connection = self.ready().await?;
-        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let (sql, walks) = (self.outbox.sql(), &self.outbox.walks);
         let promotion = with_timeout("promote scheduled events", STATEMENT_TIMEOUT, async {
             // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
@@ -453,7 +430,7 @@ impl Lane for PgLane {
 
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.ready().await?;
-        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let passed = self.outbox.refused_writes.left_out.passed();
         let (known, Peeked { mut pending, next_due_ms, reinsertions, drawn }) =
             with_timeout("look whether there are events", STATEMENT_TIMEOUT, async {

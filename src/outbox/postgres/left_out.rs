@@ -16,9 +16,9 @@ use sqlx::postgres::PgConnection;
 
 use crate::event::{Event, RowKey};
 use crate::outbox::Claimed;
+use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::batch::{Batch, Key, Marked, key};
 use crate::outbox::postgres::question::Question;
-use crate::outbox::postgres::take::PARTITIONS;
 use crate::outbox::standstill::{self, First, Standstill};
 
 /// For so long claims begin behind what is kept out.
@@ -191,7 +191,7 @@ pub(super) async fn find(
     connection: &mut PgConnection,
     question: &Question<'_>,
 ) -> Result<Vec<Standstill>, sqlx::Error> {
-    let partitions: Vec<i16> = (0..PARTITIONS).collect();
+    let partitions: Vec<i16> = (0..PENDING).collect();
     let rows = question.sql.query(KEPT).bind(partitions).bind(&question.bounds).fetch_all(connection).await?;
     let Some(row) = rows.first() else { return Ok(Vec::new()) };
     let first =

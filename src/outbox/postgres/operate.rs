@@ -11,11 +11,11 @@ use crate::audit::{Audit, EntryId};
 use crate::emit::NewEvent;
 use crate::outbox::error::OutboxError;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
+use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
-use crate::outbox::postgres::take::PARTITIONS;
 use crate::outbox::postgres::{audit, check, emit, formats, migrate, standstill};
 use crate::outbox::standstill::Standstill;
 
@@ -81,7 +81,7 @@ impl PgOutbox {
         destinations: &[String],
     ) -> Result<(Vec<Standstill>, bool), sqlx::Error> {
         let (sql, publish_timeout) = (Sql { persistent: false, ..self.sql() }, self.config.publish_timeout);
-        let bounds = self.bounds.known().0.bounds_of(&(0..PARTITIONS).collect::<Vec<_>>());
+        let bounds = self.bounds.known().0.bounds_of(&(0..PENDING).collect::<Vec<_>>());
         let (memory, history, behind_unknown_format) =
             (&self.memory, self.config.usage.history, &*self.behind_unknown_format);
         let question = Question { sql, destinations, publish_timeout, history, memory, bounds, behind_unknown_format };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
+use crate::outbox::deliveries::NO_DESTINATION;
 use crate::outbox::postgres::question::Question;
 use crate::outbox::standstill::{self, First, MOST_COUNTED, Standstill};
 
@@ -47,7 +48,8 @@ pub(super) async fn parked(
     question: &Question<'_>,
 ) -> Result<Vec<Standstill>, sqlx::Error> {
     // One that stands for all its destinations is owed to none of them.
-    let destinations: Vec<&str> = std::iter::once("").chain(question.destinations.iter().map(String::as_str)).collect();
+    let destinations: Vec<&str> =
+        std::iter::once(NO_DESTINATION).chain(question.destinations.iter().map(String::as_str)).collect();
     let found = question.sql.query(PARKED).bind(destinations).bind(MOST_COUNTED + 1).fetch_optional(connection).await?;
     let Some(row) = found else { return Ok(Vec::new()) };
     let (count, behind) = (row.try_get("count")?, row.try_get("behind")?);

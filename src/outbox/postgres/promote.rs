@@ -154,7 +154,7 @@ pub(super) async fn promote_each(
     let due: Vec<(String, i64)> =
         sql.query_as(DUE).persistent(false).bind(destinations).fetch_all(&mut *connection).await?;
     let mut done = Promotion { promoted: 0, swallowed: 0, next_due_ms: None };
-    let error = parked_whole_error(&[], reason);
+    let error = parked_whole_error(&[], true, reason);
     for (tid, id) in due {
         let mut written = false;
         for text in [PROMOTE_ONE, PARK_ONE] {

@@ -11,6 +11,7 @@ use sqlx::postgres::PgConnection;
 
 use crate::event::{Event, RowKey};
 use crate::failpoint::failpoint;
+use crate::outbox::partitions::OTHER_FORMATS;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::tid;
 use crate::outbox::records::{DeadLetter, HistoryRow, LogEntry, Owed, Records};
@@ -276,8 +277,11 @@ impl<'c> SettleWriter<'c> {
                 returning id
             )
             select coalesce(pg_catalog.array_agg(id), '{}'), pg_catalog.nextval('{schema}.event_outbox_epoch') from gone";
-        let mut partitions: Vec<i16> =
-            if self.moved_to.is_empty() { column(events, |event| event.row.partition) } else { (0..1280).collect() };
+        let mut partitions: Vec<i16> = if self.moved_to.is_empty() {
+            column(events, |event| event.row.partition)
+        } else {
+            (0..OTHER_FORMATS).collect()
+        };
         partitions.dedup(); // they come in order
         let Rows { tids, mut ids } = self.rows(events.iter().map(|event| &event.row));
         let (mut gone, _): (Vec<i64>, i64) = self

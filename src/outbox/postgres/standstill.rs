@@ -10,9 +10,9 @@ use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Executor, Row};
 
+use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
-use crate::outbox::postgres::take::PARTITIONS;
 use crate::outbox::postgres::{formats, left_out, parked, unconfigured, undecided};
 use crate::outbox::standstill::{NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as not_taken_text};
 
@@ -289,7 +289,7 @@ async fn partitions_held(
         }
         let what = if stranger { "advisory locks of the relay" } else { "a claim that does not end" };
         let text = format!(
-            "{partitions} of 640 partitions of event_outbox are held by {} ({what}): their events wait; {}",
+            "{partitions} of {PENDING} partitions of event_outbox are held by {} ({what}): their events wait; {}",
             session.name(seen),
             session.cure()
         );
@@ -316,7 +316,7 @@ async fn not_taken(connection: &mut PgConnection, question: &Question<'_>) -> Re
     let rows = question
         .sql
         .query(FIRST_EVENTS)
-        .bind((0..PARTITIONS).collect::<Vec<_>>())
+        .bind((0..PENDING).collect::<Vec<_>>())
         .bind(&question.bounds)
         .bind(patience.as_secs_f64())
         .fetch_all(connection)

@@ -6,11 +6,9 @@ use std::sync::LazyLock;
 
 use sqlx::postgres::PgConnection;
 
+use crate::outbox::partitions::{PENDING, PER_PRIORITY};
 use crate::outbox::postgres::bounds::{Drawn, Writers};
 use crate::outbox::postgres::sql::Sql;
-
-/// Partitions of pending rows: 64 for each of 10 priorities. Fixed by the schema.
-pub(super) const PARTITIONS: i16 = 640;
 
 /// Whether something waits that a claim does not take.
 pub(super) const HAS_OWED: &str = "
@@ -106,7 +104,7 @@ const RANGES: &str =
 /// The non-empty partitions of a range. A loose scan of the primary key touches one index entry for each, and stops as soon
 /// as enough are taken: each row of a recursive query is made only when it is asked for. By `order by`, so that its plan is by
 /// the index whatever the statistics say.
-const PENDING: &str = "
+const NON_EMPTY: &str = "
     with recursive scan(partition) as (
         (select o.partition from {schema}.event_outbox o
          where (o.partition, o.id) > (range.low, range.above) and o.partition < range.high
@@ -157,7 +155,7 @@ fn complete(query: &str) -> &'static str {
         .replace("{any}", ANY)
         .replace("{drawn}", DRAWN)
         .replace("{ranges}", RANGES)
-        .replace("{pending}", PENDING)
+        .replace("{pending}", NON_EMPTY)
         .replace("{reinsertions}", REINSERTIONS)
         .leak()
 }
@@ -174,19 +172,20 @@ impl Ranges {
     /// All partitions, by priority.
     pub(super) fn all(bounds: &BTreeMap<i16, i64>) -> Self {
         let mut ranges = Self::default();
-        ranges.add(0..PARTITIONS, bounds);
+        ranges.add(0..PENDING, bounds);
         ranges
     }
 
     /// All partitions, the most urgent first. The others of the priority of `last`, which was taken last, come before it,
     /// so that a busy one starves none.
     pub(super) fn after(last: i16, bounds: &BTreeMap<i16, i64>) -> Self {
-        let (begin, end) = (last / 64 * 64, last / 64 * 64 + 64);
+        let begin = last / PER_PRIORITY * PER_PRIORITY;
+        let end = begin + PER_PRIORITY;
         let mut ranges = Self::default();
         ranges.add(0..begin, bounds);
         ranges.add(last + 1..end, bounds);
         ranges.add(begin..last + 1, bounds);
-        ranges.add(end..PARTITIONS, bounds);
+        ranges.add(end..PENDING, bounds);
         ranges
     }
 

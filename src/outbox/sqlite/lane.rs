@@ -9,83 +9,29 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_util::TryStreamExt;
+use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
-use sqlx::{Executor, Row};
 use tokio::sync::OwnedMutexGuard;
 
-use crate::event::{ClaimId, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RenewedClaim, SentBefore};
+use crate::event::{RenewedClaim, SentBefore};
 use crate::outbox::number::milliseconds;
 use crate::outbox::records::Records;
+use crate::outbox::sqlite::batch::{self, json_text};
 use crate::outbox::sqlite::connection::{Connected, query_failed, run_query};
 use crate::outbox::sqlite::proof::{self, is_content};
-use crate::outbox::sqlite::row::{self, Sizes};
 use crate::outbox::sqlite::schema;
 use crate::outbox::sqlite::settle::SettleScript;
 use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::turn::Turn;
-use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane, OutboxError, Peek, Promoted};
+use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, OutboxError, Peek, Promoted};
 
-/// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
-/// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
-/// event of its key is asked per row only where anything waits at all: for how long, at most ten minutes, and not behind one
-/// that is done and could not be recorded.
-/// An event without attempts that has failed before has -1.
-///
-/// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
-/// which for nineteen of them took longer than all the rest. It hands over fifty rows in advance.
-const READ_BATCH: &str = "
-select case when octet_length(o.payload) > ?2 or octet_length(o.headers) > ?4 or octet_length(o.source) > ?5
-    or octet_length(o.aggregate_type) > ?5 or octet_length(o.aggregate_id) > ?5 or octet_length(o.correlation_id) > ?5
-    or octet_length(o.causation_id) > ?5
-then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, '',
-    case when octet_length(o.aggregate_type) <= ?5 then o.aggregate_type end,
-    case when octet_length(o.aggregate_id) <= ?5 then o.aggregate_id end,
-    null, null, null, o.schema_version, o.created_at,
-    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
-    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(ifnull(octet_length(o.payload), 0),
-    ifnull(octet_length(o.headers), 0), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
-    octet_length(o.correlation_id), octet_length(o.causation_id)))
-else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
-    o.aggregate_id, nullif(ifnull(o.headers, 'null'), '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
-    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
-    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
-    json(case when o.aggregate_id is not null and (
-        select exists (
-            select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
-        )
-    ) then (
-        select json_group_object(d.value, (
-            select min(cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer), 600000)
-            from event_outbox w
-            where w.status = 'scheduled' and w.destination <> '' and w.destination = d.value
-              and w.aggregate_id is not null and w.aggregate_id = o.aggregate_id
-              and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
-              and w.priority = o.priority and w.id < o.id
-              and (coalesce(w.last_error, '') not like 'settle_failed: %' or w.last_error like 'settle_failed: retry%')
-            order by w.id
-            limit 1
-        ))
-        from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-    ) end), null) || ifnull(o.payload, '') end
-from event_outbox o
-where o.partition < 640
-order by o.partition, o.id, o.destination
-limit ?1";
-
-/// How many bytes the rows have that [`READ_BATCH`] reads.
-const SIZES: &str = "
-select ifnull(octet_length(o.payload), 0) + ifnull(octet_length(o.headers), 0) + ifnull(octet_length(o.source), 0)
-    + ifnull(octet_length(o.aggregate_type), 0)
-    + ifnull(octet_length(o.aggregate_id), 0) + ifnull(octet_length(o.correlation_id), 0)
-    + ifnull(octet_length(o.causation_id), 0)
-from event_outbox o
-where o.partition < 640
-order by o.partition, o.id, o.destination
-limit ?1";
-
-/// Payloads and headers up to so many bytes are small: fifty rows of them can be in memory without being asked for.
-const SMALL: usize = 32 * 1024;
+/// Whether a row is parked that stands for all its destinations.
+const IS_PARKED_WHOLE: &str = "
+select exists (
+    select 1 from event_outbox
+    where status = 'scheduled' and destination = '' and available_at = '9999-12-31 23:59:59'
+      and last_error like 'settle_failed: retry%'
+)";
 
 /// The due rows of each destination, its earliest first, and the milliseconds until its next one: `?1` destinations,
 /// `?2` at most so many of each.
@@ -117,8 +63,6 @@ select exists (select 1 from event_outbox where partition < 640), (
         from json_each(?1) d
     ) head
 )";
-
-const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
 
 const RAISE_EPOCH: &str = "update event_outbox_epoch set epoch = max(epoch, ?1) + 1 returning epoch";
 
@@ -186,6 +130,9 @@ impl Turn {
         let config = &outbox.config;
         proof::prove(connection, &config.worker, config.usage).await?;
         let salvaged = run_query("settle", proof::salvage(connection, &config.worker, settle)).await?;
+        if salvaged.parked_whole {
+            self.parked_whole = Some(true);
+        }
         self.unsettled.pop();
         self.unsettled.extend(salvaged.left.into_iter().map(|left| (left, file)));
         match salvaged.error {
@@ -200,10 +147,18 @@ impl Turn {
             schema::require_fit(&mut connection).await?;
             self.fits(connection.file);
         }
+        let parked_whole = match self.parked_whole {
+            Some(known) => known,
+            None => {
+                let look = sqlx::query_scalar(IS_PARKED_WHOLE).fetch_one(&mut *connection);
+                run_query("look for parked events", look).await?
+            }
+        };
+        self.parked_whole = Some(parked_whole);
         let batch = run_query("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
-            read_batch(&mut connection, &mut self.large, ClaimRequest { max_events, ..request }).await
+            batch::read(&mut connection, &mut self.large, parked_whole, ClaimRequest { max_events, ..request }).await
         })
         .await?;
         self.connection = Some(connection);
@@ -302,7 +257,7 @@ impl Lane for SqliteLane {
 
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
         let mut connection = self.connection().await?;
-        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let (promoted, swallowed) = run_query("promote scheduled events", async {
             let due: Vec<(String, Option<i64>)> = sqlx::query_as(DUE)
                 .bind(json_text(&destinations))
@@ -339,7 +294,7 @@ impl Lane for SqliteLane {
 
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.connection().await?;
-        let destinations: Vec<&str> = std::iter::once("").chain(destinations.iter().copied()).collect();
+        let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let (pending, next_due_ms): (bool, Option<i64>) = run_query("look whether there are events", async {
             sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut *connection).await
         })
@@ -366,104 +321,4 @@ impl Lane for SqliteLane {
         })
         .await
     }
-}
-
-/// `large` remembers from batch to batch whether some event is not small.
-async fn read_batch(
-    connection: &mut SqliteConnection,
-    large: &mut bool,
-    request: ClaimRequest<'_>,
-) -> Result<Claim, sqlx::Error> {
-    let small = SMALL.min(request.max_payload);
-    let mut batch = Batch::default();
-    if !*large {
-        batch.read(connection, request, (request.max_events, small, SMALL)).await?;
-        *large = batch.stopped_by.is_some();
-    }
-    if batch.claimed.is_empty() && *large {
-        let rows = rows_within_bytes(connection, request).await?;
-        batch = Batch::default();
-        batch.read(connection, request, (rows, request.max_payload, MAX_HEADERS_BYTES)).await?;
-        *large = batch.largest > small;
-        batch.cut |= rows < request.max_events;
-    }
-    if batch.claimed.is_empty() {
-        return Ok(Claim::Empty);
-    }
-    let full = batch.cut || batch.stopped_by.is_some() || batch.claimed.len() == request.max_events;
-    let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
-    let claim_id = ClaimId { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
-    Ok(Claim::Batch { claimed: batch.claimed, full, claim_id })
-}
-
-/// How many of the first rows have about so many bytes as are requested; at least one.
-async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequest<'_>) -> Result<usize, sqlx::Error> {
-    let mut sizes =
-        sqlx::query_scalar(SIZES).bind(i64::try_from(request.max_events).unwrap_or(i64::MAX)).fetch(connection);
-    let (mut rows, mut bytes) = (0, 0);
-    while let Some(size) = sizes.try_next().await? {
-        let size: i64 = size;
-        bytes += usize::try_from(size).unwrap_or_default();
-        if rows > 0 && bytes > request.max_bytes {
-            break;
-        }
-        rows += 1;
-    }
-    Ok(rows.max(1))
-}
-
-/// What is read.
-#[derive(Default)]
-struct Batch {
-    claimed: Vec<Claimed>,
-    bytes: usize,
-    /// Of one event.
-    largest: usize,
-    /// The bytes have cut it short.
-    cut: bool,
-    /// So has a row that was not read, because it is not small.
-    stopped_by: Option<Sizes>,
-}
-
-impl Batch {
-    /// Reads so many rows, with payloads and headers up to these sizes.
-    async fn read(
-        &mut self,
-        connection: &mut SqliteConnection,
-        request: ClaimRequest<'_>,
-        (rows, max_payload, max_headers): (usize, usize, usize),
-    ) -> Result<(), sqlx::Error> {
-        let number = |number| i64::try_from(number).unwrap_or(i64::MAX);
-        let mut rows = sqlx::query(READ_BATCH)
-            .bind(number(rows))
-            .bind(number(max_payload))
-            .bind(json_text(request.destinations))
-            .bind(number(max_headers))
-            .bind(number(MAX_TEXT_BYTES))
-            .fetch(connection);
-        while let Some(row) = rows.try_next().await? {
-            if self.bytes >= request.max_bytes {
-                self.cut = true;
-                break;
-            }
-            let (mut claimed, sizes) = row::decode(row.try_get(0)?)?;
-            if let Some(sizes) = sizes {
-                let Some(defect) = sizes.defect(request.max_payload) else {
-                    self.stopped_by = Some(sizes);
-                    break;
-                };
-                self.bytes += sizes.total(); // settling it copies that
-                claimed.defect = Some(defect);
-            }
-            let size = claimed.event.bytes();
-            self.bytes += size;
-            self.largest = self.largest.max(size);
-            self.claimed.push(claimed);
-        }
-        Ok(())
-    }
-}
-
-fn json_text<T: AsRef<str>>(texts: &[T]) -> String {
-    serde_json::Value::from_iter(texts.iter().map(AsRef::as_ref)).to_string()
 }

@@ -342,8 +342,10 @@ impl SettleScript {
         let copies = owed.split_off(1.min(owed.len()));
         let delivered = done.iter().filter(|(_, status, _)| status == "published");
         let delivered: Vec<&str> = delivered.map(|(destination, ..)| destination.as_str()).collect();
+        let still_owed = self.moved.count > 0;
         // A null destination: its own.
-        let whole = json!([row, Value::Null, Value::Null, Value::Null, parked_whole_error(&delivered, reason)]);
+        let whole =
+            json!([row, Value::Null, Value::Null, Value::Null, parked_whole_error(&delivered, still_owed, reason)]);
         let only = |moved: Vec<Value>, copies: Vec<Value>| Self {
             moved: List::from_iter(moved),
             copies: List::from_iter(copies),

@@ -16,11 +16,12 @@ use crate::outbox::standstill::{self, Standstill, TAKEN_AFTER};
 type Probe =
     for<'a> fn(&'a mut SqliteConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-const PROBES: [Probe; 5] = [
+const PROBES: [Probe; 6] = [
     |connection, question| unconfigured::find(connection, question),
     |connection, question| parked::parked(connection, question).boxed(),
     |connection, question| parked::blocked(connection, question).boxed(),
     |connection, _| formats::unknown(connection).boxed(),
+    |connection, _| without_priority(connection).boxed(),
     |connection, question| not_taken(connection, question).boxed(),
 ];
 
@@ -41,6 +42,19 @@ pub(super) async fn find(
     }
     question.memory.forget_unseen();
     Ok(found)
+}
+
+/// Rows that lie in no partition, because somebody has allowed a NULL in `priority`.
+const WITHOUT_PRIORITY: &str = "select count(*), min(id) from event_outbox where partition is null";
+
+async fn without_priority(connection: &mut SqliteConnection) -> Result<Vec<Standstill>, sqlx::Error> {
+    let found: (i64, Option<i64>) = sqlx::query_as(WITHOUT_PRIORITY).fetch_one(connection).await?;
+    let (count, Some(first)) = found else { return Ok(Vec::new()) };
+    let text = format!(
+        "{count} events have no priority (NULL) and are not published, the first has id {first}; give them one: update event_outbox \
+         set priority = 0 where priority is null;"
+    );
+    Ok(vec![Standstill::new("priority_missing", text)])
 }
 
 /// The event that is to be published next, and for how many seconds it is due.

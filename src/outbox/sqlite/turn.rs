@@ -14,6 +14,8 @@ pub(super) struct Turn {
     /// What could not be recorded of the last claim, and in which file it belongs.
     pub(super) unsettled: Vec<(SettleScript, FileId)>,
     pub(super) traffic: Traffic,
+    /// Whether a row may be parked that stands for all its destinations, and holds back its key at each; `None`: not looked yet.
+    pub(super) parked_whole: Option<bool>,
     /// The last batch had an event that is not small.
     pub(super) large: bool,
 }
@@ -21,6 +23,6 @@ pub(super) struct Turn {
 impl Turn {
     /// The file was found to fit: a later migration does not end a relay that runs.
     pub(super) fn fits(&mut self, file: FileId) {
-        self.fits = Some(file);
+        (self.fits, self.parked_whole) = (Some(file), None);
     }
 }

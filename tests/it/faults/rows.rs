@@ -13,6 +13,7 @@ use outbox_relay::sink::{Format, Sink};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::assert_first_in_order;
+use crate::binary::finished;
 use crate::harness::{Setup, column, count, sql};
 use crate::scripted::ScriptedSink;
 use crate::servers::{Database, Server, database, database_on, redis};
@@ -157,6 +158,37 @@ async fn f29_a_column_that_is_null_because_somebody_allows_it_is_dead_lettered_a
         "pragma writable_schema = on; {schema}; pragma writable_schema = reset; pragma ignore_check_constraints = on"
     ))
     .await;
+}
+
+/// Without a priority a row lies in no partition, where no claim finds it: a check must.
+#[tokio::test]
+async fn f29_an_event_without_a_priority_on_sqlite_is_told_by_a_check_with_its_cure() {
+    let store = Sqlite::new().await;
+    let mut connection = store.connect().await;
+    let schema =
+        "update sqlite_schema set sql = replace(sql, ' not null', '') where type = 'table' and name = 'event_outbox'";
+    sql(
+        &mut connection,
+        format!(
+            "pragma writable_schema = on; {schema}; pragma writable_schema = reset; pragma ignore_check_constraints = on"
+        ),
+    )
+    .await;
+    sql(&mut connection, "insert into event_outbox (event_type, priority) values ('sick', null)").await;
+    let environment = [("DATABASE_URL", store.url()), ("RELAY_STDOUT", "true")];
+    let checked = finished(&["check"], &environment);
+    let cure = "update event_outbox set priority = 0 where priority is null;";
+    assert!(
+        checked.stdout.contains("1 events have no priority (NULL)") && checked.stdout.contains(cure),
+        "{}",
+        checked.stdout
+    );
+    checked.exited(1);
+    sql(&mut connection, cure).await;
+    finished(&["check"], &environment).exited(0);
+    let sink = ScriptedSink::accepting();
+    Setup::new(&store, vec![("a", sink.clone())]).drain().await;
+    assert_eq!(sink.names(), ["sick"]);
 }
 
 #[tokio::test]

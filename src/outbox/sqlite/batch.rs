@@ -1,0 +1,185 @@
+//! Reading a batch.
+
+use futures_util::TryStreamExt;
+use sqlx::Row;
+use sqlx::sqlite::SqliteConnection;
+
+use crate::event::{ClaimId, MAX_HEADERS_BYTES, MAX_TEXT_BYTES};
+use crate::outbox::sqlite::row::{self, Sizes};
+use crate::outbox::{Claim, ClaimRequest, Claimed};
+
+/// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
+/// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
+/// event of its key is asked per row only where anything waits at all: for how long, at most ten minutes, and not behind one
+/// that is done and could not be recorded.
+/// An event without attempts that has failed before has -1.
+///
+/// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
+/// which for nineteen of them took longer than all the rest. It hands over fifty rows in advance.
+const READ_BATCH: &str = "
+select case when octet_length(o.payload) > ?2 or octet_length(o.headers) > ?4 or octet_length(o.source) > ?5
+    or octet_length(o.aggregate_type) > ?5 or octet_length(o.aggregate_id) > ?5 or octet_length(o.correlation_id) > ?5
+    or octet_length(o.causation_id) > ?5
+then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, '',
+    case when octet_length(o.aggregate_type) <= ?5 then o.aggregate_type end,
+    case when octet_length(o.aggregate_id) <= ?5 then o.aggregate_id end,
+    null, null, null, o.schema_version, o.created_at,
+    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(ifnull(octet_length(o.payload), 0),
+    ifnull(octet_length(o.headers), 0), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
+    octet_length(o.correlation_id), octet_length(o.causation_id)))
+else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
+    o.aggregate_id, nullif(ifnull(o.headers, 'null'), '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
+    case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
+    o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
+    json(case when ?6 and o.aggregate_id is not null and exists (
+        select 1 from event_outbox w
+        where w.status = 'scheduled' and w.destination = '' and w.available_at = '9999-12-31 23:59:59'
+          and w.last_error like 'settle_failed: retry%' and w.priority = o.priority and w.id < o.id
+          and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+    ) then (
+        select json_group_object(d.value, 600000)
+        from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
+    ) when o.aggregate_id is not null and (
+        select exists (
+            select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
+        )
+    ) then (
+        select json_group_object(d.value, (
+            select min(cast((julianday(w.available_at) - julianday('now')) * 86400000 as integer), 600000)
+            from event_outbox w
+            where w.status = 'scheduled' and w.destination <> '' and w.destination = d.value
+              and w.aggregate_id is not null and w.aggregate_id = o.aggregate_id
+              and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
+              and w.priority = o.priority and w.id < o.id
+              and (coalesce(w.last_error, '') not like 'settle_failed: %' or w.last_error like 'settle_failed: retry%')
+            order by w.id
+            limit 1
+        ))
+        from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
+    ) end), null) || ifnull(o.payload, '') end
+from event_outbox o
+where o.partition < 640
+order by o.partition, o.id, o.destination
+limit ?1";
+
+/// How many bytes the rows have that [`READ_BATCH`] reads.
+const SIZES: &str = "
+select ifnull(octet_length(o.payload), 0) + ifnull(octet_length(o.headers), 0) + ifnull(octet_length(o.source), 0)
+    + ifnull(octet_length(o.aggregate_type), 0)
+    + ifnull(octet_length(o.aggregate_id), 0) + ifnull(octet_length(o.correlation_id), 0)
+    + ifnull(octet_length(o.causation_id), 0)
+from event_outbox o
+where o.partition < 640
+order by o.partition, o.id, o.destination
+limit ?1";
+
+/// Payloads and headers up to so many bytes are small: fifty rows of them can be in memory without being asked for.
+const SMALL: usize = 32 * 1024;
+
+const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
+
+/// `large` remembers from batch to batch whether some event is not small.
+pub(super) async fn read(
+    connection: &mut SqliteConnection,
+    large: &mut bool,
+    parked_whole: bool,
+    request: ClaimRequest<'_>,
+) -> Result<Claim, sqlx::Error> {
+    let small = SMALL.min(request.max_payload);
+    let new = || Batch { parked_whole, ..Batch::default() };
+    let mut batch = new();
+    if !*large {
+        batch.read(connection, request, (request.max_events, small, SMALL)).await?;
+        *large = batch.stopped_by.is_some();
+    }
+    if batch.claimed.is_empty() && *large {
+        let rows = rows_within_bytes(connection, request).await?;
+        batch = new();
+        batch.read(connection, request, (rows, request.max_payload, MAX_HEADERS_BYTES)).await?;
+        *large = batch.largest > small;
+        batch.cut |= rows < request.max_events;
+    }
+    if batch.claimed.is_empty() {
+        return Ok(Claim::Empty);
+    }
+    let full = batch.cut || batch.stopped_by.is_some() || batch.claimed.len() == request.max_events;
+    let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    let claim_id = ClaimId { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
+    Ok(Claim::Batch { claimed: batch.claimed, full, claim_id })
+}
+
+/// How many of the first rows have about so many bytes as are requested; at least one.
+async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequest<'_>) -> Result<usize, sqlx::Error> {
+    let mut sizes =
+        sqlx::query_scalar(SIZES).bind(i64::try_from(request.max_events).unwrap_or(i64::MAX)).fetch(connection);
+    let (mut rows, mut bytes) = (0, 0);
+    while let Some(size) = sizes.try_next().await? {
+        let size: i64 = size;
+        bytes += usize::try_from(size).unwrap_or_default();
+        if rows > 0 && bytes > request.max_bytes {
+            break;
+        }
+        rows += 1;
+    }
+    Ok(rows.max(1))
+}
+
+/// What is read.
+#[derive(Default)]
+struct Batch {
+    /// See [`Turn::parked_whole`].
+    parked_whole: bool,
+    claimed: Vec<Claimed>,
+    bytes: usize,
+    /// Of one event.
+    largest: usize,
+    /// The bytes have cut it short.
+    cut: bool,
+    /// So has a row that was not read, because it is not small.
+    stopped_by: Option<Sizes>,
+}
+
+impl Batch {
+    /// Reads so many rows, with payloads and headers up to these sizes.
+    async fn read(
+        &mut self,
+        connection: &mut SqliteConnection,
+        request: ClaimRequest<'_>,
+        (rows, max_payload, max_headers): (usize, usize, usize),
+    ) -> Result<(), sqlx::Error> {
+        let number = |number| i64::try_from(number).unwrap_or(i64::MAX);
+        let mut rows = sqlx::query(READ_BATCH)
+            .bind(number(rows))
+            .bind(number(max_payload))
+            .bind(json_text(request.destinations))
+            .bind(number(max_headers))
+            .bind(number(MAX_TEXT_BYTES))
+            .bind(self.parked_whole)
+            .fetch(connection);
+        while let Some(row) = rows.try_next().await? {
+            if self.bytes >= request.max_bytes {
+                self.cut = true;
+                break;
+            }
+            let (mut claimed, sizes) = row::decode(row.try_get(0)?)?;
+            if let Some(sizes) = sizes {
+                let Some(defect) = sizes.defect(request.max_payload) else {
+                    self.stopped_by = Some(sizes);
+                    break;
+                };
+                self.bytes += sizes.total(); // settling it copies that
+                claimed.defect = Some(defect);
+            }
+            let size = claimed.event.bytes();
+            self.bytes += size;
+            self.largest = self.largest.max(size);
+            self.claimed.push(claimed);
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn json_text<T: AsRef<str>>(texts: &[T]) -> String {
+    serde_json::Value::from_iter(texts.iter().map(AsRef::as_ref)).to_string()
+}
