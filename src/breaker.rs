@@ -8,6 +8,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::retry::doubled;
+
 /// The pause after the first failure in a row; it doubles with each further one. Short, because most failures are
 /// blips, and long enough that a refused connection is not a busy loop.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -52,6 +54,17 @@ enum State {
     HalfOpen { since: Instant },
 }
 
+/// The state of a breaker, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BreakerState {
+    /// Calls are let through.
+    Closed = 0,
+    /// One call is under way that decides whether it closes.
+    Probing = 1,
+    /// No call is let through.
+    Open = 2,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Breaker {
@@ -93,6 +106,15 @@ impl Breaker {
             // A prober that never came back (its task died) must not keep the destination shut for ever.
             State::HalfOpen { since } if since + self.policy.recovery <= now => Admission::Probe,
             State::HalfOpen { since } => Admission::No(since + self.policy.recovery),
+        }
+    }
+
+    /// Its state.
+    pub fn state(&self) -> BreakerState {
+        match self.state {
+            State::Closed { .. } => BreakerState::Closed,
+            State::HalfOpen { .. } => BreakerState::Probing,
+            State::Open { .. } => BreakerState::Open,
         }
     }
 
@@ -168,8 +190,7 @@ impl Breaker {
 
     /// The pause that the failures in a row call for.
     fn pause(&self) -> Duration {
-        let doubled = FIRST_PAUSE.saturating_mul(1 << self.consecutive.saturating_sub(1).min(16));
-        doubled.min(self.policy.recovery)
+        doubled(FIRST_PAUSE, self.consecutive.saturating_sub(1), self.policy.recovery)
     }
 
     fn open(&mut self, now: Instant) {

@@ -3,77 +3,72 @@
 //! Data flows one way. Only this module knows stores, sinks, routes, retries and breakers at once; they do not know
 //! each other.
 //!
-//! - `blame`: whether a failed call is the destination's fault, or its events'.
-//! - `blocked`: which blocked keys the log has named.
+//! In the order of the flow:
+//!
 //! - `config`: what the engine is given.
-//! - `crash_guard`: what ends a crash loop.
-//! - `ending`: what is in flight when the relay is told to stop, and how long it is waited for.
-//! - `lane`: one loop on one connection.
-//! - `panics`: what finds the event on which a destination's code panics.
+//! - `lane`: one loop on one connection. `shared`: what all lanes of a run share.
 //! - `poll`: polling for work, and sleeping while there is none.
+//! - `claim`: a lane's way to the store, and the batch that it claims.
 //! - `publish`: from a claimed batch to what is settled.
-//! - `report`: what is logged of events and of the work.
-//! - `standstills`: what keeps events from moving, logged and shown.
+//! - `destination`: one destination with its breaker; `blame`: whether a failed call is its fault or its events'.
+//! - `crash_guard`, `panics`: finding the event that ends the process, or on which a destination's code panics.
+//! - `guard`: what is undone whatever happens.
+//! - `ending`: how long a relay that is stopped waits for what is in flight.
+//! - `maintenance`: the tasks beside the lanes.
+//! - `health`, `metrics`: how the relay is, and what it has done, for others to show.
+//! - `standstills`, `blocked`, `report`: what is logged, of what keeps events from moving and of the work.
 
 mod blame;
 mod blocked;
+mod claim;
 mod config;
 mod crash_guard;
 mod destination;
 mod ending;
+mod guard;
+pub mod health;
 mod lane;
+mod maintenance;
+pub mod metrics;
 mod panics;
 mod poll;
 mod publish;
 mod report;
+mod shared;
 mod standstills;
 
-use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
-use tokio::sync::watch as channel;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::event::Tally;
-use crate::failpoint::failpoint;
 use crate::outbox::register::Configuration;
 use crate::outbox::{Outbox, OutboxError, Standstill};
+use crate::retry::doubled;
 use crate::route::{Router, Unrouted};
 use crate::text::shown;
 use blocked::Named;
 pub use config::{Endpoint, Policy, RelayConfig};
 use crash_guard::CrashGuard;
-use destination::Destination;
-use lane::{Ending, Lane, Shared};
+use destination::{Destination, Observers};
+pub use health::{Health, Readiness};
+use health::{HealthBoard, State};
+use lane::Lane;
+use maintenance::Tasks;
+pub use metrics::Metrics;
+use poll::Poller;
 use report::Report;
+use shared::{Ending, Shared};
 use standstills::Standstills;
-
-/// How often the days of the processing log are looked after.
-const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// How often it is checked whether something is to be logged.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest message of a panic that is logged, in characters.
 const MAX_PANIC_CHARS: usize = 500;
-
-/// The cause of a standstill that the register of relays tells.
-const CONFIGURATIONS: &str = "configurations_differ";
-
-/// When to look at the register of relays again where that failed.
-const ATTEND_AGAIN: Duration = Duration::from_secs(1);
-
-/// Whether the relay can do its work right now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Readiness {
-    /// It can.
-    Ready,
-    /// It cannot, and goes on trying; the reason is for people.
-    NotReady(String),
-}
 
 /// How a drain ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -93,31 +88,39 @@ pub struct Relay<O: Outbox> {
     config: RelayConfig,
     router: Router,
     destinations: Vec<Destination>,
+    /// The names of the destinations, in the same order.
     names: Vec<String>,
-    /// Of a publish call to any of them.
+    /// The longest time that a publish call to any of them may take.
     longest_timeout: Duration,
-    readiness: channel::Sender<Readiness>,
+    health: Arc<HealthBoard>,
+    metrics: Metrics,
     crash_guard: CrashGuard,
     report: Arc<Report>,
     named: Named,
     standstills: Standstills,
     configuration: Arc<Configuration>,
     /// When some lane last polled for events.
-    polled: Mutex<Instant>,
+    last_poll: Mutex<Instant>,
 }
 
 impl<O: Outbox> Relay<O> {
     /// A relay that does nothing yet. Routes name destinations by their index here.
     pub fn new(outbox: O, destinations: Vec<Endpoint>, router: Router, config: RelayConfig) -> Arc<Self> {
         let configuration = Arc::new(configuration(&destinations, &router, config.unrouted));
-        let names = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
+        let names: Vec<String> = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
         let longest_timeout = destinations.iter().map(|endpoint| endpoint.policy.timeout).max().unwrap_or_default();
-        let report = Arc::new(Report::new());
-        let destinations =
-            destinations.into_iter().map(|endpoint| Destination::new(endpoint, Arc::clone(&report))).collect();
-        let readiness = channel::Sender::new(Readiness::NotReady("starting".to_owned()));
-        let (crash_guard, named, standstills) = (CrashGuard::new(), Named::default(), Standstills::new());
-        let polled = Mutex::new(Instant::now());
+        let (report, metrics) = (Arc::new(Report::new()), Metrics::new(&names));
+        let health = Arc::new(HealthBoard::new(&names));
+        let destinations = destinations.into_iter().enumerate().map(|(place, endpoint)| {
+            let observers = Observers {
+                report: Arc::clone(&report),
+                health: Arc::clone(&health),
+                metrics: metrics.destination(place),
+                place,
+            };
+            Destination::new(endpoint, observers)
+        });
+        let destinations = destinations.collect();
         Arc::new(Self {
             outbox,
             config,
@@ -125,23 +128,29 @@ impl<O: Outbox> Relay<O> {
             destinations,
             names,
             longest_timeout,
-            readiness,
-            crash_guard,
+            health,
+            metrics,
+            crash_guard: CrashGuard::new(),
             report,
-            named,
-            standstills,
+            named: Named::default(),
+            standstills: Standstills::new(),
             configuration,
-            polled,
+            last_poll: Mutex::new(Instant::now()),
         })
     }
 
-    /// Follows whether the relay can do its work.
-    pub fn readiness(&self) -> channel::Receiver<Readiness> {
-        self.readiness.subscribe()
+    /// Follows whether the store and each destination can be used. [`Health::readiness`] says it in one word.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.follow()
+    }
+
+    /// What the relay counts: events by verdict, durations, the state of each breaker.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Follows what keeps events from moving.
-    pub fn standstills(&self) -> channel::Receiver<Vec<Standstill>> {
+    pub fn standstills(&self) -> watch::Receiver<Vec<Standstill>> {
         self.standstills.shown()
     }
 
@@ -151,25 +160,18 @@ impl<O: Outbox> Relay<O> {
     /// Where waiting cannot help ([`OutboxError::is_final`]), and where something in flight had to be given up
     /// ([`OutboxError::GivenUp`]).
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) -> Result<Tally, OutboxError> {
-        // What is in the way of a start is looked for too.
-        let looking = self.supervise("search for standstills", &stop, Self::look_for_standstills);
+        let mut tasks = Tasks::default();
+        // Standstills are looked for before the start too: one may be in its way.
+        tasks.add(self.supervise("search for standstills", &stop, Self::look_for_standstills));
         let prepared = self.prepare(&stop).await;
         if !matches!(prepared, Ok(true)) {
-            looking.abort();
+            tasks.end().await;
             return prepared.map(|_| Tally::default()); // stopped before there was anything to do
         }
-        let beside = [
-            self.supervise("maintenance of the store", &stop, Self::maintain),
-            looking,
-            self.supervise("register of relays", &stop, Self::attend),
-        ];
+        tasks.add(self.supervise("maintenance of the store", &stop, Self::maintain));
+        tasks.add(self.supervise("register of relays", &stop, Self::attend));
         let worked = self.work(Ending::Stop, stop).await;
-        // Between two statements of their own they can be dropped: they own no claim. They do own a part of the store, which
-        // a relay that has ended must have let go of.
-        for task in beside {
-            task.abort();
-            drop(tokio::time::timeout(ending::IDLE_GRACE, task).await);
-        }
+        tasks.end().await;
         self.deregister().await;
         worked.map(|worked| worked.tally)
     }
@@ -181,7 +183,9 @@ impl<O: Outbox> Relay<O> {
     pub async fn drain(self: &Arc<Self>, stop: CancellationToken) -> Result<Drained, OutboxError> {
         let prepared = async {
             self.outbox.prepare().await?;
-            self.look_after_days().await;
+            if let Err(error) = self.maintain_once().await {
+                tracing::warn!(error = error.explain(), "the store was not maintained; the next relay tries again");
+            }
             self.outbox.register(&self.configuration, true).await
         };
         let prepared = tokio::select! {
@@ -192,16 +196,13 @@ impl<O: Outbox> Relay<O> {
             self.find_standstills().await;
             return Err(error);
         }
-        self.readiness.send_replace(Readiness::Ready);
-        let beside = [
-            self.supervise("search for standstills", &stop, Self::look_for_standstills),
-            self.supervise("register of relays", &stop, Self::attend),
-        ];
+        self.health.store(State::Up, None);
+        self.metrics.ready(true);
+        let mut tasks = Tasks::default();
+        tasks.add(self.supervise("search for standstills", &stop, Self::look_for_standstills));
+        tasks.add(self.supervise("register of relays", &stop, Self::attend));
         let worked = self.work(Ending::Drained, stop.clone()).await;
-        for task in beside {
-            task.abort();
-            drop(tokio::time::timeout(ending::IDLE_GRACE, task).await);
-        }
+        tasks.end().await;
         if !matches!(worked, Ok(Drained { undelivered: false, .. })) && !stop.is_cancelled() {
             self.find_standstills().await;
         }
@@ -211,49 +212,9 @@ impl<O: Outbox> Relay<O> {
         Ok(drained)
     }
 
-    /// Does its part in the register of relays until `stop`, and says where configurations differ.
-    async fn attend(self: Arc<Self>, stop: CancellationToken) {
-        loop {
-            let idle = self.polled.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
-            let next = self.outbox.attend(idle).await.unwrap_or_else(|error| {
-                tracing::debug!(error = error.explain(), "the register of relays cannot be reached");
-                ATTEND_AGAIN
-            });
-            self.report_differences();
-            if !sleep(next, &stop).await {
-                break;
-            }
-        }
-    }
-
-    fn report_differences(&self) {
-        // A rolling update is no mistake.
-        let differences = self.outbox.differences(self.longest_timeout + Duration::from_secs(15));
-        if differences.is_empty() {
-            self.standstills.clear(CONFIGURATIONS, "");
-        } else {
-            let text = format!(
-                "two configurations are at work, and one of them routes new events: this relay, and {}; give all relays the \
-                 same destinations and routes, or stop those that have others",
-                differences.join("; ")
-            );
-            self.standstills.report(Standstill::new(CONFIGURATIONS, text));
-        }
-    }
-
-    async fn deregister(&self) {
-        match tokio::time::timeout(ending::IDLE_GRACE, self.outbox.deregister()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::debug!(error = error.explain(), "the end was not registered; others will find out");
-            }
-            Err(_) => tracing::debug!("the end was not registered in time; others will find out"),
-        }
-    }
-
-    /// Some lane looks for events.
+    /// Some lane polls for events now.
     fn polled(&self) {
-        *self.polled.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.last_poll.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Waits until the store can be used. Returns false where `stop` came first.
@@ -284,13 +245,15 @@ impl<O: Outbox> Relay<O> {
 
     /// Runs all lanes to their end. A lane that panics is replaced: one bad batch must not end the relay.
     async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<Drained, OutboxError> {
-        let shared = Arc::new(Shared::new(self.outbox.wakeup(), ending));
+        let shared = Arc::new(Shared::new(ending));
+        let poller = Arc::new(AsyncMutex::new(Poller::new(self.outbox.wakeup())));
         // A lane that cannot go on stops the others, and nothing else that the caller's token is for.
         let stop = stop.child_token();
         let spawn = |lanes: &mut JoinSet<_>| {
-            lanes.spawn(Lane::new(Arc::clone(self), Arc::clone(&shared), stop.clone()).run());
+            let lane = Lane::new(Arc::clone(self), Arc::clone(&shared), Arc::clone(&poller), stop.clone());
+            lanes.spawn(lane.run());
         };
-        let life = tokio::spawn(Arc::clone(self).watch_life(stop.clone()));
+        let life = self.supervise("crash guard", &stop, Self::watch_life);
         let mut lanes = JoinSet::new();
         (0..self.config.lanes).for_each(|_| spawn(&mut lanes));
         let mut result = Ok(());
@@ -317,6 +280,7 @@ impl<O: Outbox> Relay<O> {
                 Ok(Err(error)) => result = Err(error),
                 Err(panic) => {
                     self.crash_guard.panicked();
+                    self.metrics.lane_panics.inc();
                     tracing::error!(
                         error = shown(&panic.to_string(), MAX_PANIC_CHARS),
                         "a lane panicked; its events are pending again, another lane takes its place"
@@ -338,56 +302,9 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    async fn maintain(self: Arc<Self>, stop: CancellationToken) {
-        loop {
-            self.look_after_days().await;
-            if !sleep(MAINTENANCE_INTERVAL, &stop).await {
-                break;
-            }
-        }
-    }
-
-    /// Runs a task beside the lanes, to its end, and again after each panic: that must not end what nobody would miss.
-    fn supervise<F>(
-        self: &Arc<Self>,
-        name: &'static str,
-        stop: &CancellationToken,
-        task: fn(Arc<Self>, CancellationToken) -> F,
-    ) -> JoinHandle<()>
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let (relay, stop) = (Arc::clone(self), stop.clone());
-        tokio::spawn(async move {
-            while AssertUnwindSafe(task(Arc::clone(&relay), stop.clone())).catch_unwind().await.is_err() {
-                tracing::error!(task = name, "a task panicked; it begins anew");
-                if !sleep(Duration::from_secs(1), &stop).await {
-                    break;
-                }
-            }
-        })
-    }
-
-    async fn look_for_standstills(self: Arc<Self>, stop: CancellationToken) {
-        self.watch_standstills(&stop).await;
-    }
-
-    async fn look_after_days(&self) {
-        let maintained = async {
-            failpoint("maintain")?;
-            self.outbox.maintain().await
-        };
-        if let Err(error) = maintained.await {
-            // Days are made a week ahead, so there is time to mend it.
-            tracing::warn!(error = error.explain(), "the days of the processing log were not looked after");
-        }
-    }
-
     fn ready(&self) {
-        let changed = self
-            .readiness
-            .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Ready) != Readiness::Ready);
-        if changed {
+        if self.health.store(State::Up, None) {
+            self.metrics.ready(true);
             tracing::info!("ready");
             self.standstills.clear("not_ready", "");
         }
@@ -395,15 +312,11 @@ impl<O: Outbox> Relay<O> {
 
     /// Logs the first of the failures in a row; the others would only repeat it.
     fn not_ready(&self, reason: String) {
-        self.readiness.send_if_modified(|readiness| match readiness {
-            Readiness::NotReady(known) if *known == reason => false,
-            _ => {
-                tracing::error!(error = reason, "not ready; trying again");
-                self.standstills.report_logged(Standstill::new("not_ready", format!("not ready: {reason}")));
-                *readiness = Readiness::NotReady(reason);
-                true
-            }
-        });
+        if self.health.store(State::Down, Some(&reason)) {
+            self.metrics.ready(false);
+            tracing::error!(error = reason, "not ready; trying again");
+            self.standstills.report_logged(Standstill::new("not_ready", format!("not ready: {reason}")));
+        }
     }
 }
 
@@ -439,7 +352,7 @@ struct Backoff {
 
 impl Backoff {
     fn next(&mut self) -> Duration {
-        let wait = Duration::from_millis(50) * (1 << self.failures.min(5));
+        let wait = doubled(Duration::from_millis(50), self.failures, Duration::from_millis(1600));
         self.failures = self.failures.saturating_add(1);
         wait.mul_f64(0.75 + fastrand::f64() / 2.0)
     }

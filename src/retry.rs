@@ -12,6 +12,11 @@ use crate::event::{Fault, Outcome, Verdict, Wait};
 /// The longest wait between two attempts: an event that may be retried for days is still looked at hourly.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
 
+/// `first`, doubled so many times, and `longest` at most.
+pub(crate) fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
+    first.saturating_mul(1u32.checked_shl(times).unwrap_or(u32::MAX)).min(longest)
+}
+
 /// How often, and after which waits, a charged event is tried again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {

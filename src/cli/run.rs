@@ -168,17 +168,18 @@ pub(super) fn explained(error: OutboxError) -> anyhow::Error {
 
 /// Follows whether the relay can do its work, and what stands still; without systemd nobody listens, which is fine.
 async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
-    let (mut readiness, mut standstills) = (relay.readiness(), relay.standstills());
+    let (mut health, mut standstills) = (relay.health(), relay.standstills());
     loop {
-        let ready = *readiness.borrow_and_update() == Readiness::Ready;
-        let status = status(&readiness.borrow(), &standstills.borrow_and_update());
+        let readiness = health.borrow_and_update().readiness();
+        let ready = readiness == Readiness::Ready;
+        let status = status(&readiness, &standstills.borrow_and_update());
         let status = NotifyState::Status(&status);
         let told = if ready { sd_notify::notify(&[NotifyState::Ready, status]) } else { sd_notify::notify(&[status]) };
         if let Err(error) = told {
             tracing::debug!(%error, "systemd was not told");
         }
         let followed = tokio::select! {
-            changed = readiness.changed() => changed,
+            changed = health.changed() => changed,
             changed = standstills.changed() => changed,
         };
         if followed.is_err() {

@@ -244,11 +244,12 @@ impl<O: Outbox> Relay<O> {
     }
 
     /// Takes the notes back when the relay is told to stop, and ends its care when it has lived for a while.
-    pub(super) async fn watch_life(self: Arc<Self>, stop: CancellationToken) {
+    pub(super) async fn watch_life(self: Arc<Self>, stop: CancellationToken) -> Result<(), OutboxError> {
         while tokio::time::timeout(PROBATION, stop.cancelled()).await.is_err() {
             self.crash_guard.prove(&self.outbox).await;
         }
         self.crash_guard.stop(&self.outbox).await;
+        Ok(())
     }
 }
 

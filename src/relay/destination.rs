@@ -14,6 +14,9 @@ use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
 use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
+use crate::relay::guard::Counted;
+use crate::relay::health::{HealthBoard, State};
+use crate::relay::metrics::DestinationMetrics;
 use crate::relay::panics::{PANICS_ALONE, Panics, Split};
 use crate::relay::report::Report;
 use crate::relay::{Endpoint, Policy};
@@ -41,7 +44,16 @@ pub(super) struct Destination {
     /// Since when it is unwell.
     outage: Mutex<Option<Outage>>,
     policy: Policy,
-    report: Arc<Report>,
+    observers: Observers,
+}
+
+/// Those who are to know what becomes of calls to a destination.
+pub(super) struct Observers {
+    pub(super) report: Arc<Report>,
+    pub(super) health: Arc<HealthBoard>,
+    pub(super) metrics: DestinationMetrics,
+    /// The place of the destination among all.
+    pub(super) place: usize,
 }
 
 /// What is told of a destination that is unwell.
@@ -72,14 +84,14 @@ impl Answers {
 }
 
 impl Destination {
-    pub(super) fn new(Endpoint { name, sink, policy }: Endpoint, report: Arc<Report>) -> Self {
+    pub(super) fn new(Endpoint { name, sink, policy }: Endpoint, observers: Observers) -> Self {
         Self {
-            outage: Mutex::default(),
-            report,
             name,
             sink,
             breaker: Mutex::new(Breaker::new(policy.breaker.clone())),
+            outage: Mutex::default(),
             policy,
+            observers,
             blame: Mutex::default(),
             panics: Mutex::default(),
             in_flight: AtomicUsize::new(0),
@@ -111,7 +123,13 @@ impl Destination {
         claim_check: &dyn ClaimCheck,
     ) -> Answers {
         let begun = Instant::now();
-        let Ok(ticket) = self.breaker().admit(begun) else { return Answers::held(indexes.len()) };
+        let admitted = {
+            let mut breaker = self.breaker();
+            let admitted = breaker.admit(begun);
+            self.observers.metrics.breaker(breaker.state());
+            admitted
+        };
+        let Ok(ticket) = admitted else { return Answers::held(indexes.len()) };
         let events: Vec<&Event> = indexes.iter().map(|&index| &batch[index].event).collect();
         let deadline = begun + self.policy.timeout;
         let split = self.panics().split(&events);
@@ -193,7 +211,11 @@ impl Destination {
     /// others meanwhile; else it is not known whether anything at all could be published, and its key waits.
     fn panicked(&self, events: &[&Event], begun: Instant, ticket: Ticket) -> Answers {
         let now = Instant::now();
-        if self.report.admits("calls panicked; their events are published again in smaller groups", &self.name, "") {
+        if self.observers.report.admits(
+            "calls panicked; their events are published again in smaller groups",
+            &self.name,
+            "",
+        ) {
             tracing::error!(
                 destination = self.name,
                 event_count = events.len(),
@@ -221,6 +243,7 @@ impl Destination {
                 } else {
                     breaker.strained(ticket, now);
                 }
+                self.observers.metrics.breaker(breaker.state());
             }
         }
         let outcomes = vec![Outcome::Failed(error); events.len()];
@@ -228,9 +251,8 @@ impl Destination {
     }
 
     /// Counts events as in flight while the value lives.
-    pub(super) fn in_flight(&self, count: usize) -> InFlight<'_> {
-        self.in_flight.fetch_add(count, Ordering::SeqCst);
-        InFlight { destination: self, count }
+    pub(super) fn in_flight(&self, count: usize) -> Counted<'_> {
+        Counted::new(&self.in_flight, count)
     }
 
     /// How many events were sent to it and have no answer: not yet, or never, because the relay is to end.
@@ -264,6 +286,11 @@ impl Destination {
         let call = Call { begun, now, current, probe: current && breaker.is_open() };
         let mut blame = self.blame.lock().unwrap_or_else(PoisonError::into_inner);
         let Judgement { health, blocked } = blame.judge(candidate, outcomes, call);
+        let delivered = outcomes.iter().any(|outcome| matches!(outcome, Outcome::Delivered { .. }));
+        self.observers.metrics.called(now - begun, delivered);
+        if let Health::Misconfigured(error) | Health::Failed(error) | Health::Strained(error) = health {
+            self.observers.metrics.failed(&error.code, matches!(health, Health::Misconfigured(_)));
+        }
         let closed = match health {
             Health::Misconfigured(error) => {
                 breaker.misconfigured(ticket, now);
@@ -278,7 +305,11 @@ impl Destination {
                     self.log_outage(error, now, "destination down, breaker open; its events wait, none is charged");
                 } else if current {
                     self.outage().get_or_insert(Outage::since(now)).failed_calls += 1;
-                    if self.report.admits("calls failed; their events wait, none is charged", name, &error.code) {
+                    if self.observers.report.admits(
+                        "calls failed; their events wait, none is charged",
+                        name,
+                        &error.code,
+                    ) {
                         tracing::warn!(destination = name, %error, "publish failed; its events wait, none is charged");
                     }
                 }
@@ -300,6 +331,20 @@ impl Destination {
                 false
             }
         };
+        self.observers.metrics.breaker(breaker.state());
+        let place = self.observers.place;
+        match health {
+            Health::Misconfigured(error) if breaker.is_open() => {
+                self.observers.health.destination(place, State::Misconfigured, Some(&error.to_string()));
+            }
+            Health::Failed(error) if breaker.is_open() => {
+                self.observers.health.destination(place, State::Down, Some(&error.to_string()));
+            }
+            Health::Answered | Health::Strained(_) if !breaker.is_open() => {
+                self.observers.health.destination(place, State::Up, None);
+            }
+            _ => {}
+        }
         if closed && let Some(outage) = self.outage().take() {
             tracing::info!(
                 destination = name,
@@ -351,17 +396,5 @@ impl Destination {
 impl Outage {
     fn since(now: Instant) -> Self {
         Self { since: now, failed_calls: 0, logged: None }
-    }
-}
-
-/// See [`Destination::in_flight`].
-pub(super) struct InFlight<'a> {
-    destination: &'a Destination,
-    count: usize,
-}
-
-impl Drop for InFlight<'_> {
-    fn drop(&mut self) {
-        self.destination.in_flight.fetch_sub(self.count, Ordering::SeqCst);
     }
 }

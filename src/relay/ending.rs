@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::outbox::Outbox;
 use crate::relay::Relay;
-use crate::relay::lane::Shared;
+use crate::relay::shared::Shared;
 
 /// How long a relay that holds no claim waits for answers that it no longer needs.
 pub(super) const IDLE_GRACE: Duration = Duration::from_secs(1);
@@ -21,7 +21,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 impl<O: Outbox> Relay<O> {
     /// Ends when a relay that was told to stop need not be waited for any longer: nothing is in flight, or the time is over;
     /// then it says what is given up. Before that, publish calls are given up, so that what others took can be recorded.
-    pub(super) async fn stopping(&self, shared: &Shared<O::Wakeup>, stop: &CancellationToken) -> Option<String> {
+    pub(super) async fn stopping(&self, shared: &Shared, stop: &CancellationToken) -> Option<String> {
         stop.cancelled().await;
         let begun = Instant::now();
         let (timeout, mut last_held) = (self.config.shutdown_timeout, begun);
@@ -44,7 +44,7 @@ impl<O: Outbox> Relay<O> {
     }
 
     /// What was in flight and was given up, in words; empty where nothing was.
-    pub(super) fn given_up(&self, shared: &Shared<O::Wakeup>) -> String {
+    pub(super) fn given_up(&self, shared: &Shared) -> String {
         let sent = self.destinations.iter().filter_map(|destination| match destination.count_unanswered() {
             0 => None,
             count => Some(format!("{count} events at destination {}, whose arrival is unknown", destination.name)),

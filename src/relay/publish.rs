@@ -8,6 +8,7 @@ use std::{slice, vec};
 
 use futures_util::future::{BoxFuture, join_all};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::event::{ClaimId, Event, Fault, Key, Outcome, PublishError, Verdict, Wait};
 use crate::failpoint::panic_on;
@@ -54,9 +55,10 @@ impl<O: Outbox> Relay<O> {
                 return Answers::held(0);
             }
             let _in_flight = destination.in_flight(indexes.len());
+            let span = tracing::debug_span!("publish", destination = destination.name);
             tokio::select! {
                 biased;
-                answers = destination.publish(batch, indexes, claim_id, claim_check) => answers,
+                answers = destination.publish(batch, indexes, claim_id, claim_check).instrument(span) => answers,
                 () = give_up.cancelled() => destination.given_up(indexes.len()),
             }
         }))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use outbox_relay::breaker::BreakerPolicy;
 use outbox_relay::event::Tally;
 use outbox_relay::outbox::{OutboxConfig, OutboxError, Usage};
-use outbox_relay::relay::{Drained, Endpoint, Policy, Readiness, Relay, RelayConfig};
+use outbox_relay::relay::{Drained, Endpoint, Health, Policy, Readiness, Relay, RelayConfig};
 use outbox_relay::retry::RetryPolicy;
 use outbox_relay::route::{Router, Unrouted};
 use outbox_relay::secret::Secret;
@@ -64,12 +64,12 @@ impl<S: Store> Setup<S> {
     pub(crate) fn run(self) -> Running {
         let stop = CancellationToken::new();
         let relay = self.relay();
-        let readiness = relay.readiness();
+        let health = relay.health();
         let task = tokio::spawn({
             let stop = stop.clone();
             async move { relay.run(stop).await }
         });
-        Running { stop, task, readiness }
+        Running { stop, task, health }
     }
 }
 
@@ -99,7 +99,7 @@ pub(crate) fn policy() -> Policy {
 pub(crate) struct Running {
     stop: CancellationToken,
     task: JoinHandle<Result<Tally, OutboxError>>,
-    readiness: Receiver<Readiness>,
+    health: Receiver<Health>,
 }
 
 impl Running {
@@ -111,17 +111,19 @@ impl Running {
 
     /// Waits until it has trouble that is told in these words.
     pub(crate) async fn until_not_ready(&mut self, words: &str) {
-        let told = |now: &Readiness| matches!(now, Readiness::NotReady(reason) if reason.contains(words));
-        let waited = tokio::time::timeout(Duration::from_secs(60), self.readiness.wait_for(told)).await;
-        assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.readiness.borrow());
+        let told = |now: &Health| matches!(now.readiness(), Readiness::NotReady(reason) if reason.contains(words));
+        let waited = tokio::time::timeout(Duration::from_secs(60), self.health.wait_for(told)).await;
+        assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.health.borrow());
     }
 
     /// Waits until it can do its work.
     pub(crate) async fn until_ready(&mut self) {
-        let waited =
-            tokio::time::timeout(Duration::from_secs(60), self.readiness.wait_for(|now| *now == Readiness::Ready))
-                .await;
-        assert!(waited.is_ok_and(|told| told.is_ok()), "not ready; now it is {:?}", *self.readiness.borrow());
+        let waited = tokio::time::timeout(
+            Duration::from_secs(60),
+            self.health.wait_for(|now| now.readiness() == Readiness::Ready),
+        )
+        .await;
+        assert!(waited.is_ok_and(|told| told.is_ok()), "not ready; now it is {:?}", *self.health.borrow());
     }
 
     /// Begins to stop it.

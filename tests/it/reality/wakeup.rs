@@ -51,6 +51,6 @@ async fn f87_a_failure_after_arming_gives_the_sleepers_lock_back() {
 async fn f87_maintenance_that_panics_begins_anew() {
     let database = database().await;
     let mut relay = start(database.url(), "maintain=1*panic->1*return");
-    relay.until_log("a task panicked; it begins anew");
-    until("it is tried again", || relay.log().contains("the days of the processing log were not looked after"));
+    relay.until_log("a background task panicked; it is restarted");
+    until("it is tried again", || relay.log().contains("a background task failed; it is restarted"));
 }

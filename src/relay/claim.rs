@@ -1,0 +1,262 @@
+//! One lane's way to the store, and the batch that it claims there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use crate::breaker::Admission;
+use crate::event::{ClaimId, RenewedClaim, SentBefore};
+use crate::failpoint::{crash_on_many, failpoint};
+use crate::outbox::{self, Peek};
+use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
+use crate::relay::guard::Busy;
+use crate::relay::shared::{Ending, Shared};
+use crate::relay::standstills::Answer;
+use crate::relay::{Relay, sleep};
+use crate::sink::ClaimCheck;
+
+/// The longest time for which a relay whose destinations are all paused does not look at them again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Events in a batch that probes a destination. If the destination is still down, these may be published twice.
+const PROBE_EVENTS: usize = 10;
+
+/// One lane's connection to the store, and what it needs to ask the store for events.
+pub(super) struct Claimer<O: Outbox> {
+    pub(super) relay: Arc<Relay<O>>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) store: O::Lane,
+    pub(super) stop: CancellationToken,
+    /// The last batch was full: there is more.
+    pub(super) eager: bool,
+}
+
+/// A claimed batch on its way to being settled.
+pub(super) struct Work {
+    pub(super) batch: Vec<Claimed>,
+    pub(super) claim_id: ClaimId,
+    /// When its claim began.
+    pub(super) begun: Instant,
+    pub(super) busy: Busy,
+}
+
+/// What a poll found.
+pub(super) enum Polled {
+    /// A batch, which is claimed now.
+    Found(Work),
+    /// Events, all of which others hold.
+    Busy,
+    /// Another configuration routes new events, and nothing else is due.
+    Superseded,
+    /// Nothing.
+    Empty,
+}
+
+/// What a promotion did.
+pub(super) struct Promotion {
+    /// Some events became pending.
+    pub(super) promoted: bool,
+    /// How long there is nothing to promote: until the next event is due, a paused destination takes events again, or a polling
+    /// interval is over.
+    pub(super) next: Duration,
+}
+
+impl<O: Outbox> Claimer<O> {
+    pub(super) fn new(relay: Arc<Relay<O>>, shared: Arc<Shared>, stop: CancellationToken) -> Self {
+        let store = relay.outbox.lane();
+        Self { relay, shared, store, stop, eager: false }
+    }
+
+    /// Tries to claim a batch.
+    pub(super) async fn poll(&mut self) -> Result<Polled, OutboxError> {
+        let relay = Arc::clone(&self.relay);
+        relay.polled();
+        relay.metrics.polls.inc();
+        if !relay.crash_guard.has_begun() {
+            if !self.store.peek(&[]).await?.pending {
+                relay.ready();
+                return Ok(Polled::Empty);
+            }
+            relay.crash_guard.begin(&relay.outbox, relay.config.batch_events).await?;
+        }
+        let request = ClaimRequest {
+            max_events: relay.crash_guard.claim_events(relay.batch_events(Instant::now())),
+            max_bytes: relay.config.batch_bytes,
+            max_payload: relay.config.max_payload,
+            destinations: &relay.names,
+        };
+        let mut busy = Busy::new(Arc::clone(&self.shared));
+        let begun = Instant::now();
+        let asking = relay.standstills.asking();
+        let claim = self.store.claim(request).instrument(tracing::debug_span!("claim")).await;
+        drop(asking);
+        relay.standstills.answered(match &claim {
+            Ok(Claim::Batch { .. } | Claim::Empty | Claim::Superseded) => Answer::Moving,
+            Ok(Claim::Busy) => Answer::Busy,
+            Err(_) => Answer::Failed,
+        });
+        let claim = claim?;
+        self.eager = matches!(claim, Claim::Batch { full: true, .. });
+        Ok(match claim {
+            Claim::Batch { claimed: batch, claim_id, .. } => {
+                crash_on_many(batch.len());
+                busy.claimed();
+                relay.metrics.claimed(batch.len(), begun.elapsed());
+                Polled::Found(Work { batch, claim_id, begun, busy })
+            }
+            // A relay that has nothing to do is ready again too, not only one that has settled a batch.
+            Claim::Busy => {
+                relay.ready();
+                Polled::Busy
+            }
+            Claim::Superseded => {
+                relay.ready();
+                Polled::Superseded
+            }
+            Claim::Empty => {
+                relay.ready();
+                Polled::Empty
+            }
+        })
+    }
+
+    /// Gives a claim up. Its events stay pending.
+    pub(super) async fn give_up(&mut self, work: Work) -> Result<(), OutboxError> {
+        let settled = self.store.settle(&Deliveries::default()).await;
+        drop(work);
+        settled
+    }
+
+    /// Makes due events pending.
+    pub(super) async fn promote(&mut self) -> Result<Promotion, OutboxError> {
+        let relay = Arc::clone(&self.relay);
+        let now = Instant::now();
+        let limit = relay.batch_events(now);
+        failpoint("promote")?;
+        let _asking = relay.standstills.asking();
+        let promoted = self.store.promote(&relay.ready_destinations(now), limit).await?;
+        let next = if promoted.count >= limit { Duration::ZERO } else { relay.next_due(now, promoted.next_due) };
+        Ok(Promotion { promoted: promoted.count > 0, next })
+    }
+
+    /// Asks whether anything is pending or due, which costs the store less than a claim.
+    pub(super) async fn peek(&mut self) -> Result<Peek, OutboxError> {
+        let relay = Arc::clone(&self.relay);
+        relay.polled();
+        relay.metrics.polls.inc();
+        let _asking = relay.standstills.asking();
+        self.store.peek(&relay.ready_destinations(Instant::now())).await
+    }
+
+    /// Whether no lane of this relay holds a claim or asks for one.
+    pub(super) fn is_alone(&self) -> bool {
+        self.shared.busy.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether the lanes end when nothing is due.
+    pub(super) fn is_drain(&self) -> bool {
+        self.shared.ending == Ending::Drained
+    }
+
+    /// Rests until something may have changed, at most this long.
+    pub(super) async fn rest(&mut self, at_most: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(at_most) => {}
+            () = self.shared.settled.notified() => {}
+            () = self.stop.cancelled() => {}
+        }
+    }
+
+    /// Sleeps. Returns false at once when the relay is stopped.
+    pub(super) async fn sleep(&mut self, duration: Duration) -> bool {
+        sleep(duration, &self.stop).await
+    }
+}
+
+impl<O: Outbox> Relay<O> {
+    /// Until when every destination is paused; `None` where at least one would take events.
+    pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
+        let mut admissions = self.destinations.iter().map(|destination| destination.admission(now));
+        admissions.try_fold(now + LONGEST_PAUSE, |paused, admission| match admission {
+            Admission::No(until) => Some(paused.min(until)),
+            Admission::Yes | Admission::Probe => None,
+        })
+    }
+
+    /// How many events to claim at once: few while a destination is to be probed.
+    fn batch_events(&self, now: Instant) -> usize {
+        let probing = self.destinations.iter().any(|destination| destination.admission(now) == Admission::Probe);
+        if probing { PROBE_EVENTS.min(self.config.batch_events) } else { self.config.batch_events }
+    }
+
+    /// How long there is nothing to promote: until the next event is due, or a paused destination takes events again; at most
+    /// a polling interval.
+    pub(super) fn next_due(&self, now: Instant, next_due: Option<Duration>) -> Duration {
+        let next_back = self.destinations.iter().filter_map(|destination| match destination.admission(now) {
+            Admission::No(until) => Some(until - now),
+            Admission::Yes | Admission::Probe => None,
+        });
+        next_back.chain(next_due).fold(self.config.polling_interval, Duration::min)
+    }
+
+    /// The names of the destinations that would take events.
+    fn ready_destinations(&self, now: Instant) -> Vec<&str> {
+        self.destinations
+            .iter()
+            .filter(|destination| !matches!(destination.admission(now), Admission::No(_)))
+            .map(|destination| destination.name.as_str())
+            .collect()
+    }
+}
+
+/// The claim of the batch that is being published, for sinks that ask about it.
+pub(super) struct HeldClaim<'a, L> {
+    store: Mutex<&'a mut L>,
+    /// A question is under way. If publishing is given up meanwhile, the connection cannot be used any more.
+    asking: AtomicBool,
+}
+
+impl<'a, L: outbox::Lane> HeldClaim<'a, L> {
+    pub(super) fn new(store: &'a mut L) -> Self {
+        Self { store: Mutex::new(store), asking: AtomicBool::new(false) }
+    }
+
+    /// Whether a question was asked and not answered.
+    pub(super) fn is_asking(&self) -> bool {
+        self.asking.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl<L: outbox::Lane> ClaimCheck for HeldClaim<'_, L> {
+    async fn renew(&self, floor: i64, noted: &[SentBefore], destination: &str) -> Option<RenewedClaim> {
+        let mut store = self.store.lock().await;
+        self.asking.store(true, Ordering::SeqCst);
+        let renewed = store.renew(floor, noted, destination).await;
+        self.asking.store(false, Ordering::SeqCst);
+        match renewed {
+            Ok(renewed) => {
+                tracing::debug!(
+                    destination,
+                    noted = noted.len(),
+                    pending = renewed.pending.len(),
+                    "found what another claim has published"
+                );
+                Some(renewed)
+            }
+            Err(error) => {
+                tracing::warn!(
+                    destination,
+                    error = error.explain(),
+                    "the claim was lost; its events are not published"
+                );
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Whether the store and each destination can be used, since when, and why not.
+
+use std::time::SystemTime;
+
+use tokio::sync::watch;
+
+/// The health of a relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Whether events can be claimed and settled.
+    pub store: Status,
+    /// The destinations, in the order in which the relay was given them.
+    pub destinations: Vec<DestinationHealth>,
+}
+
+/// The health of one destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DestinationHealth {
+    /// Its name, as in `destination` columns.
+    pub name: String,
+    /// Whether it takes events.
+    pub status: Status,
+}
+
+/// A state, and since when and why it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// The state.
+    pub state: State,
+    /// When the state began, by this machine's clock.
+    pub since: SystemTime,
+    /// Why it is not up, for people: the error that was met last. Never part of an event.
+    pub reason: Option<String>,
+}
+
+/// Whether something can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It was not used yet.
+    Unknown,
+    /// It can be used.
+    Up,
+    /// It cannot. The relay tries again by itself.
+    Down,
+    /// It cannot, and a person must act, as where a password is wrong. The relay tries again by itself.
+    Misconfigured,
+}
+
+/// Whether the relay can do its work right now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// It can.
+    Ready,
+    /// It cannot, and goes on trying; the reason is for people.
+    NotReady(String),
+}
+
+impl Health {
+    /// The health as one word and a reason. A relay is ready while its store can be used: events for a destination that is down
+    /// wait there.
+    pub fn readiness(&self) -> Readiness {
+        match self.store.state {
+            State::Up => Readiness::Ready,
+            _ => Readiness::NotReady(self.store.reason.clone().unwrap_or_else(|| "starting".to_owned())),
+        }
+    }
+}
+
+impl Status {
+    fn unknown() -> Self {
+        Self { state: State::Unknown, since: SystemTime::now(), reason: None }
+    }
+
+    /// Returns whether anything changed.
+    fn change_to(&mut self, state: State, reason: Option<&str>) -> bool {
+        if self.state == state && self.reason.as_deref() == reason {
+            return false;
+        }
+        if self.state != state {
+            (self.state, self.since) = (state, SystemTime::now());
+        }
+        self.reason = reason.map(str::to_owned);
+        true
+    }
+}
+
+/// Where the parts of a relay note their health, and others follow it.
+pub(super) struct HealthBoard(watch::Sender<Health>);
+
+impl HealthBoard {
+    /// A board for these destinations, of which nothing is known yet.
+    pub(super) fn new(destinations: &[String]) -> Self {
+        let destination = |name: &String| DestinationHealth { name: name.clone(), status: Status::unknown() };
+        let destinations = destinations.iter().map(destination).collect();
+        Self(watch::Sender::new(Health { store: Status::unknown(), destinations }))
+    }
+
+    /// Follows the health.
+    pub(super) fn follow(&self) -> watch::Receiver<Health> {
+        self.0.subscribe()
+    }
+
+    /// Notes the health of the store. Returns whether that is new.
+    pub(super) fn store(&self, state: State, reason: Option<&str>) -> bool {
+        self.0.send_if_modified(|health| health.store.change_to(state, reason))
+    }
+
+    /// Notes the health of the destination at this place.
+    pub(super) fn destination(&self, place: usize, state: State, reason: Option<&str>) {
+        self.0.send_if_modified(|health| {
+            let destination = health.destinations.get_mut(place);
+            destination.is_some_and(|destination| destination.status.change_to(state, reason))
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_keeps_its_beginning_while_its_reason_changes() {
+        let board = HealthBoard::new(&["a".to_owned(), "b".to_owned()]);
+        let mut health = board.follow();
+        assert_eq!(health.borrow_and_update().readiness(), Readiness::NotReady("starting".to_owned()));
+        board.destination(1, State::Down, Some("refused"));
+        let since = health.borrow_and_update().destinations[1].status.since;
+        board.destination(1, State::Down, Some("refused"));
+        assert!(health.has_changed().is_ok_and(|changed| !changed), "nothing is new");
+        board.destination(1, State::Down, Some("timed out"));
+        let expected = Status { state: State::Down, since, reason: Some("timed out".to_owned()) };
+        assert_eq!(health.borrow_and_update().destinations[1].status, expected);
+        assert_eq!(health.borrow().destinations[0].status.state, State::Unknown);
+    }
+
+    #[test]
+    fn a_relay_is_ready_while_its_store_can_be_used() {
+        let board = HealthBoard::new(&["a".to_owned()]);
+        board.destination(0, State::Misconfigured, Some("wrong password"));
+        assert!(board.store(State::Up, None) && !board.store(State::Up, None));
+        assert_eq!(board.follow().borrow().readiness(), Readiness::Ready);
+        assert!(board.store(State::Down, Some("no connection")));
+        assert_eq!(board.follow().borrow().readiness(), Readiness::NotReady("no connection".to_owned()));
+    }
+}

@@ -1,0 +1,393 @@
+//! What the relay counts, with all names and helps.
+//!
+//! Every name begins with `outbox_relay_`, is in base units, and every counter ends in `_total`. Labels are `destination`,
+//! `verdict` and `code`; never what an event holds. Everything is there from the start, with 0. Events are counted once a
+//! batch, when it is settled.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use prometheus_client::encoding::text;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::breaker::BreakerState;
+use crate::event::Verdict;
+use crate::outbox::Deliveries;
+
+/// So many error codes of one destination are told apart, the first that it gives. All others count as `other`: a destination
+/// chooses its codes, and each takes memory here and wherever metrics are kept.
+const MAX_CODES: usize = 40;
+
+/// The code of what is not told apart.
+const OTHER: &str = "other";
+
+const PREFIX: &str = "outbox_relay";
+
+/// The upper bounds of durations, in seconds.
+const SECONDS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// The upper bounds of the events in a batch.
+const EVENTS: [f64; 9] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0];
+
+/// The verdicts, as they stand in the label.
+const VERDICTS: [&str; 6] = ["published", "retried", "blocked", "dead_lettered", "dropped", "waiting"];
+
+type Destination = [(&'static str, String); 1];
+type DestinationCode = [(&'static str, String); 2];
+type DestinationVerdictCode = [(&'static str, String); 3];
+type Seconds = Gauge<f64, AtomicU64>;
+
+fn of(destination: &str) -> Destination {
+    [("destination", destination.to_owned())]
+}
+
+fn histogram(bounds: &[f64]) -> Histogram {
+    Histogram::new(bounds.iter().copied())
+}
+
+/// What one relay counts.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    events: Family<DestinationVerdictCode, Counter>,
+    codes: Codes,
+    claim: Histogram,
+    settle: Histogram,
+    batch_events: Histogram,
+    ready: Gauge,
+    pub(super) polls: Counter,
+    pub(super) wake_ups: Counter,
+    pub(super) lane_panics: Counter,
+    pub(super) task_failures: Counter,
+    destinations: Vec<DestinationMetrics>,
+}
+
+/// What is counted of one destination. Clones count together.
+#[derive(Debug, Clone)]
+pub(super) struct DestinationMetrics {
+    name: String,
+    publish: Histogram,
+    failures: Family<DestinationCode, Counter>,
+    codes: Codes,
+    breaker: Gauge,
+    opened: Counter,
+    closed: Counter,
+    misconfigured: Gauge,
+    last_success: Seconds,
+    /// The state of the breaker that was noted last.
+    noted: std::sync::Arc<AtomicU8>,
+}
+
+impl Metrics {
+    /// The metrics of a relay with these destinations.
+    pub(super) fn new(destinations: &[String]) -> Self {
+        let mut registry = Registry::with_prefix(PREFIX);
+        let events = Family::<DestinationVerdictCode, Counter>::default();
+        registry.register(
+            "events",
+            "Events by what became of them at a destination, when that was recorded; the destination is empty for an event \
+             that goes to none, the code is that of the error",
+            events.clone(),
+        );
+        let publish = Family::<Destination, Histogram, fn() -> Histogram>::new_with_constructor(|| histogram(&SECONDS));
+        registry.register_with_unit(
+            "publish_duration",
+            "How long calls that publish a batch took",
+            Unit::Seconds,
+            publish.clone(),
+        );
+        let failures = Family::<DestinationCode, Counter>::default();
+        registry.register(
+            "destination_failures",
+            "Calls that failed by the fault of the destination, by error code; their events wait and are not charged",
+            failures.clone(),
+        );
+        let breaker = Family::<Destination, Gauge>::default();
+        registry.register(
+            "breaker_state",
+            "Whether the circuit breaker lets events through: 0 closed, 1 probing, 2 open",
+            breaker.clone(),
+        );
+        let opened = Family::<Destination, Counter>::default();
+        registry.register("breaker_opened", "How often the circuit breaker opened", opened.clone());
+        let closed = Family::<Destination, Counter>::default();
+        registry.register("breaker_closed", "How often the circuit breaker closed again", closed.clone());
+        let misconfigured = Family::<Destination, Gauge>::default();
+        registry.register(
+            "destination_misconfigured",
+            "1 while the destination refuses events for a reason that a person must mend",
+            misconfigured.clone(),
+        );
+        let last_success = Family::<Destination, Seconds>::default();
+        registry.register_with_unit(
+            "last_success_timestamp",
+            "When the destination took an event last, in seconds since 1970; 0 where it took none yet",
+            Unit::Seconds,
+            last_success.clone(),
+        );
+        let (claim, settle, batch_events) = (histogram(&SECONDS), histogram(&SECONDS), histogram(&EVENTS));
+        let help = "How long claims of a batch took";
+        registry.register_with_unit("claim_duration", help, Unit::Seconds, claim.clone());
+        let help = "How long it took to record what became of a batch";
+        registry.register_with_unit("settle_duration", help, Unit::Seconds, settle.clone());
+        registry.register("batch_events", "Events in a claimed batch", batch_events.clone());
+        let polls = Counter::default();
+        registry.register("polls", "Questions to the database whether there is work", polls.clone());
+        let wake_ups = Counter::default();
+        registry.register("wake_ups", "Sleeps that a producer's notification ended", wake_ups.clone());
+        let ready = Gauge::default();
+        registry.register("ready", "1 while the database can be used", ready.clone());
+        let lane_panics = Counter::default();
+        registry.register("lane_panics", "Lanes that panicked and were replaced", lane_panics.clone());
+        let task_failures = Counter::default();
+        registry.register(
+            "task_failures",
+            "Background tasks, such as the maintenance of the store, that failed and were restarted",
+            task_failures.clone(),
+        );
+        let codes = Codes::default();
+        for destination in destinations.iter().map(String::as_str).chain([""]) {
+            for verdict in VERDICTS {
+                drop(events.get_or_create(&labels(destination, verdict, "")));
+            }
+        }
+        let destinations = destinations.iter().map(|name| DestinationMetrics {
+            name: name.clone(),
+            publish: publish.get_or_create_owned(&of(name)),
+            failures: failures.clone(),
+            codes: codes.clone(),
+            breaker: breaker.get_or_create_owned(&of(name)),
+            opened: opened.get_or_create_owned(&of(name)),
+            closed: closed.get_or_create_owned(&of(name)),
+            misconfigured: misconfigured.get_or_create_owned(&of(name)),
+            last_success: last_success.get_or_create_owned(&of(name)),
+            noted: std::sync::Arc::default(),
+        });
+        let destinations = destinations.collect();
+        Self {
+            registry,
+            events,
+            codes,
+            claim,
+            settle,
+            batch_events,
+            ready,
+            polls,
+            wake_ups,
+            lane_panics,
+            task_failures,
+            destinations,
+        }
+    }
+
+    /// All that is counted, to be rendered.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The figures of now as OpenMetrics text, which Prometheus reads.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = text::encode(&mut text, &self.registry);
+        text
+    }
+
+    /// Of the destination at this place.
+    pub(super) fn destination(&self, place: usize) -> DestinationMetrics {
+        self.destinations[place].clone()
+    }
+
+    /// Whether the store can be used.
+    pub(super) fn ready(&self, ready: bool) {
+        self.ready.set(ready.into());
+    }
+
+    /// A batch of so many events was claimed.
+    #[expect(clippy::cast_precision_loss, reason = "no batch has 2^52 events")]
+    pub(super) fn claimed(&self, events: usize, took: Duration) {
+        self.batch_events.observe(events as f64);
+        self.claim.observe(took.as_secs_f64());
+    }
+
+    /// A batch was settled.
+    pub(super) fn settled(&self, deliveries: &Deliveries<'_>, took: Duration) {
+        self.settle.observe(took.as_secs_f64());
+        // Most events of a batch share all labels, so that few labels are made.
+        let mut counts: HashMap<(&str, &str, &str), u64, foldhash::fast::RandomState> = HashMap::default();
+        for delivery in deliveries.iter() {
+            let (verdict, code) = verdict_and_code(&delivery.verdict);
+            *counts.entry((delivery.destination, verdict, code)).or_default() += 1;
+        }
+        for ((destination, verdict, code), count) in counts {
+            let code = self.codes.label(destination, code);
+            self.events.get_or_create(&labels(destination, verdict, &code)).inc_by(count);
+        }
+    }
+}
+
+impl DestinationMetrics {
+    /// A call that publishes has ended; `delivered`: it took some event.
+    pub(super) fn called(&self, took: Duration, delivered: bool) {
+        self.publish.observe(took.as_secs_f64());
+        if delivered {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            self.last_success.set(now.as_secs_f64());
+            self.misconfigured.set(0);
+        }
+    }
+
+    /// A call failed by the fault of the destination.
+    pub(super) fn failed(&self, code: &str, misconfigured: bool) {
+        let code = self.codes.label(&self.name, code);
+        self.failures.get_or_create(&[("destination", self.name.clone()), ("code", code)]).inc();
+        self.misconfigured.set(misconfigured.into());
+    }
+
+    /// Notes the state of the breaker. Must be called while its lock is held.
+    pub(super) fn breaker(&self, state: BreakerState) {
+        let state = state as u8;
+        let before = self.noted.swap(state, Ordering::Relaxed);
+        if before == state {
+            return;
+        }
+        self.breaker.set(state.into());
+        if state == BreakerState::Open as u8 {
+            self.opened.inc();
+        } else if state == BreakerState::Closed as u8 {
+            self.closed.inc();
+        }
+    }
+}
+
+fn labels(destination: &str, verdict: &'static str, code: &str) -> DestinationVerdictCode {
+    [("destination", destination.to_owned()), ("verdict", verdict.to_owned()), ("code", code.to_owned())]
+}
+
+/// The labels of a verdict; the code is empty where there is no error.
+fn verdict_and_code(verdict: &Verdict) -> (&'static str, &str) {
+    match verdict {
+        Verdict::Published { .. } => ("published", ""),
+        Verdict::Retry { error, .. } => ("retried", &error.code),
+        Verdict::Block { error } => ("blocked", &error.code),
+        Verdict::DeadLetter { error } => ("dead_lettered", &error.code),
+        Verdict::Drop { .. } => ("dropped", ""),
+        Verdict::Wait(_) => ("waiting", ""),
+    }
+}
+
+/// The codes of each destination that are told apart.
+#[derive(Debug, Clone, Default)]
+struct Codes(std::sync::Arc<Mutex<HashMap<String, HashSet<String>>>>);
+
+impl Codes {
+    /// The code as it stands in a label.
+    fn label(&self, destination: &str, code: &str) -> String {
+        if code.is_empty() {
+            return String::new();
+        }
+        let mut codes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = codes.entry(destination.to_owned()).or_default();
+        if known.contains(code) || known.len() < MAX_CODES && known.insert(code.to_owned()) {
+            code.to_owned()
+        } else {
+            OTHER.to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::testing::event;
+    use crate::event::{Fault, PublishError, Wait};
+    use crate::outbox::Delivery;
+
+    #[test]
+    fn everything_is_there_from_the_start_under_its_prefix() {
+        let text = Metrics::new(&["a".to_owned()]).encode();
+        for line in [
+            "outbox_relay_events_total{destination=\"a\",verdict=\"published\",code=\"\"} 0",
+            "outbox_relay_events_total{destination=\"\",verdict=\"dead_lettered\",code=\"\"} 0",
+            "outbox_relay_publish_duration_seconds_count{destination=\"a\"} 0",
+            "outbox_relay_breaker_state{destination=\"a\"} 0",
+            "outbox_relay_breaker_opened_total{destination=\"a\"} 0",
+            "outbox_relay_breaker_closed_total{destination=\"a\"} 0",
+            "outbox_relay_destination_misconfigured{destination=\"a\"} 0",
+            "outbox_relay_last_success_timestamp_seconds{destination=\"a\"} 0.0",
+            "outbox_relay_claim_duration_seconds_count 0",
+            "outbox_relay_settle_duration_seconds_count 0",
+            "outbox_relay_batch_events_count 0",
+            "outbox_relay_polls_total 0",
+            "outbox_relay_wake_ups_total 0",
+            "outbox_relay_ready 0",
+            "outbox_relay_lane_panics_total 0",
+            "outbox_relay_task_failures_total 0",
+        ] {
+            assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
+        }
+        let names = text.lines().filter_map(|line| line.strip_prefix("# HELP "));
+        assert!(names.clone().count() > 10 && names.clone().all(|name| name.starts_with("outbox_relay_")), "{text}");
+    }
+
+    #[test]
+    fn a_batch_is_counted_by_destination_verdict_and_code() {
+        let metrics = Metrics::new(&["a".to_owned()]);
+        let events = [event(1), event(2), event(3), event(4)];
+        let error = PublishError::new(Fault::Event, "BAD", "");
+        let verdicts = [
+            Verdict::Published { message_id: None },
+            Verdict::Published { message_id: None },
+            Verdict::Retry { delay: Duration::ZERO, error },
+            Verdict::Wait(Wait::InPlace),
+        ];
+        let mut deliveries = Deliveries::default();
+        for (event, verdict) in events.iter().zip(verdicts) {
+            deliveries.begin(event).push(Delivery { destination: "a", verdict, duration: Duration::ZERO });
+        }
+        metrics.settled(&deliveries, Duration::from_millis(3));
+        let text = metrics.encode();
+        for line in [
+            "outbox_relay_events_total{destination=\"a\",verdict=\"published\",code=\"\"} 2",
+            "outbox_relay_events_total{destination=\"a\",verdict=\"retried\",code=\"BAD\"} 1",
+            "outbox_relay_events_total{destination=\"a\",verdict=\"waiting\",code=\"\"} 1",
+            "outbox_relay_settle_duration_seconds_count 1",
+        ] {
+            assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn codes_without_number_count_as_other() {
+        let codes = Codes::default();
+        let labels: HashSet<String> = (0..1000).map(|code| codes.label("a", &code.to_string())).collect();
+        assert_eq!(labels.len(), MAX_CODES + 1);
+        assert!(labels.contains(OTHER));
+        assert_eq!(codes.label("a", "0"), "0", "one that is known stays so");
+        assert_eq!(codes.label("b", "999"), "999", "another destination has codes of its own");
+    }
+
+    #[test]
+    fn a_breaker_counts_once_each_time_it_opens_or_closes() {
+        let metrics = Metrics::new(&["a".to_owned()]);
+        let destination = metrics.destination(0);
+        for state in [
+            BreakerState::Closed,
+            BreakerState::Open,
+            BreakerState::Open,
+            BreakerState::Probing,
+            BreakerState::Open,
+            BreakerState::Probing,
+            BreakerState::Closed,
+        ] {
+            destination.breaker(state);
+        }
+        assert_eq!((destination.opened.get(), destination.closed.get(), destination.breaker.get()), (2, 1, 0));
+    }
+}

@@ -1,0 +1,117 @@
+//! When to poll next, as far as a relay knows it from its last polls.
+
+use std::time::{Duration, Instant};
+
+use crate::outbox::{Outbox, OutboxError};
+use crate::relay::claim::{Claimer, Promotion};
+use crate::retry::doubled;
+
+/// The shortest time between two polls of one relay: while producers are busy it makes bigger batches, and after the last
+/// event it is where the poll interval of a relay that is still awake starts.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// The longest time between two polls of a relay that is awake.
+pub(super) const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
+
+/// How long a relay stays awake after its last work, at least and at most.
+const LINGER: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// A sleep shorter than this doubles the time to stay awake. Under load a relay must not fall asleep and make producers notify
+/// it, over and over.
+const SHORT_SLEEP: Duration = Duration::from_millis(50);
+
+/// How often a relay that is awake promotes scheduled events, where it knows of none that is due earlier.
+const PROMOTION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub(super) struct Schedule {
+    pub(super) last_poll: Instant,
+    last_work: Instant,
+    linger: Duration,
+    /// How many polls in a row found nothing.
+    misses: u32,
+    next_promotion: Instant,
+}
+
+impl Schedule {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { last_poll: now, last_work: now, linger: LINGER.0, misses: 0, next_promotion: now }
+    }
+
+    /// Work was found, or a producer has just notified.
+    pub(super) fn worked(&mut self, now: Instant) {
+        self.last_work = now;
+        self.misses = 0;
+    }
+
+    /// A poll found nothing.
+    pub(super) fn missed(&mut self) {
+        self.misses = self.misses.saturating_add(1);
+    }
+
+    /// The wait after so many polls that found nothing, at most this long.
+    pub(super) fn interval(&self, at_most: Duration) -> Duration {
+        doubled(POLL_INTERVAL, self.misses.saturating_sub(1), at_most)
+    }
+
+    /// Whether the last work is so recent that falling asleep is not worth while.
+    pub(super) fn is_awake(&self, now: Instant) -> bool {
+        now.duration_since(self.last_work) < self.linger
+    }
+
+    /// A producer has notified a sleeper that fell asleep at `begun`.
+    pub(super) fn notified(&mut self, begun: Instant, now: Instant) {
+        let short = now.duration_since(begun) < SHORT_SLEEP;
+        self.linger = if short { (self.linger * 2).min(LINGER.1) } else { LINGER.0 };
+        self.worked(now);
+        // It may have been for a delayed event. The others come first.
+        self.next_promotion = self.next_promotion.min(now + LINGER.0 / 2);
+    }
+
+    /// Whether scheduled events are to be promoted now.
+    pub(super) fn is_promotion_due(&self, now: Instant) -> bool {
+        self.next_promotion <= now
+    }
+
+    /// From now on a promotion is due.
+    pub(super) fn promote_now(&mut self, now: Instant) {
+        self.next_promotion = now;
+    }
+
+    /// Makes due events pending. Returns how long until there may be more; zero where some became pending.
+    pub(super) async fn promote<O: Outbox>(&mut self, claimer: &mut Claimer<O>) -> Result<Duration, OutboxError> {
+        let Promotion { promoted, next } = claimer.promote().await?;
+        self.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);
+        Ok(if promoted { Duration::ZERO } else { next })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wait_doubles_with_each_poll_that_finds_nothing() {
+        let mut schedule = Schedule::new(Instant::now());
+        let mut next = || {
+            schedule.missed();
+            schedule.interval(AWAKE_INTERVAL).as_millis()
+        };
+        assert_eq!([(); 6].map(|()| next()), [2, 4, 8, 16, 16, 16]);
+        schedule.worked(Instant::now());
+        schedule.missed();
+        assert_eq!(schedule.interval(AWAKE_INTERVAL), POLL_INTERVAL);
+    }
+
+    #[test]
+    fn a_relay_that_is_notified_again_soon_stays_awake_longer_each_time_and_a_second_at_most() {
+        let now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        for _ in 0..10 {
+            schedule.notified(now, now);
+        }
+        assert!(schedule.is_awake(now + Duration::from_millis(999)) && !schedule.is_awake(now + LINGER.1));
+        schedule.notified(now, now + SHORT_SLEEP);
+        assert!(!schedule.is_awake(now + SHORT_SLEEP + LINGER.0));
+    }
+}
