@@ -4,6 +4,7 @@ pub(crate) mod bad_input;
 mod blame;
 mod crash;
 mod destinations;
+mod metrics;
 mod order;
 mod panics;
 mod rules;
@@ -50,6 +51,9 @@ contract! {
         events_go_on_to_one_destination_while_the_other_is_down_and_are_parked_for_it_in_order
         routes_choose_destinations_and_what_no_route_takes_is_said
         history_keeps_what_was_published_where;
+    metrics:
+        metrics_count_events_by_destination_verdict_and_code
+        health_and_metrics_tell_of_a_destination_that_goes_down_and_comes_back;
     time:
         a_delayed_event_comes_when_it_is_due_and_holds_up_nobody
         a_sleeping_relay_is_woken_by_a_commit
