@@ -21,16 +21,17 @@
 //! at once.
 //!
 //! - `emit`: the insert for applications.
-//! - [`event`]: the vocabulary.
-//! - [`outbox`]: the contract of a store; [`outbox::postgres`] and [`outbox::sqlite`] have all SQL but that insert's.
+//! - [`event`]: the types that all other modules share, such as an event, an outcome and a verdict.
+//! - [`outbox`]: the contract of a store, with one door for the engine and one for the operator. [`outbox::postgres`] and
+//!   [`outbox::sqlite`] have all SQL but that insert's.
 //! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
-//! - [`audit`]: whether what arrived is what was emitted.
+//! - [`audit`]: compares what arrived with what was emitted.
 //! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
-//! - `text`: what others wrote, as it may stand in a log.
+//! - `text`: escapes and cuts text of others for a log or an error.
 //!
-//! How to use all of it: the [`guide`], whose chapters exist in this documentation only.
+//! How to use it: the [`guide`], whose chapters are part of this documentation only.
 
 #![cfg_attr(
     not(all(feature = "cli", feature = "postgres", feature = "sqlite", feature = "redis", feature = "eventbridge")),
