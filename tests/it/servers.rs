@@ -1,6 +1,7 @@
 //! Throwaway servers: tests/servers runs each one, and ends it when this process closes its pipe or is gone.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -93,9 +94,14 @@ impl Server {
         self.info.other_ca.as_deref().expect("started with --tls")
     }
 
-    /// One of the programs that came with it.
-    pub(crate) fn program(&self, name: &str) -> std::path::PathBuf {
-        std::path::Path::new(&self.info.bin).join(name)
+    /// One of the programs that came with the server, or else Debian's: the other versions of the matrix come without `psql`.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        let own = Path::new(&self.info.bin).join(name);
+        let debian = || {
+            let versions = std::fs::read_dir("/usr/lib/postgresql").unwrap().map(|entry| entry.unwrap().path());
+            versions.map(|version| version.join("bin").join(name)).find(|path| path.exists())
+        };
+        if own.exists() { own } else { debian().unwrap_or(own) }
     }
 
     /// The server's own process, not the supervisor's.
