@@ -52,7 +52,7 @@ pub(crate) struct SchemaVersion {
 }
 
 impl SchemaVersion {
-    /// Fails unless a relay can work with it whose newest migration is `known`; else says what it is.
+    /// Fails unless a relay whose newest migration is `known` can work with it; else says what it is.
     pub(crate) fn fits(self, known: i32) -> Result<String, OutboxError> {
         let Self { found, needs } = self;
         if found < known {
@@ -87,16 +87,16 @@ pub struct ClaimRequest<'a> {
 pub enum Claim {
     /// These are the lane's until it settles.
     Batch {
-        /// In `id` order per key; never empty.
+        /// In the order of `id` for each key; never empty.
         claimed: Vec<Claimed>,
-        /// There is more where they came from.
+        /// There are more to claim at once.
         full: bool,
-        /// What sets this claim apart.
+        /// What tells this claim from every other one.
         claim_id: ClaimId,
     },
-    /// There are pending events, and all of them are another lane's or another relay's.
+    /// There are pending events, and other lanes or relays hold all of them.
     Busy,
-    /// Another relay's configuration routes, and nothing is due that is this one's to deliver.
+    /// Another relay's configuration routes, and nothing is due that this relay must deliver.
     Superseded,
     /// Nothing is pending.
     Empty,
@@ -107,11 +107,11 @@ pub enum Claim {
 pub struct Claimed {
     /// The event.
     pub event: Event,
-    /// `available_at` has come.
+    /// Its `available_at` is now or past.
     pub due: bool,
     /// Why it can go nowhere, such as a payload over the limit; or, where no event is charged for that, why it must wait.
     pub defect: Option<PublishError>,
-    /// It failed before in a way that it was not charged for, and waited.
+    /// It failed before, was not charged an attempt for that, and waited.
     pub blocked_before: bool,
     /// The destinations at which an earlier event of its key still waits.
     pub blocked_by: Vec<BlockedBy>,
@@ -126,27 +126,27 @@ pub struct BlockedBy {
     pub remaining: Duration,
 }
 
-/// What is known of an event during whose publishing a relay died.
+/// What is known of an event that was being published when a relay crashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suspicion {
     /// How many events were published together the last time.
     pub together: usize,
-    /// How many relays died as soon as they began to publish this event alone.
+    /// How many relays crashed as soon as they began to publish this event alone.
     pub crashes_alone: usize,
-    /// How many died some time after that.
+    /// How many crashed some time after that.
     pub deaths_alone: usize,
 }
 
 /// What a promotion found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Promoted {
-    /// Scheduled events that became pending.
+    /// How many scheduled events became pending.
     pub count: usize,
     /// How long until the next one is due, where there is one.
     pub next_due: Option<Duration>,
 }
 
-/// What a sleeper's short question found.
+/// What a relay finds that sleeps and looks whether there is work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peek {
     /// Some event is pending, whoever may hold it.
@@ -157,28 +157,29 @@ pub struct Peek {
 
 /// The notes that end a crash loop.
 pub trait CrashNotes {
-    /// Notes that the relay `run` begins to work. Returns how many others have died lately, or are as young as this one.
+    /// Notes that the relay `run` begins to work. Returns how many others have crashed in the last ten minutes, or have begun in
+    /// them and not ended.
     ///
     /// # Errors
-    /// Unknown.
+    /// It may be noted or not.
     fn begin_run(&self, run: Uuid) -> impl Future<Output = Result<usize, OutboxError>> + Send;
 
-    /// Forgets a run that has ended in good order, or has lived for a while.
+    /// Deletes the note of a run that has ended in good order, or has worked for a while.
     ///
     /// # Errors
-    /// It will be taken for one that died, for a while.
+    /// For ten minutes it will be taken for one that crashed.
     fn end_run(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Forgets a run and all its notes, because whatever ends it from now on is not its events.
+    /// Deletes all notes of a run, because if it ends from now on, its events are not the reason.
     ///
     /// # Errors
-    /// It will be taken for one that died of its events, for a while.
+    /// For a day its events will be taken for the reason that it ended.
     fn withdraw(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// What relays other than `run` have left noted of `events`, by their places.
+    /// What relays other than `run` have noted of `events` and not deleted. Each with the place of the event in `events`.
     ///
     /// # Errors
-    /// Unknown.
+    /// It is not known what they noted.
     fn suspicions(
         &self,
         run: Uuid,
@@ -191,23 +192,23 @@ pub trait CrashNotes {
     /// It may be noted or not.
     fn mark(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// `run` lives for a while after it began to publish `events`: what it dies of later may be something else.
+    /// Notes that `run` still works a while after it began to publish `events`: if it crashes later, the reason may be another one.
     ///
     /// # Errors
-    /// They stay suspects in full.
+    /// They stay noted as they were.
     fn outlived(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Forgets, of each of `events`, one relay that died some time after it began to publish it alone: it may be tried
-    /// once more.
+    /// Deletes, for each of `events`, the note of one relay that crashed some time after it began to publish the event alone: the
+    /// event may be tried once more.
     ///
     /// # Errors
-    /// Nothing was forgotten.
+    /// Nothing was deleted.
     fn forgive(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Nobody died of `events`.
+    /// Deletes all notes of `events`: they were published, or not tried, and nobody crashed.
     ///
     /// # Errors
-    /// They stay suspects, for a while.
+    /// They stay noted for a day.
     fn clear(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 }
 
@@ -215,16 +216,16 @@ pub trait CrashNotes {
 pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
     /// One connection's worth of claiming and settling.
     type Lane: Lane;
-    /// What ends a sleep early.
+    /// What wakes a relay that sleeps.
     type Wakeup: Wakeup;
 
-    /// A lane; it connects when it is first used, and again after every error.
+    /// A new lane. It connects when it is first used, and again after every error.
     fn lane(&self) -> Self::Lane;
 
-    /// A way to be woken; `None` where the store or the configuration has none, and polling alone must do.
+    /// A way to be woken; `None` where the store or the configuration has none, and the relay can only poll.
     fn wakeup(&self) -> Option<Self::Wakeup>;
 
-    /// Readies the store for a run: it fits this binary, can be written to, and has room for the days ahead.
+    /// Makes the store ready for a run: looks whether it fits this binary and can be written to, and adds the days ahead.
     ///
     /// # Errors
     /// What stands in the way. [`OutboxError::is_final`] tells whether waiting can help.
@@ -248,7 +249,7 @@ pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
     /// It is to be tried again soon.
     fn attend(&self, idle: Duration) -> impl Future<Output = Result<Duration, OutboxError>> + Send;
 
-    /// The differences to the configurations of other relays that have been at work for so long.
+    /// How the configurations of other relays differ, where such relays have been at work for at least `lasting`.
     fn differences(&self, lasting: Duration) -> Vec<String>;
 
     /// Ends the registration.
@@ -263,10 +264,10 @@ pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
 /// Its futures are never cancelled: a dropped one would leave a connection in an unknown state. After an error the
 /// connection is gone, and with it every claim it held.
 pub trait Lane: Send {
-    /// Takes some events. An earlier claim must have been settled.
+    /// Claims some events. An earlier claim must have been settled.
     ///
-    /// After a settle that failed it first proves that the store can be written to: a database that cannot record must
-    /// not become a machine that repeats.
+    /// After a settle that failed it first proves that the store can be written to: else the same events would be published again
+    /// and again.
     ///
     /// # Errors
     /// Nothing was claimed.
@@ -288,7 +289,7 @@ pub trait Lane: Send {
     /// changes anything stays as it is; so does one that is not mentioned.
     ///
     /// # Errors
-    /// Whether it was recorded is unknown: the next claim tells.
+    /// Whether it was recorded is unknown; the next claim finds what was not.
     fn settle(&mut self, deliveries: &Deliveries<'_>) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Makes due events pending that were scheduled: delayed ones, and those owed to one of `destinations`.
@@ -301,28 +302,28 @@ pub trait Lane: Send {
         max_events: usize,
     ) -> impl Future<Output = Result<Promoted, OutboxError>> + Send;
 
-    /// Whether there is anything to claim, or to promote for one of `destinations`: one cheap question, for who sleeps.
+    /// Whether there is anything to claim, or to promote for one of `destinations`: one cheap statement, for a relay that sleeps.
     ///
     /// # Errors
-    /// Unknown.
+    /// It is not known.
     fn peek(&mut self, destinations: &[&str]) -> impl Future<Output = Result<Peek, OutboxError>> + Send;
 
     /// Whether some event still waits for a retry or for its destination.
     ///
     /// # Errors
-    /// Unknown.
+    /// It is not known.
     fn has_owed(&mut self) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 
     /// The highest id of a pending event; `None` where none is pending.
     ///
     /// # Errors
-    /// Unknown.
+    /// It is not known.
     fn last_id(&mut self) -> impl Future<Output = Result<Option<i64>, OutboxError>> + Send;
 
     /// Whether an event with an id up to this one is pending, whoever holds it.
     ///
     /// # Errors
-    /// Unknown.
+    /// It is not known.
     fn is_pending_up_to(&mut self, id: i64) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 }
 

@@ -17,11 +17,11 @@ pub struct OutboxConfig {
     pub log_retention: Duration,
     /// How long the history is kept.
     pub history_retention: Duration,
-    /// What of the tables is used.
+    /// Which of the tables are used.
     pub usage: Usage,
     /// Whether events are published only once their commits are on disk, where the store cannot take that for granted.
     pub ghost_barrier: bool,
-    /// Who writes the processing log: host name and process id.
+    /// How this relay is named in the processing log: host name and process id.
     pub worker: String,
 }
 
@@ -42,7 +42,7 @@ impl OutboxConfig {
     }
 }
 
-/// What of the tables a relay uses, by its configuration.
+/// Which parts of the schema a relay uses, by its configuration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Usage {
     /// Whether an event may go to more than one destination, and so become several rows.

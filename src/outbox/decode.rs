@@ -1,15 +1,15 @@
-//! What is judged of a row as it is read, the same for every store.
+//! Whether a row that was read can be published. The rules are the same for every store.
 
 use std::collections::BTreeMap;
 
 use crate::event::{Fault, HeaderName, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, PublishError};
 
-/// The defect of a payload of so many bytes, if it is one.
+/// The defect of a payload of `size` bytes, if that is too many.
 pub(super) fn too_large(size: usize, max_payload: usize) -> Option<PublishError> {
     (size > max_payload).then(|| over("payload", size, max_payload))
 }
 
-/// The defect of a column of so many bytes, which are too many.
+/// The defect of a column whose `size` in bytes is too large.
 pub(super) fn over(column: &str, size: usize, max_payload: usize) -> PublishError {
     let message = match column {
         // Measured where it is, which tells about how long its text is.
@@ -20,19 +20,19 @@ pub(super) fn over(column: &str, size: usize, max_payload: usize) -> PublishErro
     PublishError::new(Fault::Unfit, format!("{column}_too_large"), message)
 }
 
-/// The defect of a column that holds nothing, where somebody has dropped the constraint that it must.
+/// The defect of a column that is NULL, where somebody has dropped its constraint.
 pub(super) fn missing(column: &str) -> PublishError {
     PublishError::new(Fault::Unfit, format!("{column}_missing"), format!("the column {column} of the event is NULL"))
 }
 
-/// The headers of an event, as the JSON that the column holds; none for nothing.
+/// The headers of an event, from the JSON of the column; none for NULL.
 ///
 /// # Errors
 /// The defect of the event.
 pub(super) fn headers(json: Option<&[u8]>) -> Result<Vec<(String, String)>, PublishError> {
     match json.map(serde_json::from_slice::<BTreeMap<String, String>>) {
         None => Ok(Vec::new()),
-        // What is older than the rule, or than this form of it.
+        // A row may be older than the rule for names, or than its present form.
         Some(Ok(headers)) => match headers.keys().find_map(|name| HeaderName::trouble(name)) {
             None => Ok(headers.into_iter().collect()),
             Some(HeaderName::Empty) => {

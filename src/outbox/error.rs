@@ -1,4 +1,4 @@
-//! Why a store did not do what it was asked, and what to do about it.
+//! Why a store could not do something, and what to do about it.
 
 use std::error::Error;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use crate::text::shown;
 /// The longest text of one cause, in characters.
 const MAX_CAUSE_CHARS: usize = 1000;
 
-/// A relay's connections besides those of its lanes: for what is rarely done, to be woken, and to look what stands still.
+/// A relay's connections besides those of its lanes: one for what is rarely done, one to be woken, one to look what stands still.
 pub(super) const CONNECTIONS_BESIDE: usize = 3;
 
-/// Why the store did not do what it was asked.
+/// Why the store could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum OutboxError {
     /// The connection settings cannot be used.

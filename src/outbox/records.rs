@@ -1,22 +1,22 @@
-//! What a settle writes: verdicts turned into rows of the tables, the same for every store.
+//! What a settle writes: the rows that follow from the verdicts. The same for every store.
 
 use crate::event::{Event, Fault, PublishError, Verdict, Wait};
 use crate::outbox::deliveries::Delivery;
 
-/// With this the last error of a row begins that could not be settled: it waits until somebody acts.
+/// The last error of a row that could not be settled begins with this code. The row waits until somebody acts.
 pub(super) const SETTLE_FAILED: &str = "settle_failed";
 
-/// The word after that code where the event is still owed, and so holds back its key.
+/// Follows that code where the event is still owed, and so holds back its key.
 const RETRY: &str = "retry";
 
-/// Everything one settle writes. Of a row that somebody else has taken away or changed meanwhile nothing is recorded.
+/// Everything that one settle writes. Nothing is recorded of a row that somebody else has deleted or changed meanwhile.
 #[derive(Default)]
 pub(super) struct Records<'a> {
-    /// The rows that owe nothing any more, and go.
+    /// The events that are owed to no destination any more: their rows are deleted.
     pub(super) gone: Vec<&'a Event>,
-    /// The rows that still owe something: changed in place, so that they are never there twice.
+    /// What the first destination is owed of an event that is still owed to some: the row is changed in place.
     pub(super) moved: Vec<Owed<'a>>,
-    /// What the rows of `moved` owe besides: a copy for each further destination.
+    /// What each further destination is owed of the events of `moved`: a new row.
     pub(super) copies: Vec<Owed<'a>>,
     pub(super) log: Vec<LogEntry<'a>>,
     pub(super) dead_letters: Vec<DeadLetter<'a>>,

@@ -9,7 +9,7 @@
 //!   its events, and looks at the rows where it is not the counter that it knows.
 //! - While all relays have the same configuration, nothing else is written. While there are two, each relay writes its time
 //!   every few seconds.
-//! - The row of a relay that died is deleted by another one. A relay whose row was deleted by mistake writes it anew, with
+//! - Where a relay crashed, another one deletes its row. A relay whose row was deleted by mistake writes it anew, with
 //!   the number that it had, so that it does not supersede a newer one.
 
 use std::collections::BTreeMap;
@@ -29,17 +29,17 @@ const MIXED_INTERVAL: Duration = Duration::from_secs(1);
 /// While there are several configurations, each relay writes its time so often.
 const BEAT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A relay without a session that has not written its time for so long is dead.
+/// A relay without a session that has not written its time for so long has ended.
 const SILENCE: Duration = Duration::from_secs(15);
 
-/// After so long a relay of the same configuration that has no session is taken for dead.
+/// After so long a relay of the same configuration that has no session is taken for one that has ended.
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
 
 /// Where a relay has no session by which others know that it lives, this is how long it gets to write its time once another
 /// configuration has come: longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
 const FIRST_BEAT: Duration = Duration::from_secs(20);
 
-/// So many names are written out in a difference.
+/// A difference lists no more names than this.
 const NAMES: usize = 5;
 
 /// What decides where events go.
@@ -144,12 +144,12 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Whether it certainly lives.
+    /// Whether it is certainly at work.
     pub fn lives(&self) -> bool {
         self.session == Some(true) || self.silent < SILENCE
     }
 
-    /// Whether it is certainly dead. `watched` is how long whoever asks has been registered.
+    /// Whether it has certainly ended. `watched`: how long the relay that asks has been registered.
     fn is_dead(&self, watched: Duration) -> bool {
         !self.lives() && (self.session.is_some() || watched >= FIRST_BEAT)
     }

@@ -1,4 +1,4 @@
-//! What keeps events from moving, in words for people.
+//! What keeps events from being published, as texts for people.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use crate::outbox::quote::literal;
 use crate::text::shown;
 
-/// An event that is due, and that nobody takes, whatever the reason.
+/// The cause of a standstill: an event is due, and nobody claims it.
 pub const NOT_TAKEN: &str = "not_taken";
 
-/// Besides the publish timeout, how long another relay may take for the events before it.
+/// An event may be due for the publish timeout and so much longer, while a relay works on those before it.
 pub(super) const TAKEN_AFTER: Duration = Duration::from_secs(15);
 
 /// One thing that keeps events from moving. The store finds it, or the engine reports it; a daemon logs it, shows it in
@@ -19,7 +19,7 @@ pub(super) const TAKEN_AFTER: Duration = Duration::from_secs(15);
 pub struct Standstill {
     /// Its kind, the same as long as it lasts, such as `table_locked`.
     pub cause: &'static str,
-    /// Which one of its kind, where there can be several, such as a destination's name.
+    /// Tells it from others with the same cause, such as by a destination's name; empty where there can be one only.
     pub about: String,
     /// What stands still, since when, why, and what to do about it. No payload, header value or secret.
     pub text: String,
@@ -31,14 +31,14 @@ impl Standstill {
         Self { cause, about: String::new(), text: text.into() }
     }
 
-    /// Tells it from others of its kind. Never what changes while it lasts, such as a count.
+    /// Sets [`Self::about`]. It must not change while the standstill lasts, as a count would.
     #[must_use]
     pub fn about(self, about: impl Into<String>) -> Self {
         Self { about: about.into(), ..self }
     }
 }
 
-/// So many events are the first of their partition, due, and not taken; of the first of them its id, type and how long it is due.
+/// `count` events are the first of their partition, due, and claimed by nobody. The others are facts of the first of them.
 pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, who: &str) -> Standstill {
     let due = due.as_secs();
     let text = format!(
@@ -48,7 +48,7 @@ pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, 
     Standstill::new(NOT_TAKEN, text)
 }
 
-/// Keys that go on waiting though their destination works. The engine leaves it out while the destination is down.
+/// The cause of a standstill: keys wait though their destination works. The engine leaves it out while the destination is down.
 pub(crate) const KEYS_BLOCKED: &str = "keys_blocked";
 
 /// The longest error of an event in the text of a standstill, in characters.
@@ -67,7 +67,8 @@ pub(super) struct First {
     pub(super) error: String,
 }
 
-/// So many events wait until somebody acts, and behind them so many; `now` is the time in SQL, `forever` the end of it.
+/// `count` events wait until somebody acts, and `behind` events wait behind them. `now`: the present time in SQL. `forever`: the
+/// `available_at` of what is parked.
 pub(super) fn parked(count: i64, behind: i64, first: &First, now: &str, forever: &str) -> Standstill {
     let First { id, destination, error } = first;
     let row = format!("id = {id} and destination = {}", literal(destination));
@@ -81,7 +82,7 @@ pub(super) fn parked(count: i64, behind: i64, first: &First, now: &str, forever:
     Standstill::new("events_parked", text)
 }
 
-/// So many events can be neither settled nor parked; what became of them stands in their rows.
+/// `count` events can be neither settled nor parked. Their rows say what became of them.
 pub(super) fn kept(count: usize, first: &First) -> Standstill {
     let First { id, destination, error } = first;
     let (row, error) = (format!("id = {id} and destination = {}", literal(destination)), shown(error, MAX_ERROR_CHARS));
@@ -105,8 +106,8 @@ pub(super) fn remembered(count: usize, first: &First) -> Standstill {
     Standstill::new("events_remembered", text)
 }
 
-/// At this destination so many events wait without being charged, or have failed for long, and hold back their keys; the first
-/// of them has failed for so long.
+/// `count` events of a destination hold back their keys: they wait without being charged an attempt, or have failed for long, the
+/// first of them for `failing`.
 pub(super) fn blocked(count: i64, first: &First, failing: Duration, forever: &str) -> Standstill {
     let First { id, destination, error } = first;
     let (count, error) = (counted(count), shown(error, MAX_ERROR_CHARS));
@@ -121,7 +122,7 @@ pub(super) fn blocked(count: i64, first: &First, failing: Duration, forever: &st
     Standstill::new(KEYS_BLOCKED, text).about(destination)
 }
 
-/// So many events of these formats, and so many behind them.
+/// `events` events have formats that this relay does not know, and `behind` events wait behind them.
 pub(super) fn unknown_formats(events: i64, formats: &str, behind: i64, since: &str) -> Standstill {
     let text = format!(
         "{events} events of format {formats} wait, which this relay does not know, and {behind} behind them by their keys; the \
@@ -136,7 +137,7 @@ fn counted(count: i64) -> String {
     if count > MOST_COUNTED { format!("more than {MOST_COUNTED}") } else { count.to_string() }
 }
 
-/// So many rows are counted; there may be millions.
+/// No more rows than this are counted: there may be millions.
 pub(super) const MOST_COUNTED: i64 = 1000;
 
 /// What is owed to a destination that nobody has configured.
@@ -166,7 +167,7 @@ impl Unconfigured {
     }
 }
 
-/// Since when what was seen now was seen each time: another role's times are hidden, and a file has none.
+/// Since when something has been seen by every look. PostgreSQL hides the times of other roles, and a file has none.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
     seen: Arc<Mutex<HashMap<String, Seen>>>,
@@ -176,12 +177,12 @@ pub(super) struct Memory {
 struct Seen {
     first: Instant,
     now: bool,
-    /// Too short to be a standstill so far.
+    /// So far it has lasted too short a time to be a standstill.
     brief: bool,
 }
 
 impl Memory {
-    /// How long this has been seen, each time that was looked.
+    /// For how long every look has seen this.
     pub(super) fn seen(&self, what: &str) -> Duration {
         let mut seen = self.all();
         let seen =
@@ -190,14 +191,14 @@ impl Memory {
         seen.first.elapsed()
     }
 
-    /// It may be over in a moment: worth another look then.
+    /// It may be over in a moment, and is worth another look then.
     pub(super) fn is_brief(&self, what: &str) {
         if let Some(seen) = self.all().get_mut(what) {
             seen.brief = true;
         }
     }
 
-    /// Forgets what was not seen this time. Returns whether something was seen that may be over in a moment.
+    /// Ends a look: forgets what it did not see. Returns whether it saw something that may be over in a moment.
     pub(super) fn forget_unseen(&self) -> bool {
         let mut seen = self.all();
         seen.retain(|_, seen| std::mem::replace(&mut seen.now, false));

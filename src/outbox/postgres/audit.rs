@@ -13,7 +13,8 @@ use crate::secret::Secret;
 
 /// All of it as it was at one time. `$1`: the destination.
 const KNOWN: &str = "
-select 0, event_id, id, null, pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8'))
+select 0 as known, event_id, id as sequence, null::text as message,
+    pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8')) as digest
 from {schema}.event_outbox where destination in ('', $1)
 union all
 select 1, event_id, outbox_id, message_id, null
@@ -56,16 +57,16 @@ async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audi
     .await?;
     let mut rows = sql.query(KNOWN).bind(destination).fetch(connection);
     while let Some(row) = rows.try_next().await? {
-        let (event_id, sequence): (Uuid, i64) = (row.try_get(1)?, row.try_get(2)?);
-        let message: Option<&str> = row.try_get(3)?;
-        let known = match row.try_get::<i32, _>(0)? {
+        let (event_id, sequence): (Uuid, i64) = (row.try_get("event_id")?, row.try_get("sequence")?);
+        let message: Option<&str> = row.try_get("message")?;
+        let known = match row.try_get::<i32, _>("known")? {
             0 => Known::Pending,
             1 => Known::Published(message.and_then(|message| message.parse().ok())),
             2 => Known::DeadLetter,
             4 => Known::Redriven,
             _ => Known::Kept,
         };
-        let checksum = row.try_get::<Option<&[u8]>, _>(4)?.and_then(Checksum::from_sha256);
+        let checksum = row.try_get::<Option<&[u8]>, _>("digest")?.and_then(Checksum::from_sha256);
         audit.known(event_id, sequence, known, checksum);
     }
     // Nothing was dropped from a log that began today.

@@ -1,4 +1,4 @@
-//! Reading a batch, and decoding its rows.
+//! Reading a batch.
 
 use std::sync::LazyLock;
 
@@ -21,8 +21,8 @@ use crate::outbox::{ClaimRequest, Claimed};
 /// destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per
 /// row only where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no
 /// calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what holds up its key may wait for a
-/// person, who lets it go earlier. An event without attempts that has failed before has -1; one that is marked (see `kept`) has
-/// -2, or -3 where it is still owed.
+/// person, who lets it go earlier. An event without attempts that has failed before has -1; one that is marked (see `left_out`) has
+/// -2, or -3 where it is still owed. A row that is parked for all destinations, which is rare, holds back its key at each.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
        {payload}, {headers}, {correlation_id}, {causation_id},

@@ -57,7 +57,7 @@ struct State {
     life: String,
 }
 
-/// What a claim goes by.
+/// The bounds that hold for one claim.
 #[derive(Debug, Clone, Default)]
 pub(super) struct BoundsSnapshot {
     /// The number of reinsertions that all this holds for.
@@ -77,7 +77,7 @@ pub(super) struct Writers {
     pub(super) transactions: Vec<String>,
 }
 
-/// How far ids have come.
+/// How far the ids have come.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Drawn {
     /// The last id that was drawn; 0 where none was.

@@ -273,24 +273,27 @@ pub(super) async fn require_all_rows(connection: &mut PgConnection, sql: Sql) ->
 async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, OutboxError> {
     let row = with_timeout("look at the server", STATEMENT_TIMEOUT, async {
         sqlx::query(
-            "select pg_catalog.current_database(), pg_catalog.current_setting('server_version'), current_user::text,
-                    pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
-                    (select version from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid() and ssl),
-                    pg_catalog.inet_client_addr() is null, session_user::text",
+            "select pg_catalog.current_database()::text as database, pg_catalog.current_setting('server_version') as version,
+                    current_user::text as acting, session_user::text as login,
+                    pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean
+                        as read_only,
+                    (select version from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid() and ssl) as protocol,
+                    pg_catalog.inet_client_addr() is null as local",
         )
         .persistent(false)
         .fetch_one(connection)
         .await
     })
     .await?;
-    if row.get::<bool, _>(3) {
+    if row.get::<bool, _>("read_only") {
         return Err(connection::read_only());
     }
-    let (database, version, user): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-    let login: String = row.get(6);
+    let (database, version, user): (String, String, String) =
+        (row.get("database"), row.get("version"), row.get("acting"));
+    let login: String = row.get("login");
     let acts =
         if login == user { String::new() } else { format!(" (the login is {login}, its setting `role` is {user})") };
-    let encryption = match (row.get::<Option<String>, _>(4), row.get(5)) {
+    let encryption = match (row.get::<Option<String>, _>("protocol"), row.get("local")) {
         // It is the pooler's connection that the server knows.
         _ if pooled => "by way of a pooler".to_owned(),
         (Some(protocol), _) => format!("encrypted ({protocol})"),

@@ -8,7 +8,7 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::{CrashNotes, Suspicion};
 
-/// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
+/// Counts the notes of other runs of the last ten minutes: a crash loop is faster than that. Notes are deleted after a day.
 const BEGIN_RUN: &str = "
 with old_runs as (delete from {schema}.event_relay_run where begun_at < pg_catalog.clock_timestamp() - interval '1 day'),
      old_suspects as (delete from {schema}.event_crash_suspect where noted_at < pg_catalog.clock_timestamp() - interval '1 day'),
@@ -21,7 +21,7 @@ insert into {schema}.event_crash_suspect (event_id, run_id, together)
 select distinct event_id, $2, $3 from pg_catalog.unnest($1::uuid[]) s(event_id)
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = pg_catalog.clock_timestamp()";
 
-/// `together` is negative from then on, which older relays do not count as a death of this event.
+/// `together` is negative from then on, and older relays do not count it as a crash of this event.
 const OUTLIVED: &str = "
 update {schema}.event_crash_suspect set together = -together
 where event_id = any($1) and run_id = $2 and together > 0";
@@ -41,8 +41,9 @@ delete from {schema}.event_relay_run where run_id = $1";
 
 /// What other runs have left noted.
 const SUSPICIONS: &str = "
-select e.place::int, (pg_catalog.array_agg(pg_catalog.abs(s.together) order by s.noted_at desc))[1],
-       (pg_catalog.count(*) filter (where s.together = 1))::int, (pg_catalog.count(*) filter (where s.together = -1))::int
+select e.place::int as place, (pg_catalog.array_agg(pg_catalog.abs(s.together) order by s.noted_at desc))[1] as together,
+       (pg_catalog.count(*) filter (where s.together = 1))::int as crashes_alone,
+       (pg_catalog.count(*) filter (where s.together = -1))::int as deaths_alone
 from pg_catalog.unnest($1::uuid[]) with ordinality e(event_id, place)
 join {schema}.event_crash_suspect s on s.event_id = e.event_id and s.run_id <> $2
 group by e.place";
@@ -76,15 +77,18 @@ impl CrashNotes for PgOutbox {
 
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let rows = self
-            .on_side_connection("read what relays died of", async |connection| {
+            .on_side_connection("read the crash notes", async |connection| {
                 self.sql().query(SUSPICIONS).persistent(false).bind(events).bind(run).fetch_all(connection).await
             })
             .await?;
-        let number = |row: &PgRow, index| usize::try_from(row.get::<i32, _>(index)).unwrap_or_default();
+        let number = |row: &PgRow, column| usize::try_from(row.get::<i32, &str>(column)).unwrap_or_default();
         let suspicion = |row| {
-            let known =
-                Suspicion { together: number(row, 1), crashes_alone: number(row, 2), deaths_alone: number(row, 3) };
-            (number(row, 0).saturating_sub(1), known)
+            let known = Suspicion {
+                together: number(row, "together"),
+                crashes_alone: number(row, "crashes_alone"),
+                deaths_alone: number(row, "deaths_alone"),
+            };
+            (number(row, "place").saturating_sub(1), known)
         };
         Ok(rows.iter().map(suspicion).collect())
     }

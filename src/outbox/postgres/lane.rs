@@ -1,8 +1,8 @@
-//! Claim and settle: the protocol of a lane.
+//! Claim and settle: how a lane works with the database.
 //!
 //! A claim is an open transaction that holds one advisory lock per partition it took, and nothing else: no row lock, no
-//! transaction id, and between statements no snapshot. So a slow publish holds back neither producers nor vacuum, and a
-//! lane that dies frees its partitions at once, with no lease to wait for.
+//! transaction id, and between statements no snapshot. So a slow publish delays neither producers nor vacuum. When a lane's
+//! connection ends, the server frees its partitions at once: there is no lease that must run out.
 
 mod superseded;
 
@@ -37,21 +37,21 @@ use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, Outbo
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
 
-/// A take that walks over what is dead is short where little is: then it is cheaper than to begin at each bound. One that
-/// takes longer is not repeated for a hundred times as long.
+/// A take that walks over dead rows is short where there are few of them: then it is cheaper than to begin at each bound. After
+/// one that takes longer there is none for a hundred times as long.
 const SHORT_WALK: Duration = Duration::from_millis(1);
 
-/// Where all are deep a batch takes its share of so many partitions: of each page of the table, which has rows of many, it
-/// deletes more at once.
+/// Where all partitions are deep, a batch takes rows of so many. Fewer partitions a batch delete more rows of each page of the
+/// table, on which rows of many partitions lie.
 const DEEP_PARTITIONS: i16 = 4;
 
-/// A claim that takes longer is followed by one of fewer events.
+/// After a claim that takes longer the next one asks for fewer events.
 const LONG_CLAIM: Duration = Duration::from_secs(3);
 
-/// After a claim that had no answer in time the next one reads a part of as many events: one in so many.
+/// After a claim that had no answer in time the next one asks for so many times fewer events.
 const FEWER_AFTER_TIMEOUT: usize = 10;
 
-/// See the module.
+/// A lane of a PostgreSQL outbox.
 pub struct PgLane {
     outbox: PgOutbox,
     connection: Option<PgConnection>,
@@ -59,13 +59,13 @@ pub struct PgLane {
     /// How many partitions to take at once. A full batch halves it, down to a few; a short one doubles it: a quiet system is
     /// one transaction for everything, a deep backlog as many in parallel as there are lanes.
     partitions: i16,
-    /// Where to go on taking partitions.
+    /// The partition that was taken last: the next take goes on behind it.
     last_taken: i16,
-    /// How many rows to look at. A batch cut by its bytes lowers it, so that large payloads are not measured in vain.
+    /// How many rows to read at most. A batch that its bytes cut short lowers it, so that large payloads are not measured in vain.
     rows: usize,
     /// The last batch had a payload that is not small.
     large: bool,
-    /// When to take without bounds again.
+    /// From when on a take may go without bounds again.
     next_walk: Instant,
     /// What was claimed, as far as bounds may follow from it.
     read_extent: Option<ReadExtent>,
@@ -93,7 +93,7 @@ impl PgLane {
         }
     }
 
-    /// A connection that can be written to.
+    /// The connection, on which writes have been proven to work where that was in doubt.
     async fn ready(&mut self) -> Result<PgConnection, OutboxError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
@@ -111,7 +111,7 @@ impl PgLane {
         Ok(connection)
     }
 
-    /// Asks one question.
+    /// Runs one query.
     async fn ask<T>(
         &mut self,
         operation: &'static str,
@@ -141,7 +141,7 @@ impl PgLane {
         }
     }
 
-    /// Nothing where it has set aside what it found, and is to be tried again.
+    /// `None`: all that it found was set aside or left out, so it must be tried again.
     async fn claim_once(
         &mut self,
         connection: &mut PgConnection,
@@ -225,7 +225,7 @@ impl PgLane {
         Ok(Some(Claim::Batch { claimed, full, claim_id }))
     }
 
-    /// Searches for rows that bounds hide, if that is due.
+    /// Searches for rows that the bounds hide, if such a search is due.
     async fn search(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         let bounds = &self.outbox.bounds;
         if let Some(searched) = bounds.to_search() {
@@ -236,7 +236,7 @@ impl PgLane {
         Ok(())
     }
 
-    /// Takes at most so many partitions. Returns what they are to be read by, too.
+    /// Takes at most `most` partitions. Returns the bounds by which to read them, too.
     async fn take(
         &mut self,
         connection: &mut PgConnection,
@@ -270,8 +270,7 @@ impl PgLane {
         }
     }
 
-    /// Writes all of it and commits; after an error nothing is written. Where what is written may be refused, the claim is
-    /// kept then.
+    /// Writes all of it and commits; after an error nothing is written. `wary`: the claim survives such an error.
     async fn try_settle(
         &mut self,
         connection: &mut PgConnection,

@@ -1,8 +1,8 @@
-//! Events that can be neither settled nor parked, as where a foreign key refers to what parking changes in their rows.
+//! Events that can be neither settled nor parked, for example because a foreign key refers to a column that parking changes.
 //!
 //! What became of such an event is written into its row, if the database takes that: the row stays among the pending ones, due
 //! at no time, and claims leave it out. Where even that is refused, this relay remembers the event, and tries again from time
-//! to time whether it could be settled. All other events go on, but for later ones of the key of one that is still owed.
+//! to time whether it could be settled. All other events go on, except later ones of the key of an event that is still owed.
 //!
 //! A claim reads such a row again and again, so the next claims begin behind it, for a second: a row with a lower id may be
 //! committed late.
@@ -21,13 +21,14 @@ use crate::outbox::postgres::batch::{Batch, Key, Marked, key};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::standstill::{self, First, Standstill};
 
-/// For so long claims begin behind what is kept out.
+/// For so long claims begin behind what is left out.
 const PASSED_FOR: Duration = Duration::from_secs(1);
 
 /// How often it is tried whether what is remembered can be settled.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
-/// The most that are remembered. Each of them is published again by the next run, so nothing more is published then.
+/// No more events are remembered than this. The next run publishes each of them again; so at this number the relay publishes
+/// nothing more.
 const MOST_REMEMBERED: usize = 10;
 
 /// Writes what became of an event into its row, which keeps its place. `$1` place, `$2` id, `$3` what became of it.
@@ -67,10 +68,10 @@ struct State {
     /// With why they cannot be settled.
     remembered: Vec<(Survivor, String)>,
     tried: Option<Instant>,
-    /// By partition: up to this id there is nothing but what is kept out.
+    /// By partition: up to this id there is nothing but what is left out.
     passed: BTreeMap<i16, i64>,
     since: Option<Instant>,
-    /// Keys that are held back, by partition, and from which id on.
+    /// By partition, the keys that are held back, and from which id on.
     keys: HashMap<i16, HashMap<Key, i64>>,
 }
 
@@ -128,7 +129,7 @@ impl LeftOut {
         self.state().remembered.retain(|(other, _)| !is_same(&other.event.row, &survivor.event.row));
     }
 
-    /// Takes out of a batch, which is sorted and was read behind `passed`, what is kept out. Returns the partitions of it.
+    /// Removes from a batch, which is sorted and was read behind `passed`, what is left out. Returns the partitions of those events.
     pub(super) fn leave_out(&self, batch: &mut Batch, passed: &BTreeMap<i16, i64>) -> BTreeSet<i16> {
         let mut state = self.state();
         let mut out: Vec<(i16, i64)> = Vec::new();

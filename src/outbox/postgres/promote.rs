@@ -61,7 +61,7 @@ const WORTH: u32 = 15;
 /// But no longer than this: whoever looks for new events waits for it.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// So few, which are for a probe, are never made more. Nor do they tell what one of many would cost.
+/// A batch of fewer events, as a probe asks for, is never made larger. Nor does its time tell what one of many events costs.
 const FEW: usize = 100;
 
 /// The most that one promotion makes pending of a destination's events: new events queue behind them.
@@ -110,7 +110,7 @@ pub(super) struct Promotion {
     pub(super) next_due_ms: Option<i64>,
 }
 
-/// Promotes what is due for these destinations: of each a batch of so many, or more where the way there was long.
+/// Promotes what is due for these destinations: of each at most `batch` events, or more where the walk to them was long.
 pub(super) async fn promote(
     connection: &mut PgConnection,
     sql: Sql,

@@ -26,7 +26,7 @@ use crate::outbox::proof::ProofRows;
 use crate::outbox::records::Records;
 use crate::outbox::{ClaimRequest, Deliveries, Delivery, Usage};
 
-/// Rows that nobody sees or takes for work, with ids that draw nothing from the sequence.
+/// Rows that no other session sees and no claim takes, with ids that are not drawn from the sequence.
 const INSERT: &str = "
 insert into {schema}.event_outbox (id, event_type, status, available_at)
 overriding system value

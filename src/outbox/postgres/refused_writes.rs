@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::outbox::postgres::left_out::LeftOut;
 
-/// What goes on is told once in so long.
+/// A warning about what goes on is logged once in so long.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What a relay knows of writes that were refused.
@@ -22,7 +22,7 @@ pub(super) struct RefusedWrites {
     warned: Arc<Mutex<Option<Instant>>>,
 }
 
-/// See [`RefusedWrites::salvaging`].
+/// Keeps the other lanes from claiming, see [`RefusedWrites::salvaging`].
 pub(super) struct Salvaging(Arc<AtomicUsize>);
 
 impl Drop for Salvaging {

@@ -1,5 +1,5 @@
-//! The register of relays, on the side connection: its session holds an advisory lock by which others know that the relay
-//! lives. Behind a transaction-pooling proxy there is no session.
+//! The register of relays, on the side connection: its session holds an advisory lock, by which others know that the relay is
+//! at work. Behind a transaction-pooling proxy there is no session.
 
 use std::time::{Duration, Instant};
 
@@ -18,17 +18,18 @@ pub(super) const CHANGES: &str = "select last_value & 8388607::bigint from {sche
 const CHANGED: &str = "select pg_catalog.nextval('{schema}.event_relay_changes'::regclass)";
 
 const ROWS: &str = "
-select r.id, r.worker, r.version, r.once, r.hung, r.fingerprint, r.destinations::text, r.routes::text,
+select r.id, r.worker, r.version, r.once, r.hung, r.fingerprint, r.destinations::text as destinations,
+       r.routes::text as routes,
        case when r.pid is not null then exists (
            select from pg_catalog.pg_locks l
            where l.locktype = 'advisory' and l.granted and l.objsubid = 2 and l.pid = r.pid
              and l.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
              and l.classid = '{schema}.event_outbox'::regclass::oid
              and l.objid = (2000000::bigint + r.id % 2000000000::bigint)::oid
-       ) end,
-       extract(epoch from pg_catalog.clock_timestamp() - r.since)::float8,
-       extract(epoch from pg_catalog.clock_timestamp() - r.seen_at)::float8,
-       extract(epoch from pg_catalog.clock_timestamp() - r.looked_at)::float8
+       ) end as session,
+       extract(epoch from pg_catalog.clock_timestamp() - r.since)::float8 as age,
+       extract(epoch from pg_catalog.clock_timestamp() - r.seen_at)::float8 as silent,
+       extract(epoch from pg_catalog.clock_timestamp() - r.looked_at)::float8 as idle
 from {schema}.event_relay r
 order by r.id";
 
@@ -68,22 +69,22 @@ impl PgOutbox {
 
 fn registration(row: &PgRow) -> Result<Registration, sqlx::Error> {
     let json = |error: serde_json::Error| sqlx::Error::Decode(error.into());
-    let duration = |index| row.try_get(index).map(|seconds: f64| Duration::from_secs_f64(seconds.max(0.0)));
+    let duration = |column: &str| row.try_get(column).map(|seconds: f64| Duration::from_secs_f64(seconds.max(0.0)));
     Ok(Registration {
-        id: row.try_get(0)?,
-        worker: row.try_get(1)?,
-        version: row.try_get(2)?,
-        once: row.try_get(3)?,
-        hung: row.try_get(4)?,
+        id: row.try_get("id")?,
+        worker: row.try_get("worker")?,
+        version: row.try_get("version")?,
+        once: row.try_get("once")?,
+        hung: row.try_get("hung")?,
         configuration: Configuration {
-            fingerprint: row.try_get(5)?,
-            destinations: serde_json::from_str(row.try_get(6)?).map_err(json)?,
-            routes: serde_json::from_str(row.try_get(7)?).map_err(json)?,
+            fingerprint: row.try_get("fingerprint")?,
+            destinations: serde_json::from_str(row.try_get("destinations")?).map_err(json)?,
+            routes: serde_json::from_str(row.try_get("routes")?).map_err(json)?,
         },
-        session: row.try_get(8)?,
-        age: duration(9)?,
-        silent: duration(10)?,
-        idle: duration(11)?,
+        session: row.try_get("session")?,
+        age: duration("age")?,
+        silent: duration("silent")?,
+        idle: duration("idle")?,
     })
 }
 

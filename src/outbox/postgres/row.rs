@@ -31,7 +31,7 @@ pub(super) mod column {
     pub(in crate::outbox::postgres) const CAUSATION_ID: usize = 12;
     pub(in crate::outbox::postgres) const SCHEMA_VERSION: usize = 13;
     pub(in crate::outbox::postgres) const CREATED_AT: usize = 14;
-    /// -1: none was charged, and it has failed. [`LEFT_OUT`], [`LEFT_OUT_AND_OWED`]: it is left out.
+    /// -1: none was charged, and it has failed. [`super::LEFT_OUT`], [`super::LEFT_OUT_AND_OWED`]: it is left out.
     pub(in crate::outbox::postgres) const ATTEMPTS: usize = 15;
     /// `available_at` has come.
     pub(in crate::outbox::postgres) const DUE: usize = 16;
@@ -41,7 +41,7 @@ pub(super) mod column {
     pub(in crate::outbox::postgres) const BEHIND: usize = 18;
     /// The same in each row.
     pub(in crate::outbox::postgres) const EPOCH: usize = 19;
-    /// Two numbers in one, the same in each row; [`REINSERTIONS_BITS`] has the lower one.
+    /// Two numbers in one, the same in each row; [`super::REINSERTIONS_BITS`] has the lower one.
     pub(in crate::outbox::postgres) const REINSERTIONS_AND_CHANGES: usize = 20;
     /// Only where rows may be large: the column that is too large, and its bytes; or that it is missing.
     pub(in crate::outbox::postgres) const UNFIT: usize = 21;

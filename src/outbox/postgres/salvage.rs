@@ -1,14 +1,15 @@
-//! A settle that the database refuses or swallows for what it says.
+//! What to do about a settle that the database refuses or swallows because of its content.
 //!
-//! The events are published, and must not be published again. So the claim is kept, or taken once more, and then:
+//! The events are published, and must not be published again. So the lane keeps the claim, or takes it once more, and then:
 //!
-//! - A missing day is made.
-//! - Where nothing can be recorded, as [`proof`] tells, all of it is given up, and no lane of this relay publishes until
-//!   that has changed.
-//! - Else some event is the reason. The batch is settled in halves until each is alone. It is parked: its row says what became
-//!   of it and why that cannot be recorded, and waits until somebody acts. If even that is refused, it is left out: see `kept`.
+//! - If a day partition is missing, it adds that.
+//! - If [`proof`] finds that nothing can be recorded, it gives the batch up, and no lane of this relay publishes until a proof
+//!   succeeds.
+//! - Else some event is the reason. It settles the batch in halves until that event is alone, and parks it: the row says what
+//!   became of the event and why that cannot be recorded, and waits until somebody acts. If the database refuses even that, the
+//!   event is left out, see `left_out`.
 //!
-//! To keep a claim takes a savepoint, which is a statement more. So there is one only where somebody has added to the relay's
+//! Keeping a claim takes a savepoint, which is one more statement. So there is one only where somebody has added to the relay's
 //! tables what may refuse a write, or something was refused lately. Elsewhere the claim is lost and taken again. The other
 //! lanes of this relay claim nothing meanwhile; another relay may come in between, once.
 
@@ -32,7 +33,7 @@ use crate::outbox::postgres::tid;
 use crate::outbox::proof::ProofRows;
 use crate::outbox::records::{Records, SETTLE_FAILED};
 
-/// In order, as all do who wait for them.
+/// In the order of their numbers, as every relay that waits for partitions takes them: else two could wait for each other.
 const TAKE_AGAIN: &str = "
 select pg_catalog.pg_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, partition::int)
 from (select distinct pg_catalog.unnest($1::smallint[]) as partition order by 1) p";

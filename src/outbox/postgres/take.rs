@@ -1,4 +1,4 @@
-//! Taking partitions, and looking whether there are any to take.
+//! Taking partitions, and looking whether any has pending rows.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -128,7 +128,7 @@ async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequ
 /// What is read.
 #[derive(Default)]
 struct Batch {
-    /// See [`Turn::parked_whole`].
+    /// See `Turn`.
     parked_whole: bool,
     claimed: Vec<Claimed>,
     bytes: usize,

@@ -11,7 +11,7 @@ const FORGET_OLD: &str = "
 delete from event_relay_run where begun_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day');
 delete from event_crash_suspect where noted_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day')";
 
-/// Another's note counts for ten minutes: a loop comes round sooner, and a day later nobody remembers.
+/// Counts the notes of other runs of the last ten minutes: a crash loop is faster than that. Notes are deleted after a day.
 const OTHER_RUNS: &str = "
 select count(*) from event_relay_run
 where run_id <> ?1 and begun_at > strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 minutes')";
@@ -21,7 +21,7 @@ insert into event_crash_suspect (event_id, run_id, together)
 select distinct e.value, ?2, ?3 from json_each(?1) e where true
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = excluded.noted_at";
 
-/// `together` is negative from then on, which older relays do not count as a death of this event.
+/// `together` is negative from then on, and older relays do not count it as a crash of this event.
 const OUTLIVED: &str = "
 update event_crash_suspect set together = -together
 where event_id in (select value from json_each(?1)) and run_id = ?2 and together > 0";
@@ -79,7 +79,7 @@ impl CrashNotes for SqliteOutbox {
 
     async fn suspicions(&self, run: Uuid, events: &[Uuid]) -> Result<Vec<(usize, Suspicion)>, OutboxError> {
         let mut connection = self.connect().await?;
-        let rows: Vec<(i64, i64, i64, i64, String)> = run_query("read what relays died of", async {
+        let rows: Vec<(i64, i64, i64, i64, String)> = run_query("read the crash notes", async {
             sqlx::query_as(SUSPICIONS).bind(json(events)).bind(run.to_string()).fetch_all(&mut *connection).await
         })
         .await?;

@@ -1,7 +1,7 @@
-//! Claim and settle: the protocol of a lane.
+//! Claim and settle: how a lane works with the file.
 //!
-//! A claim is a read that has ended: the relay that owns the file remembers, in memory, that one of its lanes has a batch,
-//! and nobody else takes any. So nothing at all is locked while events are published.
+//! A claim is a read that has ended. The relay that owns the file keeps in memory that one of its lanes has a batch, and no other
+//! lane claims one. So nothing is locked while events are published.
 //!
 //! A settle that fails is kept and repeated, by whichever lane comes next, before anything else is claimed. What is
 //! published already is not published again because the disk was full or another program held the write lock for too long.
@@ -166,7 +166,7 @@ impl Turn {
     }
 }
 
-/// See the module.
+/// A lane of a SQLite outbox.
 pub struct SqliteLane {
     outbox: SqliteOutbox,
     /// This lane has a batch.
@@ -184,7 +184,7 @@ impl SqliteLane {
         self.outbox.connect_unless(self.connection.take()).await
     }
 
-    /// Asks one question.
+    /// Runs one query.
     async fn ask<T>(
         &mut self,
         operation: &'static str,

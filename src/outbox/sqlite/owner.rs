@@ -1,8 +1,8 @@
 //! Of several relays on one file, one works.
 //!
 //! It holds an exclusive lock on a file of its own beside the database, `app.db-relay`, and one on the database file itself,
-//! see `identity`: SQLite's own locks are all taken, and a lock of the operating system is gone the moment its holder is,
-//! however that dies. There is no lease to wait for, and no clock that could be wrong. SQLite files are used from one host
+//! see `identity`: SQLite's own locks are all taken, and the operating system frees a lock the moment its
+//! holder ends, whatever ends it. There is no lease to wait for, and no clock that could be wrong. SQLite files are used from one host
 //! only, and so is this.
 
 use std::fs::{File, OpenOptions, TryLockError};

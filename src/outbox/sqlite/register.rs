@@ -13,7 +13,7 @@ use crate::outbox::sqlite::store::SqliteOutbox;
 
 const ROWS: &str = "
 select id, worker, version, once, fingerprint, destinations, routes,
-    (julianday('now') - julianday(since)) * 86400.0, (julianday('now') - julianday(seen_at)) * 86400.0
+    (julianday('now') - julianday(since)) * 86400.0 as age, (julianday('now') - julianday(seen_at)) * 86400.0 as silent
 from event_relay
 order by id";
 
@@ -24,21 +24,21 @@ on conflict (id) do update set seen_at = strftime('%Y-%m-%d %H:%M:%f', 'now')";
 
 fn registration(row: &SqliteRow) -> Result<Registration, sqlx::Error> {
     let json = |error: serde_json::Error| sqlx::Error::Decode(error.into());
-    let duration = |index| row.try_get(index).map(|seconds: f64| Duration::from_secs_f64(seconds.max(0.0)));
+    let duration = |column: &str| row.try_get(column).map(|seconds: f64| Duration::from_secs_f64(seconds.max(0.0)));
     Ok(Registration {
-        id: row.try_get(0)?,
-        worker: row.try_get(1)?,
-        version: row.try_get(2)?,
-        once: row.try_get(3)?,
+        id: row.try_get("id")?,
+        worker: row.try_get("worker")?,
+        version: row.try_get("version")?,
+        once: row.try_get("once")?,
         hung: false,
         configuration: Configuration {
-            fingerprint: row.try_get(4)?,
-            destinations: serde_json::from_str(row.try_get(5)?).map_err(json)?,
-            routes: serde_json::from_str(row.try_get(6)?).map_err(json)?,
+            fingerprint: row.try_get("fingerprint")?,
+            destinations: serde_json::from_str(row.try_get("destinations")?).map_err(json)?,
+            routes: serde_json::from_str(row.try_get("routes")?).map_err(json)?,
         },
         session: None,
-        age: duration(7)?,
-        silent: duration(8)?,
+        age: duration("age")?,
+        silent: duration("silent")?,
         idle: Duration::ZERO,
     })
 }

@@ -1,4 +1,4 @@
-//! Forgetting what is old, a little at a time, so that no writer waits.
+//! Deleting what is past its retention, a little at a time, so that no writer waits.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::outbox::sqlite::connection::run_query;
 /// Rows deleted in one transaction: about a millisecond of the write lock.
 const ROWS: u32 = 200;
 
-/// Between two of them the lock is everybody else's.
+/// The pause between two of them, in which others get the lock.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Deletes the rows of `table` whose `column` is older than `retention`. They lie at its beginning: rows are written in the

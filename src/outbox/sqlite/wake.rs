@@ -24,7 +24,7 @@ const FIRST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_millis(250);
 const UNTOLD: Duration = Duration::from_millis(10);
 
-/// See the module.
+/// Sees that the application has committed.
 pub struct SqliteWakeup {
     outbox: SqliteOutbox,
     /// The answers of one connection compare with each other only.
