@@ -1,6 +1,6 @@
-//! The circuit breaker of one destination: asked before anything is claimed for it, told afterwards.
+//! The circuit breaker of one destination. It is asked before each call, and learns afterwards what became of the call.
 //!
-//! It charges nobody and forgets nothing: while it refuses, events wait in the outbox. Time is passed in.
+//! It charges no event and loses none: while it refuses calls, events wait in the outbox. Time is passed in.
 //!
 //! Only calls that were admitted in the present state count. A call that was admitted before the breaker opened says
 //! nothing about the destination of now: it neither closes the breaker nor prolongs the pause.
@@ -39,10 +39,10 @@ pub enum Admission {
     No(Instant),
 }
 
-/// The leave to make one call. What became of the call is told with it, so that calls that were admitted in an earlier
+/// The permission to make one call. The result of the call is reported with it, so that calls that were admitted in an earlier
 /// state do not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "the breaker must be told what became of the call"]
+#[must_use = "the breaker must learn what became of the call"]
 pub struct Ticket {
     state: u64,
 }
@@ -83,7 +83,7 @@ impl Breaker {
         Self { policy, state: State::Closed { not_before: None }, number: 0, failures: VecDeque::new(), consecutive: 0 }
     }
 
-    /// Asks for leave to call the destination now. After the recovery time exactly one caller gets a probe.
+    /// Asks for permission to call the destination now. After the recovery time exactly one caller gets a probe.
     ///
     /// # Errors
     /// Not before this instant.
@@ -103,7 +103,7 @@ impl Breaker {
             State::Closed { .. } => Admission::Yes,
             State::Open { until } if until > now => Admission::No(until),
             State::Open { .. } => Admission::Probe,
-            // A prober that never came back (its task died) must not keep the destination shut for ever.
+            // A probe whose task has panicked never reports. It must not keep the breaker open for ever.
             State::HalfOpen { since } if since + self.policy.recovery <= now => Admission::Probe,
             State::HalfOpen { since } => Admission::No(since + self.policy.recovery),
         }
@@ -118,7 +118,7 @@ impl Breaker {
         }
     }
 
-    /// Whether it is open or probing: the destination is down, not just catching its breath.
+    /// Whether it is open or probing: the destination is down, and not only paused for a moment.
     pub fn is_open(&self) -> bool {
         !matches!(self.state, State::Closed { .. })
     }

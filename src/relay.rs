@@ -78,7 +78,7 @@ pub struct Drained {
     /// Something due is still undelivered: dead-lettered in this run, waiting for a retry, its destination is down, or others
     /// hold it.
     pub undelivered: bool,
-    /// Who holds it, where others do.
+    /// Who holds it, where others hold it.
     pub held_by: Vec<String>,
 }
 
@@ -343,8 +343,8 @@ async fn sleep(duration: Duration, stop: &CancellationToken) -> bool {
     }
 }
 
-/// The waits between attempts to reach the store: 50 ms to 2 s, so that work goes on soon after it is back, and spread,
-/// so that lanes and relays do not come back all at once.
+/// The waits between attempts to reach the store: 50 ms to 2 s, so that work goes on soon after the store is back. They are
+/// spread, so that lanes and relays do not try all at once.
 #[derive(Default)]
 struct Backoff {
     failures: u32,

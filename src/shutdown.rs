@@ -11,8 +11,8 @@ const SIGXFSZ: i32 = 25;
 /// The process has used up its soft limit of CPU time (`ulimit -t`), and is killed at the hard one.
 const SIGXCPU: i32 = 24;
 
-/// A write to a file at the limit of its size fails, and does not kill the process: the death would be taken for the fault of
-/// the event that was being written. To be called before anything is written; it holds for the life of the process.
+/// Makes a write to a file at the limit of its size fail, instead of killing the process: the next relay would take that for a
+/// crash caused by the event that was being written. To be called before anything is written; it holds until the process ends.
 ///
 /// # Errors
 /// The signal handler cannot be installed.

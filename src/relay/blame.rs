@@ -11,18 +11,19 @@ use uuid::Uuid;
 
 use crate::event::{Fault, Outcome, PublishError};
 
-/// A call that is refused within this time after a delivery is held against its events, as a destination that was well so
-/// lately is more likely to mind them than to have changed its mind about all. When they are refused again and nothing was
-/// delivered meanwhile, it has.
+/// A call that is refused within this time after a delivery counts as its events' fault: a destination that took events so
+/// lately is more likely to refuse these than to refuse all. If they are refused again and nothing was delivered meanwhile, it
+/// refuses all.
 const LATELY: Duration = Duration::from_secs(5);
 
-/// So many calls in a row: as many as a storm of bad events takes, and no more than a moment of a busy relay.
+/// So many calls in a row are presumed to be refused because of their events. A burst of bad events takes about as many, and a
+/// busy relay makes them within a moment.
 const PRESUMED_CALLS: u32 = 10;
 
 /// More events than fail at a time. When there are more, the memory is cleared, and events begin anew in it.
 const MAX_REMEMBERED: usize = 10_000;
 
-/// One event of a call, as far as blame goes.
+/// What the judgement needs to know of one event of a call.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
     pub(super) event_id: Uuid,
@@ -42,7 +43,7 @@ pub(super) struct Call {
     pub(super) probe: bool,
 }
 
-/// What one destination's calls have told so far.
+/// What the calls to one destination have shown so far.
 #[derive(Debug, Default)]
 pub(super) struct Blame {
     last_delivery: Option<Instant>,
@@ -53,18 +54,18 @@ pub(super) struct Blame {
     failed_once: HashMap<Uuid, Instant>,
 }
 
-/// What a call tells of the destination.
+/// What a call shows of the destination.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Health<'a> {
     /// It answered.
     Answered,
     /// It works, and needs a short pause.
     Strained(&'a PublishError),
-    /// It is unwell.
+    /// It is down.
     Failed(&'a PublishError),
     /// It is set up wrongly.
     Misconfigured(&'a PublishError),
-    /// Nothing.
+    /// Nothing is known of it from this call.
     Silent,
 }
 

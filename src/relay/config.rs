@@ -27,7 +27,7 @@ pub struct RelayConfig {
     pub shutdown_timeout: Duration,
 }
 
-/// As the settings are by default.
+/// The defaults of the settings.
 impl Default for RelayConfig {
     fn default() -> Self {
         Self {
@@ -53,7 +53,7 @@ pub struct Policy {
     pub breaker: BreakerPolicy,
 }
 
-/// As the settings are by default.
+/// The defaults of the settings.
 impl Default for Policy {
     fn default() -> Self {
         Self {
@@ -70,6 +70,6 @@ pub struct Endpoint {
     pub name: String,
     /// What publishes to it.
     pub sink: Arc<dyn Sink>,
-    /// How it is dealt with.
+    /// When it is tried again and paused.
     pub policy: Policy,
 }

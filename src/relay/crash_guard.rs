@@ -1,13 +1,13 @@
-//! What ends a crash loop: an event that kills the relay each time it is published.
+//! Ends crash loops, in which one event crashes the relay each time it is published.
 //!
-//! A relay that finds that others have died lately publishes with care in its first minute: it notes the events before it
-//! publishes them. What a crash leaves noted comes back in batches of a thirty-second, then alone; an event that was alone
-//! with three relays that died is dead-lettered. As long as relays end in good order, nothing is noted but that they began.
+//! A relay that finds that others have crashed lately is cautious in its first minute: it marks events in the store before it
+//! publishes them. Events that a crash leaves marked are published in batches a thirty-second as large, then alone. An event
+//! that was alone in three crashes is dead-lettered. As long as relays end in good order, the store only notes that they began.
 //!
-//! A relay also dies because somebody kills it, most of all while a destination hangs, and then no event is to blame. So a
-//! note counts in full only for the first second of a call. After that it says no more than that a relay died some time
+//! A relay also ends because somebody kills it, most of all while a destination hangs, and then no event is the cause. So a
+//! mark counts in full only for the first second of a call. After that it says no more than that a relay ended some time
 //! later: an event that was alone with three of those waits, each time longer, and is neither charged nor given up. A relay
-//! that is told to stop takes its notes back at once.
+//! that is stopped removes its marks at once.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +21,7 @@ use crate::event::{Fault, PublishError};
 use crate::outbox::{Claimed, CrashNotes, Outbox, OutboxError, Suspicion};
 use crate::relay::Relay;
 
-/// How long a relay must live to be one that does not die of its first events.
+/// A relay that has run for so long does not crash on its first events, and need not be cautious any more.
 const PROBATION: Duration = Duration::from_secs(60);
 
 /// How many times fewer events than in the last crash are published together.
@@ -30,18 +30,18 @@ const NARROWING: usize = 32;
 /// So many crashes alone are no coincidence.
 const CRASHES_ALONE: usize = 3;
 
-/// What a relay dies of later than this after a call began may be something else than its events.
+/// If a relay ends later than this after a call began, the cause may be something else than the events of the call.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// One run's care.
+/// Whether this run is cautious, and what it has marked.
 pub(super) struct CrashGuard {
     run: Mutex<Uuid>,
     stage: Mutex<Stage>,
-    /// Events that nobody died of, and whose notes are still there: the store could not be reached.
+    /// Events that crashed no relay, and whose marks are still there because the store could not be reached.
     to_clear: Mutex<Vec<Uuid>>,
-    /// Held alone while suspects are published, so that an event of another lane is not taken for the cause.
+    /// Held exclusively while marked events are published, so that an event of another lane is not taken for the cause.
     lanes: Arc<RwLock<()>>,
-    /// How many events may be claimed at once: few after others have died, who left no note if they died in a claim.
+    /// How many events may be claimed at once: few after others have crashed, as one that crashes in a claim leaves no mark.
     claim: AtomicUsize,
 }
 
@@ -49,15 +49,15 @@ pub(super) struct CrashGuard {
 enum Stage {
     /// Nothing was claimed yet.
     Fresh,
-    /// It began then; `careful`: others have died.
+    /// It began then; `careful`: others have crashed lately.
     Begun { since: Instant, careful: bool },
-    /// It is told to stop, and its notes are being taken back.
+    /// It is being stopped, and removes its marks.
     Stopping,
-    /// It has lived for a while, or has taken its notes back.
+    /// It has run for a while, or has removed its marks.
     Proven,
 }
 
-/// The care that is taken of one batch; it ends with the value.
+/// The marks of one batch. The caution for it ends with the value.
 #[derive(Default)]
 pub(super) struct Care {
     noted: Vec<Uuid>,
@@ -86,16 +86,18 @@ impl CrashGuard {
         self.stage() != Stage::Fresh
     }
 
-    /// To be called before the first claim: what a relay dies of may be that it reads a batch.
+    /// To be called before the first claim: a relay may crash because it reads a batch.
     pub(super) async fn begin(&self, outbox: &impl CrashNotes, batch_events: usize) -> Result<(), OutboxError> {
         let others = outbox.begin_run(self.run()).await?;
         if self.has_begun() {
-            return Ok(()); // another lane was faster
+            return Ok(()); // another lane has noted it meanwhile
         }
         self.set(Stage::Begun { since: Instant::now(), careful: others > 0 });
         if others > 0 {
             self.claim.store(first_claim(batch_events, others), Ordering::SeqCst);
-            tracing::info!("another relay ended without a word, or has just begun: publishing with care for a minute");
+            tracing::info!(
+                "another relay crashed lately, or has just started: this one is cautious for a minute, and marks events before it publishes them"
+            );
         }
         Ok(())
     }
@@ -105,8 +107,8 @@ impl CrashGuard {
         events.min(self.claim.load(Ordering::SeqCst))
     }
 
-    /// To be called before a batch is published. Where care is needed, shortens it to what may be published together, gives
-    /// those a defect that are known to kill, and notes the rest.
+    /// To be called before a batch is published. A cautious relay shortens it to what may be published together, gives a defect
+    /// to the events that are known to crash relays, and marks the others.
     pub(super) async fn before(
         &self,
         outbox: &impl CrashNotes,
@@ -152,12 +154,12 @@ impl CrashGuard {
             batch.iter().filter(|claimed| claimed.defect.is_none()).map(|claimed| claimed.event.event_id).collect();
         outbox.mark(run, &noted).await?;
         if stop.is_cancelled() {
-            self.clear(outbox, &noted).await; // the stop may have been faster than the notes
+            self.clear(outbox, &noted).await; // the relay may have been stopped before they were marked
         }
         Ok(Care { noted, lanes: Some(lanes), ended: None })
     }
 
-    /// To be called when the batch is settled, or could not be: whatever became of it, nobody died.
+    /// To be called when the batch is settled, or could not be: either way this relay did not crash on it.
     pub(super) async fn after(&self, outbox: &impl CrashNotes, care: Care) {
         drop(care.ended);
         if self.claim.load(Ordering::SeqCst) != usize::MAX {
@@ -173,19 +175,19 @@ impl CrashGuard {
         if !to_clear.is_empty()
             && let Err(error) = outbox.clear(&to_clear).await
         {
-            tracing::debug!(error = error.explain(), "events stay noted as suspects for now");
+            tracing::debug!(error = error.explain(), "events stay marked for now");
             self.to_clear.lock().unwrap_or_else(PoisonError::into_inner).append(&mut to_clear);
         }
     }
 
-    /// A panic is a crash that somebody survived: from now on with care. The notes of the lane that panicked are those of
-    /// a run that is over.
+    /// To be called when a lane has panicked, which counts as a crash: from now on the relay is cautious. The marks of that lane
+    /// become those of a run that has ended.
     pub(super) fn panicked(&self) {
         *self.run.lock().unwrap_or_else(PoisonError::into_inner) = Uuid::new_v4();
         self.set(Stage::Begun { since: Instant::now(), careful: true });
     }
 
-    /// To be called when the relay is told to stop: whatever ends it from now on, no event is to blame.
+    /// To be called when the relay is stopped: whatever ends it from now on, no event is the cause.
     pub(super) async fn stop(&self, outbox: &impl CrashNotes) {
         if matches!(self.stage(), Stage::Begun { .. } | Stage::Stopping) {
             self.set(Stage::Stopping);
@@ -198,7 +200,7 @@ impl CrashGuard {
         }
     }
 
-    /// To be called now and then: whoever lives for a while needs no care any more.
+    /// To be called now and then: a relay that has run for a while is not cautious any more.
     async fn prove(&self, outbox: &impl CrashNotes) {
         if let Stage::Begun { since, .. } = self.stage()
             && since.elapsed() > PROBATION
@@ -225,7 +227,7 @@ impl CrashGuard {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Lets the notes of a call that begins now count in full for its first second only, and other lanes go on after it.
+    /// Makes the marks of a call that begins now count in full for its first second only. Other lanes go on after that.
     pub(super) fn watch_call(self: &Arc<Self>, care: &mut Care) {
         if care.noted.is_empty() {
             return;
@@ -243,7 +245,7 @@ impl<O: Outbox> Relay<O> {
         });
     }
 
-    /// Takes the notes back when the relay is told to stop, and ends its care when it has lived for a while.
+    /// Removes the marks when the relay is stopped, and ends its caution when it has run for a while.
     pub(super) async fn watch_life(self: Arc<Self>, stop: CancellationToken) -> Result<(), OutboxError> {
         while tokio::time::timeout(PROBATION, stop.cancelled()).await.is_err() {
             self.crash_guard.prove(&self.outbox).await;
@@ -253,7 +255,7 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// How many events are claimed at first after so many others have died.
+/// How many events are claimed at first after so many other relays have crashed.
 fn first_claim(batch_events: usize, others: usize) -> usize {
     (0..others.min(9)).fold(batch_events, |events, _| events / NARROWING).max(1)
 }

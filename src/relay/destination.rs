@@ -24,7 +24,7 @@ use crate::retry::RetryPolicy;
 use crate::sink::{Batch, ClaimCheck, ClaimContext, Published, Sink};
 use crate::text::{cut_content, shown};
 
-/// How often it is logged that a destination is still unwell.
+/// How often it is logged that a destination is still down.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The longest name of a place that is logged whole, in characters.
@@ -41,7 +41,7 @@ pub(super) struct Destination {
     panics: Mutex<Panics>,
     in_flight: AtomicUsize,
     given_up: AtomicUsize,
-    /// Since when it is unwell.
+    /// The present outage, if there is one.
     outage: Mutex<Option<Outage>>,
     policy: Policy,
     observers: Observers,
@@ -56,7 +56,7 @@ pub(super) struct Observers {
     pub(super) place: usize,
 }
 
-/// What is told of a destination that is unwell.
+/// What is logged of a destination that is down or fails.
 struct Outage {
     since: Instant,
     failed_calls: u32,
@@ -76,7 +76,7 @@ pub(super) struct Answers {
 }
 
 impl Answers {
-    /// Of a call that was not made.
+    /// The answers of a call that was not made.
     pub(super) fn held(count: usize) -> Self {
         let outcomes = vec![Outcome::Held; count];
         Self { outcomes, blocked: HashSet::new(), duration: Duration::ZERO, after_settle: None }
@@ -114,7 +114,8 @@ impl Destination {
         self.breaker().is_open()
     }
 
-    /// Publishes the events at `indexes` of `batch` and tells the breaker. While it is paused, all of them are held.
+    /// Publishes the events at `indexes` of `batch` and reports the result to the breaker. While the destination is paused, all of
+    /// them are held.
     pub(super) async fn publish(
         &self,
         batch: &[Claimed],
@@ -144,7 +145,7 @@ impl Destination {
                 continue;
             }
             let some: Vec<usize> = places.iter().map(|&place| indexes[place]).collect();
-            // Of one claim, but two calls: each must have its own token.
+            // Two calls of one claim must have different tokens.
             let claim_id = ClaimId { token: claim_id.token.wrapping_add(number), ..claim_id.clone() };
             let answered = self.call(batch, &some, &claim_id, claim_check, ticket, deadline).await;
             for (&place, outcome) in places.iter().zip(answered.outcomes) {
@@ -190,7 +191,7 @@ impl Destination {
             Err(_) => unknown("no_answer", "the code of this destination did not end in time".to_owned()),
         };
         if published.outcomes.len() != events.len() {
-            // A sink that loses count must not settle anything by accident.
+            // With too few or too many answers nobody knows which event is whose.
             let count = published.outcomes.len();
             let message = format!("the sink gave {count} answers for {} events", events.len());
             published = unknown("answers_do_not_match", message);
@@ -272,7 +273,8 @@ impl Destination {
         Answers { outcomes: vec![Outcome::Failed(error); count], ..Answers::held(0) }
     }
 
-    /// Tells the breaker of a call that began at `begun`. Returns the places of the events whose keys wait.
+    /// Reports a call that began at `begun` to the breaker, the metrics and the health. Returns the places of the events whose
+    /// keys wait.
     fn judge_health(
         &self,
         candidate: impl Fn(usize) -> Candidate,

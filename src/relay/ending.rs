@@ -1,4 +1,4 @@
-//! The end of a relay that was told to stop: what is in flight, and how long it is waited for.
+//! The end of a relay that is stopped: what is in flight, and how long the relay waits for it.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,8 +19,9 @@ const RECORDING_TIME: Duration = Duration::from_secs(5);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 impl<O: Outbox> Relay<O> {
-    /// Ends when a relay that was told to stop need not be waited for any longer: nothing is in flight, or the time is over;
-    /// then it says what is given up. Before that, publish calls are given up, so that what others took can be recorded.
+    /// Ends when a stopped relay need not be waited for any longer, because nothing is in flight or the time is over. In the
+    /// second case it returns what is given up. Before that, publish calls are given up, so that the results of the others can
+    /// be recorded.
     pub(super) async fn stopping(&self, shared: &Shared, stop: &CancellationToken) -> Option<String> {
         stop.cancelled().await;
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What finds the one event on which the code of a destination panics.
+//! Finds the one event on which the code of a destination panics.
 //!
 //! A panic ends the call, and what became of its events is unknown. They come again in smaller groups, apart from all
 //! others, until the one is alone. Nothing of this is stored: the process goes on, and so does its memory.
@@ -13,7 +13,7 @@ use crate::event::Event;
 /// How many times fewer events than in the last panic are published together.
 const NARROWING: usize = 32;
 
-/// So many panics alone are no coincidence.
+/// After so many panics in which an event was alone, it is taken for the cause.
 pub(super) const PANICS_ALONE: u32 = 3;
 
 /// More events than panic at a time. When there are more, the memory is cleared, and narrowing begins anew.

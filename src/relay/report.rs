@@ -12,16 +12,16 @@ const FIRST: usize = 5;
 /// How often the others are summed up.
 const SUM_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A kind of which nothing came for so long begins anew.
+/// A kind of which nothing came for so long is forgotten: its next lines are logged each again.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
 /// How often the work is summed up.
 const WORK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// More kinds than these are counted as one: a destination chooses its codes.
+/// So many kinds are told apart. Further codes count as one kind, because a destination chooses its codes.
 const MAX_KINDS: usize = 200;
 
-/// Shared by all who log per event.
+/// Decides which lines about single events are logged. All that log such lines share it.
 pub(super) struct Report {
     kinds: Mutex<HashMap<Kind, Seen>>,
     work: Mutex<Work>,

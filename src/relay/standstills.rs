@@ -12,11 +12,12 @@ use crate::outbox::standstill::{KEYS_BLOCKED, NOT_TAKEN};
 use crate::outbox::{Outbox, Standstill};
 use crate::relay::{Relay, sleep};
 
-/// How often the store is asked while something looks stuck, and while nothing does: what stands still is told within ten seconds.
+/// How often the store is asked while something looks stuck, and while nothing does. So a standstill is logged within ten
+/// seconds.
 const STUCK_INTERVAL: Duration = Duration::from_secs(5);
 const IDLE_INTERVAL: Duration = Duration::from_secs(8);
 
-/// How often this process looks at itself, which asks nobody.
+/// How often the relay checks what it knows by itself, without a question to the store.
 const TICK: Duration = Duration::from_secs(1);
 
 /// A question to the store that is unanswered for so long looks stuck; so does a relay for which all pending events are
@@ -120,12 +121,12 @@ impl Standstills {
         self.add(standstill, Source::Engine, true);
     }
 
-    /// The same for what has just been logged in other words.
+    /// Something stands still, and that was just logged in other words.
     pub(super) fn report_logged(&self, standstill: Standstill) {
         self.add(standstill, Source::Engine, false);
     }
 
-    /// What is to be seen and keeps nothing from moving. It is not logged.
+    /// Shows something that keeps nothing from moving. It is not logged.
     pub(super) fn note(&self, standstill: Standstill) {
         self.add(standstill, Source::Note, false);
     }
@@ -223,7 +224,7 @@ impl<O: Outbox> Relay<O> {
                 found.retain(|standstill| standstill.cause != KEYS_BLOCKED || !down(&standstill.about));
                 self.standstills.found(found);
             }
-            // Whoever claims finds the same, and says so.
+            // The next claim meets the same error and logs it.
             Err(error) => tracing::debug!(error = error.explain(), "the store was not asked what stands still"),
         }
     }
