@@ -14,7 +14,24 @@ use crate::sink::{Batch, Format, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// See the module.
+/// One Redis, the channels in it, and how to publish to them.
+#[derive(Debug, Clone)]
+pub struct RedisPubSubConfig {
+    /// Where the Redis is.
+    pub address: RedisAddress,
+    /// The channel of an event.
+    pub channel: Template,
+    /// What a message is.
+    pub format: Format,
+    /// Takes the place of an empty source of an event.
+    pub source: String,
+    /// The longest wait for one answer.
+    pub timeout: Duration,
+    /// Whether notes in Redis keep an event that is published again from being sent again.
+    pub exactly_once: bool,
+}
+
+/// The destination.
 pub struct RedisPubSub {
     redis: Redis,
     messages: Messages,
@@ -28,16 +45,9 @@ struct Messages {
 }
 
 impl RedisPubSub {
-    /// A sink for the channels that `channel` names. `source` stands in for an event's empty source. `timeout` bounds the
-    /// wait for one answer. With `exactly_once` notes in Redis keep an event from being published again.
-    pub fn new(
-        address: RedisAddress,
-        channel: Template,
-        format: Format,
-        source: String,
-        timeout: Duration,
-        exactly_once: bool,
-    ) -> Self {
+    /// A destination that connects at the first event.
+    pub fn new(config: RedisPubSubConfig) -> Self {
+        let RedisPubSubConfig { address, channel, format, source, timeout, exactly_once } = config;
         Self { redis: Redis::new(address, timeout), messages: Messages { channel, format, source }, exactly_once }
     }
 }

@@ -14,7 +14,24 @@ use crate::sink::{Batch, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// See the module.
+/// One Redis, the streams in it, and how to publish to them.
+#[derive(Debug, Clone)]
+pub struct RedisStreamConfig {
+    /// Where the Redis is.
+    pub address: RedisAddress,
+    /// The stream of an event.
+    pub stream: Template,
+    /// About how many of its newest entries each stream keeps, read or not. `None`: streams grow until somebody trims them.
+    pub max_length: Option<u64>,
+    /// Takes the place of an empty source of an event.
+    pub source: String,
+    /// The longest wait for one answer.
+    pub timeout: Duration,
+    /// Whether notes beside each stream keep an event that is published again from being added again.
+    pub exactly_once: bool,
+}
+
+/// The destination.
 pub struct RedisStream {
     redis: Redis,
     entries: Entries,
@@ -23,23 +40,14 @@ pub struct RedisStream {
 
 struct Entries {
     stream: Template,
-    /// Approximate; `None`: streams grow until somebody trims them.
     max_length: Option<u64>,
     source: String,
 }
 
 impl RedisStream {
-    /// A sink for the streams that `stream` names. `max_length` trims each of them, approximately, to its newest entries,
-    /// read or not. `source` stands in for an event's empty source. `timeout` bounds the wait for one answer. With
-    /// `exactly_once` notes beside each stream keep an event that is published again from being added again.
-    pub fn new(
-        address: RedisAddress,
-        stream: Template,
-        max_length: Option<u64>,
-        source: String,
-        timeout: Duration,
-        exactly_once: bool,
-    ) -> Self {
+    /// A destination that connects at the first event.
+    pub fn new(config: RedisStreamConfig) -> Self {
+        let RedisStreamConfig { address, stream, max_length, source, timeout, exactly_once } = config;
         Self { redis: Redis::new(address, timeout), entries: Entries { stream, max_length, source }, exactly_once }
     }
 }

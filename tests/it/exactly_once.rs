@@ -11,8 +11,8 @@ use async_trait::async_trait;
 use outbox_relay::event::{Fault, Outcome, PublishError};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::{Batch, Format, Published, Sink};
 use sqlx::PgConnection;
 
@@ -84,7 +84,14 @@ pub(crate) fn address(server: &Server) -> RedisAddress {
 
 pub(crate) fn sink(server: &Server, stream: &str) -> RedisStream {
     let stream = stream.parse().unwrap();
-    RedisStream::new(address(server), stream, None, "outbox".into(), Duration::from_secs(30), true)
+    RedisStream::new(RedisStreamConfig {
+        address: address(server),
+        stream,
+        max_length: None,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    })
 }
 
 /// The types of the events in a stream, in order.
@@ -280,7 +287,14 @@ async fn a_message_of_pubsub_is_published_once_too() {
     let sink = || {
         let channel = "{event_type}".parse().unwrap();
         let timeout = Duration::from_secs(30);
-        RedisPubSub::new(address(redis()), channel, Format::CloudEvents, "outbox".into(), timeout, true)
+        RedisPubSub::new(RedisPubSubConfig {
+            address: address(redis()),
+            channel,
+            format: Format::CloudEvents,
+            source: "outbox".into(),
+            timeout,
+            exactly_once: true,
+        })
     };
     let setup = Setup::new(&database, vec![("redis", Arc::new(sink()) as Arc<dyn Sink>)]);
     setup.relay().drain(tokio_util::sync::CancellationToken::new()).await.unwrap_err();

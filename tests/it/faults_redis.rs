@@ -20,7 +20,7 @@ use std::time::Duration;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::Sink;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -43,7 +43,14 @@ fn sink(url: &str, stream: &str) -> Arc<RedisStream> {
 }
 
 fn at(address: RedisAddress, stream: &str) -> Arc<RedisStream> {
-    Arc::new(RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), TIMEOUT, true))
+    Arc::new(RedisStream::new(RedisStreamConfig {
+        address,
+        stream: stream.parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    }))
 }
 
 /// A relay to `sink`, at work.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use outbox_relay::event::{Event, Fault, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
 use outbox_relay::sink::{Format, Sink};
 use serde_json::{Value, json};
 
@@ -15,7 +15,14 @@ use crate::support::{assert_all_delivered, error, event, keyed, publish, unique}
 
 pub(crate) fn sink(url: &str, channel: &str, format: Format) -> RedisPubSub {
     let address = RedisAddress::Url(Secret::inline(url));
-    RedisPubSub::new(address, channel.parse().unwrap(), format, "outbox".into(), Duration::from_secs(30), true)
+    RedisPubSub::new(RedisPubSubConfig {
+        address,
+        channel: channel.parse().unwrap(),
+        format,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    })
 }
 
 #[tokio::test]

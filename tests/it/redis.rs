@@ -6,7 +6,7 @@ use outbox_relay::event::{Event, Fault, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::Sink;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 
 use crate::readback::RedisClient;
 use crate::servers::{Server, redis};
@@ -20,7 +20,14 @@ pub(crate) fn sink(url: &str, stream: &str) -> RedisStream {
 }
 
 pub(crate) fn at(address: RedisAddress, stream: &str) -> RedisStream {
-    RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), TIMEOUT, true)
+    RedisStream::new(RedisStreamConfig {
+        address,
+        stream: stream.parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    })
 }
 
 /// `redis://` with a user and a password.
@@ -110,7 +117,14 @@ async fn a_stream_is_named_by_the_event() {
 async fn a_stream_is_trimmed_about_to_its_maximum_length() {
     let (stream, mut client) = (unique("trimmed"), RedisClient::connect(redis()));
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let sink = RedisStream::new(address, stream.parse().unwrap(), Some(200), "outbox".into(), TIMEOUT, true);
+    let sink = RedisStream::new(RedisStreamConfig {
+        address,
+        stream: stream.parse().unwrap(),
+        max_length: Some(200),
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    });
     assert_all_delivered(&publish(&sink, &(1..=1000).map(event).collect::<Vec<_>>()).await);
     let left = client.sequences(&stream);
     // Redis drops whole nodes, of 100 entries by default.

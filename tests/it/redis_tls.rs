@@ -8,7 +8,7 @@ use outbox_relay::event::Fault;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::Sink;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::{NewEvent, emit};
 
 use crate::readback::RedisClient;
@@ -87,8 +87,14 @@ async fn a_certificate_of_an_unknown_authority_is_the_destinations_fault_and_say
     rustls::crypto::ring::default_provider().install_default().ok(); // another test may have been first
     let redis = TlsRedis::start();
     let address = RedisAddress::Url(Secret::inline(redis.url()));
-    let sink =
-        RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
+    let sink = RedisStream::new(RedisStreamConfig {
+        address,
+        stream: "events".parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    });
     let outcomes = publish(&sink, &[event(1), event(2)]).await;
     assert_all_failed(&outcomes, Fault::Destination, "connect");
     assert!(error(&outcomes[0]).message.contains("UnknownIssuer"), "{}", error(&outcomes[0]));
@@ -100,7 +106,13 @@ async fn a_server_without_tls_is_the_destinations_fault() {
     rustls::crypto::ring::default_provider().install_default().ok();
     let url = crate::servers::redis().url().replace("redis:", "rediss:");
     let address = RedisAddress::Url(Secret::inline(url));
-    let sink =
-        RedisStream::new(address, "events".parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
+    let sink = RedisStream::new(RedisStreamConfig {
+        address,
+        stream: "events".parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    });
     assert_all_failed(&publish(&sink, &[event(1)]).await, Fault::Destination, "connect");
 }

@@ -9,7 +9,7 @@ use outbox_relay::event::Tally;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::EventBridge;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::{Format, Sink};
 use outbox_relay::{NewEvent, emit};
 use serde::Deserialize;
@@ -110,8 +110,14 @@ async fn every_webhook_reaches_redis_and_eventbridge_whole_and_in_order() {
 
     let stream = unique("webhooks");
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let to_redis =
-        RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
+    let to_redis = RedisStream::new(RedisStreamConfig {
+        address,
+        stream: stream.parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    });
     let bus = MotoBus::with_4_queues(moto(), &stream);
     // The same sink once more, to an EventBridge that keeps the bytes it was sent.
     let stub = EventBridgeStub::start().await;

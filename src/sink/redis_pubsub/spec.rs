@@ -9,7 +9,7 @@ use serde::Deserialize;
 use tracing::level_filters::LevelFilter;
 
 use crate::sink::redis::spec::{LOG_TARGETS, Location, url_field};
-use crate::sink::redis_pubsub::RedisPubSub;
+use crate::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::template::{Template, TemplateError};
 use crate::sink::{Format, Sink};
@@ -90,8 +90,13 @@ impl spec::Spec for Spec {
     }
 
     async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid> {
-        let (address, channel) = (self.location().address()?, self.template()?);
-        let (source, timeout) = (with.source.clone(), with.timeout);
-        Ok(Arc::new(RedisPubSub::new(address, channel, self.format, source, timeout, self.exactly_once)))
+        Ok(Arc::new(RedisPubSub::new(RedisPubSubConfig {
+            address: self.location().address()?,
+            channel: self.template()?,
+            format: self.format,
+            source: with.source.clone(),
+            timeout: with.timeout,
+            exactly_once: self.exactly_once,
+        })))
     }
 }

@@ -11,7 +11,7 @@ use tracing::level_filters::LevelFilter;
 use crate::sink::Sink;
 use crate::sink::redis::RedisAddress;
 use crate::sink::redis::spec::{LOG_TARGETS, Location, url_field};
-use crate::sink::redis_stream::RedisStream;
+use crate::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::template::{Template, TemplateError};
 
@@ -90,8 +90,13 @@ impl spec::Spec for Spec {
     }
 
     async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid> {
-        let (address, stream) = (self.location().address()?, self.template()?);
-        let (source, timeout) = (with.source.clone(), with.timeout);
-        Ok(Arc::new(RedisStream::new(address, stream, self.maxlen, source, timeout, self.exactly_once)))
+        Ok(Arc::new(RedisStream::new(RedisStreamConfig {
+            address: self.location().address()?,
+            stream: self.template()?,
+            max_length: self.maxlen,
+            source: with.source.clone(),
+            timeout: with.timeout,
+            exactly_once: self.exactly_once,
+        })))
     }
 }

@@ -9,7 +9,7 @@ use outbox_relay::route::{Route, Router, Unrouted};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::{Format, Sink};
 use outbox_relay::{EmitError, NewEvent, NewEventError};
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,14 @@ impl<S: Store> Scene<S> {
         let (stream, bus) = (unique("bad-input"), EventBridgeStub::start().await);
         let address = RedisAddress::Url(Secret::inline(redis().url()));
         let timeout = Duration::from_secs(30);
-        let stream_sink = RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), timeout, true);
+        let stream_sink = RedisStream::new(RedisStreamConfig {
+            address,
+            stream: stream.parse().unwrap(),
+            max_length: None,
+            source: "outbox".into(),
+            timeout,
+            exactly_once: true,
+        });
         let bare = EventBridgeConfig { format: Format::Payload, ..eventbridge_config(bus.url()) };
         let bus_sink = EventBridge::with_sdk_config(&sdk(), bare);
         let destinations: [(&str, Arc<dyn Sink>); 2] = [("redis", Arc::new(stream_sink)), ("bus", Arc::new(bus_sink))];

@@ -8,7 +8,7 @@ use outbox_relay::outbox::postgres::migrate::migrate;
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::{Format, Sink};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
@@ -223,8 +223,14 @@ const CORPUS: [&str; 14] = [
 async fn arrived(database: &Database) -> (HashMap<i64, Vec<u8>>, HashMap<i64, Vec<u8>>) {
     let (stream, bus) = (unique("corpus"), EventBridgeStub::start().await);
     let address = RedisAddress::Url(Secret::inline(redis().url()));
-    let to_redis =
-        RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
+    let to_redis = RedisStream::new(RedisStreamConfig {
+        address,
+        stream: stream.parse().unwrap(),
+        max_length: None,
+        source: "outbox".into(),
+        timeout: Duration::from_secs(30),
+        exactly_once: true,
+    });
     let to_bus = EventBridgeConfig { format: Format::CloudEvents, ..eventbridge_config(bus.url()) };
     let sinks: Vec<(&str, Arc<dyn Sink>)> =
         vec![("redis", Arc::new(to_redis)), ("bus", Arc::new(EventBridge::with_sdk_config(&sdk(), to_bus)))];

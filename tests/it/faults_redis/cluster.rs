@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use outbox_relay::event::{Event, Fault, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
 use outbox_relay::sink::{Format, Sink};
 use redis::cluster::ClusterConnection;
 
@@ -166,7 +166,14 @@ async fn f36_a_key_whose_events_go_to_several_slots_keeps_its_order_in_time() {
 async fn f36_a_message_reaches_subscribers_of_every_node_in_order() {
     let server = Server::start("redis-cluster", &[]);
     let address = RedisAddress::Url(Secret::inline(server.url()));
-    let sink = RedisPubSub::new(address, "{event_type}".parse().unwrap(), Format::Payload, "o".into(), TIMEOUT, true);
+    let sink = RedisPubSub::new(RedisPubSubConfig {
+        address,
+        channel: "{event_type}".parse().unwrap(),
+        format: Format::Payload,
+        source: "o".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    });
     let clients = [1, 4].map(|node| stream::connect(&format!("redis://127.0.0.1:{}", server.ports()[node])));
     let mut subscribers = clients.map(|mut client| {
         client.set_read_timeout(Some(TIMEOUT)).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use outbox_relay::event::{Event, Fault, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
 use outbox_relay::sink::{Format, Sink};
 
 use crate::harness::{Setup, column, count, eventually, sql};
@@ -59,7 +59,14 @@ async fn f41_so_it_is_on_a_channel() {
     let database = database().await;
     let address = RedisAddress::Url(Secret::inline(server.url()));
     let channel = "events".parse().unwrap();
-    let sink = RedisPubSub::new(address, channel, Format::CloudEvents, "outbox".into(), TIMEOUT, true);
+    let sink = RedisPubSub::new(RedisPubSubConfig {
+        address,
+        channel,
+        format: Format::CloudEvents,
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    });
     the_large_one_alone_is_dead_lettered(&database, Arc::new(sink)).await;
 }
 

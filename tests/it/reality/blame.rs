@@ -7,8 +7,8 @@ use outbox_relay::event::{Event, Outcome};
 use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::EventBridge;
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::{Format, Sink};
 
 use crate::binary::{Running, relay};
@@ -91,7 +91,14 @@ async fn f64_streams_that_redis_does_not_allow_wait_and_the_others_go_on() {
     client.tell("ACL SETUSER relay on >pw ~*good* &* +@all");
     let address = RedisAddress::Url(Secret::inline(url_as(&server, "relay", "pw")));
     let stream = "{event_type}".parse().unwrap();
-    let sink = RedisStream::new(address, stream, None, "outbox".into(), TIMEOUT, true);
+    let sink = RedisStream::new(RedisStreamConfig {
+        address,
+        stream,
+        max_length: None,
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: true,
+    });
     blocks_one_key(&database, Arc::new(sink), "NOPERM", || client.tell("ACL SETUSER relay ~*")).await;
     assert_eq!(RedisClient::connect(&server).sequences("bad").len(), 22);
 }
@@ -126,7 +133,14 @@ async fn f64_channels_that_redis_does_not_allow_wait_and_the_others_go_on() {
     client.tell("ACL SETUSER relay on >pw ~* resetchannels &good +@all");
     let address = RedisAddress::Url(Secret::inline(url_as(&server, "relay", "pw")));
     let channel = "{event_type}".parse().unwrap();
-    let sink = RedisPubSub::new(address, channel, Format::CloudEvents, "outbox".into(), TIMEOUT, false);
+    let sink = RedisPubSub::new(RedisPubSubConfig {
+        address,
+        channel,
+        format: Format::CloudEvents,
+        source: "outbox".into(),
+        timeout: TIMEOUT,
+        exactly_once: false,
+    });
     let code = {
         let probe: String = client.ask("INFO server");
         if probe.contains("redis_version:7.0") { "ERR" } else { "NOPERM" }

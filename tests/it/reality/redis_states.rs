@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
 use outbox_relay::sink::{Format, Sink};
 
 use crate::exactly_once::{Lossy, Trouble, address, arrived, sink};
@@ -93,7 +93,14 @@ async fn f97_the_state_of_channels_is_replaced_as_well() {
     let sink = || -> Arc<dyn Sink> {
         let channel = name.parse().unwrap();
         let timeout = Duration::from_secs(30);
-        Arc::new(RedisPubSub::new(address(redis()), channel, Format::Payload, "outbox".into(), timeout, true))
+        Arc::new(RedisPubSub::new(RedisPubSubConfig {
+            address: address(redis()),
+            channel,
+            format: Format::Payload,
+            source: "outbox".into(),
+            timeout,
+            exactly_once: true,
+        }))
     };
     let id = column(&mut connection, "select relay_outbox_id()").await.remove(0);
     emit(&mut connection, "e1", "k").await;

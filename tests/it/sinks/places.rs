@@ -10,8 +10,8 @@ use outbox_relay::secret::Secret;
 use outbox_relay::sink::eventbridge::EventBridge;
 use outbox_relay::sink::file::{FileConfig, FileSink};
 use outbox_relay::sink::redis::RedisAddress;
-use outbox_relay::sink::redis_pubsub::RedisPubSub;
-use outbox_relay::sink::redis_stream::RedisStream;
+use outbox_relay::sink::redis_pubsub::{RedisPubSub, RedisPubSubConfig};
+use outbox_relay::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use outbox_relay::sink::stdout::StdoutSink;
 use outbox_relay::sink::{Format, HandlerError, Sink, cloudevent, handler};
 use tokio::io::AsyncWrite;
@@ -59,8 +59,14 @@ pub(super) struct StreamPlace {
 impl StreamPlace {
     fn on(host: Host) -> Self {
         let (address, stream) = (RedisAddress::Url(Secret::inline(host.server().url())), unique("stream"));
-        let sink =
-            RedisStream::new(address, stream.parse().unwrap(), None, "outbox".into(), Duration::from_secs(30), true);
+        let sink = RedisStream::new(RedisStreamConfig {
+            address,
+            stream: stream.parse().unwrap(),
+            max_length: None,
+            source: "outbox".into(),
+            timeout: Duration::from_secs(30),
+            exactly_once: true,
+        });
         Self { host, sink, stream }
     }
 }
@@ -126,7 +132,14 @@ impl ChannelPlace {
     fn on(host: Host) -> Self {
         let (address, channel) = (RedisAddress::Url(Secret::inline(host.server().url())), unique("channel"));
         let (template, timeout) = (channel.parse().unwrap(), Duration::from_secs(30));
-        let sink = RedisPubSub::new(address, template, Format::CloudEvents, "outbox".into(), timeout, true);
+        let sink = RedisPubSub::new(RedisPubSubConfig {
+            address,
+            channel: template,
+            format: Format::CloudEvents,
+            source: "outbox".into(),
+            timeout,
+            exactly_once: true,
+        });
         let subscriber = Subscriber::new(host.server(), &channel);
         Self { host, sink, channel, subscriber }
     }
