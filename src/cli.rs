@@ -4,6 +4,7 @@
 mod audit;
 mod check;
 mod emit;
+mod help;
 mod migrate;
 mod run;
 
@@ -44,8 +45,8 @@ const UNDELIVERED: u8 = 3;
     version,
     max_term_width = 120,
     after_help = "\
-Every option can be set by its variable, or in the file of --config by its name with _ for -. Options win over variables,
-variables over the file. RELAY_DESTINATION_<NAME> sets up a destination by a URL, such as redis+stream://host?stream=orders.
+Settings: `relay run --help` lists them. Each is an option, a variable, or a line of the file of --config.
+RELAY_DESTINATION_<NAME> sets up a destination by a URL, such as redis+stream://host?stream=orders.
 
 Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration; 3 --once ended with something due still
 undelivered (waiting for a retry, dead-lettered in this run, or its destination down)."
@@ -84,6 +85,11 @@ enum Command {
     Emit(Box<emit::EmitArgs>),
 }
 
+/// The commands, their options and the settings, with their help.
+fn command_line() -> clap::Command {
+    help::with_pages(Cli::command())
+}
+
 /// Parses the arguments, does what they say, and returns the exit code.
 pub fn main() -> ExitCode {
     #[cfg(feature = "failpoints")]
@@ -104,10 +110,10 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let (mut command, file) = match config::prepare(Cli::command(), &args) {
+    let (mut command, file) = match config::prepare(command_line(), &args) {
         Ok(prepared) => prepared,
         // Help is there for those whose settings are wrong.
-        Err(error) => match Cli::command().try_get_matches_from(&args) {
+        Err(error) => match command_line().try_get_matches_from(&args) {
             Err(help) if matches!(help.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => help.exit(),
             _ => return Err(error.into()),
         },
@@ -213,7 +219,12 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
         .with_target("sqlx_postgres::options", LevelFilter::OFF)
         .with_targets(KINDS.iter().flat_map(|kind| kind.log_targets).copied());
     let terminal = std::io::stderr().is_terminal();
-    let layer = tracing_subscriber::fmt::layer().with_writer(|| stderr::Lines).with_ansi(terminal).with_target(false);
+    // See https://no-color.org. The help has no colours.
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(|| stderr::Lines)
+        .with_ansi(terminal && !no_color)
+        .with_target(false);
     let layer = match settings.log_format {
         LogFormat::Text => layer.boxed(),
         LogFormat::Auto if terminal => layer.boxed(),

@@ -109,7 +109,8 @@ pub fn prepare(command: Command, args: &[OsString]) -> Result<(Command, ConfigFi
     if !defaults.is_empty() {
         let place = |name: &String| file.lines.get(name).map(|line| format!("line {line}: ")).unwrap_or_default();
         let names: Vec<_> = defaults.keys().map(|name| format!("{}unknown setting {name:?}", place(name))).collect();
-        let reason = format!("{}; settings are named as the options of `relay --help`, with _ for -", names.join("; "));
+        let reason =
+            format!("{}; settings are named as the options of `relay run --help`, with _ for -", names.join("; "));
         return Err(ConfigError::File { path: file.path, reason });
     }
     let unknown = unknown_variables(&variables, &[OUR_PREFIX]);

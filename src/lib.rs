@@ -30,6 +30,7 @@
 //! - [`audit`]: compares what arrived with what was emitted.
 //! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
 //! - `text`: escapes and cuts text of others for a log or an error.
+//! - `units`: times and sizes as people write them.
 //!
 //! How to use it: the [`guide`], whose chapters are part of this documentation only.
 
@@ -80,6 +81,8 @@ pub mod sink;
 mod stderr;
 #[cfg(feature = "relay")]
 mod text;
+#[cfg(feature = "relay")]
+mod units;
 
 pub use emit::{EmitError, NewEvent, NewEventError, OutboxDatabase, emit};
 pub use emit::{MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, RESERVED_HEADERS};

@@ -110,7 +110,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result
     if settings.database_pooled {
         tracing::warn!(
             "RELAY_DATABASE_POOLED is true: producers cannot wake this relay, it polls every {} ms",
-            settings.polling_interval
+            settings.polling_interval.as_millis()
         );
     }
     Ok(endpoints)

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use crate::config::settings::Settings;
 use crate::relay::Policy;
 use crate::sink::spec::Invalid;
+use crate::units::{self, Quantity};
 
 /// The fields that every kind of destination has.
 pub(super) const FIELDS: [&str; 10] = [
@@ -23,20 +24,20 @@ pub(super) const FIELDS: [&str; 10] = [
     "breaker_recovery_ms",
 ];
 
-/// A time is given as `30s`, or with `_ms` at the end of its name as a number of milliseconds.
+/// A time is given as `30s`. With `_ms` at the end of its name it may also be a plain number of milliseconds.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PolicyFields {
     max_retries: Option<u32>,
     backoff: Option<String>,
-    backoff_ms: Option<u64>,
+    backoff_ms: Option<Quantity>,
     timeout: Option<String>,
-    timeout_ms: Option<u64>,
+    timeout_ms: Option<Quantity>,
     breaker_threshold: Option<u32>,
     breaker_window: Option<String>,
-    breaker_window_ms: Option<u64>,
+    breaker_window_ms: Option<Quantity>,
     breaker_recovery: Option<String>,
-    breaker_recovery_ms: Option<u64>,
+    breaker_recovery_ms: Option<Quantity>,
 }
 
 const HOUR_MS: u64 = 3_600_000;
@@ -56,18 +57,18 @@ impl PolicyFields {
             policy.breaker.threshold = count;
         }
         for (field, text, ms, range, place) in [
-            ("backoff", &self.backoff, self.backoff_ms, 1..=HOUR_MS, &mut policy.retry.base),
-            ("timeout", &self.timeout, self.timeout_ms, 10..=600_000, &mut policy.timeout),
-            ("breaker_window", &self.breaker_window, self.breaker_window_ms, 1..=DAY_MS, &mut policy.breaker.window),
+            ("backoff", &self.backoff, &self.backoff_ms, 1..=HOUR_MS, &mut policy.retry.base),
+            ("timeout", &self.timeout, &self.timeout_ms, 10..=600_000, &mut policy.timeout),
+            ("breaker_window", &self.breaker_window, &self.breaker_window_ms, 1..=DAY_MS, &mut policy.breaker.window),
             (
                 "breaker_recovery",
                 &self.breaker_recovery,
-                self.breaker_recovery_ms,
+                &self.breaker_recovery_ms,
                 1..=DAY_MS,
                 &mut policy.breaker.recovery,
             ),
         ] {
-            if let Some(time) = time(field, text.as_deref(), ms, range)? {
+            if let Some(time) = time(field, text.as_deref(), ms.as_ref(), range)? {
                 *place = time;
             }
         }
@@ -86,24 +87,17 @@ fn within(field: &'static str, count: Option<u32>, range: RangeInclusive<u32>) -
 fn time(
     field: &'static str,
     text: Option<&str>,
-    ms: Option<u64>,
+    ms: Option<&Quantity>,
     range: RangeInclusive<u64>,
 ) -> Result<Option<Duration>, Invalid> {
-    let invalid = |reason: String| Err(Invalid { field, reason });
-    let time = match (text, ms) {
-        (Some(_), Some(_)) => return invalid(format!("{field} and {field}_ms are both set; remove one of them")),
-        (Some(text), None) => match humantime::parse_duration(text) {
-            Ok(time) => time,
-            Err(_) => {
-                return invalid(format!("a time is written with its unit, as in 30s; {field}_ms takes milliseconds"));
-            }
-        },
-        (None, Some(ms)) => Duration::from_millis(ms),
-        (None, None) => return Ok(None),
+    let found = match (text, ms) {
+        (Some(_), Some(_)) => Err(format!("{field} and {field}_ms are both set; remove one of them")),
+        (Some(text), None) if text.trim().parse::<u64>().is_ok() => {
+            Err(format!("a time is written with its unit, as in 30s; {field}_ms takes milliseconds"))
+        }
+        (Some(text), None) => units::milliseconds(text, range).map(Some),
+        (None, Some(Quantity(text))) => units::milliseconds(text, range).map(Some),
+        (None, None) => Ok(None),
     };
-    let shown = |ms: &u64| humantime::format_duration(Duration::from_millis(*ms)).to_string();
-    if !u64::try_from(time.as_millis()).is_ok_and(|ms| range.contains(&ms)) {
-        return invalid(format!("a time from {} to {}", shown(range.start()), shown(range.end())));
-    }
-    Ok(Some(time))
+    found.map_err(|reason| Invalid { field, reason })
 }

@@ -1,5 +1,6 @@
 //! Every setting, with its option, its variable, its default, its range and its help.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crate::relay::{Policy, RelayConfig};
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
 use crate::sink::Format;
+use crate::units;
 
 /// What the destination `redis` is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -40,34 +42,32 @@ pub struct Settings {
     /// TOML file with settings, named destinations and routes.
     #[arg(long, env = "RELAY_CONFIG", value_name = "FILE", help_heading = "General")]
     pub config: Option<PathBuf>,
-    /// Whether the relay works at all; with false it says so and exits with 0.
+    /// With false the relay says so and exits with 0.
     #[arg(long, env = "EVENT_SYSTEM_ENABLED", value_name = "BOOL", default_value = "true", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "General")]
     pub enabled: bool,
-    /// Whether events are published past the outbox: false. Events always go through the outbox; a commit wakes the relay
-    /// within milliseconds.
+    /// Only false is accepted: events always go through the outbox.
     #[arg(long, env = "EVENT_IMMEDIATE_PROCESSING", value_name = "BOOL", default_value = "false",
           action = ArgAction::Set, value_parser = never, help_heading = "General")]
     pub immediate_processing: bool,
-    /// What is logged: a level (error, warn, info, debug, trace), or target=level pairs separated by commas.
+    /// error, warn, info, debug or trace, or target=level pairs with commas.
     #[arg(long, env = "RELAY_LOG", value_name = "FILTER", default_value = "info", help_heading = "General")]
     pub log: String,
-    /// How logs are written to standard error; auto: text on a terminal, JSON elsewhere.
+    /// Of logs; auto: text on a terminal, else JSON.
     #[arg(long, env = "RELAY_LOG_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "General")]
     pub log_format: LogFormat,
 
-    /// The application's database: postgres://..., or sqlite: and the path of its file. Other users of this host can see arguments; prefer the variable or the file.
+    /// postgres://... or sqlite:PATH. Others can see options: use the variable.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Database")]
     pub database_url: Option<SecretString>,
-    /// File that holds the URL; read again at every connection.
+    /// File that holds the URL; it is read again at every connection.
     #[arg(long, env = "DATABASE_URL_FILE", value_name = "FILE", help_heading = "Database")]
     pub database_url_file: Option<PathBuf>,
-    /// A transaction-pooling proxy such as PgBouncer stands in front of PostgreSQL: no named statements, no wake-up.
+    /// A pooler in transaction mode, such as PgBouncer, stands before PostgreSQL.
     #[arg(long, env = "RELAY_DATABASE_POOLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub database_pooled: bool,
-    /// Whether to publish events only once their commits are on disk. For applications that commit with
-    /// `synchronous_commit = off`: else an event may be published of a transaction that a crash of the server takes back.
+    /// Publish only commits that are on disk, with synchronous_commit = off.
     #[arg(long, env = "RELAY_GHOST_BARRIER", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub ghost_barrier: bool,
@@ -75,7 +75,7 @@ pub struct Settings {
     #[arg(long, env = "RELAY_LOG_RETENTION", value_name = "TIME", default_value = "7d", value_parser = days,
           help_heading = "Database")]
     pub log_retention: Duration,
-    /// Whether published events are kept with their payloads in event_history.
+    /// Keep published events with their payloads in event_history.
     #[arg(long, env = "EVENT_HISTORY_ENABLED", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Database")]
     pub history: bool,
@@ -84,35 +84,34 @@ pub struct Settings {
           help_heading = "Database")]
     pub history_retention: Duration,
 
-    /// The longest sleep when idle, in milliseconds; a wake-up ends it earlier.
-    #[arg(long, env = "EVENT_OUTBOX_POLLING_INTERVAL", value_name = "MS", default_value = "5000",
-          value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Work")]
-    pub polling_interval: u64,
+    /// The longest sleep when idle; a commit ends it earlier.
+    #[arg(long, env = "EVENT_OUTBOX_POLLING_INTERVAL", value_name = "TIME", default_value = "5000",
+          value_parser = milliseconds(10..=3_600_000), help_heading = "Work")]
+    pub polling_interval: Duration,
     /// Events in one batch.
     #[arg(long, env = "EVENT_OUTBOX_BATCH_SIZE", value_name = "COUNT", default_value = "1000",
           value_parser = clap::value_parser!(u64).range(1..=10_000), help_heading = "Work")]
     pub batch_size: u64,
-    /// Bytes of events in one batch, about; with the lanes it bounds the memory.
-    #[arg(long, env = "RELAY_BATCH_BYTES", value_name = "BYTES", default_value = "4194304",
-          value_parser = clap::value_parser!(u64).range(1..=1 << 30), help_heading = "Work")]
+    /// Size of one batch, about; with the lanes it bounds the memory.
+    #[arg(long, env = "RELAY_BATCH_BYTES", value_name = "SIZE", default_value = "4194304",
+          value_parser = bytes(1..=1 << 30), help_heading = "Work")]
     pub batch_bytes: u64,
-    /// Batches worked on at the same time, each on a database connection of its own.
+    /// Batches in work at the same time, each on a connection of its own.
     #[arg(long, env = "RELAY_LANES", value_name = "COUNT", default_value = "3",
           value_parser = clap::value_parser!(u64).range(1..=64), help_heading = "Work")]
     pub lanes: u64,
-    /// Largest payload in bytes; a larger one is dead-lettered at once.
-    #[arg(long, env = "EVENT_MAX_PAYLOAD_SIZE", value_name = "BYTES", default_value = "1048576",
-          value_parser = clap::value_parser!(u64).range(1..=256 << 20), help_heading = "Work")]
+    /// Largest payload; a larger one is dead-lettered at once.
+    #[arg(long, env = "EVENT_MAX_PAYLOAD_SIZE", value_name = "SIZE", default_value = "1048576",
+          value_parser = bytes(1..=256 << 20), help_heading = "Work")]
     pub max_payload_size: u64,
     /// What becomes of an event that no route takes.
     #[arg(long, env = "RELAY_UNROUTED", value_name = "WHAT", default_value = "dead-letter", help_heading = "Work")]
     pub unrouted: Unrouted,
-    /// How long what is in flight may take after a signal to stop; then it is given up, and the relay exits with 1. Whoever
-    /// kills the relay must wait longer: systemd's TimeoutStopSec, Kubernetes' terminationGracePeriodSeconds, docker stop -t.
+    /// How long work in flight may take after a signal to stop.
     #[arg(long, env = "RELAY_SHUTDOWN_TIMEOUT", value_name = "TIME", default_value = "40s", value_parser = shutdown_time,
           help_heading = "Work")]
     pub shutdown_timeout: Duration,
-    /// CloudEvents source of events that have none of their own.
+    /// CloudEvents source of events that have none.
     #[arg(
         long,
         env = "RELAY_DEFAULT_SOURCE",
@@ -122,60 +121,60 @@ pub struct Settings {
     )]
     pub default_source: String,
 
-    /// Attempts after the first before an event at fault is dead-lettered.
+    /// Attempts after the first; then the event is dead-lettered.
     #[arg(long, env = "EVENT_DEFAULT_MAX_RETRIES", value_name = "COUNT", default_value = "3",
           value_parser = clap::value_parser!(u32).range(0..=1000), help_heading = "Failures")]
     pub max_retries: u32,
-    /// Wait before the first retry, in milliseconds.
-    #[arg(long, env = "EVENT_DEFAULT_BACKOFF_MS", value_name = "MS", default_value = "1000",
-          value_parser = clap::value_parser!(u64).range(1..=3_600_000), help_heading = "Failures")]
-    pub retry_backoff: u64,
-    /// Whether each further wait is twice the one before, up to an hour.
+    /// Wait before the first retry.
+    #[arg(long, env = "EVENT_DEFAULT_BACKOFF_MS", value_name = "TIME", default_value = "1000",
+          value_parser = milliseconds(1..=3_600_000), help_heading = "Failures")]
+    pub retry_backoff: Duration,
+    /// Each further wait is twice the one before, up to an hour.
     #[arg(long, env = "EVENT_EXPONENTIAL_BACKOFF", value_name = "BOOL", default_value = "true", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Failures")]
     pub retry_exponential: bool,
-    /// Whether waits are spread between half and one and a half of themselves.
+    /// Each wait is multiplied by a random factor from 0.5 to 1.5.
     #[arg(long, env = "EVENT_BACKOFF_JITTER", value_name = "BOOL", default_value = "true", action = ArgAction::Set,
           value_parser = BoolishValueParser::new(), help_heading = "Failures")]
     pub retry_jitter: bool,
-    /// How long one publish call may take, in milliseconds; what is unanswered then is sent again.
-    #[arg(long, env = "EVENT_DEFAULT_TIMEOUT", value_name = "MS", default_value = "30000",
-          value_parser = clap::value_parser!(u64).range(10..=600_000), help_heading = "Failures")]
-    pub publish_timeout: u64,
+    /// Longest publish call; what has no answer then is sent again.
+    #[arg(long, env = "EVENT_DEFAULT_TIMEOUT", value_name = "TIME", default_value = "30000",
+          value_parser = milliseconds(10..=600_000), help_heading = "Failures")]
+    pub publish_timeout: Duration,
     /// Failed calls within the time window that pause a destination.
     #[arg(long, env = "EVENT_CIRCUIT_BREAKER_THRESHOLD", value_name = "COUNT", default_value = "5",
           value_parser = clap::value_parser!(u32).range(1..=1000), help_heading = "Failures")]
     pub breaker_threshold: u32,
-    /// The time window, in milliseconds.
-    #[arg(long, env = "EVENT_CIRCUIT_BREAKER_TIME_WINDOW", value_name = "MS", default_value = "60000",
-          value_parser = clap::value_parser!(u64).range(1..=86_400_000), help_heading = "Failures")]
-    pub breaker_window: u64,
-    /// How long a destination is paused before it is probed, in milliseconds.
-    #[arg(long, env = "EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", value_name = "MS", default_value = "30000",
-          value_parser = clap::value_parser!(u64).range(1..=86_400_000), help_heading = "Failures")]
-    pub breaker_recovery: u64,
+    /// The time window of these calls.
+    #[arg(long, env = "EVENT_CIRCUIT_BREAKER_TIME_WINDOW", value_name = "TIME", default_value = "60000",
+          value_parser = milliseconds(1..=86_400_000), help_heading = "Failures")]
+    pub breaker_window: Duration,
+    /// How long a destination is paused before it is probed.
+    #[arg(long, env = "EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT", value_name = "TIME", default_value = "30000",
+          value_parser = milliseconds(1..=86_400_000), help_heading = "Failures")]
+    pub breaker_recovery: Duration,
 
-    /// Connection URL of Redis: redis://, redis-cluster:// with nodes, or redis-sentinel:// with Sentinels and ?master=NAME; rediss... with TLS. Sets up the destination `redis`.
+    /// redis://, redis-cluster://, redis-sentinel://...?master=NAME; TLS: rediss.
     #[arg(long, env = "REDIS_URL", value_name = "URL", hide_env_values = true, help_heading = "Destination redis")]
     pub redis_url: Option<SecretString>,
-    /// File that holds the URL; read again at every connection.
+    /// File that holds the URL; it is read again at every connection.
     #[arg(long, env = "REDIS_URL_FILE", value_name = "FILE", help_heading = "Destination redis")]
     pub redis_url_file: Option<PathBuf>,
-    /// Host of Redis, instead of a URL; sets up the destination `redis`.
+    /// Host, instead of a URL.
     #[arg(long, env = "REDIS_HOST", value_name = "HOST", help_heading = "Destination redis")]
     pub redis_host: Option<String>,
-    /// Port of Redis.
+    /// TCP port.
     #[arg(long, env = "REDIS_PORT", value_name = "PORT", default_value = "6379", value_parser = port,
           help_heading = "Destination redis")]
     pub redis_port: u16,
-    /// Database number of Redis.
+    /// Database number.
     #[arg(long, env = "REDIS_DB", value_name = "NUMBER", default_value = "0",
           value_parser = clap::value_parser!(i64).range(0..), help_heading = "Destination redis")]
     pub redis_db: i64,
-    /// ACL user of Redis.
+    /// ACL user.
     #[arg(long, env = "REDIS_USERNAME", value_name = "NAME", help_heading = "Destination redis")]
     pub redis_username: Option<String>,
-    /// Password of Redis. Other users of this host can see arguments; prefer the variable or the file.
+    /// The password. Others can see options: use the variable.
     #[arg(
         long,
         env = "REDIS_PASSWORD",
@@ -184,10 +183,10 @@ pub struct Settings {
         help_heading = "Destination redis"
     )]
     pub redis_password: Option<SecretString>,
-    /// File that holds the password; read again at every connection.
+    /// File that holds the password; it is read again at every connection.
     #[arg(long, env = "REDIS_PASSWORD_FILE", value_name = "FILE", help_heading = "Destination redis")]
     pub redis_password_file: Option<PathBuf>,
-    /// Whether events become entries of a stream or messages on a channel.
+    /// Entries of a stream, or messages on a channel.
     #[arg(
         long,
         env = "RELAY_REDIS_MODE",
@@ -196,7 +195,7 @@ pub struct Settings {
         help_heading = "Destination redis"
     )]
     pub redis_mode: RedisMode,
-    /// Stream, with {event_type}, {aggregate_type} and {source} filled in.
+    /// May hold {event_type}, {aggregate_type} and {source}.
     #[arg(
         long,
         env = "RELAY_REDIS_STREAM",
@@ -205,11 +204,11 @@ pub struct Settings {
         help_heading = "Destination redis"
     )]
     pub redis_stream: String,
-    /// Entries to keep in each stream, about, read or not; without it streams grow until somebody trims them.
+    /// Entries to keep in each stream, about, read or not; otherwise it grows.
     #[arg(long, env = "RELAY_REDIS_MAXLEN", value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..),
           help_heading = "Destination redis")]
     pub redis_maxlen: Option<u64>,
-    /// Whether notes beside each stream keep what a crash or a lost answer makes the relay publish again from arriving again.
+    /// Keep notes in Redis, so that what is published again arrives once.
     #[arg(
         long,
         env = "RELAY_REDIS_EXACTLY_ONCE",
@@ -220,7 +219,7 @@ pub struct Settings {
         help_heading = "Destination redis"
     )]
     pub redis_exactly_once: bool,
-    /// Channel, with {event_type}, {aggregate_type} and {source} filled in.
+    /// May hold {event_type}, {aggregate_type} and {source}.
     #[arg(
         long,
         env = "RELAY_REDIS_CHANNEL",
@@ -239,11 +238,10 @@ pub struct Settings {
     )]
     pub redis_format: Format,
 
-    /// Name or ARN of the event bus; sets up the destination `eventbridge`. Credentials, region and endpoint are the AWS
-    /// SDK's own: AWS_REGION, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, profiles, roles.
+    /// Name or ARN of the bus; region and credentials are the AWS SDK's own.
     #[arg(long, env = "AWS_EVENTBRIDGE_BUS_NAME", value_name = "BUS", help_heading = "Destination eventbridge")]
     pub eventbridge_bus_name: Option<String>,
-    /// Source of events that have none of their own; without it RELAY_DEFAULT_SOURCE.
+    /// Source of events that have none; otherwise RELAY_DEFAULT_SOURCE.
     #[arg(long, env = "AWS_EVENTBRIDGE_SOURCE", value_name = "SOURCE", help_heading = "Destination eventbridge")]
     pub eventbridge_source: Option<String>,
     /// What Detail is.
@@ -255,12 +253,12 @@ pub struct Settings {
         help_heading = "Destination eventbridge"
     )]
     pub eventbridge_format: Format,
-    /// Largest entry, and request, in bytes: 1 MiB since January 2026, still 256 KiB (262144) in some partitions of AWS.
-    #[arg(long, env = "RELAY_EVENTBRIDGE_MAX_ENTRY_SIZE", value_name = "BYTES", default_value = "1048576",
-          value_parser = clap::value_parser!(u64).range(1024..=1 << 30), help_heading = "Destination eventbridge")]
+    /// Largest entry and request; on some AWS 256KiB.
+    #[arg(long, env = "RELAY_EVENTBRIDGE_MAX_ENTRY_SIZE", value_name = "SIZE", default_value = "1048576",
+          value_parser = bytes(1024..=1 << 30), help_heading = "Destination eventbridge")]
     pub eventbridge_max_entry_size: u64,
 
-    /// Sets up the destination `stdout`: one CloudEvent as a line of JSON.
+    /// Print each event to standard output as a line of JSON.
     #[arg(long, env = "RELAY_STDOUT", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           num_args = 0..=1, default_missing_value = "true", require_equals = true,
           value_parser = BoolishValueParser::new(), help_heading = "Destination stdout")]
@@ -281,7 +279,7 @@ impl Settings {
             batch_events: count(self.batch_size),
             batch_bytes: count(self.batch_bytes),
             max_payload: count(self.max_payload_size),
-            polling_interval: Duration::from_millis(self.polling_interval),
+            polling_interval: self.polling_interval,
             unrouted: self.unrouted,
             shutdown_timeout: self.shutdown_timeout,
         }
@@ -290,17 +288,17 @@ impl Settings {
     /// How a destination is dealt with that says nothing else.
     pub fn policy(&self) -> Policy {
         Policy {
-            timeout: Duration::from_millis(self.publish_timeout),
+            timeout: self.publish_timeout,
             retry: RetryPolicy {
                 max_retries: self.max_retries,
-                base: Duration::from_millis(self.retry_backoff),
+                base: self.retry_backoff,
                 exponential: self.retry_exponential,
                 jitter: self.retry_jitter,
             },
             breaker: BreakerPolicy {
                 threshold: self.breaker_threshold,
-                window: Duration::from_millis(self.breaker_window),
-                recovery: Duration::from_millis(self.breaker_recovery),
+                window: self.breaker_window,
+                recovery: self.breaker_recovery,
             },
         }
     }
@@ -330,15 +328,22 @@ fn never(text: &str) -> Result<bool, String> {
     }
 }
 
+fn milliseconds(range: RangeInclusive<u64>) -> impl Fn(&str) -> Result<Duration, String> + Clone {
+    move |text| units::milliseconds(text, range.clone())
+}
+
+fn bytes(range: RangeInclusive<u64>) -> impl Fn(&str) -> Result<u64, String> + Clone {
+    move |text| units::bytes(text, range.clone())
+}
+
 fn days(text: &str) -> Result<Duration, String> {
-    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 7d or 36h"))?;
-    if time < Duration::from_secs(3600) { Err("at least 1h".to_owned()) } else { Ok(time) }
+    const HOUR: Duration = Duration::from_secs(3600);
+    const YEAR: Duration = Duration::from_secs(365 * 86_400);
+    units::time(text, HOUR..=100 * YEAR, "7d or 36h")
 }
 
 fn shutdown_time(text: &str) -> Result<Duration, String> {
-    let time = humantime::parse_duration(text).map_err(|error| format!("{error}; write it as 40s or 2m"))?;
-    let range = Duration::from_secs(1)..=Duration::from_secs(3600);
-    if range.contains(&time) { Ok(time) } else { Err("at least 1s and at most 1h".to_owned()) }
+    units::time(text, Duration::from_secs(1)..=Duration::from_secs(3600), "40s or 2m")
 }
 
 fn port(text: &str) -> Result<u16, String> {
@@ -370,10 +375,52 @@ mod tests {
         assert!(port("66000").is_err());
     }
 
+    /// Every setting that is a time or a size, and two ways to write the same value of it; only one where a plain number
+    /// could be any unit.
+    const UNITS: [(&str, &str, Option<&str>); 11] = [
+        ("log_retention", "36h", None),
+        ("history_retention", "14d", None),
+        ("shutdown_timeout", "2m", None),
+        ("polling_interval", "2s", Some("2000")),
+        ("batch_bytes", "8MiB", Some("8388608")),
+        ("max_payload_size", "4MB", Some("4000000")),
+        ("retry_backoff", "2s", Some("2000")),
+        ("publish_timeout", "1m", Some("60000")),
+        ("breaker_window", "5m", Some("300000")),
+        ("breaker_recovery", "500ms", Some("500")),
+        ("eventbridge_max_entry_size", "256KiB", Some("262144")),
+    ];
+
     #[test]
-    fn retention_is_written_with_a_unit() {
-        assert_eq!(days("7d"), Ok(Duration::from_secs(7 * 86400)));
-        assert!(days("7").is_err());
-        assert!(days("5s").is_err());
+    fn every_time_and_size_takes_a_unit_and_a_plain_number_in_the_unit_of_before() {
+        let command = Names::command();
+        let has_unit = |arg: &&clap::Arg| {
+            let name = arg.get_value_names().map(|names| names[0].as_str());
+            assert!(!matches!(name, Some("MS" | "BYTES" | "SECONDS")), "{arg} takes no unit");
+            matches!(name, Some("TIME" | "SIZE"))
+        };
+        let mut found: Vec<&str> = command.get_arguments().filter(has_unit).map(|arg| arg.get_id().as_str()).collect();
+        let mut listed = UNITS.map(|(id, ..)| id);
+        found.sort_unstable();
+        listed.sort_unstable();
+        assert_eq!(found, listed);
+
+        let parsed = |id: &str, value: &str| {
+            let option = format!("--{}={value}", id.replace('_', "-"));
+            let names = Names::try_parse_from(["relay", &option]).map_err(|error| error.to_string())?;
+            Ok::<String, String>(format!("{:?}", names.settings))
+        };
+        for (id, with_unit, plain) in UNITS {
+            let with_unit = parsed(id, with_unit).expect(id);
+            assert_ne!(Ok(&with_unit), parsed("lanes", "3").as_ref(), "{id} is set");
+            match plain {
+                Some(plain) => assert_eq!(parsed(id, plain), Ok(with_unit), "{id}"),
+                None => assert!(parsed(id, "7").is_err(), "{id}"),
+            }
+            for wrong in ["5 apples", "-1", "", "99999999999999999999"] {
+                let error = parsed(id, wrong).expect_err(id);
+                assert!(error.contains(&id.replace('_', "-")) && error.contains("such as"), "{error}");
+            }
+        }
     }
 }

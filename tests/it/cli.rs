@@ -2,6 +2,7 @@
 
 mod audit;
 mod check;
+mod colour;
 mod destinations;
 mod emit;
 mod guide;

@@ -58,7 +58,8 @@ impl CurrentClient {
 }
 
 async fn load(config: &EventBridgeConfig) -> SdkConfig {
-    let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(http_client());
+    // A fixed version: an update of the SDK must not change its defaults under a relay.
+    let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12()).http_client(http_client());
     if let Some(region) = &config.region {
         loader = loader.region(Region::new(region.clone()));
     }

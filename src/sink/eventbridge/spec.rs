@@ -12,6 +12,7 @@ use crate::sink::eventbridge::{
 };
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::{Format, Sink};
+use crate::units::{self, Quantity};
 
 /// `type = "eventbridge"`.
 #[derive(Debug, Clone, Deserialize)]
@@ -23,12 +24,21 @@ pub struct Spec {
     format: Format,
     region: Option<String>,
     endpoint_url: Option<String>,
-    max_entry_size: Option<usize>,
+    max_entry_size: Option<Quantity>,
     requests_in_flight: Option<usize>,
 }
 
 fn format() -> Format {
     Format::CloudEvents
+}
+
+impl Spec {
+    /// The limit of an entry and of a request, in bytes.
+    fn max_entry_bytes(&self) -> Result<usize, Invalid> {
+        let Some(Quantity(text)) = &self.max_entry_size else { return Ok(DEFAULT_MAX_ENTRY_BYTES) };
+        let bytes = units::bytes(text, 1024..=1 << 30).map_err(|reason| Invalid { field: "max_entry_size", reason })?;
+        Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+    }
 }
 
 impl Configured for Spec {
@@ -55,6 +65,7 @@ impl Configured for Spec {
 #[async_trait]
 impl spec::Spec for Spec {
     fn validate(&self) -> Result<(), Invalid> {
+        self.max_entry_bytes()?;
         match &self.endpoint_url {
             Some(url) => usable_endpoint(url).map_err(|reason| Invalid { field: "endpoint_url", reason }),
             // The SDK ignores one that is no URL, and logs it whole.
@@ -73,7 +84,7 @@ impl spec::Spec for Spec {
             region: self.region.clone(),
             endpoint_url: self.endpoint_url.clone().filter(|url| !url.is_empty()),
             timeout: with.timeout,
-            max_entry_bytes: self.max_entry_size.unwrap_or(DEFAULT_MAX_ENTRY_BYTES),
+            max_entry_bytes: self.max_entry_bytes()?,
             requests_in_flight: self.requests_in_flight.unwrap_or(DEFAULT_REQUESTS_IN_FLIGHT).max(1),
         };
         Ok(Arc::new(EventBridge::new(config).await))

@@ -10,6 +10,7 @@ use tracing::level_filters::LevelFilter;
 use crate::sink::file::{FileConfig, FileSink};
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::{Format, Sink};
+use crate::units::{self, Quantity};
 
 /// `type = "file"`.
 #[derive(Debug, Clone, Deserialize)]
@@ -18,7 +19,7 @@ pub struct Spec {
     path: PathBuf,
     #[serde(default = "format")]
     format: Format,
-    max_size: Option<u64>,
+    max_size: Option<Quantity>,
     #[serde(default)]
     daily: bool,
     #[serde(default = "fsync")]
@@ -31,6 +32,14 @@ fn format() -> Format {
 
 fn fsync() -> bool {
     true
+}
+
+impl Spec {
+    /// The most bytes of a file.
+    fn max_size(&self) -> Result<Option<u64>, Invalid> {
+        let size = self.max_size.as_ref().map(|Quantity(text)| units::bytes(text, 1..=1 << 60)).transpose();
+        size.map_err(|reason| Invalid { field: "max_size", reason })
+    }
 }
 
 impl Configured for Spec {
@@ -52,10 +61,7 @@ impl spec::Spec for Spec {
         if self.path.file_name().is_none() {
             return Err(Invalid { field: "path", reason: "it names no file".to_owned() });
         }
-        if self.max_size == Some(0) {
-            return Err(Invalid { field: "max_size", reason: "a number of bytes from 1 on".to_owned() });
-        }
-        Ok(())
+        self.max_size().map(drop)
     }
 
     async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid> {
@@ -63,7 +69,7 @@ impl spec::Spec for Spec {
             path: self.path.clone(),
             source: with.source.clone(),
             format: self.format,
-            max_size: self.max_size,
+            max_size: self.max_size()?,
             daily: self.daily,
             fsync: self.fsync,
         })))

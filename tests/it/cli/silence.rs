@@ -45,7 +45,9 @@ fn no_database_password() {
         for args in [&["--once"][..], &["migrate"], &["emit", "a"], &["check"], &["check", "--json"]] {
             silent(args, &variables, &[1, 2]);
         }
-        silent(&["--help"], &[variables[0], ("REDIS_URL", &url), ("REDIS_PASSWORD", &url)], &[0]);
+        for args in [&["--help"][..], &["run", "--help"]] {
+            silent(args, &[variables[0], ("REDIS_URL", &url), ("REDIS_PASSWORD", &url)], &[0]);
+        }
         silent(&["--once"], &[variables[0], STDOUT, ("RELAY_LANE", "1")], &[2]);
         silent(&["--once"], &[variables[0], STDOUT, ("RELAY_LANES", "0")], &[2]);
         silent(&["--once"], &[variables[0], STDOUT, ("DATABASE_URL_FILE", "/nowhere")], &[2]);

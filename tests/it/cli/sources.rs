@@ -45,7 +45,7 @@ async fn options_win_over_variables_and_variables_over_the_file() {
 #[tokio::test]
 async fn empty_variables_count_as_not_set() {
     let database = database().await;
-    let help = finished(&["--help"], &[]).exited(0).stdout;
+    let help = finished(&["run", "--help"], &[]).exited(0).stdout;
     let all = help.split("[env: ").skip(1).map(|rest| rest.split(['=', ']']).next().unwrap());
     let mut variables: Vec<(&str, &str)> = all.map(|variable| (variable, "")).collect();
     assert!(variables.len() > 35);

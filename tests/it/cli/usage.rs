@@ -19,20 +19,19 @@ const WITHOUT_DEFAULT: [&str; 12] = [
     "--eventbridge-source",
 ];
 
-/// The options of `relay --help`, each with all that is said about it, in one line.
+/// The settings of `relay run --help`, each with all that is said about it, in one line.
 pub(super) fn options() -> Vec<(String, String)> {
-    let help = finished(&["--help"], &[]).exited(0).stdout;
+    let help = finished(&["run", "--help"], &[]).exited(0).stdout;
     let mut options: Vec<(String, String)> = Vec::new();
     for line in help.lines() {
-        let option = line
-            .strip_prefix("      --")
-            .or_else(|| line.strip_prefix("  -h, --"))
-            .or_else(|| line.strip_prefix("  -V, --"));
-        if let Some(option) = option {
-            let name = option.split([' ', '[', '=']).next().unwrap();
-            options.push((format!("--{name}"), String::new()));
-        } else if let (Some((_, text)), true) = (options.last_mut(), line.starts_with("          ")) {
-            *text += &format!("{} ", line.trim());
+        if let Some(option) = line.strip_prefix("  --")
+            && let Some((name, variable)) = option.split_once(" [env: ")
+        {
+            let name = name.split(' ').next().unwrap();
+            options.push((format!("--{name}"), format!(" [env: {variable}")));
+        } else if let (Some((_, text)), Some(explanation)) = (options.last_mut(), line.strip_prefix("      ")) {
+            let (before, variable) = text.rsplit_once(" [env: ").unwrap();
+            *text = format!("{before} {} [env: {variable}", explanation.trim());
         }
     }
     options
@@ -64,9 +63,6 @@ fn help_explains_every_option_with_its_variable_and_its_default() {
     for (name, text) in &options {
         let words = text.split('[').next().unwrap().split_whitespace().count();
         assert!(words >= 2, "{name} is not explained: {text}");
-        if ["--once", "--help", "--version"].contains(&name.as_str()) {
-            continue;
-        }
         assert!(variable(text).is_some(), "{name} has no variable: {text}");
         let has_default = bracketed(text, "default").is_some_and(|default| !default.is_empty());
         assert_eq!(has_default, !WITHOUT_DEFAULT.contains(&name.as_str()), "{name}: {text}");
@@ -79,11 +75,35 @@ fn help_explains_every_command_and_every_exit_code() {
     for command in ["run", "migrate", "check", "emit"] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is missing in:\n{help}");
         let of_command = finished(&[command, "--help"], &[]).exited(0).stdout;
-        assert!(of_command.contains("[env: DATABASE_URL]"), "{of_command}");
+        assert_eq!(of_command.contains("[env: DATABASE_URL]"), command == "run", "{of_command}");
+        assert!(command == "run" || of_command.contains("`relay run --help`"), "{of_command}");
     }
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
     for code in ["0 done;", "1 it could not do its work;", "2 wrong usage or configuration;", "3 --once ended with"] {
         assert!(words.contains(code), "{code:?} is missing in:\n{help}");
+    }
+}
+
+#[test]
+fn every_page_of_the_help_is_short_and_shows_the_options_of_its_command_first() {
+    for (args, own) in [
+        (&["--help"][..], "--once"),
+        (&["run", "--help"], "--once"),
+        (&["help", "run"], "--once"),
+        (&["migrate", "--help"], "--help"),
+        (&["check", "--help"], "--json"),
+        (&["audit", "--help"], "--destination"),
+        (&["emit", "--help"], "--aggregate-id"),
+    ] {
+        for columns in ["80", "120"] {
+            let page = finished(args, &[("COLUMNS", columns)]).exited(0).stdout;
+            let lines = page.lines().count();
+            assert!(lines <= 120, "{args:?} has {lines} lines:\n{page}");
+            let widest = page.lines().map(|line| line.chars().count()).max().unwrap();
+            assert!(columns != "80" || widest <= 80, "{args:?} is {widest} columns wide:\n{page}");
+            let place = |part: &str| page.find(part).unwrap_or(usize::MAX);
+            assert!(place(own) < place("[env: ").min(place("ettings:")), "{args:?}:\n{page}");
+        }
     }
 }
 
