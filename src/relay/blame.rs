@@ -1,8 +1,8 @@
-//! Whose fault the uncharged failures of a call are: the destination's, or that of the events that met them.
+//! Decides whether the uncharged failures of a call are caused by the destination or by the events that failed.
 //!
-//! Where a destination takes some events and fails others, in the same call or at the same moment, it works, and what
-//! fails is about those events: a source that EventBridge does not allow, a stream that belongs to somebody else. Their
-//! keys wait, and the destination is not paused. Where it takes nothing, the failure is its own. Time is passed in.
+//! If a destination takes some events and fails others, in the same call or at the same moment, it works, and the failures
+//! are about those events: a source that EventBridge does not allow, a stream of another owner. Their keys wait, and the
+//! destination is not paused. If it takes nothing, the destination is the cause. Time is passed in.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -11,61 +11,62 @@ use uuid::Uuid;
 
 use crate::event::{Fault, Outcome, PublishError};
 
-/// A call that is refused within this time after a delivery counts as its events' fault: a destination that took events so
-/// lately is more likely to refuse these than to refuse all. If they are refused again and nothing was delivered meanwhile, it
-/// refuses all.
+/// A call that is refused within this time after a delivery is presumed to be refused because of its events: a destination
+/// that took events a moment ago more likely refuses these than all. If they are refused again and nothing was delivered
+/// meanwhile, it refuses all.
 const LATELY: Duration = Duration::from_secs(5);
 
-/// So many calls in a row are presumed to be refused because of their events. A burst of bad events takes about as many, and a
-/// busy relay makes them within a moment.
+/// At most this many calls in a row are presumed to be refused because of their events. A burst of bad events takes about as
+/// many, and a busy relay makes them within a moment.
 const PRESUMED_CALLS: u32 = 10;
 
-/// More events than fail at a time. When there are more, the memory is cleared, and events begin anew in it.
+/// The largest number of events to remember, which is more than fail at a time. At this number the memory is cleared, and
+/// counting starts anew.
 const MAX_REMEMBERED: usize = 10_000;
 
-/// What the judgement needs to know of one event of a call.
+/// The facts about one event of a call that the judgement needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
     pub(super) event_id: Uuid,
-    /// It has waited for this destination before because of an uncharged failure of its own.
+    /// The event has waited for this destination before, because of its own uncharged failure.
     pub(super) blocked_before: bool,
 }
 
-/// One call.
+/// The facts about one call that the judgement needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Call {
     pub(super) begun: Instant,
     pub(super) now: Instant,
-    /// False: it was admitted in a state of the breaker that is over. What it delivered says nothing about the destination
-    /// of now.
+    /// False if the call was admitted in an earlier state of the breaker. Then its deliveries say nothing about the
+    /// destination's present state.
     pub(super) current: bool,
-    /// It decides whether the breaker closes.
+    /// The result of this call decides whether the breaker closes.
     pub(super) probe: bool,
 }
 
-/// What the calls to one destination have shown so far.
+/// The results of the calls to one destination so far.
 #[derive(Debug, Default)]
 pub(super) struct Blame {
     last_delivery: Option<Instant>,
-    /// The events of refused calls that were blamed because of a delivery shortly before, until the next one.
+    /// The events of refused calls that were blamed because of a recent delivery. Cleared by the next delivery.
     presumed: HashSet<Uuid>,
     presumed_calls: u32,
-    /// Events that failed for a reason that may pass, and when they did the last time.
+    /// The events that failed for a reason that may pass, with the time of the last failure.
     failed_once: HashMap<Uuid, Instant>,
 }
 
-/// What a call shows of the destination.
+/// The state of a destination, as one call shows it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Health<'a> {
-    /// It answered.
+    /// The destination answered.
     Answered,
-    /// It works, and needs a short pause.
+    /// The destination works, and needs a short pause.
     Strained(&'a PublishError),
-    /// It is down.
+    /// The destination is down.
     Failed(&'a PublishError),
-    /// It is set up wrongly.
+    /// The destination is configured wrongly.
     Misconfigured(&'a PublishError),
-    /// Nothing is known of it from this call.
+    /// The call says nothing about the destination.
     Silent,
 }
 
@@ -73,7 +74,7 @@ pub(super) enum Health<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Judgement<'a> {
     pub(super) health: Health<'a>,
-    /// The places of the events whose keys wait; all others that failed uncharged stay where they are.
+    /// The places of the events whose keys wait. All other events that failed uncharged stay in place.
     pub(super) blocked: Vec<usize>,
 }
 
@@ -105,7 +106,8 @@ impl Blame {
         let Some(&(_, first)) = failed.first() else {
             return Judgement { health: if answered { Health::Answered } else { Health::Silent }, blocked: Vec::new() };
         };
-        // A wrong password is no event's, however lately others were taken.
+        // An error of the destination itself, such as a wrong password, is not caused by events, even if others were taken a
+        // moment ago.
         if let Some(&(_, error)) = failed.iter().find(|(_, error)| error.of_destination) {
             let health = match error.fault {
                 Fault::Misconfigured => Health::Misconfigured(error),
@@ -132,7 +134,8 @@ impl Blame {
         }
         let passing = candidates.iter().filter(|(_, error, _)| error.fault != Fault::Misconfigured);
         passing.for_each(|(_, _, candidate)| self.remember(candidate.event_id, now));
-        // What was blocked before, or is refused as a probe, goes out of the way: the next probe is made with other events.
+        // Events that were blocked before, and a probe that is refused, have to wait, so that the next probe is made with
+        // other events.
         let out_of_the_way = |error: &PublishError, candidate: &Candidate| {
             candidate.blocked_before || call.probe && error.fault == Fault::Misconfigured
         };
@@ -147,12 +150,12 @@ impl Blame {
         }
     }
 
-    /// Whether the destination has taken something since then.
+    /// Returns whether the destination has taken an event since `then`.
     pub(super) fn delivered_since(&self, then: Instant) -> bool {
         self.last_delivery.is_some_and(|at| at > then)
     }
 
-    /// Whether all of these have failed before while the destination took others.
+    /// Returns whether all of these events have failed before while the destination took others.
     fn is_known(&self, candidates: &[(usize, &PublishError, Candidate)]) -> bool {
         candidates.iter().all(|(_, error, candidate)| {
             let again = self.failed_once.get(&candidate.event_id).is_some_and(|at| self.last_delivery > Some(*at));
@@ -161,8 +164,8 @@ impl Blame {
         })
     }
 
-    /// The keys of events that are refused wait. What failed for a reason that may pass is tried once more after a short
-    /// pause of the destination; the second time its key waits too.
+    /// The keys of events that are refused wait. An event that failed for a reason that may pass is retried once, after a
+    /// short pause of the destination; after the second failure its key waits too.
     fn blame_events<'a>(
         &mut self,
         candidates: &[(usize, &'a PublishError, Candidate)],
@@ -193,7 +196,7 @@ impl Blame {
     }
 }
 
-/// The failures that no event is charged for, with their places.
+/// Returns the failures for which no event is charged, with their places.
 fn uncharged(outcomes: &[Outcome]) -> impl Iterator<Item = (usize, &PublishError)> {
     outcomes.iter().enumerate().filter_map(|(place, outcome)| match outcome {
         Outcome::Failed(error) if !error.fault.charges_event() => Some((place, error)),
@@ -225,7 +228,7 @@ mod tests {
         }
     }
 
-    /// A destination in whose calls each event is a number; those from 100 were blocked before.
+    /// A destination for the tests. Each event is a number; those from 100 on were blocked before.
     struct Place {
         blame: Blame,
         begun: Instant,
@@ -236,7 +239,7 @@ mod tests {
             Self { blame: Blame::default(), begun: Instant::now() }
         }
 
-        /// A call from the second `from` to the second `to` with these events.
+        /// Judges a call from the second `from` to the second `to` with these events.
         fn call(&mut self, from: u32, to: u32, events: &[(u128, Outcome)]) -> (&'static str, Vec<usize>) {
             let outcomes: Vec<Outcome> = events.iter().map(|(_, outcome)| outcome.clone()).collect();
             let candidate = |place: usize| Candidate {
@@ -255,7 +258,7 @@ mod tests {
         let mut place = Place::new();
         let mixed = [(1, delivered()), (2, failed(Fault::Misconfigured)), (3, delivered())];
         assert_eq!(place.call(0, 1, &mixed), ("answered", vec![1]));
-        // From then on it may fail alone.
+        // After that, it may fail alone.
         for second in 2..300 {
             assert_eq!(place.call(second, second, &[(102, failed(Fault::Misconfigured))]), ("silent", vec![0]));
         }
@@ -270,7 +273,7 @@ mod tests {
                 assert_eq!(place.call(second, second, &[(1, failed(fault)), (2, failed(fault))]), (label, vec![]));
             }
         }
-        // What was blocked before makes room for the next probe.
+        // The event that was blocked before makes room for the next probe.
         let both = [(101, failed(Fault::Misconfigured)), (2, failed(Fault::Misconfigured))];
         assert_eq!(place.call(9, 9, &both), ("misconfigured", vec![0]));
         let call = Call { begun: place.begun, now: place.begun, current: true, probe: true };
@@ -299,7 +302,7 @@ mod tests {
             [0, 1]
         );
         assert_eq!(place.call(2, 2, &[(4, failed(Fault::Misconfigured))]), ("misconfigured", vec![]));
-        // Those that were blamed do not speak for it either, until it takes something.
+        // The failures of blamed events do not make the destination healthy either, until it takes an event.
         assert_eq!(place.call(3, 3, &[(102, failed(Fault::Misconfigured))]), ("misconfigured", vec![0]));
         assert_eq!(place.call(4, 4, &[(5, delivered())]).0, "answered");
         assert_eq!(place.call(5, 5, &[(102, failed(Fault::Misconfigured))]), ("silent", vec![0]));
@@ -312,7 +315,7 @@ mod tests {
             let refused = || Outcome::Failed(PublishError::new(fault, "CODE", "").of_destination());
             for second in 0..9 {
                 assert_eq!(place.call(second, second, &[(1, delivered())]).0, "answered");
-                // At the same moment, again, and of an event that was blocked before.
+                // The result is the same at the same moment, again, and for an event that was blocked before.
                 assert_eq!(place.call(second, second, &[(2, refused()), (102, refused())]), (label, vec![]));
             }
         }
@@ -328,12 +331,12 @@ mod tests {
             assert_eq!(place.call(0, 0, &mixed), ("strained", vec![]));
             assert_eq!(place.call(1, 1, &mixed), ("answered", vec![1]));
             assert_eq!(place.call(2, 2, &[(102, failed(fault))]), ("silent", vec![0]));
-            // Alone, it speaks for itself only if others were taken since.
+            // A failure alone is blamed on the event only if others were taken since.
             assert_eq!(place.call(3, 3, &[(4, failed(fault))]), ("failed", vec![]));
             assert_eq!(place.call(4, 4, &[(4, failed(fault))]), ("failed", vec![]));
             assert_eq!(place.call(5, 5, &[(5, delivered())]).0, "answered");
             assert_eq!(place.call(6, 6, &[(4, failed(fault))]), ("silent", vec![0]));
-            // Once delivered, it begins anew.
+            // After a delivery, counting starts anew.
             assert_eq!(place.call(7, 7, &[(2, delivered())]).0, "answered");
             assert_eq!(place.call(8, 8, &mixed), ("strained", vec![]));
         }

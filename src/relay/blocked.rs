@@ -1,4 +1,4 @@
-//! Which blocked keys were named in the log already: each key and cause is named once.
+//! Remembers the blocked keys that the log has named: each key and cause is named once.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::event::{Event, PublishError};
 
-/// More keys than are blocked at a time. When there are more, the memory is cleared, and they are named anew.
+/// The largest number of keys to remember, which is more than are blocked at a time. At this number the memory is cleared,
+/// and keys are named anew.
 const MAX_REMEMBERED: usize = 100_000;
 
 /// Hashes of destination, code, and key or event.
@@ -14,7 +15,7 @@ const MAX_REMEMBERED: usize = 100_000;
 pub(super) struct Named(Mutex<HashSet<u64>>);
 
 impl Named {
-    /// Whether the key of `event`, or the event where it has none, was not named for this cause yet. From now on it was.
+    /// Returns true the first time it is called with this cause and this key, or this event if it has no key.
     pub(super) fn is_new(&self, event: &Event, destination: &str, error: &PublishError) -> bool {
         let mut hasher = DefaultHasher::new();
         (destination, error.code.as_str()).hash(&mut hasher);

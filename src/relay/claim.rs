@@ -1,4 +1,4 @@
-//! One lane's way to the store, and the batch that it claims there.
+//! The connection of one lane to the store, and the batches that it claims.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,23 +20,23 @@ use crate::relay::standstills::Answer;
 use crate::relay::{Relay, sleep};
 use crate::sink::ClaimCheck;
 
-/// The longest time for which a relay whose destinations are all paused does not look at them again.
+/// The longest time between two checks whether any destination accepts events, while all are paused.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Events in a batch that probes a destination. If the destination is still down, these may be published twice.
+/// The number of events in a batch that probes a destination. If the destination is still down, these may be published twice.
 const PROBE_EVENTS: usize = 10;
 
-/// One lane's connection to the store, and what it needs to ask the store for events.
+/// One lane's connection to the store, with the state that it needs to claim events.
 pub(super) struct Claimer<O: Outbox> {
     pub(super) relay: Arc<Relay<O>>,
     pub(super) shared: Arc<Shared>,
     pub(super) store: O::Lane,
     pub(super) stop: CancellationToken,
-    /// The last batch was full: there is more.
+    /// The last batch was full, so more events are likely pending.
     pub(super) eager: bool,
 }
 
-/// A claimed batch on its way to being settled.
+/// A claimed batch that is not settled yet.
 pub(super) struct Work {
     pub(super) batch: Vec<Claimed>,
     pub(super) claim_id: ClaimId,
@@ -45,19 +45,19 @@ pub(super) struct Work {
     pub(super) busy: Busy,
 }
 
-/// What a poll found.
+/// The result of a poll.
 pub(super) enum Polled {
     /// A batch, which is claimed now.
     Found(Work),
-    /// Events, all of which others hold.
+    /// Events are pending, and others hold all of them.
     Busy,
     /// Another configuration routes new events, and nothing else is due.
     Superseded,
-    /// Nothing.
+    /// Nothing is due.
     Empty,
 }
 
-/// What a promotion did.
+/// The result of a promotion.
 pub(super) struct Promotion {
     /// Some events became pending.
     pub(super) promoted: bool,
@@ -109,7 +109,7 @@ impl<O: Outbox> Claimer<O> {
                 relay.metrics.claimed(batch.len(), begun.elapsed());
                 Polled::Found(Work { batch, claim_id, begun, busy })
             }
-            // A relay that has nothing to do is ready again too, not only one that has settled a batch.
+            // A relay that has nothing to do is ready again too, and not only a relay that has settled a batch.
             Claim::Busy => {
                 relay.ready();
                 Polled::Busy
@@ -125,7 +125,7 @@ impl<O: Outbox> Claimer<O> {
         })
     }
 
-    /// Gives a claim up. Its events stay pending.
+    /// Gives up a claim. Its events stay pending.
     pub(super) async fn give_up(&mut self, work: Work) -> Result<(), OutboxError> {
         let settled = self.store.settle(&Deliveries::default()).await;
         drop(work);
@@ -144,7 +144,7 @@ impl<O: Outbox> Claimer<O> {
         Ok(Promotion { promoted: promoted.count > 0, next })
     }
 
-    /// Asks whether anything is pending or due, which costs the store less than a claim.
+    /// Asks whether anything is pending or due. This costs the store less than a claim.
     pub(super) async fn peek(&mut self) -> Result<Peek, OutboxError> {
         let relay = Arc::clone(&self.relay);
         relay.polled();
@@ -153,17 +153,17 @@ impl<O: Outbox> Claimer<O> {
         self.store.peek(&relay.ready_destinations(Instant::now())).await
     }
 
-    /// Whether no lane of this relay holds a claim or asks for one.
+    /// Returns whether no lane of this relay holds a claim or asks for one.
     pub(super) fn is_alone(&self) -> bool {
         self.shared.busy.load(Ordering::SeqCst) == 0
     }
 
-    /// Whether the lanes end when nothing is due.
+    /// Returns whether the lanes end when nothing is due.
     pub(super) fn is_drain(&self) -> bool {
         self.shared.ending == Ending::Drained
     }
 
-    /// Rests until something may have changed, at most this long.
+    /// Waits until something may have changed, for `at_most` at the longest.
     pub(super) async fn rest(&mut self, at_most: Duration) {
         tokio::select! {
             () = tokio::time::sleep(at_most) => {}
@@ -179,7 +179,7 @@ impl<O: Outbox> Claimer<O> {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Until when every destination is paused; `None` where at least one would take events.
+    /// Returns until when all destinations are paused, or `None` if at least one accepts events.
     pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
         let mut admissions = self.destinations.iter().map(|destination| destination.admission(now));
         admissions.try_fold(now + LONGEST_PAUSE, |paused, admission| match admission {
@@ -194,8 +194,8 @@ impl<O: Outbox> Relay<O> {
         if probing { PROBE_EVENTS.min(self.config.batch_events) } else { self.config.batch_events }
     }
 
-    /// How long there is nothing to promote: until the next event is due, or a paused destination takes events again; at most
-    /// a polling interval.
+    /// How long nothing is to be promoted: until the next event is due, or a paused destination accepts events again, and for
+    /// a polling interval at the longest.
     pub(super) fn next_due(&self, now: Instant, next_due: Option<Duration>) -> Duration {
         let next_back = self.destinations.iter().filter_map(|destination| match destination.admission(now) {
             Admission::No(until) => Some(until - now),
@@ -204,7 +204,7 @@ impl<O: Outbox> Relay<O> {
         next_back.chain(next_due).fold(self.config.polling_interval, Duration::min)
     }
 
-    /// The names of the destinations that would take events.
+    /// The names of the destinations that accept events.
     fn ready_destinations(&self, now: Instant) -> Vec<&str> {
         self.destinations
             .iter()
@@ -214,10 +214,10 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// The claim of the batch that is being published, for sinks that ask about it.
+/// The claim of the batch that is being published, for sinks that check whether it is still held.
 pub(super) struct HeldClaim<'a, L> {
     store: Mutex<&'a mut L>,
-    /// A question is under way. If publishing is given up meanwhile, the connection cannot be used any more.
+    /// A query is under way. If publishing is given up meanwhile, the connection cannot be used any more.
     asking: AtomicBool,
 }
 
@@ -226,7 +226,7 @@ impl<'a, L: outbox::Lane> HeldClaim<'a, L> {
         Self { store: Mutex::new(store), asking: AtomicBool::new(false) }
     }
 
-    /// Whether a question was asked and not answered.
+    /// Returns whether a query was sent and is not answered.
     pub(super) fn is_asking(&self) -> bool {
         self.asking.load(Ordering::SeqCst)
     }

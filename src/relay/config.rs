@@ -1,4 +1,4 @@
-//! What the engine is given: how it works, its destinations, and how each is dealt with.
+//! The configuration of the engine: its limits, its destinations, and the policy of each destination.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,19 +11,19 @@ use crate::sink::Sink;
 /// How the engine works; `src/guide/configuration.md` has the defaults.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RelayConfig {
-    /// Loops, each on a connection of its own.
+    /// The number of loops, each of which has its own connection.
     pub lanes: usize,
-    /// Events in one claim.
+    /// The largest number of events in one claim.
     pub batch_events: usize,
-    /// Bytes of events in one claim, about.
+    /// The approximate limit of a claim, in bytes of its events.
     pub batch_bytes: usize,
-    /// Bytes of one payload; larger ones are dead-lettered at once.
+    /// The largest payload, in bytes. An event with a larger one is dead-lettered at once.
     pub max_payload: usize,
-    /// The longest sleep when idle.
+    /// The longest sleep of an idle relay.
     pub polling_interval: Duration,
     /// What becomes of events that no route takes.
     pub unrouted: Unrouted,
-    /// How long what is in flight may take after a stop; then it is given up.
+    /// How long after a stop the relay waits for events in flight before it gives them up.
     pub shutdown_timeout: Duration,
 }
 
@@ -42,12 +42,12 @@ impl Default for RelayConfig {
     }
 }
 
-/// When a destination is given up, tried again and paused.
+/// When calls to a destination time out, its events are retried, and it is paused.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
     /// How long one publish call may take.
     pub timeout: Duration,
-    /// When charged events are tried again.
+    /// When charged events are retried.
     pub retry: RetryPolicy,
     /// When the destination is paused.
     pub breaker: BreakerPolicy,
@@ -64,12 +64,12 @@ impl Default for Policy {
     }
 }
 
-/// A destination for the engine.
+/// A destination, as the engine gets it.
 pub struct Endpoint {
     /// Its name, as it stands in `destination` columns.
     pub name: String,
     /// What publishes to it.
     pub sink: Arc<dyn Sink>,
-    /// When it is tried again and paused.
+    /// When its calls time out, its events are retried, and it is paused.
     pub policy: Policy,
 }

@@ -2,11 +2,11 @@
 //!
 //! A relay that finds that others have crashed lately is cautious in its first minute: it marks events in the store before it
 //! publishes them. Events that a crash leaves marked are published in batches a thirty-second as large, then alone. An event
-//! that was alone in three crashes is dead-lettered. As long as relays end in good order, the store only notes that they began.
+//! that was alone in three crashes is dead-lettered. As long as relays end normally, the store only notes that they began.
 //!
-//! A relay also ends because somebody kills it, most of all while a destination hangs, and then no event is the cause. So a
-//! mark counts in full only for the first second of a call. After that it says no more than that a relay ended some time
-//! later: an event that was alone with three of those waits, each time longer, and is neither charged nor given up. A relay
+//! A relay also ends because somebody kills it, most often while a destination hangs, and then no event is the cause. So a
+//! mark counts in full only for the first second of a call. After that it says only that a relay ended some time later: an
+//! event that was alone with three of those relays waits, each time longer, and is neither charged nor dead-lettered. A relay
 //! that is stopped removes its marks at once.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,16 +21,16 @@ use crate::event::{Fault, PublishError};
 use crate::outbox::{Claimed, CrashNotes, Outbox, OutboxError, Suspicion};
 use crate::relay::Relay;
 
-/// A relay that has run for so long does not crash on its first events, and need not be cautious any more.
+/// A relay that has run for this long does not crash on its first events, so it need not be cautious any more.
 const PROBATION: Duration = Duration::from_secs(60);
 
 /// How many times fewer events than in the last crash are published together.
 const NARROWING: usize = 32;
 
-/// So many crashes alone are no coincidence.
+/// An event that was alone in this many crashes is taken for the cause.
 const CRASHES_ALONE: usize = 3;
 
-/// If a relay ends later than this after a call began, the cause may be something else than the events of the call.
+/// If a relay ends later than this after a call began, the cause may be something other than the events of the call.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// Whether this run is cautious, and what it has marked.
@@ -41,19 +41,20 @@ pub(super) struct CrashGuard {
     to_clear: Mutex<Vec<Uuid>>,
     /// Held exclusively while marked events are published, so that an event of another lane is not taken for the cause.
     lanes: Arc<RwLock<()>>,
-    /// How many events may be claimed at once: few after others have crashed, as one that crashes in a claim leaves no mark.
+    /// How many events may be claimed at once. After others have crashed it is few, because an event that crashes a relay
+    /// during a claim leaves no mark.
     claim: AtomicUsize,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Stage {
-    /// Nothing was claimed yet.
+    /// Nothing has been claimed yet.
     Fresh,
-    /// It began then; `careful`: others have crashed lately.
+    /// The run began at `since`; `careful` says that others have crashed lately.
     Begun { since: Instant, careful: bool },
-    /// It is being stopped, and removes its marks.
+    /// The relay is being stopped, and removes its marks.
     Stopping,
-    /// It has run for a while, or has removed its marks.
+    /// The relay has run for a while, or has removed its marks.
     Proven,
 }
 
@@ -81,7 +82,7 @@ impl CrashGuard {
         }
     }
 
-    /// Whether it is noted that this relay began.
+    /// Returns whether the store has noted that this relay began.
     pub(super) fn has_begun(&self) -> bool {
         self.stage() != Stage::Fresh
     }
@@ -102,7 +103,7 @@ impl CrashGuard {
         Ok(())
     }
 
-    /// How many of so many events to claim at once.
+    /// Returns how many of `events` events to claim at once.
     pub(super) fn claim_events(&self, events: usize) -> usize {
         events.min(self.claim.load(Ordering::SeqCst))
     }
@@ -159,7 +160,7 @@ impl CrashGuard {
         Ok(Care { noted, lanes: Some(lanes), ended: None })
     }
 
-    /// To be called when the batch is settled, or could not be: either way this relay did not crash on it.
+    /// To be called when the batch is settled, or its settle has failed. Either way this relay did not crash on it.
     pub(super) async fn after(&self, outbox: &impl CrashNotes, care: Care) {
         drop(care.ended);
         if self.claim.load(Ordering::SeqCst) != usize::MAX {
@@ -187,7 +188,7 @@ impl CrashGuard {
         self.set(Stage::Begun { since: Instant::now(), careful: true });
     }
 
-    /// To be called when the relay is stopped: whatever ends it from now on, no event is the cause.
+    /// To be called when the relay is stopped: no event is the cause of how it ends after that.
     pub(super) async fn stop(&self, outbox: &impl CrashNotes) {
         if matches!(self.stage(), Stage::Begun { .. } | Stage::Stopping) {
             self.set(Stage::Stopping);
@@ -200,7 +201,7 @@ impl CrashGuard {
         }
     }
 
-    /// To be called now and then: a relay that has run for a while is not cautious any more.
+    /// To be called now and then. A relay that has run for a while is not cautious any more.
     async fn prove(&self, outbox: &impl CrashNotes) {
         if let Stage::Begun { since, .. } = self.stage()
             && since.elapsed() > PROBATION
@@ -255,12 +256,12 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// How many events are claimed at first after so many other relays have crashed.
+/// How many events are claimed at first if `others` other relays have crashed.
 fn first_claim(batch_events: usize, others: usize) -> usize {
     (0..others.min(9)).fold(batch_events, |events, _| events / NARROWING).max(1)
 }
 
-/// What follows from what is known of an event.
+/// How to treat an event after the crashes in which it was marked.
 enum Judgement {
     Kills,
     MayKill,
@@ -279,7 +280,7 @@ impl Suspicion {
     }
 }
 
-/// How many of a batch may be published together, from its beginning.
+/// How many events from the beginning of a batch may be published together.
 fn together(batch: usize, known: &[(usize, Suspicion)]) -> usize {
     let mut known = known.to_vec();
     known.sort_unstable_by_key(|(place, _)| *place);
@@ -292,7 +293,7 @@ fn together(batch: usize, known: &[(usize, Suspicion)]) -> usize {
             break;
         }
         let limit = (suspicion.together / NARROWING).max(1);
-        // With this one no more than its limit; or all before it, without it.
+        // Either up to and including this event, within its limit; or all events before it.
         most = if limit > place { most.min(limit) } else { place };
     }
     most

@@ -30,7 +30,7 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 /// The longest name of a place that is logged whole, in characters.
 const MAX_PLACE_CHARS: usize = 200;
 
-/// How long past its deadline a call may last before it is given up.
+/// How long past its deadline a call may last before it is abandoned.
 const GRACE: Duration = Duration::from_secs(1);
 
 pub(super) struct Destination {
@@ -47,20 +47,20 @@ pub(super) struct Destination {
     observers: Observers,
 }
 
-/// Those who are to know what becomes of calls to a destination.
+/// The parts of the relay to which a destination reports the results of its calls.
 pub(super) struct Observers {
     pub(super) report: Arc<Report>,
     pub(super) health: Arc<HealthBoard>,
     pub(super) metrics: DestinationMetrics,
-    /// The place of the destination among all.
+    /// The index of this destination among all destinations.
     pub(super) place: usize,
 }
 
-/// What is logged of a destination that is down or fails.
+/// The state of the log about a destination that is down or fails.
 struct Outage {
     since: Instant,
     failed_calls: u32,
-    /// When it was logged last that the breaker is open.
+    /// When the log last said that the breaker is open.
     logged: Option<Instant>,
 }
 
@@ -68,7 +68,7 @@ struct Outage {
 pub(super) struct Answers {
     /// One per event, in order.
     pub(super) outcomes: Vec<Outcome>,
-    /// The places of those that failed uncharged and whose keys wait; other uncharged ones are tried again as they are.
+    /// The places of the events that failed uncharged and whose keys wait. Other uncharged events are retried in place.
     pub(super) blocked: HashSet<usize>,
     pub(super) duration: Duration,
     /// See [`Published::after_settle`].
@@ -76,7 +76,7 @@ pub(super) struct Answers {
 }
 
 impl Answers {
-    /// The answers of a call that was not made.
+    /// Returns the answers for a call that was not made.
     pub(super) fn held(count: usize) -> Self {
         let outcomes = vec![Outcome::Held; count];
         Self { outcomes, blocked: HashSet::new(), duration: Duration::ZERO, after_settle: None }
@@ -99,17 +99,17 @@ impl Destination {
         }
     }
 
-    /// What becomes of a charged event.
+    /// The retry policy for charged events.
     pub(super) fn retry(&self) -> &RetryPolicy {
         &self.policy.retry
     }
 
-    /// Whether it would take events now; takes no probe.
+    /// Returns whether the destination would accept a call now. It does not use up the probe.
     pub(super) fn admission(&self, now: Instant) -> Admission {
         self.breaker().peek(now)
     }
 
-    /// Whether it is down, not just pausing.
+    /// Returns whether the destination is down, and not only paused for a moment.
     pub(super) fn is_down(&self) -> bool {
         self.breaker().is_open()
     }
@@ -163,8 +163,8 @@ impl Destination {
         Answers { duration: begun.elapsed(), ..answers }
     }
 
-    /// One call of the sink. Whatever its code does, the engine goes on: a panic, and a call that never ends, are unknown
-    /// outcomes.
+    /// Makes one call of the sink. A panic of the sink, or a call that does not end, is an unknown outcome for its events;
+    /// the engine goes on.
     async fn call(
         &self,
         batch: &[Claimed],
@@ -191,7 +191,7 @@ impl Destination {
             Err(_) => unknown("no_answer", "the code of this destination did not end in time".to_owned()),
         };
         if published.outcomes.len() != events.len() {
-            // With too few or too many answers nobody knows which event is whose.
+            // If the number of answers is wrong, an answer cannot be matched to its event.
             let count = published.outcomes.len();
             let message = format!("the sink gave {count} answers for {} events", events.len());
             published = unknown("answers_do_not_match", message);
@@ -208,8 +208,9 @@ impl Destination {
         Answers { outcomes, blocked, duration: begun.elapsed(), after_settle }
     }
 
-    /// The answers of a call that panicked. An event on which it always does is given up, if the destination has taken
-    /// others meanwhile; else it is not known whether anything at all could be published, and its key waits.
+    /// Returns the answers of a call that panicked. An event that panics each time it is alone is dead-lettered if the
+    /// destination has taken other events meanwhile. Otherwise the destination may be unable to publish anything, so the
+    /// event's key waits.
     fn panicked(&self, events: &[&Event], begun: Instant, ticket: Ticket) -> Answers {
         let now = Instant::now();
         if self.observers.report.admits(
@@ -256,12 +257,13 @@ impl Destination {
         Counted::new(&self.in_flight, count)
     }
 
-    /// How many events were sent to it and have no answer: not yet, or never, because the relay is to end.
+    /// Returns how many events were sent to the destination and have no answer, including those given up because the relay
+    /// stops.
     pub(super) fn count_unanswered(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst) + self.given_up.load(Ordering::SeqCst)
     }
 
-    /// The answers of a call that is no longer waited for, because the relay is to end.
+    /// Returns the answers of a call that is given up because the relay stops.
     pub(super) fn given_up(&self, count: usize) -> Answers {
         self.given_up.fetch_add(count, Ordering::SeqCst);
         tracing::warn!(
@@ -273,8 +275,8 @@ impl Destination {
         Answers { outcomes: vec![Outcome::Failed(error); count], ..Answers::held(0) }
     }
 
-    /// Reports a call that began at `begun` to the breaker, the metrics and the health. Returns the places of the events whose
-    /// keys wait.
+    /// Reports a call that began at `begun` to the breaker, the metrics and the health. Returns the places of the events
+    /// whose keys wait.
     fn judge_health(
         &self,
         candidate: impl Fn(usize) -> Candidate,
@@ -380,7 +382,7 @@ impl Destination {
         }
     }
 
-    /// Where it puts this event, for a log.
+    /// Where the destination puts this event, as text for a log.
     pub(super) fn place(&self, event: &Event) -> String {
         shown(&self.sink.place(event), MAX_PLACE_CHARS)
     }
@@ -390,7 +392,7 @@ impl Destination {
     }
 
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
-        // A breaker is never left half-changed, so a panic elsewhere does not spoil it.
+        // A breaker is never left half-changed, so it stays usable after a panic in another thread.
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

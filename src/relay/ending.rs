@@ -1,4 +1,4 @@
-//! The end of a relay that is stopped: what is in flight, and how long the relay waits for it.
+//! The end of a relay that is stopped: which events are in flight, and how long the relay waits for them.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -9,19 +9,19 @@ use crate::outbox::Outbox;
 use crate::relay::Relay;
 use crate::relay::shared::Shared;
 
-/// How long a relay that holds no claim waits for answers that it no longer needs.
+/// How long a relay that holds no claim waits for answers that it does not need any more.
 pub(super) const IDLE_GRACE: Duration = Duration::from_secs(1);
 
-/// The part of the time that is kept for recording what was published, at most.
+/// The longest part of the shutdown timeout that is kept for recording what was published.
 const RECORDING_TIME: Duration = Duration::from_secs(5);
 
-/// How often it is asked whether something is still in flight.
+/// How often the relay checks whether something is still in flight.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 impl<O: Outbox> Relay<O> {
-    /// Ends when a stopped relay need not be waited for any longer, because nothing is in flight or the time is over. In the
-    /// second case it returns what is given up. Before that, publish calls are given up, so that the results of the others can
-    /// be recorded.
+    /// Ends when a stopped relay need not be waited for any longer: nothing is in flight, or the time is over. In the second
+    /// case it returns a description of what is given up. Before that, publish calls are given up, so that the results of the
+    /// others can be recorded.
     pub(super) async fn stopping(&self, shared: &Shared, stop: &CancellationToken) -> Option<String> {
         stop.cancelled().await;
         let begun = Instant::now();
@@ -44,7 +44,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// What was in flight and was given up, in words; empty where nothing was.
+    /// Describes what was in flight and was given up. The text is empty if nothing was.
     pub(super) fn given_up(&self, shared: &Shared) -> String {
         let sent = self.destinations.iter().filter_map(|destination| match destination.count_unanswered() {
             0 => None,

@@ -1,4 +1,4 @@
-//! Guards: each undoes what it stands for when it is dropped, whether its owner returned, failed, panicked or was cancelled.
+//! Guards. Each reverts a state when it is dropped, whether its owner returned, failed, panicked or was cancelled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -36,7 +36,7 @@ impl Drop for Busy {
     }
 }
 
-/// Adds to a number while it lives.
+/// Adds to a number while the value lives.
 pub(super) struct Counted<'a> {
     number: &'a AtomicUsize,
     by: usize,
@@ -55,8 +55,9 @@ impl Drop for Counted<'_> {
     }
 }
 
-/// The wake-up while it may be armed, in which case every producer pays for it. Where [`Self::disarm`] did not end, the wake-up
-/// is replaced by a new one: the connection of the old one is closed, which disarms it, and the relay can sleep again.
+/// A wake-up that may be armed. While it is armed, every producer pays for it. If [`Self::disarm`] did not finish, the
+/// wake-up is replaced by a new one: the connection of the old one is closed, which disarms it, and the relay can sleep
+/// again.
 pub(super) struct ArmedWakeup<'a, W, N: Fn() -> Option<W>> {
     wakeup: &'a mut W,
     renew: N,
@@ -64,7 +65,7 @@ pub(super) struct ArmedWakeup<'a, W, N: Fn() -> Option<W>> {
 }
 
 impl<'a, W: Wakeup, N: Fn() -> Option<W>> ArmedWakeup<'a, W, N> {
-    /// Not armed yet; `renew` makes another wake-up.
+    /// Creates the guard, not armed yet; `renew` makes another wake-up.
     pub(super) fn new(wakeup: &'a mut W, renew: N) -> Self {
         Self { wakeup, renew, may_be_armed: false }
     }
@@ -77,7 +78,7 @@ impl<'a, W: Wakeup, N: Fn() -> Option<W>> ArmedWakeup<'a, W, N> {
         armed
     }
 
-    /// What to wait with.
+    /// The wake-up to wait with.
     pub(super) fn wakeup(&mut self) -> &mut W {
         self.wakeup
     }
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
     use crate::relay::shared::Ending;
 
-    /// The number tells one from the next.
+    /// The number tells one wake-up from the next.
     #[derive(Debug, PartialEq)]
     struct Fake {
         number: u32,

@@ -1,4 +1,4 @@
-//! Whether the store and each destination can be used, since when, and why not.
+//! The health of the store and of each destination: whether it can be used, since when, and why not.
 
 use std::time::SystemTime;
 
@@ -16,7 +16,7 @@ pub struct Health {
 /// The health of one destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DestinationHealth {
-    /// Its name, as in `destination` columns.
+    /// The name, as in `destination` columns.
     pub name: String,
     /// Whether it takes events.
     pub status: Status,
@@ -29,35 +29,35 @@ pub struct Status {
     pub state: State,
     /// When the state began, by this machine's clock.
     pub since: SystemTime,
-    /// Why it is not up, for people: the error that was met last. Never part of an event.
+    /// Why it cannot be used, as text for people: the last error. It never contains event data.
     pub reason: Option<String>,
 }
 
 /// Whether something can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It was not used yet.
+    /// It has not been used yet.
     Unknown,
     /// It can be used.
     Up,
-    /// It cannot. The relay tries again by itself.
+    /// It cannot be used. The relay retries by itself.
     Down,
-    /// It cannot, and a person must act, as where a password is wrong. The relay tries again by itself.
+    /// It cannot be used, and a person must act, for example because a password is wrong. The relay retries by itself.
     Misconfigured,
 }
 
-/// Whether the relay can do its work right now.
+/// Whether the relay can do its work now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Readiness {
-    /// It can.
+    /// It can do its work.
     Ready,
-    /// It cannot, and goes on trying; the reason is for people.
+    /// It cannot do its work, and keeps retrying. The reason is text for people.
     NotReady(String),
 }
 
 impl Health {
-    /// The health as one word and a reason. A relay is ready while its store can be used: events for a destination that is down
-    /// wait there.
+    /// Returns whether the relay is ready, with the reason if not. A relay is ready while its store can be used: events for a
+    /// destination that is down wait there.
     pub fn readiness(&self) -> Readiness {
         match self.store.state {
             State::Up => Readiness::Ready,
@@ -71,7 +71,7 @@ impl Status {
         Self { state: State::Unknown, since: SystemTime::now(), reason: None }
     }
 
-    /// Returns whether anything changed.
+    /// Sets the state. Returns whether anything changed.
     fn change_to(&mut self, state: State, reason: Option<&str>) -> bool {
         if self.state == state && self.reason.as_deref() == reason {
             return false;
@@ -84,28 +84,28 @@ impl Status {
     }
 }
 
-/// Where the parts of a relay note their health, and others follow it.
+/// The place where the parts of a relay record their health, and from which others follow it.
 pub(super) struct HealthBoard(watch::Sender<Health>);
 
 impl HealthBoard {
-    /// A board for these destinations, of which nothing is known yet.
+    /// Creates a board for these destinations, all in the state `Unknown`.
     pub(super) fn new(destinations: &[String]) -> Self {
         let destination = |name: &String| DestinationHealth { name: name.clone(), status: Status::unknown() };
         let destinations = destinations.iter().map(destination).collect();
         Self(watch::Sender::new(Health { store: Status::unknown(), destinations }))
     }
 
-    /// Follows the health.
+    /// Returns a receiver that follows the health.
     pub(super) fn follow(&self) -> watch::Receiver<Health> {
         self.0.subscribe()
     }
 
-    /// Notes the health of the store. Returns whether that is new.
+    /// Records the health of the store. Returns whether it is new.
     pub(super) fn store(&self, state: State, reason: Option<&str>) -> bool {
         self.0.send_if_modified(|health| health.store.change_to(state, reason))
     }
 
-    /// Notes the health of the destination at this place.
+    /// Records the health of the destination at this place.
     pub(super) fn destination(&self, place: usize, state: State, reason: Option<&str>) {
         self.0.send_if_modified(|health| {
             let destination = health.destinations.get_mut(place);

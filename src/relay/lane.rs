@@ -1,8 +1,8 @@
 //! A lane: one loop on one connection, which claims, publishes and settles.
 //!
-//! A lane whose last batch was full claims again at once. All others queue for the relay's one [`Poller`]: whoever holds it
-//! polls for work, and sleeps while there is none. As soon as it has claimed some, the next lane takes over. So an idle relay
-//! asks its database one question at a time, however many lanes it has.
+//! A lane whose last batch was full claims again at once. All others queue for the relay's one [`Poller`]: the lane that
+//! holds it polls for work, and sleeps while there is none. As soon as it has claimed a batch, the next lane takes over. So
+//! an idle relay sends its database one query at a time, however many lanes it has.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,11 +26,11 @@ use crate::relay::{Backoff, Relay, sleep};
 /// How long a lane that ends waits for the cleanups at destinations that follow its last settle.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// A loop that claims, publishes and settles on one connection.
 pub(super) struct Lane<O: Outbox> {
     claimer: Claimer<O>,
     poller: Arc<Mutex<Poller<O::Wakeup>>>,
-    /// What destinations are to do once their events are settled. Only the lane's end waits for it.
+    /// The cleanups that destinations run once their events are settled. They are waited for only when the lane ends.
     cleanups: JoinSet<()>,
 }
 
@@ -44,11 +44,11 @@ impl<O: Outbox> Lane<O> {
         Self { claimer: Claimer::new(relay, shared, stop), poller, cleanups: JoinSet::new() }
     }
 
-    /// Works until the relay is stopped, or the drain is over. In a drain, an error of the store ends it; otherwise the lane
-    /// tries again until the store can be used.
+    /// Works until the relay is stopped, or the drain is over. In a drain, an error of the store ends the lane; otherwise it
+    /// retries until the store can be used.
     pub(super) async fn run(mut self) -> Result<(), OutboxError> {
         let ended = self.work().await;
-        // If a destination does not answer now, the next claim asks it one question more.
+        // If a destination does not finish its cleanup now, the next claim sends it one more query.
         drop(tokio::time::timeout(CLEANUP_TIMEOUT, self.cleanups.join_all()).await);
         ended
     }
@@ -77,7 +77,7 @@ impl<O: Outbox> Lane<O> {
         }
     }
 
-    /// Claims, publishes and settles one batch. Returns false at the end.
+    /// Claims, publishes and settles one batch. Returns false if the lane is to end.
     async fn work_once(&mut self) -> Result<bool, OutboxError> {
         let Some(mut work) = self.find_work().await? else { return Ok(false) };
         let relay = Arc::clone(&self.claimer.relay);
@@ -119,14 +119,14 @@ impl<O: Outbox> Lane<O> {
             settle_ms = settle.as_secs_f64() * 1000.0,
             "batch settled"
         );
-        // The first event of a batch is its oldest, but for priorities. A wrong clock here concerns this log alone.
+        // Apart from priorities, the first event of a batch is its oldest. A wrong clock here affects only this log line.
         let oldest = batch.first().map(|claimed| time::OffsetDateTime::now_utc() - claimed.event.created_at);
         relay.report.settled(tally, oldest.and_then(|age| age.try_into().ok()).unwrap_or_default());
         drop(busy);
         Ok(true)
     }
 
-    /// Takes a settled batch into account, for which the store took `in_store`.
+    /// Records a settled batch in the metrics and the result. `in_store` is the time that the store took for it.
     fn record(&self, deliveries: &Deliveries<'_>, in_store: Duration) -> Tally {
         let shared = &self.claimer.shared;
         let mut tally = Tally::default();
@@ -141,7 +141,7 @@ impl<O: Outbox> Lane<O> {
         tally
     }
 
-    /// Begins the cleanups of destinations whose events are settled, ahead of whatever the next claim sends there.
+    /// Starts the cleanups of destinations whose events are settled, before the next claim sends anything there.
     fn spawn_cleanup(&mut self, after_settle: Vec<BoxFuture<'static, ()>>) {
         while self.cleanups.try_join_next().is_some() {}
         for mut cleanup in after_settle {
@@ -151,7 +151,7 @@ impl<O: Outbox> Lane<O> {
         }
     }
 
-    /// The next batch; `None` at the end.
+    /// Returns the next batch, or `None` if the lane is to end.
     async fn find_work(&mut self) -> Result<Option<Work>, OutboxError> {
         let Self { claimer, poller, .. } = self;
         if claimer.stop.is_cancelled() {

@@ -1,7 +1,8 @@
-//! Finds the one event on which the code of a destination panics.
+//! Finds the one event on which a destination's code panics.
 //!
-//! A panic ends the call, and what became of its events is unknown. They come again in smaller groups, apart from all
-//! others, until the one is alone. Nothing of this is stored: the process goes on, and so does its memory.
+//! A panic ends the call, and the outcome of its events is unknown. They are published again in smaller groups, apart from
+//! all others, until the event that causes the panic is alone. This is kept in memory only, because the process survives a
+//! panic.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
@@ -13,10 +14,11 @@ use crate::event::Event;
 /// How many times fewer events than in the last panic are published together.
 const NARROWING: usize = 32;
 
-/// After so many panics in which an event was alone, it is taken for the cause.
+/// An event that was alone in this many panics is taken for the cause.
 pub(super) const PANICS_ALONE: u32 = 3;
 
-/// More events than panic at a time. When there are more, the memory is cleared, and narrowing begins anew.
+/// The largest number of events to remember, which is more than panic at a time. At this number the memory is cleared, and
+/// narrowing begins anew.
 const MAX_REMEMBERED: usize = 100_000;
 
 /// The events of calls that panicked, until they are answered.
@@ -25,7 +27,7 @@ pub(super) struct Panics(HashMap<Uuid, Panicked>);
 
 #[derive(Debug, Clone, Copy)]
 struct Panicked {
-    /// How many were published together the last time.
+    /// How many events were published together when the event last panicked.
     together: usize,
     alone: u32,
     since: Instant,
@@ -37,7 +39,7 @@ impl Panicked {
     }
 }
 
-/// The places of events that are published one after the other, in two calls; all others wait for the next batch.
+/// The places of the events that are published now, in two calls one after the other. All others wait for the next batch.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Split {
     pub(super) unsuspected: Vec<usize>,
@@ -45,7 +47,7 @@ pub(super) struct Split {
 }
 
 impl Panics {
-    /// How to publish `events`, where some of them were part of a panic.
+    /// Returns how to publish `events` if some of them were part of a panic.
     pub(super) fn split(&self, events: &[&Event]) -> Option<Split> {
         if self.0.is_empty() || !events.iter().any(|event| self.0.contains_key(&event.event_id)) {
             return None;
@@ -76,14 +78,15 @@ impl Panics {
                 }
             }
         }
-        // All that are left were alone already: the one that was so the least often is next.
+        // All events that are left were alone already. The one that was alone the least often is next.
         if split.suspects.is_empty() {
             split.suspects.extend(heads.into_iter().min().map(|(_, place)| place));
         }
         Some(split)
     }
 
-    /// A call with these events panicked. Returns how often the event was alone with it, and since when, where it was.
+    /// Records that a call with these events panicked. If the event was alone, returns how often it was alone, and since
+    /// when.
     pub(super) fn panicked(&mut self, events: &[&Event], now: Instant) -> Option<(u32, Instant)> {
         if self.0.len() >= MAX_REMEMBERED {
             self.0.clear();
@@ -98,7 +101,7 @@ impl Panics {
         Some((known.alone, known.since))
     }
 
-    /// The event was answered.
+    /// Records that the event was answered.
     pub(super) fn answered(&mut self, event: &Event) {
         if !self.0.is_empty() {
             self.0.remove(&event.event_id);
@@ -123,7 +126,7 @@ mod tests {
         assert_eq!(split, Split { unsuspected: (64..70).collect(), suspects: vec![0, 1] });
         panics.panicked(&refs[..2], Instant::now());
         assert_eq!(panics.split(&refs).unwrap().suspects, [0]);
-        // The event that was alone already waits until the others of its group were.
+        // The event that was alone already waits until each of the others of its group was alone.
         assert_eq!(panics.panicked(&refs[..1], Instant::now()).unwrap().0, 1);
         assert_eq!(panics.split(&refs).unwrap().suspects, [1]);
         panics.answered(refs[1]);

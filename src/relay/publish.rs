@@ -1,4 +1,4 @@
-//! From a claimed batch to what is settled: route, publish everywhere at once, judge each delivery.
+//! Publishes a claimed batch: routes its events, calls all destinations at once, and judges the outcome of each delivery.
 
 use std::collections::{HashMap, HashSet};
 use std::iter::{Enumerate, Peekable};
@@ -21,7 +21,8 @@ use crate::text::shown;
 
 /// A batch split by destination.
 struct Plan<'a> {
-    /// What needs no publishing, with its event's index: dead on arrival, dropped, or not its turn. In order of the indexes.
+    /// Deliveries that are decided without publishing, with the index of their event: dead on arrival, dropped, or waiting.
+    /// They are in the order of the indexes.
     decided: Vec<(usize, Delivery<'a>)>,
     /// For each destination, the indexes of its events in the batch, in order.
     publish: Vec<Vec<usize>>,
@@ -36,12 +37,13 @@ struct Judge<'a, 'p> {
     /// See [`Answers::blocked`].
     blocked: HashSet<usize>,
     duration: Duration,
-    /// The keys that failed here and are tried again: what was held behind them waits as long as they do.
+    /// The keys that failed here and are retried, with the wait before the retry. Events held behind such a key wait as long.
     retried: HashMap<Key<'a>, Duration>,
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Publishes a batch, until `give_up` at the longest. Returns what became of it, and what to do when that is settled.
+    /// Publishes a batch, until `give_up` at the longest. Returns the deliveries, and the cleanups to run once they are
+    /// settled.
     pub(super) async fn publish<'a>(
         &'a self,
         batch: &'a [Claimed],
@@ -94,7 +96,7 @@ impl<O: Outbox> Relay<O> {
     }
 
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {
-        // Keys of which an event waits: those after it do not go before it.
+        // The keys with a waiting event. Later events of such a key wait too.
         let mut blocked = HashSet::new();
         let mut plan = Plan { decided: Vec::new(), publish: vec![Vec::new(); self.destinations.len()] };
         for (index, claimed) in batch.iter().enumerate() {
@@ -143,7 +145,8 @@ impl<O: Outbox> Relay<O> {
         plan
     }
 
-    /// The same where an event makes it panic: that one is given up, and the rest of its batch goes on.
+    /// Like [`Self::targets`], but a panic is caught: the event that causes it is dead-lettered, and the rest of its batch
+    /// goes on.
     fn targets_or_panic(&self, event: &Event) -> Result<Vec<usize>, Verdict> {
         std::panic::catch_unwind(AssertUnwindSafe(|| {
             panic_on(event);
@@ -156,13 +159,13 @@ impl<O: Outbox> Relay<O> {
         })
     }
 
-    /// Where an event goes, or what becomes of one that goes nowhere.
+    /// Returns the destinations of an event, or the verdict on an event that has none.
     fn targets(&self, event: &Event) -> Result<Vec<usize>, Verdict> {
         let owed = event.row.destination.as_str();
         if !owed.is_empty() {
             return self.names.iter().position(|name| name == owed).map(|target| vec![target]).ok_or_else(|| {
-                // Another relay may know it, or the next version of the configuration: nothing is given up. The store tells of it as a
-                // standstill.
+                // Another relay, or the next version of the configuration, may know this destination, so the event waits. The
+                // store reports it as a standstill.
                 tracing::debug!(
                     destination = owed,
                     outbox_id = event.row.id,
@@ -189,7 +192,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// What follows from the outcome of the event at this place of a call.
+    /// Returns the delivery that follows from the outcome of the event at this place of a call.
     fn judge<'a>(&self, judge: &mut Judge<'a, '_>, place: usize, event: &'a Event, outcome: Outcome) -> Delivery<'a> {
         let Judge { destination, blocked, duration, retried, .. } = judge;
         let mut verdict = match outcome {
@@ -204,7 +207,8 @@ impl<O: Outbox> Relay<O> {
             (Verdict::DeadLetter { error }, _) => self.log_dead_letter(event, Some(destination), error),
             (Verdict::Block { error }, _) => self.log_blocked(event, destination, error),
             (Verdict::Wait(wait), key) => {
-                // A row owed to this destination alone would be claimed again and again for the sake of the others.
+                // A row that is owed to this destination alone does not stay in place: it would be claimed again with each
+                // batch for the other destinations.
                 let alone = !event.row.destination.is_empty() && self.destinations.len() > 1;
                 if let Some(delay) = key.and_then(|key| retried.get(&key)) {
                     *wait = Wait::BehindKey(*delay);
@@ -237,7 +241,7 @@ impl<O: Outbox> Relay<O> {
         );
     }
 
-    /// Each key and cause once, for as long as the relay runs.
+    /// Logs each key and cause once while the relay runs.
     fn log_blocked(&self, event: &Event, destination: &Destination, error: &PublishError) {
         let name = destination.name.as_str();
         if !self.named.is_new(event, name, error)
@@ -258,7 +262,7 @@ impl<O: Outbox> Relay<O> {
         );
     }
 
-    /// `destination`: none where the event got as far as none.
+    /// `destination` is `None` if the event was not sent to any.
     fn log_dead_letter(&self, event: &Event, destination: Option<&Destination>, error: &PublishError) {
         let name = destination.map_or(event.row.destination.as_str(), |destination| destination.name.as_str());
         if !self.report.admits("events were dead-lettered", name, &error.code) {
@@ -279,10 +283,10 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// What may be told of an event in a log; an application's text, so escaped and bounded.
+/// The type and the key of an event for a log. They are an application's text, so they are escaped and bounded.
 struct EventText {
     event_type: String,
-    /// `None`: it has none.
+    /// `None` if the event has no key.
     key: Option<String>,
 }
 

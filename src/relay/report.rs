@@ -1,4 +1,4 @@
-//! What is logged of single events and of the work as a whole: the first few of a kind, then counts.
+//! Limits the log lines about single events and sums up the work: the first few lines of a kind are logged, then counts.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,28 +6,28 @@ use std::time::{Duration, Instant};
 
 use crate::event::Tally;
 
-/// How many of a kind are logged each, before they are counted only.
+/// How many lines of a kind are logged singly before they are only counted.
 const FIRST: usize = 5;
 
-/// How often the others are summed up.
+/// How often the counts of the lines that were not logged are logged.
 const SUM_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A kind of which nothing came for so long is forgotten: its next lines are logged each again.
+/// After this time without a line, a kind starts anew: its next lines are logged singly again.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
 /// How often the work is summed up.
 const WORK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// So many kinds are told apart. Further codes count as one kind, because a destination chooses its codes.
+/// How many kinds are counted separately. A destination chooses its codes, so further codes count as one kind.
 const MAX_KINDS: usize = 200;
 
-/// Decides which lines about single events are logged. All that log such lines share it.
+/// Decides which lines about single events are logged. All code that logs such lines shares it.
 pub(super) struct Report {
     kinds: Mutex<HashMap<Kind, Seen>>,
     work: Mutex<Work>,
 }
 
-/// Lines of one kind are alike but for their event.
+/// A kind of line. Lines of one kind differ only in their event.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Kind {
     what: &'static str,
@@ -38,7 +38,7 @@ struct Kind {
 struct Seen {
     logged: usize,
     more: u64,
-    /// When the first of `more` came.
+    /// When the first line that `more` counts came.
     since: Instant,
     last: Instant,
 }
@@ -60,7 +60,8 @@ impl Report {
         Self { kinds: Mutex::default(), work: Mutex::new(Work::new()) }
     }
 
-    /// Whether the line of one more event is to be logged. If not, the event is counted, and the count logged as "9 more `what`".
+    /// Returns whether the line about one more event is logged. If not, the event is counted, and the count is logged as "9
+    /// more `what`".
     pub(super) fn admits(&self, what: &'static str, destination: &str, code: &str) -> bool {
         let now = Instant::now();
         let mut kinds = self.kinds();
@@ -81,14 +82,14 @@ impl Report {
         false
     }
 
-    /// Adds a batch that was settled; `oldest`: since when its oldest event has been there.
+    /// Adds a batch that was settled. `oldest` is the age of its oldest event.
     pub(super) fn settled(&self, tally: Tally, oldest: Duration) {
         let mut work = self.work();
         work.tally.add(tally);
         work.oldest = work.oldest.max(oldest);
     }
 
-    /// Logs what is due; `all`: whatever is left, because the relay ends.
+    /// Logs the counts that are due. With `all`, logs all counts, because the relay ends.
     pub(super) fn tick(&self, all: bool) {
         let now = Instant::now();
         let mut sums = Vec::new();

@@ -1,4 +1,5 @@
-//! What keeps events from moving: found by the store or reported by the engine, logged, and shown.
+//! Standstills: causes that keep events from moving. The store finds them, or the engine reports them; they are logged and
+//! shown.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,17 +18,17 @@ use crate::relay::{Relay, sleep};
 const STUCK_INTERVAL: Duration = Duration::from_secs(5);
 const IDLE_INTERVAL: Duration = Duration::from_secs(8);
 
-/// How often the relay checks what it knows by itself, without a question to the store.
+/// How often the relay checks for standstills by itself, without a query to the store.
 const TICK: Duration = Duration::from_secs(1);
 
-/// A question to the store that is unanswered for so long looks stuck; so does a relay for which all pending events are
-/// somebody else's for so long.
+/// Something looks stuck when a query to the store stays unanswered for this long, or when others hold all pending events for
+/// this long.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A standstill that lasts is logged again after this time.
 const REPEAT: Duration = Duration::from_secs(60);
 
-/// What a relay knows to stand still.
+/// The standstills that a relay knows.
 pub(super) struct Standstills {
     state: Mutex<State>,
     shown: channel::Sender<Vec<Standstill>>,
@@ -36,12 +37,12 @@ pub(super) struct Standstills {
 #[derive(Default)]
 struct State {
     known: BTreeMap<(&'static str, String), Known>,
-    /// When each question began to which the store has not answered yet.
+    /// The start times of the queries that the store has not answered yet.
     asking: BTreeMap<u64, Instant>,
     last_question: u64,
-    /// Since when every answer was that all pending events are held by others.
+    /// Since when every answer has been that others hold all pending events.
     busy_since: Option<Instant>,
-    /// The last question failed.
+    /// The last query failed.
     failed: bool,
 }
 
@@ -56,11 +57,11 @@ struct Known {
 enum Source {
     Store,
     Engine,
-    /// The engine, and nothing stands still.
+    /// The engine. Nothing stands still because of it.
     Note,
 }
 
-/// A question to the store, from its beginning until it is answered.
+/// A query to the store, from its start until it is answered.
 pub(super) struct Asking<'a> {
     standstills: &'a Standstills,
     number: u64,
@@ -72,14 +73,14 @@ impl Drop for Asking<'_> {
     }
 }
 
-/// The last answer of the store to a claim, as far as it tells whether events move.
+/// The last answer of the store to a claim, reduced to whether events move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     /// Events were claimed, or none is pending.
     Moving,
-    /// Events are pending, and all of them are held by others.
+    /// Events are pending, and others hold all of them.
     Busy,
-    /// There was none.
+    /// The store did not answer.
     Failed,
 }
 
@@ -88,12 +89,12 @@ impl Standstills {
         Self { state: Mutex::default(), shown: channel::Sender::new(Vec::new()) }
     }
 
-    /// Follows what stands still.
+    /// Returns a receiver that follows the standstills.
     pub(super) fn shown(&self) -> channel::Receiver<Vec<Standstill>> {
         self.shown.subscribe()
     }
 
-    /// Begins to ask the store something; a question that stays unanswered looks stuck.
+    /// Begins a query to the store. A query that stays unanswered looks stuck.
     pub(super) fn asking(&self) -> Asking<'_> {
         let mut state = self.state();
         state.last_question += 1;
@@ -103,7 +104,7 @@ impl Standstills {
         Asking { standstills: self, number }
     }
 
-    /// Takes note of an answer of the store.
+    /// Records an answer of the store.
     pub(super) fn answered(&self, answer: Answer) {
         let mut state = self.state();
         state.failed = answer == Answer::Failed;
@@ -116,22 +117,22 @@ impl Standstills {
         }
     }
 
-    /// Something stands still, as the engine knows by itself. Logged when it is new, and then once a minute.
+    /// Reports a standstill that the engine has found by itself. It is logged when it is new, and then once a minute.
     pub(super) fn report(&self, standstill: Standstill) {
         self.add(standstill, Source::Engine, true);
     }
 
-    /// Something stands still, and that was just logged in other words.
+    /// Reports a standstill that was just logged in other words.
     pub(super) fn report_logged(&self, standstill: Standstill) {
         self.add(standstill, Source::Engine, false);
     }
 
-    /// Shows something that keeps nothing from moving. It is not logged.
+    /// Shows a condition that stops no events. It is not logged.
     pub(super) fn note(&self, standstill: Standstill) {
         self.add(standstill, Source::Note, false);
     }
 
-    /// What was reported or noted is over; nothing where it was not.
+    /// Ends a standstill or a condition that was reported or noted. Does nothing if it was neither.
     pub(super) fn clear(&self, cause: &'static str, about: &str) {
         let ended = |key: &(&'static str, String), known: &Known| {
             key.0 == cause && key.1 == about && known.source != Source::Store
@@ -139,7 +140,7 @@ impl Standstills {
         self.end(ended);
     }
 
-    /// All that the store has found now; what it found before and does not any more is over.
+    /// Replaces the standstills that the store has found. Those that are not among the new ones have ended.
     fn found(&self, standstills: Vec<Standstill>) {
         let keys: Vec<_> = standstills.iter().map(|found| (found.cause, found.about.clone())).collect();
         standstills.into_iter().for_each(|standstill| self.add(standstill, Source::Store, true));
@@ -174,7 +175,7 @@ impl Standstills {
         self.show(&state);
     }
 
-    /// Logs again what has lasted for a minute since it was logged.
+    /// Logs again each standstill that has lasted for a minute since it was logged.
     fn repeat(&self) {
         for ((cause, about), known) in &mut self.state().known {
             if known.source != Source::Note && known.logged.elapsed() >= REPEAT {
@@ -211,15 +212,15 @@ impl Standstills {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Asks the store what stands still, and logs what is new and what is over.
+    /// Asks the store for standstills, and logs those that are new and those that have ended.
     pub(super) async fn find_standstills(&self) {
         match self.outbox.standstills(&self.names).await {
             Ok(mut found) => {
-                // While all destinations are down nothing is taken, and that is said already.
+                // While all destinations are down no event is claimed, and the log already says so.
                 if self.paused_until(Instant::now()).is_some() {
                     found.retain(|standstill| standstill.cause != NOT_TAKEN);
                 }
-                // Its keys wait with all else that is owed to it, and that is said already.
+                // The keys wait with everything else that is owed to a destination that is down, and the log already says so.
                 let down = |name: &str| self.destinations.iter().any(|there| there.name == name && there.is_down());
                 found.retain(|standstill| standstill.cause != KEYS_BLOCKED || !down(&standstill.about));
                 self.standstills.found(found);
@@ -241,7 +242,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Asks for standstills until `stop`: at once, and every few seconds.
+    /// Asks for standstills until `stop`: at once, and then every few seconds.
     pub(super) async fn watch_standstills(&self, stop: &CancellationToken) {
         let ask = async {
             loop {
@@ -269,7 +270,7 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// To the second: these are for people.
+/// The time in UTC, for people, to the second.
 fn utc(time: OffsetDateTime) -> String {
     let (date, (hour, minute, second)) = (time.date(), time.to_hms());
     format!("{date} {hour:02}:{minute:02}:{second:02}Z")
@@ -319,7 +320,7 @@ mod tests {
         }
         assert!(captured(|| standstills.found(Vec::new())).contains("over: by 1"));
         assert_eq!(later(REPEAT), "");
-        // What keeps nothing from moving is shown, and not logged.
+        // A condition that stops no events is shown, and not logged.
         assert_eq!(captured(|| standstills.note(Standstill::new("polls", "x"))) + &later(REPEAT), "");
     }
 
