@@ -1,17 +1,17 @@
-//! The circuit breaker of one destination. It is asked before each call, and learns afterwards what became of the call.
+//! The circuit breaker of one destination. It admits or refuses each call, and the result of the call is reported to it.
 //!
 //! It charges no event and loses none: while it refuses calls, events wait in the outbox. Time is passed in.
 //!
-//! Only calls that were admitted in the present state count. A call that was admitted before the breaker opened says
-//! nothing about the destination of now: it neither closes the breaker nor prolongs the pause.
+//! Only calls that were admitted in the present state count. A call that was admitted before the breaker opened says nothing
+//! about the destination's present state: it neither closes the breaker nor prolongs the pause.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::retry::doubled;
 
-/// The pause after the first failure in a row; it doubles with each further one. Short, because most failures are
-/// blips, and long enough that a refused connection is not a busy loop.
+/// The pause after the first failure in a row. It doubles with each further failure. It is short, because most failures are
+/// blips, and long enough that a refused connection does not make a busy loop.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
 /// How many strained calls in a row lengthen the pause: to 800 ms, which is time for any token bucket to refill.
@@ -20,22 +20,22 @@ const MAX_STRAIN: u32 = 5;
 /// When a breaker opens, and for how long.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BreakerPolicy {
-    /// Failures within the window that open it.
+    /// The number of failures within the window that opens the breaker.
     pub threshold: u32,
     /// How far back failures count.
     pub window: Duration,
-    /// How long it stays open before one call is let through.
+    /// How long the breaker stays open before it admits one call.
     pub recovery: Duration,
 }
 
-/// What a caller may do now.
+/// Whether a caller may call the destination now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
-    /// Go ahead.
+    /// The caller may call.
     Yes,
-    /// Go ahead with a small batch: this call decides whether the breaker closes.
+    /// The caller may call with a small batch. The result decides whether the breaker closes.
     Probe,
-    /// Not before this instant.
+    /// The caller may not call before this instant.
     No(Instant),
 }
 
@@ -54,31 +54,31 @@ enum State {
     HalfOpen { since: Instant },
 }
 
-/// The state of a breaker, for people.
+/// The state of a breaker, as it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BreakerState {
-    /// Calls are let through.
+    /// Calls are admitted.
     Closed = 0,
-    /// One call is under way that decides whether it closes.
+    /// One call is under way that decides whether the breaker closes.
     Probing = 1,
-    /// No call is let through.
+    /// No call is admitted.
     Open = 2,
 }
 
-/// See the module.
+/// The circuit breaker of one destination.
 #[derive(Debug)]
 pub struct Breaker {
     policy: BreakerPolicy,
     state: State,
-    /// How many states there were before this one.
+    /// The number of states before this one.
     number: u64,
-    /// Calls that failed since the last one that was answered.
+    /// The times of failed calls since the last call that was answered.
     failures: VecDeque<Instant>,
     consecutive: u32,
 }
 
 impl Breaker {
-    /// A closed breaker.
+    /// Creates a closed breaker.
     pub fn new(policy: BreakerPolicy) -> Self {
         Self { policy, state: State::Closed { not_before: None }, number: 0, failures: VecDeque::new(), consecutive: 0 }
     }
@@ -86,7 +86,7 @@ impl Breaker {
     /// Asks for permission to call the destination now. After the recovery time exactly one caller gets a probe.
     ///
     /// # Errors
-    /// Not before this instant.
+    /// The instant before which no call is admitted.
     pub fn admit(&mut self, now: Instant) -> Result<Ticket, Instant> {
         match self.peek(now) {
             Admission::No(until) => return Err(until),
@@ -96,20 +96,20 @@ impl Breaker {
         Ok(Ticket { state: self.number })
     }
 
-    /// What [`Self::admit`] would answer, without taking the probe.
+    /// Returns the answer that [`Self::admit`] would give, without using up the probe.
     pub fn peek(&self, now: Instant) -> Admission {
         match self.state {
             State::Closed { not_before: Some(at) } if at > now => Admission::No(at),
             State::Closed { .. } => Admission::Yes,
             State::Open { until } if until > now => Admission::No(until),
             State::Open { .. } => Admission::Probe,
-            // A probe whose task has panicked never reports. It must not keep the breaker open for ever.
+            // A probe whose task has panicked is never reported. It must not keep the breaker open for ever.
             State::HalfOpen { since } if since + self.policy.recovery <= now => Admission::Probe,
             State::HalfOpen { since } => Admission::No(since + self.policy.recovery),
         }
     }
 
-    /// Its state.
+    /// The present state.
     pub fn state(&self) -> BreakerState {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,
@@ -118,17 +118,17 @@ impl Breaker {
         }
     }
 
-    /// Whether it is open or probing: the destination is down, and not only paused for a moment.
+    /// Returns whether the breaker is open or probing: the destination is down, and not only paused for a moment.
     pub fn is_open(&self) -> bool {
         !matches!(self.state, State::Closed { .. })
     }
 
-    /// Whether a call was admitted in the present state.
+    /// Returns whether a call was admitted in the present state.
     pub fn is_current(&self, ticket: Ticket) -> bool {
         ticket.state == self.number
     }
 
-    /// A call was answered: what failed before it is over. Returns whether this closed the breaker.
+    /// Reports that a call was answered, which ends earlier failures. Returns whether this closed the breaker.
     pub fn succeeded(&mut self, ticket: Ticket) -> bool {
         if !self.is_current(ticket) {
             return false;
@@ -140,7 +140,7 @@ impl Breaker {
         was_open
     }
 
-    /// A call failed by the destination's fault. Returns whether this opened the breaker.
+    /// Reports that a call failed by the destination's fault. Returns whether this opened the breaker.
     pub fn failed(&mut self, ticket: Ticket, now: Instant) -> bool {
         if !self.is_current(ticket) {
             return false;
@@ -158,8 +158,8 @@ impl Breaker {
         false
     }
 
-    /// A call was answered in part, as when a destination throttles: pauses, but never opens, because the destination works.
-    /// Returns whether this closed the breaker.
+    /// Reports that a call was answered in part, for example because the destination throttles. This pauses the destination,
+    /// but never opens the breaker, because the destination works. Returns whether this closed the breaker.
     pub fn strained(&mut self, ticket: Ticket, now: Instant) -> bool {
         if !self.is_current(ticket) {
             return false;
@@ -171,7 +171,8 @@ impl Breaker {
         was_open
     }
 
-    /// The destination is set up wrongly: opens at once, whatever the threshold. Returns whether it was closed.
+    /// Reports that the destination is configured wrongly. This opens the breaker at once, whatever the threshold. Returns
+    /// whether it was closed.
     pub fn misconfigured(&mut self, ticket: Ticket, now: Instant) -> bool {
         if !self.is_current(ticket) {
             return false;
@@ -181,14 +182,14 @@ impl Breaker {
         !was_open
     }
 
-    /// An admitted call says nothing about the destination: a probe goes to the next caller.
+    /// Reports that an admitted call says nothing about the destination. If it was the probe, the next caller gets the probe.
     pub fn unused(&mut self, ticket: Ticket, now: Instant) {
         if self.is_current(ticket) && matches!(self.state, State::HalfOpen { .. }) {
             self.enter(State::Open { until: now });
         }
     }
 
-    /// The pause that the failures in a row call for.
+    /// The pause after this many failures in a row.
     fn pause(&self) -> Duration {
         doubled(FIRST_PAUSE, self.consecutive.saturating_sub(1), self.policy.recovery)
     }
@@ -198,7 +199,8 @@ impl Breaker {
         self.failures.clear();
     }
 
-    /// Closes it, or sets the pause of a closed one, which is the same state: calls that are under way still count.
+    /// Closes the breaker. If it is closed already, this sets its pause without a new state, so that calls under way still
+    /// count.
     fn close(&mut self, not_before: Option<Instant>) {
         let state = State::Closed { not_before };
         if self.is_open() { self.enter(state) } else { self.state = state }
@@ -222,7 +224,8 @@ mod tests {
         (Breaker::new(policy), Instant::now())
     }
 
-    /// A call that is admitted as soon as it may, and fails at once; returns whether that opened the breaker, and when.
+    /// Makes a call that is admitted as soon as possible and fails at once. Returns whether that opened the breaker, and
+    /// when.
     fn fail(breaker: &mut Breaker, now: Instant) -> (bool, Instant) {
         let at = if let Admission::No(until) = breaker.peek(now) { until } else { now };
         let ticket = breaker.admit(at).unwrap();
@@ -317,14 +320,14 @@ mod tests {
         assert!(!breaker.strained(stragglers[3], soon));
         breaker.unused(stragglers[4], soon);
         assert_eq!(breaker.admit(soon), Err(now + 30 * SECOND));
-        // Nor do they decide for the probe.
+        // They do not decide for the probe either.
         let probe = breaker.admit(now + 30 * SECOND).unwrap();
         assert!(!breaker.succeeded(stragglers[0]) && breaker.is_open());
         assert!(!breaker.misconfigured(stragglers[2], now + 31 * SECOND));
         breaker.unused(stragglers[4], now + 31 * SECOND);
         assert_eq!(breaker.admit(now + 31 * SECOND), Err(now + 60 * SECOND));
         assert!(breaker.succeeded(probe));
-        // And those of the outage not for the time after it.
+        // The calls of the outage do not count in the time after it.
         assert!(!breaker.misconfigured(ticket, now + 32 * SECOND) && !breaker.is_open());
     }
 }

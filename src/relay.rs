@@ -5,18 +5,19 @@
 //!
 //! In the order of the flow:
 //!
-//! - `config`: what the engine is given.
-//! - `lane`: one loop on one connection. `shared`: what all lanes of a run share.
+//! - `config`: the configuration of the engine.
+//! - `lane`: one loop on one connection. `shared`: the state that all lanes of a run share.
 //! - `poll`: polling for work, and sleeping while there is none.
-//! - `claim`: a lane's way to the store, and the batch that it claims.
-//! - `publish`: from a claimed batch to what is settled.
-//! - `destination`: one destination with its breaker; `blame`: whether a failed call is its fault or its events'.
-//! - `crash_guard`, `panics`: finding the event that ends the process, or on which a destination's code panics.
-//! - `guard`: what is undone whatever happens.
+//! - `claim`: the connection of a lane to the store, and the batches that it claims.
+//! - `publish`: publishes a claimed batch and judges the outcomes.
+//! - `destination`: one destination with its breaker; `blame`: whether a failed call is the fault of the destination or of
+//!   the events.
+//! - `crash_guard`, `panics`: find the event that crashes the process, or on which a destination's code panics.
+//! - `guard`: states that are reverted whatever happens.
 //! - `ending`: how long a relay that is stopped waits for what is in flight.
 //! - `maintenance`: the tasks beside the lanes.
-//! - `health`, `metrics`: how the relay is, and what it has done, for others to show.
-//! - `standstills`, `blocked`, `report`: what is logged, of what keeps events from moving and of the work.
+//! - `health`, `metrics`: the state of the relay and its counts, for others to show.
+//! - `standstills`, `blocked`, `report`: what is logged about events that do not move, and about the work.
 
 mod blame;
 mod blocked;
@@ -64,7 +65,7 @@ use report::Report;
 use shared::{Ending, Shared};
 use standstills::Standstills;
 
-/// How often it is checked whether something is to be logged.
+/// How often the relay checks whether something is to be logged.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The longest message of a panic that is logged, in characters.
@@ -73,12 +74,12 @@ const MAX_PANIC_CHARS: usize = 500;
 /// How a drain ended.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Drained {
-    /// What was done.
+    /// The number of events by what became of them.
     pub tally: Tally,
-    /// Something due is still undelivered: dead-lettered in this run, waiting for a retry, its destination is down, or others
-    /// hold it.
+    /// A due event is still undelivered: it was dead-lettered in this run, it waits for a retry, its destination is down, or
+    /// others hold it.
     pub undelivered: bool,
-    /// Who holds it, where others hold it.
+    /// Who holds the undelivered events, if others do.
     pub held_by: Vec<String>,
 }
 
@@ -88,9 +89,9 @@ pub struct Relay<O: Outbox> {
     config: RelayConfig,
     router: Router,
     destinations: Vec<Destination>,
-    /// The names of the destinations, in the same order.
+    /// The names of the destinations, in the same order as `destinations`.
     names: Vec<String>,
-    /// The longest time that a publish call to any of them may take.
+    /// The longest time that a publish call to any destination may take.
     longest_timeout: Duration,
     health: Arc<HealthBoard>,
     metrics: Metrics,
@@ -99,12 +100,12 @@ pub struct Relay<O: Outbox> {
     named: Named,
     standstills: Standstills,
     configuration: Arc<Configuration>,
-    /// When some lane last polled for events.
+    /// When any lane last polled for events.
     last_poll: Mutex<Instant>,
 }
 
 impl<O: Outbox> Relay<O> {
-    /// A relay that does nothing yet. Routes name destinations by their index here.
+    /// Creates a relay, which does nothing yet. Routes name destinations by their index in `destinations`.
     pub fn new(outbox: O, destinations: Vec<Endpoint>, router: Router, config: RelayConfig) -> Arc<Self> {
         let configuration = Arc::new(configuration(&destinations, &router, config.unrouted));
         let names: Vec<String> = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
@@ -139,29 +140,28 @@ impl<O: Outbox> Relay<O> {
         })
     }
 
-    /// Follows whether the store and each destination can be used. [`Health::readiness`] says it in one word.
+    /// Returns a receiver that follows whether the store and each destination can be used. [`Health::readiness`] sums it up.
     pub fn health(&self) -> watch::Receiver<Health> {
         self.health.follow()
     }
 
-    /// What the relay counts: events by verdict, durations, the state of each breaker.
+    /// The metrics of the relay: events by verdict, durations, the state of each breaker.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Follows what keeps events from moving.
+    /// Returns a receiver that follows the standstills: causes that keep events from moving.
     pub fn standstills(&self) -> watch::Receiver<Vec<Standstill>> {
         self.standstills.shown()
     }
 
-    /// Works until `stop`, then settles what is in flight. Outages of the store or a destination are waited out.
+    /// Works until `stop`, then settles what is in flight. During an outage of the store or a destination it waits.
     ///
     /// # Errors
-    /// Where waiting cannot help ([`OutboxError::is_final`]), and where something in flight had to be given up
-    /// ([`OutboxError::GivenUp`]).
+    /// Waiting cannot help ([`OutboxError::is_final`]), or something in flight had to be given up ([`OutboxError::GivenUp`]).
     pub async fn run(self: &Arc<Self>, stop: CancellationToken) -> Result<Tally, OutboxError> {
         let mut tasks = Tasks::default();
-        // Standstills are looked for before the start too: one may be in its way.
+        // The search for standstills begins before the start, because one may prevent it.
         tasks.add(self.supervise("search for standstills", &stop, Self::look_for_standstills));
         let prepared = self.prepare(&stop).await;
         if !matches!(prepared, Ok(true)) {
@@ -176,7 +176,8 @@ impl<O: Outbox> Relay<O> {
         worked.map(|worked| worked.tally)
     }
 
-    /// Publishes what is due and returns. Short trouble of a destination is waited out; one whose breaker opens is not.
+    /// Publishes what is due and returns. It waits during a short pause of a destination, but not for a destination whose
+    /// breaker is open.
     ///
     /// # Errors
     /// The store cannot be used.
@@ -212,12 +213,12 @@ impl<O: Outbox> Relay<O> {
         Ok(drained)
     }
 
-    /// Some lane polls for events now.
+    /// Records that a lane polls for events now.
     fn polled(&self) {
         *self.last_poll.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// Waits until the store can be used. Returns false where `stop` came first.
+    /// Waits until the store can be used. Returns false if `stop` came first.
     async fn prepare(&self, stop: &CancellationToken) -> Result<bool, OutboxError> {
         let mut backoff = Backoff::default();
         loop {
@@ -226,7 +227,7 @@ impl<O: Outbox> Relay<O> {
                 () = stop.cancelled() => return Ok(false),
             };
             match prepared {
-                // Whoever sees that this relay is ready may rely on its destinations.
+                // The destinations of a relay that says it is ready are in the register.
                 Ok(()) => match self.outbox.register(&self.configuration, false).await {
                     Ok(()) => {
                         self.ready();
@@ -243,11 +244,11 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Runs all lanes to their end. A lane that panics is replaced: one bad batch must not end the relay.
+    /// Runs all lanes to their end. A lane that panics is replaced, so that one bad batch does not end the relay.
     async fn work(self: &Arc<Self>, ending: Ending, stop: CancellationToken) -> Result<Drained, OutboxError> {
         let shared = Arc::new(Shared::new(ending));
         let poller = Arc::new(AsyncMutex::new(Poller::new(self.outbox.wakeup())));
-        // A lane that cannot go on stops the others, and nothing else that the caller's token is for.
+        // A lane that fails finally stops the other lanes, but nothing else that uses the caller's token.
         let stop = stop.child_token();
         let spawn = |lanes: &mut JoinSet<_>| {
             let lane = Lane::new(Arc::clone(self), Arc::clone(&shared), Arc::clone(&poller), stop.clone());
@@ -310,7 +311,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Logs the first of the failures in a row; the others would only repeat it.
+    /// Logs the first of the failures in a row. The others would only repeat it.
     fn not_ready(&self, reason: String) {
         if self.health.store(State::Down, Some(&reason)) {
             self.metrics.ready(false);
@@ -320,7 +321,7 @@ impl<O: Outbox> Relay<O> {
     }
 }
 
-/// What decides where events go.
+/// Returns everything that decides where events go.
 pub fn configuration(destinations: &[Endpoint], router: &Router, unrouted: Unrouted) -> Configuration {
     let names: Vec<String> = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
     let mut routes = router.described(&names);
@@ -335,7 +336,7 @@ pub fn configuration(destinations: &[Endpoint], router: &Router, unrouted: Unrou
     Configuration::new(targets.collect(), routes)
 }
 
-/// Sleeps; returns false at once where `stop` comes first.
+/// Sleeps. Returns false at once if `stop` comes first.
 async fn sleep(duration: Duration, stop: &CancellationToken) -> bool {
     tokio::select! {
         () = tokio::time::sleep(duration) => true,
@@ -344,7 +345,7 @@ async fn sleep(duration: Duration, stop: &CancellationToken) -> bool {
 }
 
 /// The waits between attempts to reach the store: 50 ms to 2 s, so that work goes on soon after the store is back. They are
-/// spread, so that lanes and relays do not try all at once.
+/// spread, so that lanes and relays do not all retry at once.
 #[derive(Default)]
 struct Backoff {
     failures: u32,
@@ -358,7 +359,7 @@ impl Backoff {
     }
 }
 
-/// What is logged meanwhile.
+/// Returns what is logged meanwhile.
 #[cfg(test)]
 fn captured(work: impl FnOnce()) -> String {
     #[derive(Clone, Default)]

@@ -1,4 +1,4 @@
-//! What follows from a sink's outcome, and when a charged event is tried again.
+//! Decides which verdict follows from a sink's outcome, and when a charged event is retried.
 //!
 //! Sinks only classify; [`RetryPolicy::judge`] is the one place that decides. Randomness is passed in.
 
@@ -9,18 +9,18 @@ use backoff::backoff::Backoff;
 
 use crate::event::{Fault, Outcome, Verdict, Wait};
 
-/// The longest wait between two attempts: an event that may be retried for days is still looked at hourly.
+/// The longest wait between two attempts, so that an event that may be retried for days is retried hourly.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
 
-/// `first`, doubled so many times, and `longest` at most.
+/// Doubles `first` `times` times, up to `longest`.
 pub(crate) fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
     first.saturating_mul(1u32.checked_shl(times).unwrap_or(u32::MAX)).min(longest)
 }
 
-/// How often, and after which waits, a charged event is tried again.
+/// How often a charged event is retried, and after which waits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {
-    /// Attempts after the first.
+    /// The number of attempts after the first.
     pub max_retries: u32,
     /// The wait before the first retry.
     pub base: Duration,
@@ -32,10 +32,11 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// The verdict on one event's outcome at one destination. `attempts` were charged before; `random` is in `[0, 1)`.
+    /// Returns the verdict on one event's outcome at one destination. `attempts` is the number of attempts charged before;
+    /// `random` is in `[0, 1)`.
     ///
-    /// [`Outcome::Held`] and every uncharged failure wait in place; whether such a row must get out of the way
-    /// of others is decided by the caller, who knows the other destinations.
+    /// [`Outcome::Held`] and every uncharged failure wait in place. The caller, who knows the other destinations, decides
+    /// whether such a row must make room for others.
     pub fn judge(&self, outcome: Outcome, attempts: i32, random: f64) -> Verdict {
         match outcome {
             Outcome::Delivered { message_id } => Verdict::Published { message_id },
@@ -55,7 +56,7 @@ impl RetryPolicy {
         }
     }
 
-    /// The wait after the failure of an attempt that had `retries` retries before it.
+    /// Returns the wait after a failed attempt that had `retries` retries before it.
     pub fn delay(&self, retries: u32, random: f64) -> Duration {
         let mut schedule = ExponentialBackoff {
             current_interval: self.base,
@@ -63,11 +64,11 @@ impl RetryPolicy {
             randomization_factor: 0.0,
             multiplier: if self.exponential { 2.0 } else { 1.0 },
             max_interval: MAX_DELAY.max(self.base),
-            // Its default gives up after 15 minutes; how often to try is `max_retries`' business.
+            // The default gives up after 15 minutes, but `max_retries` decides how often to retry.
             max_elapsed_time: None,
             ..ExponentialBackoff::default()
         };
-        // The schedule never shrinks and is capped, so its tail need not be walked.
+        // The schedule never shrinks and is capped, so its later steps need not be computed.
         let steps = retries.min(64);
         let wait = (0..=steps).filter_map(|_| schedule.next_backoff()).last().unwrap_or(self.base);
         if self.jitter { wait.mul_f64(0.5 + random) } else { wait }

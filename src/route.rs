@@ -1,4 +1,4 @@
-//! Which destinations an event goes to. Pure: no names are looked up, no network is touched.
+//! Decides to which destinations an event goes. The decision is pure: no names are resolved, and nothing is sent.
 
 use std::collections::BTreeMap;
 
@@ -6,16 +6,16 @@ use wildmatch::WildMatch;
 
 use crate::event::Event;
 
-/// One route: a filter, then the destinations of what passes it.
+/// One route: a filter, and the destinations of the events that pass it.
 #[derive(Debug, Clone)]
 pub struct Route {
-    /// Glob over the event type: `*` is any run of characters, `?` any one. `None`: every type.
+    /// A glob over the event type: `*` matches any characters, `?` matches any one character. `None` matches every type.
     pub event_type: Option<WildMatch>,
-    /// The event's `source`, exactly. `None`: every source.
+    /// The exact `source` of the event. `None` matches every source.
     pub source: Option<String>,
-    /// Headers that must be there with these values.
+    /// Headers that the event must have, with these values.
     pub headers: BTreeMap<String, String>,
-    /// Indexes into the relay's destinations. Empty: such events are wanted nowhere, and that is no mistake.
+    /// Indexes into the relay's destinations. If empty, the events are dropped on purpose.
     pub destinations: Vec<usize>,
 }
 
@@ -37,19 +37,19 @@ pub enum Unrouted {
     Drop,
 }
 
-/// Where an event goes.
+/// The destinations of an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Destinations {
-    /// To these, by index, ascending.
+    /// The destinations with these indexes, ascending.
     To(Vec<usize>),
-    /// A route took it and names no destination: it is dropped on purpose.
+    /// A route took the event and names no destination, so the event is dropped on purpose.
     Nowhere,
-    /// No route took it.
+    /// No route took the event.
     Unrouted,
 }
 
-/// All routes. An event goes to every destination of every route that takes it, so that adding a route never takes
-/// events away from another.
+/// All routes. An event goes to every destination of every route that takes it. So a new route never takes events away from
+/// another route.
 #[derive(Debug, Clone)]
 pub struct Router {
     routes: Vec<Route>,
@@ -57,7 +57,7 @@ pub struct Router {
 }
 
 impl Router {
-    /// A router over `destination_count` destinations. Without routes every event goes to each of them.
+    /// Creates a router over `destination_count` destinations. Without routes every event goes to each of them.
     pub fn new(routes: Vec<Route>, destination_count: usize) -> Self {
         Self { routes, all: (0..destination_count).collect() }
     }
@@ -86,7 +86,7 @@ impl Router {
         described.collect()
     }
 
-    /// Where `event` goes, whatever is owed to it already.
+    /// Returns the destinations of `event`, regardless of what is already owed.
     pub fn route(&self, event: &Event) -> Destinations {
         if self.routes.is_empty() {
             return Destinations::To(self.all.clone());

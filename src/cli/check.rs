@@ -16,10 +16,10 @@ use crate::outbox::{Check, CheckRequest, Usage};
 use crate::relay::{Endpoint, configuration};
 use crate::text::shown;
 
-/// The longest line, in characters.
+/// The longest line of the output, in characters.
 const MAX_LINE_CHARS: usize = 4000;
 
-/// How long a destination may take to answer: a person waits.
+/// How long a destination may take to answer. It is short, because a person waits.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(15);
 
 pub(super) fn check(
@@ -50,7 +50,7 @@ pub(super) fn check(
                     Err(format!("no answer within {} s; is it up, and is its address right?", CHECK_TIMEOUT.as_secs()))
                 }
             };
-            // Then it takes no others, and its events are not to be done away with.
+            // A destination that fails takes no other events either, and its events should not be dead-lettered.
             if result.is_err() {
                 checks.retain(|check| !matches!(&check.result, Err(text) if is_blocked_at(text, &name)));
             }

@@ -83,7 +83,7 @@ pub(super) fn emit(settings: &Settings, args: EmitArgs) -> anyhow::Result<ExitCo
     }
     let emitted = runtime(1)?.block_on(database.operate().emit(event));
     let event_id = emitted.map_err(|error| match error {
-        // What is refused for its content is wrong usage.
+        // Content that is refused counts as wrong usage.
         Unemitted::Refused(reason) => ConfigError::Contradiction(reason).into(),
         Unemitted::Outbox(error) => explained(error),
         Unemitted::Emit(EmitError::Insert(source)) => {

@@ -1,19 +1,21 @@
-//! What `--help` shows: for each command its own options, and on the page of `relay run` the settings that all commands share.
+//! The pages of `--help`: each command shows its own options, and `relay run` also shows the settings that all commands
+//! share.
 
 use clap::builder::PossibleValue;
 use clap::{Arg, Command};
 
-/// The widest line of the settings.
+/// The width of the settings, in characters.
 const WIDTH: usize = 80;
 
-/// How far the explanation of a setting is indented.
+/// The indentation of a setting's explanation, in characters.
 const INDENT: usize = 6;
 
-/// What the page of any other command says about settings.
+/// The text about settings on the pages of the other commands.
 const ELSEWHERE: &str = "\
 The settings that `relay run --help` lists, such as --log, work here too.";
 
-/// The command line with its pages of help: settings are left out where they would hide a command's own options.
+/// Returns the command line with its pages of help. Settings are left out of a page where they would hide a command's own
+/// options.
 pub(super) fn with_pages(command: Command) -> Command {
     let settings = settings(&command);
     let names: Vec<String> = command.get_subcommands().map(|command| command.get_name().to_owned()).collect();
@@ -25,12 +27,12 @@ pub(super) fn with_pages(command: Command) -> Command {
     })
 }
 
-/// Whether an argument is a setting, which has a variable too.
+/// Returns whether an argument is a setting, which also has a variable.
 fn is_setting(arg: &Arg) -> bool {
     arg.get_env().is_some()
 }
 
-/// The settings by their headings, each with its option, its variable and its explanation.
+/// Lists the settings by heading, each with its option, its variable and its explanation.
 fn settings(command: &Command) -> String {
     let mut page = "\
 Settings: each is an option, a variable, or a line of the file of --config with
@@ -60,7 +62,7 @@ TIME is 500ms, 30s or 5m, SIZE 64KiB or 4MB; plain numbers are ms and bytes."
     page
 }
 
-/// What a setting is, and its values if they are few.
+/// Explains a setting, and lists its values if they are few.
 fn explanation(arg: &Arg) -> String {
     let mut text = arg.get_help().map(ToString::to_string).unwrap_or_default();
     let values: Vec<PossibleValue> = arg.get_possible_values();
@@ -72,7 +74,7 @@ fn explanation(arg: &Arg) -> String {
     text
 }
 
-/// The lines of a text, broken between words. What stands in brackets is not broken.
+/// Wraps a text between words. Text in brackets is not broken.
 fn wrapped(text: &str) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut in_brackets = false;

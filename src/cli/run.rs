@@ -22,7 +22,7 @@ use crate::shutdown;
 pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
         tracing::info!("EVENT_SYSTEM_ENABLED is false: nothing is published");
-        // systemd takes an end before this for a failed start, and would start it again.
+        // If the process ended before this, systemd would take that for a failed start and restart it.
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::debug!(%error, "systemd was not told");
         }
@@ -68,12 +68,12 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
             None => Ok(code),
         }
     });
-    // All is settled; a write to a standard output that nobody reads never ends, and is not waited for.
+    // Everything is settled. A write to a standard output that nobody reads never ends, so it is not waited for.
     runtime.shutdown_background();
     ended
 }
 
-/// Stops the relay when a destination can never be published to again. Returns where the reason will stand.
+/// Stops the relay when a destination can never be published to again. Returns the cell that then holds the reason.
 fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceLock<String>> {
     let lost = Arc::new(OnceLock::new());
     for endpoint in endpoints {
@@ -88,7 +88,7 @@ fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceL
     lost
 }
 
-/// Opens the destinations and tries each, beside the work, which a destination that hangs must not hold up.
+/// Opens the destinations. Checks each in the background, so that a destination that hangs does not delay the work.
 async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
     let mut endpoints = Vec::new();
     for destination in destinations {
@@ -98,7 +98,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result
             async move {
                 match sink.check().await {
                     Ok(found) => tracing::info!(destination = name, found, "destination reached"),
-                    // It may be up by the time there is an event for it.
+                    // The destination may be up by the time there is an event for it.
                     Err(error) => {
                         tracing::warn!(destination = name, %error, "destination not reached yet")
                     }
@@ -116,7 +116,7 @@ async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result
     Ok(endpoints)
 }
 
-/// The relay's work, on a store of whatever kind.
+/// The work of the relay, on any kind of store.
 struct Work {
     sinks: Vec<Endpoint>,
     router: Router,
@@ -161,12 +161,12 @@ async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationTok
     Ok(ExitCode::SUCCESS)
 }
 
-/// An error of the store as its one line for people.
+/// An error of the store as one line for people.
 pub(super) fn explained(error: OutboxError) -> anyhow::Error {
     anyhow::anyhow!(error.explain())
 }
 
-/// Follows whether the relay can do its work, and what stands still; without systemd nobody listens, which is fine.
+/// Reports readiness and standstills to systemd. Without systemd this has no effect.
 async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
     let (mut health, mut standstills) = (relay.health(), relay.standstills());
     loop {
@@ -188,14 +188,14 @@ async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
     }
 }
 
-/// One line for systemd, of a length that `systemctl status` shows.
+/// One line for systemd, short enough for `systemctl status`.
 fn status(readiness: &Readiness, standstills: &[Standstill]) -> String {
     const LONGEST: usize = 2000;
     let mut status = match readiness {
         Readiness::Ready => "ready".to_owned(),
         Readiness::NotReady(reason) => format!("not ready: {reason}"),
     };
-    // Why it is not ready stands there already.
+    // The line already has the reason why the relay is not ready.
     for standstill in standstills.iter().filter(|standstill| standstill.cause != "not_ready") {
         status.push_str("; ");
         status.push_str(&standstill.text);

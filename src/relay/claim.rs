@@ -61,8 +61,8 @@ pub(super) enum Polled {
 pub(super) struct Promotion {
     /// Some events became pending.
     pub(super) promoted: bool,
-    /// How long there is nothing to promote: until the next event is due, a paused destination takes events again, or a polling
-    /// interval is over.
+    /// How long nothing is to be promoted: until the next event is due, a paused destination accepts events again, or a
+    /// polling interval is over.
     pub(super) next: Duration,
 }
 

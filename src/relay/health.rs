@@ -33,7 +33,7 @@ pub struct Status {
     pub reason: Option<String>,
 }
 
-/// Whether something can be used.
+/// Whether the store or a destination can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// It has not been used yet.

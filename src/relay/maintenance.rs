@@ -1,5 +1,5 @@
-//! What goes on beside the lanes: the maintenance of the store, the register of relays, and the search for standstills. Each
-//! is a task that is restarted when it fails.
+//! The work beside the lanes: the maintenance of the store, the register of relays, and the search for standstills. Each is a
+//! task that is restarted when it fails.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, PoisonError};
@@ -15,22 +15,23 @@ use crate::outbox::{Outbox, OutboxError, Standstill};
 use crate::relay::{Relay, ending, sleep};
 use crate::retry::doubled;
 
-/// How often the store is maintained: days of the processing log are made a week ahead, and old ones are dropped.
+/// How often the store is maintained: days of the processing log are created a week ahead, and old ones are dropped.
 const MAINTENANCE_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// The wait before a task that failed is restarted. It doubles with each failure, up to the interval of the maintenance.
 const RESTART_AFTER: Duration = Duration::from_secs(1);
 
-/// When to do a part in the register of relays again where that failed.
+/// After this time a query to the register of relays that failed is sent again.
 const ATTEND_AGAIN: Duration = Duration::from_secs(1);
 
-/// How much longer than a publish call two configurations must differ before that is reported: a rolling update is no mistake.
+/// How much longer than a publish call two configurations must differ before that is reported, because they also differ
+/// during a rolling update.
 const ROLLING_UPDATE: Duration = Duration::from_secs(15);
 
 /// The cause of a standstill that is found in the register of relays.
 const CONFIGURATIONS: &str = "configurations_differ";
 
-/// A task that has worked for so long before it failed is restarted as after its first failure.
+/// A task that worked for this long before it failed is restarted as after its first failure.
 const STEADY: Duration = Duration::from_secs(60);
 
 /// The tasks of one run.
@@ -42,8 +43,8 @@ impl Tasks {
         self.0.push(task);
     }
 
-    /// Ends the tasks and waits for their ends. They can be dropped between two statements, as they hold no claim. But they
-    /// hold connections, which a relay that has ended must have let go of.
+    /// Ends the tasks and waits for their ends. They can be dropped between two statements, because they hold no claim. But
+    /// they hold connections, which must be closed when the relay has ended.
     pub(super) async fn end(self) {
         for task in self.0 {
             task.abort();
@@ -53,8 +54,8 @@ impl Tasks {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Runs a task until `stop`. Where it fails, panics or ends before that, this is logged and counted, and the task is
-    /// restarted after a wait: nobody would miss it, and it must not end unseen.
+    /// Runs a task until `stop`. If it fails, panics or ends before that, this is logged and counted, and the task is
+    /// restarted after a wait. Without this a task could end unnoticed.
     pub(super) fn supervise<F>(
         self: &Arc<Self>,
         name: &'static str,
@@ -107,8 +108,8 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Makes the days of the processing log that are ahead, and drops old ones. Days are made a week ahead, so that there is
-    /// time to mend what stands in the way.
+    /// Creates the coming days of the processing log, and drops old ones. Days are created a week ahead, so that there is
+    /// time to remove an obstacle.
     pub(super) async fn maintain_once(&self) -> Result<(), OutboxError> {
         let maintained = async {
             failpoint("maintain")?;
@@ -123,7 +124,7 @@ impl<O: Outbox> Relay<O> {
         Ok(())
     }
 
-    /// Does this relay's part in the register of relays until `stop`, and reports where configurations differ.
+    /// Keeps this relay in the register of relays until `stop`, and reports relays whose configurations differ.
     pub(super) async fn attend(self: Arc<Self>, stop: CancellationToken) -> Result<(), OutboxError> {
         loop {
             let idle = self.last_poll.lock().unwrap_or_else(PoisonError::into_inner).elapsed();
@@ -152,7 +153,7 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Takes this relay out of the register of relays.
+    /// Removes this relay from the register of relays.
     pub(super) async fn deregister(&self) {
         match tokio::time::timeout(ending::IDLE_GRACE, self.outbox.deregister()).await {
             Ok(Ok(())) => {}

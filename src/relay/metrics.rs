@@ -1,8 +1,8 @@
-//! What the relay counts, with all names and helps.
+//! The metrics of the relay, with all names and help texts.
 //!
-//! Every name begins with `outbox_relay_`, is in base units, and every counter ends in `_total`. Labels are `destination`,
-//! `verdict` and `code`; never what an event holds. Everything is there from the start, with 0. Events are counted once a
-//! batch, when it is settled.
+//! Every name begins with `outbox_relay_`, all units are base units, and every counter ends in `_total`. Labels are
+//! `destination`, `verdict` and `code`, and never contain event data. Every metric exists from the start, with the value 0.
+//! Events are counted once a batch, when it is settled.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -20,11 +20,11 @@ use crate::breaker::BreakerState;
 use crate::event::Verdict;
 use crate::outbox::Deliveries;
 
-/// So many error codes of one destination are told apart, the first that it gives. All others count as `other`: a destination
-/// chooses its codes, and each takes memory here and wherever metrics are kept.
+/// How many error codes of one destination have a label of their own, in the order in which they occur. All others count as
+/// `other`: a destination chooses its codes, and each takes memory here and wherever metrics are stored.
 const MAX_CODES: usize = 40;
 
-/// The code of what is not told apart.
+/// The label for codes without a label of their own.
 const OTHER: &str = "other";
 
 const PREFIX: &str = "outbox_relay";
@@ -35,7 +35,7 @@ const SECONDS: [f64; 15] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 /// The upper bounds of the events in a batch.
 const EVENTS: [f64; 9] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0];
 
-/// The verdicts, as they stand in the label.
+/// The verdicts, as they appear in the label.
 const VERDICTS: [&str; 6] = ["published", "retried", "blocked", "dead_lettered", "dropped", "waiting"];
 
 type Destination = [(&'static str, String); 1];
@@ -51,7 +51,7 @@ fn histogram(bounds: &[f64]) -> Histogram {
     Histogram::new(bounds.iter().copied())
 }
 
-/// What one relay counts.
+/// The metrics of one relay.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -68,7 +68,7 @@ pub struct Metrics {
     destinations: Vec<DestinationMetrics>,
 }
 
-/// What is counted of one destination. Clones count together.
+/// The metrics of one destination. Clones share their counters.
 #[derive(Debug, Clone)]
 pub(super) struct DestinationMetrics {
     name: String,
@@ -80,12 +80,12 @@ pub(super) struct DestinationMetrics {
     closed: Counter,
     misconfigured: Gauge,
     last_success: Seconds,
-    /// The state of the breaker that was noted last.
+    /// The state of the breaker that was recorded last.
     noted: std::sync::Arc<AtomicU8>,
 }
 
 impl Metrics {
-    /// The metrics of a relay with these destinations.
+    /// Creates the metrics of a relay with these destinations.
     pub(super) fn new(destinations: &[String]) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let events = Family::<DestinationVerdictCode, Counter>::default();
@@ -186,12 +186,12 @@ impl Metrics {
         }
     }
 
-    /// All that is counted, to be rendered.
+    /// The registry of all metrics, to be encoded.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// The figures of now as OpenMetrics text, which Prometheus reads.
+    /// Encodes the present values as OpenMetrics text, which Prometheus reads.
     pub fn encode(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.
@@ -199,27 +199,27 @@ impl Metrics {
         text
     }
 
-    /// Of the destination at this place.
+    /// Returns the metrics of the destination at this place.
     pub(super) fn destination(&self, place: usize) -> DestinationMetrics {
         self.destinations[place].clone()
     }
 
-    /// Whether the store can be used.
+    /// Records whether the store can be used.
     pub(super) fn ready(&self, ready: bool) {
         self.ready.set(ready.into());
     }
 
-    /// A batch of so many events was claimed.
+    /// Records that a batch of `events` events was claimed.
     #[expect(clippy::cast_precision_loss, reason = "no batch has 2^52 events")]
     pub(super) fn claimed(&self, events: usize, took: Duration) {
         self.batch_events.observe(events as f64);
         self.claim.observe(took.as_secs_f64());
     }
 
-    /// A batch was settled.
+    /// Records that a batch was settled.
     pub(super) fn settled(&self, deliveries: &Deliveries<'_>, took: Duration) {
         self.settle.observe(took.as_secs_f64());
-        // Most events of a batch share all labels, so that few labels are made.
+        // Most events of a batch have the same labels, so few labels are created.
         let mut counts: HashMap<(&str, &str, &str), u64, foldhash::fast::RandomState> = HashMap::default();
         for delivery in deliveries.iter() {
             let (verdict, code) = verdict_and_code(&delivery.verdict);
@@ -233,7 +233,7 @@ impl Metrics {
 }
 
 impl DestinationMetrics {
-    /// A call that publishes has ended; `delivered`: it took some event.
+    /// Records that a publish call has ended. `delivered` says that the destination took at least one event.
     pub(super) fn called(&self, took: Duration, delivered: bool) {
         self.publish.observe(took.as_secs_f64());
         if delivered {
@@ -243,14 +243,14 @@ impl DestinationMetrics {
         }
     }
 
-    /// A call failed by the fault of the destination.
+    /// Records that a call failed by the fault of the destination.
     pub(super) fn failed(&self, code: &str, misconfigured: bool) {
         let code = self.codes.label(&self.name, code);
         self.failures.get_or_create(&[("destination", self.name.clone()), ("code", code)]).inc();
         self.misconfigured.set(misconfigured.into());
     }
 
-    /// Notes the state of the breaker. Must be called while its lock is held.
+    /// Records the state of the breaker. Must be called while its lock is held.
     pub(super) fn breaker(&self, state: BreakerState) {
         let state = state as u8;
         let before = self.noted.swap(state, Ordering::Relaxed);
@@ -270,7 +270,7 @@ fn labels(destination: &str, verdict: &'static str, code: &str) -> DestinationVe
     [("destination", destination.to_owned()), ("verdict", verdict.to_owned()), ("code", code.to_owned())]
 }
 
-/// The labels of a verdict; the code is empty where there is no error.
+/// Returns the labels of a verdict. The code is empty if there is no error.
 fn verdict_and_code(verdict: &Verdict) -> (&'static str, &str) {
     match verdict {
         Verdict::Published { .. } => ("published", ""),
@@ -282,12 +282,12 @@ fn verdict_and_code(verdict: &Verdict) -> (&'static str, &str) {
     }
 }
 
-/// The codes of each destination that are told apart.
+/// The codes of each destination that have a label of their own.
 #[derive(Debug, Clone, Default)]
 struct Codes(std::sync::Arc<Mutex<HashMap<String, HashSet<String>>>>);
 
 impl Codes {
-    /// The code as it stands in a label.
+    /// Returns the label for a code.
     fn label(&self, destination: &str, code: &str) -> String {
         if code.is_empty() {
             return String::new();

@@ -1,4 +1,4 @@
-//! Polling for work, and resting between polls. At most one lane of a relay polls at a time, and whoever finds work lets the
+//! Polling for work, and sleeping between polls. At most one lane of a relay polls at a time; a lane that finds work lets the
 //! next lane poll.
 //!
 //! - `schedule`: when to poll next.
@@ -19,17 +19,17 @@ use drain::Drain;
 use schedule::{AWAKE_INTERVAL, POLL_INTERVAL, Schedule};
 use sleeper::Sleeper;
 
-/// The longest time that a store which is busy with others gets between two polls.
+/// The longest pause between two polls that is derived from the time a slow store takes.
 const LONGEST_PACE: Duration = Duration::from_millis(10);
 
-/// The time between two polls of a relay that is superseded by another configuration.
+/// The time between two polls of a relay when another configuration routes new events.
 const SUPERSEDED_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The longest time between two polls while another relay holds all that is pending. It bounds how long the events of a relay
+/// The longest time between two polls while another relay holds all pending events. It bounds how long the events of a relay
 /// that was killed wait for this one.
 const BUSY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The time between two polls of a drain while others hold all that is pending.
+/// The time between two polls of a drain while others hold all pending events.
 const HELD_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Finds work and hands it out to the lane that holds the poller.
@@ -40,13 +40,13 @@ pub(super) struct Poller<W> {
 }
 
 impl<W: crate::outbox::Wakeup> Poller<W> {
-    /// `wakeup`: what ends a sleep early, where the store has it.
+    /// Creates a poller. `wakeup` ends a sleep early, if the store has one.
     pub(super) fn new(wakeup: Option<W>) -> Self {
         Self { schedule: Schedule::new(Instant::now()), sleeper: Sleeper::new(wakeup), drain: Drain::default() }
     }
 
-    /// Makes scheduled events pending if the time for that has come. Where all lanes have work nobody polls, and what is
-    /// scheduled must come in its turn all the same.
+    /// Promotes scheduled events if the time for that has come. While all lanes have work, none of them polls, but scheduled
+    /// events must still be promoted.
     pub(super) async fn promote_if_due<O: Outbox<Wakeup = W>>(
         &mut self,
         claimer: &mut Claimer<O>,
@@ -85,7 +85,7 @@ impl<W: crate::outbox::Wakeup> Poller<W> {
                 self.schedule.promote_now(now);
             }
             self.promote_if_due(claimer).await?;
-            // Asked before the poll: what a lane held then may be pending again now.
+            // This is checked before the poll, because events that a lane held then may be pending again now.
             let alone = claimer.is_alone();
             let polled = claimer.poll().await?;
             if let Polled::Found(work) = polled {
@@ -115,7 +115,8 @@ impl<W: crate::outbox::Wakeup> Poller<W> {
     }
 }
 
-/// How long after a poll the next may begin. A store that is slow because it is busy is left to others for as long.
+/// How long after a poll the next may begin. If the store is slow because it is busy, the pause is longer, so that others can
+/// use the store.
 fn pace<O: Outbox>(claimer: &Claimer<O>) -> Duration {
     let in_store = Duration::from_micros(claimer.shared.store_us.load(Ordering::SeqCst));
     in_store.saturating_mul(2).clamp(POLL_INTERVAL, LONGEST_PACE)

@@ -1,4 +1,4 @@
-//! What the lanes of one run share.
+//! The state that the lanes of one run share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::event::Tally;
 use crate::relay::Drained;
 
-/// When a relay's lanes are done.
+/// When the lanes of a relay end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
     /// When the relay is stopped.
@@ -18,20 +18,20 @@ pub(super) enum Ending {
     Drained,
 }
 
-/// See the module.
+/// The state that the lanes of one run share.
 pub(super) struct Shared {
     pub(super) ending: Ending,
-    /// Lanes that hold a claim, or are asking for one.
+    /// The number of lanes that hold a claim or ask for one.
     pub(super) busy: AtomicUsize,
-    /// Claims that are held: published, or being recorded.
+    /// The number of claims that are held, whose events are being published or settled.
     pub(super) claims: AtomicUsize,
-    /// A lane has settled: what it held may be claimed by another.
+    /// Notified when a lane has settled: the events that it held may be claimed by another lane.
     pub(super) settled: Notify,
-    /// Something was scheduled since the last promotion.
+    /// An event was scheduled since the last promotion.
     pub(super) scheduled: AtomicBool,
     /// The drain is over.
     pub(super) drained: AtomicBool,
-    /// Microseconds that the store took for the last batch that was not full.
+    /// The microseconds that the store took for the last batch that was not full.
     pub(super) store_us: AtomicU64,
     /// Cancelled when publish calls are no longer waited for, because the relay must end.
     pub(super) give_up: CancellationToken,
@@ -53,19 +53,19 @@ impl Shared {
         }
     }
 
-    /// What all lanes did together, and whether a drain left something undelivered.
+    /// Returns what all lanes did together, and whether a drain left something undelivered.
     pub(super) fn result(&self) -> Drained {
         self.result.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Adds to the result.
+    /// Adds a batch to the result.
     pub(super) fn record(&self, tally: Tally, undelivered: bool) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         result.tally.add(tally);
         result.undelivered |= undelivered;
     }
 
-    /// Records who holds the events that a drain has waited for.
+    /// Records who holds the events for which a drain has waited.
     pub(super) fn record_holders(&self, holders: Vec<String>) {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
         (result.undelivered, result.held_by) = (true, holders);

@@ -1,4 +1,4 @@
-//! When a drain is over, and what it leaves behind.
+//! Decides when a drain is over, and which events it leaves undelivered.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -9,10 +9,10 @@ use crate::outbox::{Lane as _, Outbox, OutboxError};
 use crate::relay::claim::{Claimer, Polled};
 use crate::relay::poll::schedule::Schedule;
 
-/// What a drain knows about its end.
+/// The state that decides when a drain is over.
 #[derive(Default)]
 pub(super) struct Drain {
-    /// What others hold, and for which the drain waits.
+    /// The events that others hold, and for which the drain waits.
     held: Option<Held>,
 }
 
@@ -20,12 +20,13 @@ pub(super) struct Drain {
 #[derive(Clone, Copy)]
 struct Held {
     last_id: i64,
-    /// How long whoever holds them may take.
+    /// The end of the time that their holders may take.
     until: Instant,
 }
 
 impl Drain {
-    /// Whether a drain has nothing left to do, after a poll that found no work and began while no lane held any.
+    /// Returns whether a drain has nothing left to do. To be called after a poll that found no work and began while no lane
+    /// had any.
     pub(super) async fn is_over<O: Outbox>(
         &mut self,
         polled: &Polled,
@@ -36,7 +37,7 @@ impl Drain {
             return Ok(false);
         }
         let now = Instant::now();
-        // Found out before the promotion, which leaves out what is owed to a destination that pauses.
+        // Checked before the promotion, which leaves out events that are owed to a paused destination.
         let pausing = claimer
             .relay
             .destinations
@@ -49,8 +50,9 @@ impl Drain {
         Ok(true)
     }
 
-    /// Whether others hold events that a drain must wait for: those that were pending when it had nothing left to claim, for as
-    /// long as one publish call may take. After that time it records who holds them, and they count as undelivered.
+    /// Returns whether a drain must wait for events that others hold: those that were pending when it had nothing left to
+    /// claim, for as long as one publish call may take. After that time it records their holders, and the events count as
+    /// undelivered.
     async fn waits_for_others<O: Outbox>(&mut self, claimer: &mut Claimer<O>) -> Result<bool, OutboxError> {
         let held = match self.held {
             Some(held) => held,
@@ -73,7 +75,7 @@ impl Drain {
     }
 }
 
-/// Ends a drain whose destinations are all down: nothing more is claimed for them.
+/// Ends a drain whose destinations are all down, without claiming more for them.
 pub(super) async fn give_up<O: Outbox>(claimer: &mut Claimer<O>) -> Result<(), OutboxError> {
     let pending = match claimer.poll().await? {
         Polled::Found(work) => {

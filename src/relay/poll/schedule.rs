@@ -1,4 +1,4 @@
-//! When to poll next, as far as a relay knows it from its last polls.
+//! Decides when to poll next, from the results of the last polls.
 
 use std::time::{Duration, Instant};
 
@@ -6,29 +6,29 @@ use crate::outbox::{Outbox, OutboxError};
 use crate::relay::claim::{Claimer, Promotion};
 use crate::retry::doubled;
 
-/// The shortest time between two polls of one relay: while producers are busy it makes bigger batches, and after the last
-/// event it is where the poll interval of a relay that is still awake starts.
+/// The shortest time between two polls of one relay. While producers are busy, it makes batches bigger. After the last event,
+/// the poll interval of a relay that stays awake starts at this time and doubles.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The longest time between two polls of a relay that is awake.
 pub(super) const AWAKE_INTERVAL: Duration = Duration::from_millis(16);
 
-/// How long a relay stays awake after its last work, at least and at most.
+/// The shortest and the longest time that a relay stays awake after its last work.
 const LINGER: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// A sleep shorter than this doubles the time to stay awake. Under load a relay must not fall asleep and make producers notify
-/// it, over and over.
+/// A sleep shorter than this doubles the time to stay awake. Under load a relay must not repeatedly fall asleep and make
+/// producers notify it.
 const SHORT_SLEEP: Duration = Duration::from_millis(50);
 
-/// How often a relay that is awake promotes scheduled events, where it knows of none that is due earlier.
+/// How often a relay that is awake promotes scheduled events, if it knows of none that is due earlier.
 const PROMOTION_INTERVAL: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// When to poll next.
 pub(super) struct Schedule {
     pub(super) last_poll: Instant,
     last_work: Instant,
     linger: Duration,
-    /// How many polls in a row found nothing.
+    /// The number of polls in a row that found nothing.
     misses: u32,
     next_promotion: Instant,
 }
@@ -38,47 +38,47 @@ impl Schedule {
         Self { last_poll: now, last_work: now, linger: LINGER.0, misses: 0, next_promotion: now }
     }
 
-    /// Work was found, or a producer has just notified.
+    /// Records that work was found, or that a producer has just notified.
     pub(super) fn worked(&mut self, now: Instant) {
         self.last_work = now;
         self.misses = 0;
     }
 
-    /// A poll found nothing.
+    /// Records that a poll found nothing.
     pub(super) fn missed(&mut self) {
         self.misses = self.misses.saturating_add(1);
     }
 
-    /// The wait after so many polls that found nothing, at most this long.
+    /// Returns the wait after the polls in a row that found nothing, `at_most` at the longest.
     pub(super) fn interval(&self, at_most: Duration) -> Duration {
         doubled(POLL_INTERVAL, self.misses.saturating_sub(1), at_most)
     }
 
-    /// Whether the last work is so recent that falling asleep is not worth while.
+    /// Returns whether the last work is so recent that the relay should not fall asleep.
     pub(super) fn is_awake(&self, now: Instant) -> bool {
         now.duration_since(self.last_work) < self.linger
     }
 
-    /// A producer has notified a sleeper that fell asleep at `begun`.
+    /// Records that a producer has notified a sleeper that fell asleep at `begun`.
     pub(super) fn notified(&mut self, begun: Instant, now: Instant) {
         let short = now.duration_since(begun) < SHORT_SLEEP;
         self.linger = if short { (self.linger * 2).min(LINGER.1) } else { LINGER.0 };
         self.worked(now);
-        // It may have been for a delayed event. The others come first.
+        // The notification may be about a delayed event. Other events come first.
         self.next_promotion = self.next_promotion.min(now + LINGER.0 / 2);
     }
 
-    /// Whether scheduled events are to be promoted now.
+    /// Returns whether scheduled events are to be promoted now.
     pub(super) fn is_promotion_due(&self, now: Instant) -> bool {
         self.next_promotion <= now
     }
 
-    /// From now on a promotion is due.
+    /// Makes a promotion due.
     pub(super) fn promote_now(&mut self, now: Instant) {
         self.next_promotion = now;
     }
 
-    /// Makes due events pending. Returns how long until there may be more; zero where some became pending.
+    /// Promotes due events. Returns how long until there may be more, which is zero if some became pending.
     pub(super) async fn promote<O: Outbox>(&mut self, claimer: &mut Claimer<O>) -> Result<Duration, OutboxError> {
         let Promotion { promoted, next } = claimer.promote().await?;
         self.next_promotion = Instant::now() + next.min(PROMOTION_INTERVAL);

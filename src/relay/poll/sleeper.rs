@@ -8,16 +8,16 @@ use crate::relay::claim::{Claimer, Polled, Work};
 use crate::relay::guard::ArmedWakeup;
 use crate::relay::poll::schedule::{AWAKE_INTERVAL, Schedule};
 
-/// The note that polling is all that is left.
+/// The cause of the note that wake-ups do not work and the relay only polls.
 const NOT_WOKEN: &str = "not_woken";
 
-/// How long a relay sleeps before it asks whether the one that is armed still is. If that one has ended, nobody is notified.
+/// How long a relay sleeps before it checks whether the armed relay still is. If that relay has ended, nobody is notified.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Sleeps on the store's wake-up, where there is one.
+/// Sleeps on the store's wake-up, if there is one.
 pub(super) struct Sleeper<W> {
     wakeup: Option<W>,
-    /// It was logged that wake-ups do not work.
+    /// The log already says that wake-ups do not work.
     warned: bool,
 }
 
@@ -26,8 +26,8 @@ impl<W: Wakeup> Sleeper<W> {
         Self { wakeup, warned: false }
     }
 
-    /// Sleeps until there may be work: at most a polling interval, less where something is due or a paused destination takes
-    /// events again, and less where a producer notifies. Returns the work of the last poll, for which it does not sleep.
+    /// Sleeps until there may be work: a polling interval at the longest, and less if an event is due, a paused destination
+    /// accepts events again, or a producer notifies. If the last poll found work, returns it without sleeping.
     pub(super) async fn sleep_until_notified<O: Outbox<Wakeup = W>>(
         &mut self,
         schedule: &mut Schedule,
@@ -70,7 +70,8 @@ impl<W: Wakeup> Sleeper<W> {
     }
 }
 
-/// Polls once more, as whoever commits after the wake-up was armed notifies this relay, and sleeps if that finds nothing.
+/// Polls once more, because only producers that commit after the wake-up was armed notify this relay. Sleeps if that finds
+/// nothing.
 async fn sleep_once<O: Outbox>(
     wakeup: &mut O::Wakeup,
     armed: Armed,
@@ -90,8 +91,8 @@ async fn sleep_once<O: Outbox>(
     Ok(None)
 }
 
-/// Sleeps until notified or until there may be work, for which it asks after `at_most` and then once a polling interval: not
-/// every insert notifies. Returns whether it was notified, or must take it that it was.
+/// Sleeps until notified or until there may be work. It peeks after `at_most`, and then once a polling interval, because not
+/// every insert notifies. Returns whether it was notified, or must assume so.
 async fn sleep_armed<O: Outbox>(
     wakeup: &mut O::Wakeup,
     mut armed: Armed,
@@ -126,7 +127,7 @@ async fn sleep_armed<O: Outbox>(
             Ok(true) => return Ok(true),
             Ok(false) => {}
             Err(error) => {
-                // A commit of this time may not have reached this relay.
+                // The notification of a commit during this time may have been lost.
                 tracing::warn!(
                     error = error.explain(),
                     "the connection that wakes this relay was lost; polling at once"
