@@ -1,9 +1,10 @@
-//! Configuration: every setting once, as an argument of [`clap`], which gives its flag, its variable, its default, its
-//! range and its help. A TOML file supplies other defaults, and what variables cannot say: named destinations and routes.
+//! The configuration. Every setting stands once, as an argument of [`clap`], which gives its flag, its variable, its default,
+//! its range and its help. A TOML file can replace the defaults, and adds what variables cannot express: named destinations
+//! and routes.
 //!
 //! - [`settings`]: the settings themselves.
 //! - [`file`](mod@file): the TOML file.
-//! - [`destinations`]: from both to sinks and routes.
+//! - [`destinations`]: makes sinks and routes from both.
 
 pub mod destinations;
 pub mod file;
@@ -25,33 +26,33 @@ use crate::text;
 use file::ConfigFile;
 use settings::Settings;
 
-/// What is wrong with the configuration. The process exits with 2.
+/// An error in the configuration. The process exits with 2.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration file {}", redact::setting(&path.display().to_string()))]
     Read {
-        /// Which.
+        /// The path of the file.
         path: PathBuf,
-        /// Why.
+        /// The operating system's error.
         #[source]
         source: std::io::Error,
     },
-    /// The file is not what it should be.
+    /// The file is not valid.
     #[error("{path}: {reason}")]
     File {
-        /// Which.
+        /// The path of the file.
         path: PathBuf,
-        /// Where and why.
+        /// The line, and what is wrong there.
         reason: String,
     },
-    /// Variables that can only be meant for us, and are none of ours.
+    /// Variables that belong to relay by their prefix, and are not known.
     #[error("{}", .0.iter().map(|name| format!("unknown variable {name}")).collect::<Vec<_>>().join("; "))]
     UnknownVariables(
-        /// Their names, each with the most similar ones there are.
+        /// The names, each with the most similar known names.
         Vec<Unknown>,
     ),
-    /// Settings that do not go together, or lack another.
+    /// Settings that exclude each other, or lack another setting.
     #[error("{0}")]
     Contradiction(String),
     /// A value that cannot be used.
@@ -59,18 +60,18 @@ pub enum ConfigError {
     Invalid {
         /// The setting, as the user wrote it.
         setting: String,
-        /// Why, and what would do.
+        /// Why the value cannot be used, and which values can.
         reason: String,
     },
 }
 
-/// The beginning of variables that can only be meant for us.
+/// The prefix of variables that belong to relay only.
 const OUR_PREFIX: &str = "RELAY_";
 
-/// Beginnings of variables that may be misspelt ones of ours, or another program's.
+/// The prefixes of variables that may be misspelt variables of relay, or another program's.
 const SHARED_PREFIXES: [&str; 4] = ["EVENT_", "REDIS_", "AWS_EVENTBRIDGE_", "DATABASE_"];
 
-/// A variable that is none of ours, and the most similar ones of ours.
+/// A variable that relay does not know, and the most similar variables that it knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unknown {
     name: String,
@@ -88,7 +89,7 @@ impl fmt::Display for Unknown {
 /// setting may stand before or after the subcommand.
 ///
 /// # Errors
-/// The file cannot be used, or the environment holds a variable that only looks like ours.
+/// The file cannot be used, or the environment holds an unknown variable with relay's prefix.
 pub fn prepare(command: Command, args: &[OsString]) -> Result<(Command, ConfigFile), ConfigError> {
     let mut file = match file_path(args) {
         Some(path) => ConfigFile::read(&path)?,
@@ -121,7 +122,7 @@ pub fn prepare(command: Command, args: &[OsString]) -> Result<(Command, ConfigFi
     Ok((command, file))
 }
 
-/// The path of the file, looked up before anything else is parsed because it changes what the rest means.
+/// Returns the path of the file. It is needed before the arguments are parsed, because the file changes their defaults.
 fn file_path(args: &[OsString]) -> Option<PathBuf> {
     let mut args = args.iter().skip(1);
     while let Some(arg) = args.next() {
@@ -135,7 +136,7 @@ fn file_path(args: &[OsString]) -> Option<PathBuf> {
     std::env::var_os("RELAY_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-/// The variables of the environment with one of these beginnings that are not `known`, by name.
+/// Returns the variables of the environment with one of these prefixes that are not `known`, by name.
 fn unknown_variables(known: &[String], prefixes: &[&str]) -> Vec<Unknown> {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).filter(|name| {
         prefixes.iter().any(|prefix| name.starts_with(prefix))
@@ -148,10 +149,10 @@ fn unknown_variables(known: &[String], prefixes: &[&str]) -> Vec<Unknown> {
     unknown
 }
 
-/// The names most similar to this one, at most three.
+/// Returns the names most similar to this name, at most three.
 fn nearest(name: &str, known: &[String]) -> Vec<String> {
     let distance = |other: &String| {
-        // With words left out it is the same name to who writes it.
+        // A name without some of its words counts as the same name, because users leave words out.
         let mut words = other.split('_');
         let shortened = name.split('_').all(|word| words.any(|other| other == word)) || other.starts_with(name);
         if shortened { 1 } else { strsim::levenshtein(other, name) }
@@ -162,7 +163,7 @@ fn nearest(name: &str, known: &[String]) -> Vec<String> {
     known.iter().filter(|other| distance(other) == least).take(3).cloned().collect()
 }
 
-/// What Kubernetes sets in every pod for a Service that happens to be called `relay`.
+/// Returns whether Kubernetes sets this variable in every pod for a Service that happens to be called `relay`.
 fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.contains("_SERVICE_PORT")
@@ -174,10 +175,10 @@ fn is_link(value: &str) -> bool {
     ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
 }
 
-/// A secret given directly, in a file, or as a systemd credential of the lower-case name of its variable.
+/// Returns a secret that is given directly, by a file, or as a systemd credential with the lower-case name of its variable.
 ///
 /// # Errors
-/// Given in two ways.
+/// The secret is given in two ways.
 pub fn secret(
     variable: &str,
     inline: Option<&secrecy::SecretString>,
@@ -197,7 +198,7 @@ pub fn secret(
     }
 }
 
-/// Every setting in force: its variable, its value with secrets hidden, and where that comes from.
+/// Returns every setting in force: its variable, its value with secrets hidden, and the source of the value.
 pub fn in_force(command: &Command, matches: &ArgMatches, file: &ConfigFile) -> Vec<(String, String, &'static str)> {
     let mut rows = BTreeMap::new();
     for arg in command.get_arguments() {

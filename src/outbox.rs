@@ -1,13 +1,13 @@
-//! The contract of a store. It has two doors:
+//! The contract of a store. It has two parts:
 //!
-//! - [`Outbox`], for the engine: claim events, settle what became of them, and sleep until there are more. This is the hot path, so
-//!   the engine is compiled once for each kind of store.
-//! - [`Operate`], for commands and for what is done rarely. It is used through `dyn`.
+//! - [`Outbox`], for the engine: claim events, settle their deliveries, and sleep until there are more. This is the hot path,
+//!   so the engine is compiled once for each kind of store.
+//! - [`Operate`], for commands and for rare work. It is used through `dyn`.
 //!
-//! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] knows which of them a URL names, and is the only
-//! place that matches on it. [`error`] says what to do about what goes wrong, [`standstill`] what keeps events from moving,
-//! [`register`] which of several configurations routes. [`deliveries`] are what became of a batch, and `records` turns
-//! them into rows.
+//! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] finds out which of them a URL names, and is the
+//! only place that matches on it. [`error`] has the errors with advice, [`standstill`] the causes that keep events from
+//! moving, and [`register`] decides which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
+//! `records` turns them into rows.
 
 mod config;
 pub mod database;
@@ -42,17 +42,17 @@ pub use operate::{Check, CheckRequest, Migrated, Operate};
 use register::Configuration;
 pub use standstill::Standstill;
 
-/// The schema that a store has.
+/// The version of a store's schema.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SchemaVersion {
-    /// The last migration that was applied; 0: none.
+    /// The last migration that was applied, or 0 if none was.
     pub found: i32,
-    /// The migration that a relay must know to work with it. Each migration may raise it.
+    /// The migration that a relay must know to work with the schema. Each migration may raise it.
     pub needs: i32,
 }
 
 impl SchemaVersion {
-    /// Fails unless a relay whose newest migration is `known` can work with it; else says what it is.
+    /// Returns a description if a relay whose newest migration is `known` can work with this schema, and an error otherwise.
     pub(crate) fn fits(self, known: i32) -> Result<String, OutboxError> {
         let Self { found, needs } = self;
         if found < known {
@@ -69,14 +69,15 @@ impl SchemaVersion {
     }
 }
 
-/// What a lane asks for.
+/// The limits of a claim.
 #[derive(Debug, Clone, Copy)]
 pub struct ClaimRequest<'a> {
-    /// At most this many events.
+    /// The largest number of events.
     pub max_events: usize,
-    /// About this many bytes of events; one event is always given, however large.
+    /// The approximate limit in bytes of events. One event is always returned, however large.
     pub max_bytes: usize,
-    /// Payloads over this many bytes are not read, nor what is over a bound of the schema; their events come with a defect.
+    /// The largest payload in bytes. Larger payloads are not read, nor are values over a limit of the schema; their events
+    /// come with a defect.
     pub max_payload: usize,
     /// The names of all configured destinations.
     pub destinations: &'a [String],
@@ -85,101 +86,102 @@ pub struct ClaimRequest<'a> {
 /// The answer to a claim.
 #[derive(Debug)]
 pub enum Claim {
-    /// These are the lane's until it settles.
+    /// Events that belong to the lane until it settles.
     Batch {
-        /// In the order of `id` for each key; never empty.
+        /// The events, in the order of `id` for each key; never empty.
         claimed: Vec<Claimed>,
-        /// There are more to claim at once.
+        /// More events can be claimed at once.
         full: bool,
-        /// What tells this claim from every other one.
+        /// The identity of this claim, different for each claim.
         claim_id: ClaimId,
     },
-    /// There are pending events, and other lanes or relays hold all of them.
+    /// Events are pending, and other lanes or relays hold all of them.
     Busy,
-    /// Another relay's configuration routes, and nothing is due that this relay must deliver.
+    /// Another relay's configuration routes, and no event is due that this relay must deliver.
     Superseded,
-    /// Nothing is pending.
+    /// No event is pending.
     Empty,
 }
 
-/// One claimed event with what the store knows of it.
+/// One claimed event with its state in the store.
 #[derive(Debug)]
 pub struct Claimed {
     /// The event.
     pub event: Event,
-    /// Its `available_at` is now or past.
+    /// `available_at` is not in the future.
     pub due: bool,
-    /// Why it can go nowhere, such as a payload over the limit; or, where no event is charged for that, why it must wait.
+    /// Why the event cannot be published, such as a payload over the limit. If the defect charges no event, it is why the
+    /// event must wait.
     pub defect: Option<PublishError>,
-    /// It failed before, was not charged an attempt for that, and waited.
+    /// The event failed before without being charged an attempt, and waited.
     pub blocked_before: bool,
-    /// The destinations at which an earlier event of its key still waits.
+    /// The destinations at which an earlier event of the same key still waits.
     pub blocked_by: Vec<BlockedBy>,
 }
 
-/// An earlier event of the same key waits at this destination.
+/// A destination at which an earlier event of the same key waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockedBy {
-    /// Where.
+    /// The name of the destination.
     pub destination: String,
     /// How long until that event is due.
     pub remaining: Duration,
 }
 
-/// What is known of an event that was being published when a relay crashed.
+/// The notes about an event that was being published when a relay crashed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Suspicion {
-    /// How many events were published together the last time.
+    /// How many events were published together in the last such call.
     pub together: usize,
     /// How many relays crashed as soon as they began to publish this event alone.
     pub crashes_alone: usize,
-    /// How many crashed some time after that.
+    /// How many relays crashed some time after they began to publish this event alone.
     pub deaths_alone: usize,
 }
 
-/// What a promotion found.
+/// The result of a promotion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Promoted {
     /// How many scheduled events became pending.
     pub count: usize,
-    /// How long until the next one is due, where there is one.
+    /// How long until the next scheduled event is due, if there is one.
     pub next_due: Option<Duration>,
 }
 
-/// What a relay finds that sleeps and looks whether there is work.
+/// What a sleeping relay finds when it checks for work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peek {
     /// Some event is pending, whoever may hold it.
     pub pending: bool,
-    /// How long until a scheduled event is due, where there is one.
+    /// How long until a scheduled event is due, if there is one.
     pub next_due: Option<Duration>,
 }
 
 /// The notes that end a crash loop.
 pub trait CrashNotes {
-    /// Notes that the relay `run` begins to work. Returns how many others have crashed in the last ten minutes, or have begun in
-    /// them and not ended.
+    /// Notes that the relay `run` begins to work. Returns how many other relays crashed in the last ten minutes, or began in
+    /// that time and have not ended.
     ///
     /// # Errors
-    /// It may be noted or not.
+    /// The note may be written or not.
     fn begin_run(&self, run: Uuid) -> impl Future<Output = Result<usize, OutboxError>> + Send;
 
-    /// Deletes the note of a run that has ended in good order, or has worked for a while.
+    /// Deletes the note of a run that has ended normally, or has worked for a while.
     ///
     /// # Errors
-    /// For ten minutes it will be taken for one that crashed.
+    /// The run counts as crashed for ten minutes.
     fn end_run(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Deletes all notes of a run, because if it ends from now on, its events are not the reason.
+    /// Deletes all notes of a run, so that its events are not taken for the cause if it ends from now on.
     ///
     /// # Errors
-    /// For a day its events will be taken for the reason that it ended.
+    /// For a day the run's events may be taken for the cause of its end.
     fn withdraw(&self, run: Uuid) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// What relays other than `run` have noted of `events` and not deleted. Each with the place of the event in `events`.
+    /// Returns the notes of relays other than `run` about `events`, each with the place of the event in `events`.
     ///
     /// # Errors
-    /// It is not known what they noted.
+    /// The notes cannot be read.
     fn suspicions(
         &self,
         run: Uuid,
@@ -189,95 +191,97 @@ pub trait CrashNotes {
     /// Notes, before anything else is done, that `run` is about to publish `events` together.
     ///
     /// # Errors
-    /// It may be noted or not.
+    /// The notes may be written or not.
     fn mark(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Notes that `run` still works a while after it began to publish `events`: if it crashes later, the reason may be another one.
+    /// Notes that `run` still works a while after it began to publish `events`. If it crashes later, there may be another
+    /// cause.
     ///
     /// # Errors
-    /// They stay noted as they were.
+    /// The notes stay as they were.
     fn outlived(&self, run: Uuid, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Deletes, for each of `events`, the note of one relay that crashed some time after it began to publish the event alone: the
-    /// event may be tried once more.
+    /// Deletes, for each of `events`, the note of one relay that crashed some time after it began to publish the event alone.
+    /// So the event may be tried once more.
     ///
     /// # Errors
     /// Nothing was deleted.
     fn forgive(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Deletes all notes of `events`: they were published, or not tried, and nobody crashed.
+    /// Deletes all notes of `events`: they were published, or not tried, and no relay crashed.
     ///
     /// # Errors
-    /// They stay noted for a day.
+    /// The notes stay for a day.
     fn clear(&self, events: &[Uuid]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 }
 
 /// A store of events.
 pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
-    /// One connection's worth of claiming and settling.
+    /// A connection that claims and settles.
     type Lane: Lane;
-    /// What wakes a relay that sleeps.
+    /// The means to wake a sleeping relay.
     type Wakeup: Wakeup;
 
-    /// A new lane. It connects when it is first used, and again after every error.
+    /// Creates a lane. It connects when it is first used, and again after every error.
     fn lane(&self) -> Self::Lane;
 
-    /// A way to be woken; `None` where the store or the configuration has none, and the relay can only poll.
+    /// Creates a wake-up. Returns `None` if the store or the configuration has none, so that the relay can only poll.
     fn wakeup(&self) -> Option<Self::Wakeup>;
 
-    /// Makes the store ready for a run: looks whether it fits this binary and can be written to, and adds the days ahead.
+    /// Prepares the store for a run: checks that it fits this binary and can be written to, and adds the days ahead.
     ///
     /// # Errors
-    /// What stands in the way. [`OutboxError::is_final`] tells whether waiting can help.
+    /// The obstacle. [`OutboxError::is_final`] says whether waiting can help.
     fn prepare(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Registers this relay with its configuration, see [`register`]. From when it returns, no relay of another configuration
-    /// routes what is committed, unless it registers later. `once`: it ends when nothing is due, and supersedes nobody.
+    /// Registers this relay with its configuration, see [`register`]. After it returns, no relay with another configuration
+    /// routes newly committed events, unless it registers later. With `once`, the relay ends when nothing is due, and
+    /// supersedes no other.
     ///
     /// # Errors
-    /// It may be registered or not.
+    /// The relay may be registered or not.
     fn register(
         &self,
         configuration: &Arc<Configuration>,
         once: bool,
     ) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Does a registered relay's part in the register, and returns when to do it next. `idle` is how long ago some lane looked
-    /// for events.
+    /// Does a registered relay's periodic work in the register, and returns the time until it is to be called again. `idle`
+    /// is how long ago a lane last polled for events.
     ///
     /// # Errors
-    /// It is to be tried again soon.
+    /// It is to be called again soon.
     fn attend(&self, idle: Duration) -> impl Future<Output = Result<Duration, OutboxError>> + Send;
 
-    /// How the configurations of other relays differ, where such relays have been at work for at least `lasting`.
+    /// Returns how the configurations of other relays differ, if such relays have been at work for at least `lasting`.
     fn differences(&self, lasting: Duration) -> Vec<String>;
 
     /// Ends the registration.
     ///
     /// # Errors
-    /// Others will find out that this relay is gone.
+    /// Other relays will find out that this relay is gone.
     fn deregister(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 }
 
-/// One loop's access to the store.
+/// The access of one loop to the store.
 ///
-/// Its futures are never cancelled: a dropped one would leave a connection in an unknown state. After an error the
-/// connection is gone, and with it every claim it held.
+/// Its futures are never cancelled, because a dropped future would leave the connection in an unknown state. After an error
+/// the connection is closed, and its claims have ended.
 pub trait Lane: Send {
     /// Claims some events. An earlier claim must have been settled.
     ///
-    /// After a settle that failed it first proves that the store can be written to: else the same events would be published again
-    /// and again.
+    /// After a settle that failed, it first proves that the store can be written to. Otherwise the same events would be
+    /// published again and again.
     ///
     /// # Errors
     /// Nothing was claimed.
     fn claim(&mut self, request: ClaimRequest<'_>) -> impl Future<Output = Result<Claim, OutboxError>> + Send;
 
-    /// For a claim whose destination notes that events were given to it by another: an epoch above `floor`, and which of
-    /// `noted` still wait for `destination`. Only who holds the claim gets an answer.
+    /// For a destination that records which events another claim gave it: returns an epoch above `floor`, and which of
+    /// `noted` still wait for `destination`. Only the holder of the claim gets an answer.
     ///
     /// # Errors
-    /// The claim is lost, or may be.
+    /// The claim is lost, or may be lost.
     fn renew(
         &mut self,
         floor: i64,
@@ -285,14 +289,14 @@ pub trait Lane: Send {
         destination: &str,
     ) -> impl Future<Output = Result<RenewedClaim, OutboxError>> + Send;
 
-    /// Records what became of the claimed events, in one transaction, and gives up the claim. An event none of whose verdicts
-    /// changes anything stays as it is; so does one that is not mentioned.
+    /// Records the deliveries of the claimed events in one transaction, and gives up the claim. An event stays as it is if
+    /// none of its verdicts changes anything, or if it has no delivery.
     ///
     /// # Errors
-    /// Whether it was recorded is unknown; the next claim finds what was not.
+    /// The deliveries may be recorded or not. The next claim finds the events that were not recorded.
     fn settle(&mut self, deliveries: &Deliveries<'_>) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Makes due events pending that were scheduled: delayed ones, and those owed to one of `destinations`.
+    /// Promotes due events that were scheduled: delayed events, and those owed to one of `destinations`.
     ///
     /// # Errors
     /// Nothing was changed.
@@ -302,58 +306,59 @@ pub trait Lane: Send {
         max_events: usize,
     ) -> impl Future<Output = Result<Promoted, OutboxError>> + Send;
 
-    /// Whether there is anything to claim, or to promote for one of `destinations`: one cheap statement, for a relay that sleeps.
+    /// Returns whether there is anything to claim, or to promote for one of `destinations`. This is one cheap statement, for
+    /// a relay that sleeps.
     ///
     /// # Errors
-    /// It is not known.
+    /// The store cannot be read.
     fn peek(&mut self, destinations: &[&str]) -> impl Future<Output = Result<Peek, OutboxError>> + Send;
 
-    /// Whether some event still waits for a retry or for its destination.
+    /// Returns whether any event still waits for a retry or for its destination.
     ///
     /// # Errors
-    /// It is not known.
+    /// The store cannot be read.
     fn has_owed(&mut self) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 
-    /// The highest id of a pending event; `None` where none is pending.
+    /// Returns the highest id of a pending event, or `None` if none is pending.
     ///
     /// # Errors
-    /// It is not known.
+    /// The store cannot be read.
     fn last_id(&mut self) -> impl Future<Output = Result<Option<i64>, OutboxError>> + Send;
 
-    /// Whether an event with an id up to this one is pending, whoever holds it.
+    /// Returns whether an event with an id up to `id` is pending, whoever holds it.
     ///
     /// # Errors
-    /// It is not known.
+    /// The store cannot be read.
     fn is_pending_up_to(&mut self, id: i64) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 }
 
-/// Whether producers will wake a sleeper.
+/// Whether producers notify a sleeping relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Armed {
-    /// From now on they will. Look once more, then sleep.
+    /// Producers will notify it. Poll once more, then sleep.
     Yes,
-    /// Another relay sleeps armed, and its wake-up reaches this one too. Look once more, sleep a while, ask again: when
-    /// that one dies, nobody is woken.
+    /// Another relay sleeps armed, and its notifications reach this relay too. Poll once more, sleep for a while, and arm
+    /// again: if that relay ends, nobody is notified.
     Standby,
-    /// A producer is in flight that will not wake anybody: keep looking.
+    /// A producer in flight will not notify anybody: keep polling.
     No,
 }
 
-/// How a relay sleeps without a poll storm and without costing producers anything while it is awake.
+/// Sleeping without frequent polls, and without any cost for producers while the relay is awake.
 pub trait Wakeup: Send {
-    /// Asks to be woken.
+    /// Arms the wake-up: asks producers to notify this relay.
     ///
     /// # Errors
-    /// It cannot be done now; polling goes on.
+    /// The wake-up cannot be armed now; the relay goes on polling.
     fn arm(&mut self) -> impl Future<Output = Result<Armed, OutboxError>> + Send;
 
-    /// Sleeps until woken, at most this long; returns whether it was. May be cancelled.
+    /// Sleeps until notified, for `at_most` at the longest. Returns whether it was notified. May be cancelled.
     ///
     /// # Errors
-    /// The connection was lost: look at once.
+    /// The connection was lost: poll at once.
     fn wait(&mut self, at_most: Duration) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 
-    /// No longer needs to be woken.
+    /// Disarms the wake-up.
     ///
     /// # Errors
     /// The connection was lost, which disarms too.

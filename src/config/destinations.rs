@@ -1,4 +1,4 @@
-//! From settings, variables and file to destinations and routes.
+//! Makes destinations and routes from the settings, the variables and the file.
 
 use std::time::Duration;
 
@@ -18,16 +18,17 @@ use crate::sink::spec::{self, Invalid, Kind, Opening, Spec};
 
 /// A destination that is configured and not opened yet.
 pub struct Destination {
-    /// Its name, as it stands in `destination` columns.
+    /// The name, as it appears in `destination` columns.
     pub name: String,
     spec: Box<dyn Spec>,
     policy: relay::Policy,
 }
 
-/// All destinations: those of variables of their own, those of URLs, then those of the file by name; and the routes between.
+/// Returns all destinations: first those of fixed variables, then those of URLs, then those of the file by name; and the
+/// router.
 ///
 /// # Errors
-/// None at all, two of one name, a route to one that is not there, or a value that cannot be used.
+/// No destination at all, two with one name, a route to a destination that does not exist, or a value that cannot be used.
 pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Destination>, Router), ConfigError> {
     let mut destinations: Vec<Destination> = Vec::new();
     for Fixed { name, kind, mut fields } in variables::fixed(settings)? {
@@ -72,7 +73,7 @@ fn add(destinations: &mut Vec<Destination>, destination: Destination, place: &st
     Ok(())
 }
 
-/// Adds what settings say for fields that are not there.
+/// Adds the values of settings for fields that are not set.
 fn fill(fields: &mut Table, kind: Kind, settings: &Settings) {
     for (field, value) in variables::defaults(kind.name, settings) {
         fields.entry(field).or_insert(value);
@@ -127,26 +128,26 @@ fn configured(
 }
 
 impl Destination {
-    /// The stream that all its events go to, where it is one of a fixed name.
+    /// Returns the address and the name of the stream that all events go to, if this is a stream with a fixed name.
     #[cfg(feature = "redis")]
     pub fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
         self.spec.fixed_stream()
     }
 
-    /// Why a relay must not even start.
+    /// Returns the reason why a relay must not start, if there is one.
     pub fn obstacle(&self) -> Option<&'static str> {
         self.spec.obstacle()
     }
 
-    /// How long one publish call to it may take.
+    /// How long one publish call to the destination may take.
     pub fn timeout(&self) -> Duration {
         self.policy.timeout
     }
 
-    /// Opens it. Nothing is connected before the first event.
+    /// Opens the destination. Nothing is connected before the first event.
     ///
     /// # Errors
-    /// A file of a secret was there when the configuration was read, and is not any more.
+    /// The file of a secret has disappeared since the configuration was read.
     pub async fn open(self, settings: &Settings) -> Result<relay::Endpoint, ConfigError> {
         let opening = Opening { source: settings.default_source.clone(), timeout: self.policy.timeout };
         let sink = self.spec.open(&opening).await.map_err(|Invalid { field, reason }| ConfigError::Invalid {
@@ -157,7 +158,7 @@ impl Destination {
     }
 }
 
-/// The longest time that a publish call may take; what a claim may last follows from it.
+/// Returns the longest time that a publish call may take. The longest time of a claim follows from it.
 pub fn longest_timeout(destinations: &[Destination]) -> Duration {
     destinations.iter().map(Destination::timeout).max().unwrap_or_default()
 }

@@ -10,18 +10,18 @@ use crate::config::{ConfigError, Unknown};
 use crate::redact::may_hold_password;
 use crate::sink::spec::{self, Kind};
 
-/// A file that was read; empty where there is none.
+/// The content of the configuration file. Empty if there is no file.
 #[derive(Debug, Default)]
 pub struct ConfigFile {
-    /// Where it is.
+    /// The path of the file.
     pub path: PathBuf,
-    /// Settings by the id of their argument.
+    /// The settings, by the ids of their arguments.
     pub settings: BTreeMap<String, String>,
-    /// The ids of all settings it has.
+    /// The ids of all settings in the file.
     pub names: BTreeSet<String>,
-    /// The line of each of them.
+    /// The line of each setting.
     pub lines: BTreeMap<String, usize>,
-    /// Variables of the environment that may be misspelt ones of ours.
+    /// Variables of the environment that may be misspelt variables of relay.
     pub misspelt: Vec<Unknown>,
     /// Named destinations.
     pub destinations: BTreeMap<String, FileDestination>,
@@ -29,7 +29,7 @@ pub struct ConfigFile {
     pub routes: Vec<RouteSpec>,
 }
 
-/// `[destinations.<name>]`: its kind, its fields, and those that every kind has.
+/// `[destinations.<name>]`: its kind, the fields of that kind, and the fields that every kind has.
 #[derive(Debug, Clone)]
 pub struct FileDestination {
     pub(super) kind: Kind,
@@ -53,24 +53,24 @@ impl FileDestination {
         let kind = spec::of_type(&name).map_err(|reason| format!("unknown type `{name}`: {reason}"))?;
         let (policy, fields): (toml::Table, toml::Table) =
             fields.into_iter().partition(|(field, _)| FIELDS.contains(&field.as_str()));
-        // What settings add later never makes it unfit.
+        // The fields are checked here without those that settings add later, because the latter are always valid.
         kind.table(fields.clone()).map(drop)?;
         Ok(Self { kind, fields, policy: PolicyFields::deserialize(policy).map_err(said)? })
     }
 }
 
-/// `[[routes]]`: a filter, then the destinations of what passes it.
+/// `[[routes]]`: a filter, and the destinations of the events that pass it.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RouteSpec {
     /// A glob over the event type.
     pub event_type: Option<String>,
-    /// The event's source, exactly.
+    /// The exact source of the event.
     pub source: Option<String>,
-    /// Headers that must have these values.
+    /// Headers that the event must have, with these values.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
-    /// Names of destinations; empty: wanted nowhere.
+    /// The names of the destinations. If empty, the events are dropped on purpose.
     pub destinations: Vec<String>,
 }
 
@@ -78,7 +78,7 @@ impl ConfigFile {
     /// Reads the file at `path`.
     ///
     /// # Errors
-    /// It cannot be read, is not TOML, or has something in it that is not known.
+    /// The file cannot be read, is not TOML, or contains an unknown name or an unusable value.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -87,7 +87,7 @@ impl ConfigFile {
 
     fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
         let fail = |reason: String| ConfigError::File { path: path.to_owned(), reason };
-        // The error's own rendering quotes the line, which may hold a password.
+        // The error's own text quotes the line, which may contain a password.
         let table: toml::Table = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             let place = if line > 0 { format!("line {line}: ") } else { String::new() };
@@ -137,7 +137,8 @@ impl ConfigFile {
     }
 }
 
-/// What does not fit below the `index`-th header of this name, with its line.
+/// Returns the error text for a table that does not fit, with its line. The table is below the `index`-th header of this
+/// name.
 fn misfit(text: &str, header: &str, index: usize, message: &str) -> String {
     let field = message.split('`').nth(1).unwrap_or_default();
     let line = line_of(text, Some(header), index, field).or_else(|| line_of(text, Some(header), index, ""));
@@ -145,8 +146,8 @@ fn misfit(text: &str, header: &str, index: usize, message: &str) -> String {
     format!("{place}{header}: {}", without_value(message))
 }
 
-/// The line, from 1, where `key` is set: before all tables, or below the `index`-th header of this name. Of an empty key the
-/// line of the header.
+/// Returns the line, from 1, where `key` is set: before all tables, or below the `index`-th header of this name. For an empty
+/// key, returns the line of the header.
 fn line_of(text: &str, header: Option<&str>, index: usize, key: &str) -> Option<usize> {
     let (mut seen, mut inside) = (0, header.is_none());
     for (line, number) in text.lines().map(str::trim).zip(1..) {
@@ -168,7 +169,7 @@ fn line_of(text: &str, header: Option<&str>, index: usize, key: &str) -> Option<
     None
 }
 
-/// The parser's message without the value that it quotes, where that may be a password.
+/// Returns the parser's message without the value that it quotes, which may be a password.
 fn without_value(message: &str) -> String {
     let message = message.trim_end();
     if let Some((kind, rest)) = message.split_once("string \"")

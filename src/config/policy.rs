@@ -1,4 +1,4 @@
-//! Retries, timeout and breaker of one destination: its own fields, and where it has none the settings for all.
+//! Retries, timeout and breaker of one destination: its own fields, or else the settings for all destinations.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub(super) const FIELDS: [&str; 10] = [
     "breaker_recovery_ms",
 ];
 
-/// A time is given as `30s`. With `_ms` at the end of its name it may also be a plain number of milliseconds.
+/// A time is written as `30s`. A field with the suffix `_ms` may also be a plain number of milliseconds.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PolicyFields {
@@ -44,10 +44,10 @@ const HOUR_MS: u64 = 3_600_000;
 const DAY_MS: u64 = 24 * HOUR_MS;
 
 impl PolicyFields {
-    /// The policy, in the ranges of the settings of the same meaning.
+    /// Returns the policy. The ranges are those of the corresponding settings.
     ///
     /// # Errors
-    /// A field that is out of range, no time, or given twice.
+    /// A field is out of range, not a time, or given twice.
     pub(super) fn policy(&self, settings: &Settings) -> Result<Policy, Invalid> {
         let mut policy = settings.policy();
         if let Some(count) = within("max_retries", self.max_retries, 0..=1000)? {

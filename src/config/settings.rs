@@ -266,12 +266,12 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Whether the setting with this id must never be shown whole.
+    /// Returns whether the setting with this id must never be shown whole.
     pub fn is_secret(id: &str) -> bool {
         matches!(id, "database_url" | "redis_url" | "redis_password")
     }
 
-    /// How the engine is to work.
+    /// Returns the configuration of the engine.
     pub fn relay(&self) -> RelayConfig {
         let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
         RelayConfig {
@@ -285,7 +285,7 @@ impl Settings {
         }
     }
 
-    /// How a destination is dealt with that says nothing else.
+    /// Returns the policy of a destination that sets none of its own.
     pub fn policy(&self) -> Policy {
         Policy {
             timeout: self.publish_timeout,
@@ -304,14 +304,14 @@ impl Settings {
     }
 }
 
-/// The settings' own command, for looking up their variables whatever became of the real one's.
+/// A command with all settings, for looking up their variables independently of the real command.
 #[derive(Parser)]
 struct Names {
     #[command(flatten)]
     settings: Settings,
 }
 
-/// The variable of the setting with this id.
+/// Returns the variable of the setting with this id.
 pub fn variable(id: &str) -> Option<String> {
     let command = Names::command();
     let arg = command.get_arguments().find(|arg| arg.get_id() == id)?;
@@ -375,8 +375,8 @@ mod tests {
         assert!(port("66000").is_err());
     }
 
-    /// Every setting that is a time or a size, and two ways to write the same value of it; only one where a plain number
-    /// could be any unit.
+    /// Every setting that is a time or a size, and two ways to write the same value. Only one is given if a plain number
+    /// would be ambiguous.
     const UNITS: [(&str, &str, Option<&str>); 11] = [
         ("log_retention", "36h", None),
         ("history_retention", "14d", None),

@@ -1,5 +1,5 @@
-//! Destinations that variables set up: the variables of one destination each, such as `REDIS_URL`, as the fields they stand
-//! for, and `RELAY_DESTINATION_<NAME>`, a URL.
+//! Destinations that are set up by variables: fixed variables, such as `REDIS_URL`, as the fields that they stand for, and
+//! `RELAY_DESTINATION_<NAME>`, a URL.
 
 use std::path::PathBuf;
 
@@ -10,17 +10,17 @@ use crate::config::settings::{RedisMode, Settings};
 use crate::config::{ConfigError, is_service_link, secret};
 use crate::secret::Secret;
 
-/// The beginning of variables that set up a destination by a URL.
+/// The prefix of variables that set up a destination by a URL.
 pub(super) const URL_PREFIX: &str = "RELAY_DESTINATION_";
 
-/// A destination that variables of its own set up.
+/// A destination that is set up by fixed variables.
 pub(super) struct Fixed {
     pub(super) name: &'static str,
     pub(super) kind: &'static str,
     pub(super) fields: Table,
 }
 
-/// Those of `REDIS_URL`, `REDIS_HOST`, `AWS_EVENTBRIDGE_BUS_NAME` and `RELAY_STDOUT`.
+/// Returns the destinations of `REDIS_URL`, `REDIS_HOST`, `AWS_EVENTBRIDGE_BUS_NAME` and `RELAY_STDOUT`.
 ///
 /// # Errors
 /// Two variables contradict each other.
@@ -86,7 +86,7 @@ fn insert_secret(fields: &mut Table, name: &str, secret: Secret) {
     fields.insert(name, value.into());
 }
 
-/// What settings say for fields that a destination of this kind does not have itself.
+/// Returns the values of settings for fields that a destination of this kind does not set itself.
 pub(super) fn defaults(kind: &str, settings: &Settings) -> Vec<(&'static str, Value)> {
     let number = |number: u64| Value::Integer(i64::try_from(number).unwrap_or(i64::MAX));
     match kind {
@@ -111,7 +111,7 @@ pub(super) fn defaults(kind: &str, settings: &Settings) -> Vec<(&'static str, Va
     }
 }
 
-/// The variable that a field of such a destination stands in.
+/// Returns the variable for a field of such a destination.
 pub(super) fn variable(name: &str, field: &str) -> String {
     let variable = match (name, field) {
         ("redis", "host") => "REDIS_HOST",
@@ -124,20 +124,20 @@ pub(super) fn variable(name: &str, field: &str) -> String {
     variable.to_owned()
 }
 
-/// A URL of a variable of its own.
+/// A URL that is given in a variable.
 pub(super) struct ByUrl {
     /// The variable.
     pub(super) variable: String,
-    /// The destination's name: the rest of the variable's, in lower case.
+    /// The name of the destination: the rest of the variable's name, in lower case.
     pub(super) name: String,
     /// The URL.
     pub(super) url: Secret,
 }
 
-/// The destinations of the environment that are set up by a URL, by name.
+/// Returns the destinations that are set up by URLs in the environment, by name.
 ///
 /// # Errors
-/// One is given directly and by a file.
+/// A URL is given both directly and by a file.
 pub(super) fn by_url() -> Result<Vec<ByUrl>, ConfigError> {
     let mut found: Vec<ByUrl> = Vec::new();
     for (variable, value) in url_variables() {
@@ -156,7 +156,7 @@ pub(super) fn by_url() -> Result<Vec<ByUrl>, ConfigError> {
     Ok(found)
 }
 
-/// Those variables with their values, by name.
+/// Returns the variables that set up destinations by a URL, with their values, by name.
 pub(super) fn url_variables() -> Vec<(String, String)> {
     let mut variables: Vec<(String, String)> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -166,7 +166,7 @@ pub(super) fn url_variables() -> Vec<(String, String)> {
     variables
 }
 
-/// Whether a variable sets up a destination by a URL.
+/// Returns whether a variable sets up a destination by a URL.
 pub(super) fn is_url_variable(name: &str) -> bool {
     name.len() > URL_PREFIX.len() && name.starts_with(URL_PREFIX) && !is_service_link(name)
 }

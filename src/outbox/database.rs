@@ -1,4 +1,4 @@
-//! Which kind of database `DATABASE_URL` names. Nothing else matches on the kind.
+//! Finds out which kind of database `DATABASE_URL` names. No other module matches on the kind.
 
 use std::future::Future;
 
@@ -30,10 +30,10 @@ enum Kind {
 }
 
 impl Kind {
-    /// The kind that a URL names.
+    /// Returns the kind that a URL names.
     ///
     /// # Errors
-    /// The feature that this library was built without.
+    /// The name of the feature that this library was built without.
     fn of(url: &str) -> Result<Self, &'static str> {
         if url.starts_with("sqlite:") {
             #[cfg(feature = "sqlite")]
@@ -49,11 +49,11 @@ impl Kind {
 }
 
 impl Database {
-    /// The database at `url`, which is only read; nobody is asked whether it leads anywhere. `pooled`: a
-    /// transaction-pooling proxy stands in front.
+    /// Creates the database at `url`. The URL is only parsed; nothing is connected. `pooled` says that a transaction-pooling
+    /// proxy is between relay and database.
     ///
     /// # Errors
-    /// The URL cannot be read, cannot be one, or names a kind of database that this library was built without.
+    /// The URL cannot be read or parsed, or names a kind of database that this library was built without.
     pub fn new(url: Secret, pooled: bool) -> Result<Self, OutboxError> {
         let text = url.read().map_err(OutboxError::UrlFile)?;
         let kind = Kind::of(&text).map_err(|feature| OutboxError::Url {
@@ -68,7 +68,7 @@ impl Database {
         Ok(Self { kind, url, pooled })
     }
 
-    /// Where it is, without secrets.
+    /// The address of the database, without secrets.
     pub fn shown(&self) -> String {
         match (self.url.read(), self.kind) {
             (Err(error), _) => error.to_string(),
@@ -79,12 +79,12 @@ impl Database {
         }
     }
 
-    /// How a relay uses it, by the settings that hold by default.
+    /// The configuration of a relay's access to the database, with default settings.
     pub fn config(&self) -> OutboxConfig {
         OutboxConfig { pooled: self.pooled, ..OutboxConfig::new(self.url.clone()) }
     }
 
-    /// Its operator's door. Nothing is connected yet.
+    /// Returns the store for commands. Nothing is connected yet.
     pub fn operate(&self) -> Box<dyn Operate> {
         match self.kind {
             #[cfg(feature = "postgres")]
@@ -94,7 +94,7 @@ impl Database {
         }
     }
 
-    /// Does `work` with its outbox, used as `config` says.
+    /// Runs `work` with an outbox of this database that is configured by `config`.
     pub async fn with_outbox<W: WithOutbox>(&self, config: OutboxConfig, work: W) -> W::Output {
         match self.kind {
             #[cfg(feature = "postgres")]
@@ -105,12 +105,12 @@ impl Database {
     }
 }
 
-/// Work that is done with an outbox of whatever kind.
+/// Work that is done with an outbox of any kind.
 pub trait WithOutbox {
-    /// What comes of it.
+    /// The result of the work.
     type Output;
 
-    /// Does it.
+    /// Runs the work with `outbox`.
     fn run(self, outbox: impl Outbox) -> impl Future<Output = Self::Output>;
 }
 

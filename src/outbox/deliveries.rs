@@ -1,34 +1,34 @@
-//! What became of a batch: the deliveries of each of its events, together.
+//! The verdicts on a batch: the deliveries of each of its events, together.
 
 use std::time::Duration;
 
 use crate::event::{Event, Verdict};
 
-/// The destination of a row that is not routed yet, or that stands for all its destinations; and of a delivery of an event that
-/// never got as far as one.
+/// The destination of a row that is not routed yet or stands for all its destinations, and of a delivery that was decided
+/// before routing.
 pub const NO_DESTINATION: &str = "";
 
-/// What became of one event at one destination.
+/// The verdict on one event at one destination.
 #[derive(Debug)]
 pub struct Delivery<'a> {
     /// The destination's name, or [`NO_DESTINATION`].
     pub destination: &'a str,
-    /// What is to be recorded.
+    /// The verdict, which is to be recorded.
     pub verdict: Verdict,
-    /// How long the publish call took that carried it.
+    /// How long the publish call took that included the event.
     pub duration: Duration,
 }
 
-/// What became of the events of a batch, grouped by event.
+/// The deliveries of a batch, grouped by event.
 #[derive(Debug, Default)]
 pub struct Deliveries<'a> {
     all: Vec<Delivery<'a>>,
-    /// The events, and where in `all` the deliveries of each end.
+    /// The events, each with the end of its deliveries in `all`.
     events: Vec<(&'a Event, usize)>,
 }
 
 impl<'a> Deliveries<'a> {
-    /// None yet, with room for one delivery of each of so many events.
+    /// Creates an empty value with room for one delivery of each of `events` events.
     pub fn with_capacity(events: usize) -> Self {
         Self { all: Vec::with_capacity(events), events: Vec::with_capacity(events) }
     }
@@ -55,7 +55,7 @@ impl<'a> Deliveries<'a> {
 pub struct Group<'d, 'a>(&'d mut Deliveries<'a>);
 
 impl<'a> Group<'_, 'a> {
-    /// Adds one more.
+    /// Adds a delivery.
     pub fn push(&mut self, delivery: Delivery<'a>) {
         self.0.all.push(delivery);
         if let Some((_, end)) = self.0.events.last_mut() {

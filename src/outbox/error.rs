@@ -1,4 +1,4 @@
-//! Why a store could not do something, and what to do about it.
+//! The errors of a store, with advice on what to do about them.
 
 use std::error::Error;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use crate::text::shown;
 /// The longest text of one cause, in characters.
 const MAX_CAUSE_CHARS: usize = 1000;
 
-/// A relay's connections besides those of its lanes: one for what is rarely done, one to be woken, one to look what stands still.
+/// The connections of a relay besides those of its lanes: one for rare work, one for notifications, one for the search for
+/// standstills.
 pub(super) const CONNECTIONS_BESIDE: usize = 3;
 
 /// Why the store could not do something.
@@ -18,31 +19,31 @@ pub enum OutboxError {
     /// The connection settings cannot be used.
     #[error("DATABASE_URL cannot be used: {reason}")]
     Url {
-        /// What is wrong with it, without its password.
+        /// What is wrong with the URL, without its password.
         reason: String,
     },
-    /// The file that holds the URL cannot be read; it may be about to be replaced.
+    /// The file that holds the URL cannot be read. It may be about to be replaced.
     #[error("DATABASE_URL cannot be read")]
     UrlFile(#[source] std::io::Error),
-    /// This kind of database does not have it.
+    /// This kind of database does not have this feature.
     #[error("{0}")]
     Unsupported(&'static str),
-    /// No connection.
+    /// The connection failed.
     #[error("cannot connect to the database")]
     Connect {
-        /// The driver's answer.
+        /// The driver's error.
         #[source]
         source: sqlx::Error,
-        /// What to do about it, where the answer tells.
+        /// What to do about it, if the error shows that.
         advice: Option<&'static str>,
     },
-    /// It cannot be written to.
+    /// The database cannot be written to.
     #[error("the database is read-only: {reason}")]
     ReadOnly {
-        /// Why, and what to do about it.
+        /// The reason, and what to do about it.
         reason: String,
     },
-    /// There is no such file.
+    /// The database file does not exist.
     #[error("there is no database file {file}: correct DATABASE_URL, or let the application create it first")]
     NoFile {
         /// Its path.
@@ -56,7 +57,7 @@ pub enum OutboxError {
     Names {
         /// The name that the relay uses.
         file: String,
-        /// How many there are.
+        /// The number of names.
         names: u64,
     },
     /// Relays at work have other destinations or routes.
@@ -65,64 +66,64 @@ pub enum OutboxError {
          that have others (`relay --once` publishes nothing new while such a relay is at work)"
     )]
     Configuration {
-        /// Which relays, and what differs.
+        /// The relays, and the differences.
         differences: String,
     },
     /// A file beside the database cannot be used.
     #[error("cannot {operation}; the relay must be allowed to write to the database's folder")]
     File {
-        /// In words, as in "lock the file".
+        /// The operation, in words, as in "lock the file".
         operation: &'static str,
-        /// The operating system's answer.
+        /// The operating system's error.
         #[source]
         source: std::io::Error,
     },
-    /// The tables are not there, or of an older version.
+    /// The tables do not exist, or have an older version.
     #[error("the database has schema version {found}, this relay needs {needed}: run `relay migrate`")]
     SchemaTooOld {
-        /// 0: none at all.
+        /// The version found; 0 if there are no tables.
         found: i32,
-        /// The newest migration this binary has.
+        /// The newest migration that this binary has.
         needed: i32,
     },
-    /// The tables are there, where this role does not find them.
+    /// The tables exist, but this role does not find them.
     #[error(
         "the tables lie in schema {schemas}, which is not on the search path, or this role has no usage on schema {schemas}: \
          set ?options=-csearch_path%3D... in DATABASE_URL, or grant usage as deploy/sql/roles.sql does"
     )]
     SchemaElsewhere {
-        /// Where they lie.
+        /// The schemas that have the tables.
         schemas: String,
     },
-    /// Tables and functions do not belong together, or are not ours.
+    /// Tables and functions do not belong together, or are not relay's.
     #[error("the schema cannot be used: {reason}")]
     SchemaBroken {
         /// What is wrong, and what to do about it.
         reason: String,
     },
-    /// A newer relay migrated it, in a way that this one cannot work with.
+    /// A newer relay migrated the database in a way that this relay cannot work with.
     #[error(
         "the database has schema version {found}, which needs a relay that knows version {needs}; this relay knows up to {known}: \
          install a newer relay"
     )]
     SchemaTooNew {
-        /// The database's.
+        /// The version of the database's schema.
         found: i32,
         /// The version that a relay must know to work with it.
         needs: i32,
-        /// The newest migration this binary has.
+        /// The newest migration that this binary has.
         known: i32,
     },
-    /// What is published would not be recorded.
+    /// The database would not record what is published.
     #[error("the database does not record what is published, so nothing is published: {reason}")]
     Unrecorded {
-        /// What is swallowed or refused, by whom, and what to do about it.
+        /// Which writes are suppressed or refused, by what, and what to do about it.
         reason: String,
     },
-    /// Triggers that the relay needs are not there, or others are in their way.
+    /// Triggers that the relay needs do not exist, or other triggers are in their way.
     #[error("event_outbox cannot be used as it is: {reason}")]
     Triggers {
-        /// Which, and the statement that mends it.
+        /// The triggers, and the statement that repairs them.
         reason: String,
     },
     /// The sequence of the ids is behind the rows.
@@ -133,17 +134,17 @@ pub enum OutboxError {
     Ids {
         /// The highest id of a row.
         highest: i64,
-        /// The last that the sequence gave.
+        /// The last id that the sequence gave.
         last: i64,
-        /// The statement that mends it.
+        /// The statement that repairs the sequence.
         cure: String,
     },
     /// The relay's role lacks rights.
     #[error("the role lacks: {missing}; {advice}")]
     Privileges {
-        /// Which, in words.
+        /// The missing rights, in words.
         missing: String,
-        /// What gives it them.
+        /// What grants the rights.
         advice: String,
     },
     /// Fewer connections are allowed than the relay opens.
@@ -152,15 +153,15 @@ pub enum OutboxError {
         lanes + CONNECTIONS_BESIDE
     )]
     Connections {
-        /// How many lanes it has.
+        /// The number of lanes.
         lanes: usize,
-        /// Who limits them, and the statement that raises the limit.
+        /// What limits the connections, and the statement that raises the limit.
         limit: String,
     },
     /// Row-level security applies to the relay's role.
     #[error("row-level security hides rows of {tables} from this role: {advice}")]
     RowSecurity {
-        /// Which tables.
+        /// The tables.
         tables: String,
         /// What to do about it.
         advice: &'static str,
@@ -174,26 +175,26 @@ pub enum OutboxError {
     /// A statement failed.
     #[error("cannot {operation}")]
     Query {
-        /// In words, as in "claim events".
+        /// The operation, in words, as in "claim events".
         operation: &'static str,
-        /// The database's answer.
+        /// The database's error.
         #[source]
         source: sqlx::Error,
-        /// What to do about it, where the answer tells.
+        /// What to do about it, if the error shows that.
         advice: Option<&'static str>,
     },
-    /// No answer in time; the connection was dropped.
+    /// No answer came in time, and the connection was dropped.
     #[error("cannot {operation}: no answer from the database within {} s", after.as_secs())]
     TimedOut {
-        /// In words, as in "claim events".
+        /// The operation, in words, as in "claim events".
         operation: &'static str,
-        /// How long it waited.
+        /// How long the relay waited.
         after: Duration,
     },
-    /// The relay was told to stop, and something in flight did not end in time.
+    /// The relay was stopped, and something in flight did not end in time.
     #[error("given up {} s after the signal: {what}; RELAY_SHUTDOWN_TIMEOUT says how long is waited", after.as_secs())]
     GivenUp {
-        /// How long it waited.
+        /// How long the relay waited.
         after: Duration,
         /// What was in flight, and what becomes of it.
         what: String,
@@ -207,7 +208,7 @@ impl From<FailpointError> for OutboxError {
 }
 
 impl OutboxError {
-    /// Whether a statement was given up, by us or by the server.
+    /// Returns whether a statement was given up, by the relay or by the server.
     pub(super) fn is_timeout(&self) -> bool {
         match self {
             Self::TimedOut { .. } => true,
@@ -218,12 +219,12 @@ impl OutboxError {
         }
     }
 
-    /// Waiting cannot help: a human must change the configuration or the binary.
+    /// Returns whether waiting cannot help: a person must change the configuration or the binary.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Url { .. } | Self::LocksDoNotExclude | Self::SchemaTooNew { .. })
     }
 
-    /// The whole chain of causes, and what to do about it where the error tells. One line, without any row's values.
+    /// Returns the whole chain of causes, and what to do if the error shows that. It is one line, without any row's values.
     pub fn explain(&self) -> String {
         let mut text = self.to_string();
         let mut source = self.source();
@@ -239,7 +240,7 @@ impl OutboxError {
             }
             text.push_str(": ");
             if let Some(database) = cause.downcast_ref::<sqlx::Error>().and_then(sqlx::Error::as_database_error) {
-                // Its own text, without the driver's preamble; never its DETAIL, which may quote a row.
+                // The server's message only. Its DETAIL is left out, because it may quote a row.
                 text.push_str(&shown(database.message(), MAX_CAUSE_CHARS));
                 break;
             }

@@ -1,13 +1,13 @@
-//! Numbers as columns hold them.
+//! Conversions of numbers from and to columns.
 
 use std::time::Duration;
 
-/// A count that a column can hold; one that is too large is the largest.
+/// Converts a count to a column's type. A count that is too large becomes the largest number.
 pub(super) fn to_i64(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// A wait in milliseconds; none where the time has passed.
+/// Converts milliseconds to a wait. A negative number becomes zero.
 pub(super) fn milliseconds(ms: i64) -> Duration {
     Duration::from_millis(u64::try_from(ms).unwrap_or_default())
 }

@@ -1,7 +1,7 @@
-//! The operator's door to a store: what a command does, and what a relay does once in a while.
+//! The operator's part of a store: the work of commands, and a relay's rare work.
 //!
-//! Nothing here is on the hot path, so every method is a boxed future, and a command needs no type of its own for each kind of
-//! store. Each call opens the connections that it needs.
+//! Nothing here is on the hot path, so every method returns a boxed future, and commands need no type parameter for the kind
+//! of store. Each call opens the connections that it needs.
 
 use std::time::Duration;
 
@@ -15,32 +15,32 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Standstill;
 
-/// What a migration did.
+/// The result of a migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Migrated {
-    /// The version before; 0: nothing was there.
+    /// The version before; 0 if there was none.
     pub from: i32,
-    /// The version after; higher than `known` where a newer relay migrated, in a way that this one can work with.
+    /// The version after. It is higher than `known` if a newer relay migrated in a way that this relay can work with.
     pub to: i32,
     /// The newest migration that this binary has.
     pub known: i32,
     /// The names of the migrations that were applied, in order.
     pub applied: Vec<&'static str>,
-    /// The schema whose functions were made anew, because it was renamed, or because some were moved.
+    /// The schema whose functions were created anew, because it was renamed, or because some of them were moved.
     pub mended: Option<String>,
 }
 
 /// One line of `relay check`.
 #[derive(Debug)]
 pub struct Check {
-    /// What was looked at.
+    /// What was checked.
     pub subject: String,
-    /// What was found, or what is wrong and what to do about it.
+    /// What was found; or what is wrong, and what to do about it.
     pub result: Result<String, String>,
 }
 
 impl Check {
-    /// What stands still, one failed line each.
+    /// Returns one failed check for each standstill.
     pub(super) fn standstills(found: Vec<Standstill>) -> impl Iterator<Item = Self> {
         found.into_iter().map(|standstill| Self {
             subject: format!("standstill {}", standstill.cause),
@@ -49,25 +49,25 @@ impl Check {
     }
 }
 
-/// What a check looks for besides the store itself.
+/// The context of a check: the configuration of the relay.
 #[derive(Debug, Clone, Copy)]
 pub struct CheckRequest<'a> {
     /// The names of all configured destinations.
     pub destinations: &'a [String],
     /// How long one publish call may take.
     pub publish_timeout: Duration,
-    /// What of the tables is used.
+    /// The parts of the schema that are used.
     pub usage: Usage,
-    /// How many batches are published at once, each on a connection of its own.
+    /// How many batches are published at once, each on its own connection.
     pub lanes: usize,
-    /// What decides where events go.
+    /// Everything that decides where events go.
     pub configuration: &'a Configuration,
 }
 
 /// Why `relay emit` inserted no event.
 #[derive(Debug)]
 pub enum Unemitted {
-    /// The event's content, in words that do not quote it.
+    /// The content of the event was refused. The text does not quote it.
     Refused(String),
     /// The database could not be reached.
     Outbox(OutboxError),
@@ -76,7 +76,7 @@ pub enum Unemitted {
 }
 
 impl Unemitted {
-    /// `refusal` says why the database refused the event for its content, if it did.
+    /// `refusal` returns why the database refused the event for its content, if it did.
     pub(super) fn new(error: EmitError, refusal: impl FnOnce(&sqlx::Error) -> Option<String>) -> Self {
         match &error {
             EmitError::Event(reason) => Self::Refused(reason.to_string()),
@@ -85,10 +85,10 @@ impl Unemitted {
     }
 }
 
-/// What only some kinds of store have.
+/// A feature that only some kinds of store have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Feature {
-    /// Publishing only what a crash of the server cannot take back: `RELAY_GHOST_BARRIER`.
+    /// Publishing only commits that a crash of the server cannot undo: `RELAY_GHOST_BARRIER`.
     GhostBarrier,
     /// [`Operate::audit`].
     Audit,
@@ -96,51 +96,52 @@ pub enum Feature {
 
 /// A store as its operator uses it.
 pub trait Operate: Send + Sync {
-    /// Whether the store has this.
+    /// Checks that the store has this feature.
     ///
     /// # Errors
-    /// [`OutboxError::Unsupported`], which says what to do about it.
+    /// [`OutboxError::Unsupported`], with what to do about it.
     fn require(&self, feature: Feature) -> Result<(), OutboxError>;
 
     /// Brings the database to the schema of this binary. Safe to run twice, twice at once, and beside running relays.
     ///
     /// # Errors
-    /// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
+    /// [`OutboxError::SchemaTooNew`], or the reason why it failed. Each migration is applied whole or not at all.
     fn migrate(&self) -> BoxFuture<'_, Result<Migrated, OutboxError>>;
 
-    /// Tries the database as a relay would use it, and stops at the first thing that makes the rest pointless. At last it looks
-    /// for what stands still.
+    /// Tries the database as a relay would use it, and stops at the first failure that makes further checks pointless. At the
+    /// end it searches for standstills.
     fn check<'a>(&'a self, request: CheckRequest<'a>) -> BoxFuture<'a, Vec<Check>>;
 
     /// Inserts one event, in a transaction of its own.
     ///
     /// # Errors
-    /// Why it was not inserted.
+    /// The reason why it was not inserted.
     fn emit(&self, event: NewEvent) -> BoxFuture<'_, Result<Uuid, Unemitted>>;
 
-    /// Tells `audit` all that the database knows about `destination`, in one snapshot. Returns the first stream entry from which
-    /// on the processing log has everything. The rows are streamed: memory is what the audit itself keeps.
+    /// Passes everything that the database knows about `destination` to `audit`, in one snapshot. Returns the first stream
+    /// entry from which on the processing log is complete. The rows are streamed: only the audit itself keeps anything in
+    /// memory.
     ///
     /// # Errors
-    /// Why it could not be read.
+    /// The reason why it could not be read.
     fn audit<'a>(&'a self, destination: &'a str, audit: &'a mut Audit) -> BoxFuture<'a, Result<EntryId, OutboxError>>;
 
-    /// Makes room for the days ahead, and deletes from the processing log and the history what is past its retention.
+    /// Adds the days ahead, and deletes rows of the processing log and the history that are past their retention.
     ///
     /// # Errors
-    /// What stands in the way; it is enough to try again within a few days.
+    /// The obstacle. It is enough to retry within a few days.
     fn maintain(&self) -> BoxFuture<'_, Result<(), OutboxError>>;
 
-    /// Who holds pending events now, this relay's own lanes included: one text for people each.
+    /// Returns who holds pending events now, including this relay's own lanes: one text for people each.
     ///
     /// # Errors
-    /// It is not known who does.
+    /// The holders cannot be read.
     fn holders(&self) -> BoxFuture<'_, Result<Vec<String>, OutboxError>>;
 
-    /// What keeps events from moving, as far as the store can tell. `destinations`: the names of all configured ones. Never
-    /// waits for a lock on a table.
+    /// Returns the causes that keep events from moving, as far as the store can find them. `destinations` are the names of
+    /// all configured destinations. It never waits for a lock on a table.
     ///
     /// # Errors
-    /// It is not known what does.
+    /// The store cannot be searched.
     fn standstills<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Vec<Standstill>, OutboxError>>;
 }

@@ -1,16 +1,16 @@
 //! How a store was proven to record what is published.
 
-/// The rows that a proof has settled, and whose settling it has taken back.
+/// The rows that a proof has settled before it was rolled back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ProofRows {
-    /// Rows that it inserted itself.
+    /// Rows that the proof inserted itself.
     Own,
-    /// Rows that were there, if any, because the table refuses a plain insert. The database's reason.
+    /// Existing rows, if there are any, because the table refuses a plain insert. The text is the database's reason.
     Existing(String),
 }
 
 impl ProofRows {
-    /// A line of `relay check`.
+    /// Describes the proof in a line of `relay check`.
     pub(super) fn describe(self) -> String {
         match self {
             Self::Own => "all that a relay writes, tried and taken back".to_owned(),

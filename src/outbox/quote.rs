@@ -1,6 +1,6 @@
-//! Names and texts as they stand in a statement.
+//! Quotes names and texts for statements.
 
-/// A name, in quotes where it needs them.
+/// Returns a name, quoted if necessary.
 pub(super) fn quoted(name: &str) -> String {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     if !name.is_empty() && name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit()) {
@@ -10,7 +10,7 @@ pub(super) fn quoted(name: &str) -> String {
     }
 }
 
-/// A text as a literal in SQL.
+/// Returns a text as an SQL literal.
 pub(super) fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

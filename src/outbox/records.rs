@@ -1,22 +1,22 @@
-//! What a settle writes: the rows that follow from the verdicts. The same for every store.
+//! The rows that a settle writes. They follow from the verdicts in the same way for every store.
 
 use crate::event::{Event, Fault, PublishError, Verdict, Wait};
 use crate::outbox::deliveries::Delivery;
 
-/// The last error of a row that could not be settled begins with this code. The row waits until somebody acts.
+/// The last error of a row that could not be settled begins with this code. The row waits until a person acts.
 pub(super) const SETTLE_FAILED: &str = "settle_failed";
 
-/// Follows that code where the event is still owed, and so holds back its key.
+/// This word follows that code if the event is still owed, and so blocks its key.
 const RETRY: &str = "retry";
 
-/// Everything that one settle writes. Nothing is recorded of a row that somebody else has deleted or changed meanwhile.
+/// Everything that one settle writes. Nothing is recorded for a row that somebody else has deleted or changed meanwhile.
 #[derive(Default)]
 pub(super) struct Records<'a> {
-    /// The events that are owed to no destination any more: their rows are deleted.
+    /// The events that are owed to no destination any more. Their rows are deleted.
     pub(super) gone: Vec<&'a Event>,
-    /// What the first destination is owed of an event that is still owed to some: the row is changed in place.
+    /// For each event that is still owed to some destination, what the first of them is owed. The row is changed in place.
     pub(super) moved: Vec<Owed<'a>>,
-    /// What each further destination is owed of the events of `moved`: a new row.
+    /// For the events of `moved`, what each further destination is owed. Each becomes a new row.
     pub(super) copies: Vec<Owed<'a>>,
     pub(super) log: Vec<LogEntry<'a>>,
     pub(super) dead_letters: Vec<DeadLetter<'a>>,
@@ -47,23 +47,23 @@ pub(super) struct HistoryRow<'a> {
     pub(super) destination: &'a str,
 }
 
-/// The delay of a row that waits for as long as it has failed already, between a second and five minutes, spread by half.
-/// What failed together must not come back together each time.
+/// The delay of a row that waits as long as the time since its first failure, from a second to five minutes, spread by half
+/// so that rows that failed together are not retried together each time.
 pub(super) const GROWING: f64 = -1.0;
 
-/// A scheduled row of the outbox: what one destination is still owed.
+/// A scheduled row of the outbox: an event that one destination is still owed.
 pub(super) struct Owed<'a> {
     pub(super) event: &'a Event,
     pub(super) destination: &'a str,
     pub(super) attempts: i32,
-    /// [`GROWING`]: as long as it has failed already. `None`: until somebody acts.
+    /// [`GROWING`] waits as long as the time since the first failure. `None` waits until a person acts.
     pub(super) delay_seconds: Option<f64>,
-    /// Why it failed, or cannot be settled; `None`: neither, and the row keeps what it has.
+    /// Why the event failed, or cannot be settled. `None` if neither; then the row keeps its error.
     pub(super) error: Option<String>,
 }
 
 impl<'a> Records<'a> {
-    /// The records of these events and their deliveries. An event that only waits in place leaves none.
+    /// Returns the records of these events and their deliveries. An event that only waits in place leaves none.
     pub(super) fn new(groups: impl Iterator<Item = (&'a Event, &'a [Delivery<'a>])>, history: bool) -> Self {
         let mut records = Self::default();
         for (event, group) in groups {
@@ -76,12 +76,12 @@ impl<'a> Records<'a> {
         records
     }
 
-    /// No rows, and so nothing to write.
+    /// Returns whether there are no rows to write.
     pub(super) fn is_empty(&self) -> bool {
         self.rows() == 0
     }
 
-    /// How many rows of the outbox are settled.
+    /// Returns how many rows of the outbox are settled.
     pub(super) fn rows(&self) -> usize {
         self.gone.len() + self.moved.len()
     }
@@ -95,7 +95,7 @@ impl<'a> Records<'a> {
         self.copies.extend(owed);
     }
 
-    /// Returns what is still owed.
+    /// Records a delivery. Returns what is still owed.
     fn record(&mut self, event: &'a Event, delivery: &'a Delivery<'a>, history: bool) -> Option<Owed<'a>> {
         let destination = delivery.destination;
         let attempts = event.attempts.saturating_add(1);
@@ -132,8 +132,9 @@ impl<'a> Records<'a> {
         owed
     }
 
-    /// These records, of one event, could not be settled because of `reason`. What became of the event is to stand in its
-    /// row instead, or in one for each destination, until somebody acts: none of it is published again before that.
+    /// Returns the records to write if these records, of one event, cannot be settled because of `reason`. The outcome of the
+    /// event is stored in its row instead, or in one row for each destination, until a person acts. None of it is published
+    /// again before that.
     pub(super) fn parked(&self, reason: &str) -> Self {
         let done = self.log.iter().filter(|entry| entry.status != "failed").map(|entry| Owed {
             event: entry.event,
@@ -156,7 +157,7 @@ impl<'a> Records<'a> {
         records
     }
 
-    /// The same in the one row that there is, for where no copies can be made.
+    /// Like `parked`, but in the one existing row, for when no copies can be made.
     pub(super) fn parked_whole(&self, reason: &str) -> Self {
         let delivered = self.log.iter().filter(|entry| entry.status == "published");
         let delivered: Vec<&str> = delivered.map(|entry| entry.destination).collect();
@@ -171,8 +172,8 @@ impl<'a> Records<'a> {
     }
 }
 
-/// What became of a delivery, by its status in the log, and why that cannot be recorded. One that is to be tried again holds
-/// back its key, which is told by the word after the code.
+/// The error text of a parked delivery: its outcome, by its status in the log, and why that cannot be recorded. The word
+/// after the code says whether the delivery is to be retried and so blocks its key.
 pub(super) fn parked_error(status: &str, error: Option<&str>, reason: &str) -> String {
     let what = match status {
         "published" => "delivered",
@@ -184,7 +185,7 @@ pub(super) fn parked_error(status: &str, error: Option<&str>, reason: &str) -> S
     bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}{error}"))
 }
 
-/// The same of a row that stands for all its destinations, of which some may still be owed the event.
+/// Like `parked_error`, for a row that stands for all its destinations, some of which may still be owed the event.
 pub(super) fn parked_whole_error(delivered: &[&str], still_owed: bool, reason: &str) -> String {
     let what = match (delivered.is_empty(), still_owed) {
         (true, _) => RETRY.to_owned(),
@@ -194,7 +195,7 @@ pub(super) fn parked_whole_error(delivered: &[&str], still_owed: bool, reason: &
     bounded(&format!("{SETTLE_FAILED}: {what}, which cannot be recorded: {reason}"))
 }
 
-/// Cut to what is stored of a message, and without what a database refuses.
+/// Cuts a message to the length that is stored, and removes what a database refuses.
 fn bounded(text: &str) -> String {
     PublishError::new(Fault::Event, "", text).message
 }

@@ -1,16 +1,16 @@
-//! The register of relays: which of several configurations routes.
+//! The register of relays decides which of several configurations routes.
 //!
 //! Each relay writes a row when it starts and deletes it when it ends. The configuration of the daemon that started last
-//! routes: only relays of that configuration take events that are not routed yet. The others deliver what is owed to
-//! destinations that it lacks. So an event that is committed after a relay said that it is ready is never routed by an
-//! older configuration.
+//! routes: only relays with that configuration take events that are not routed yet. The others deliver events that are owed
+//! to destinations which that configuration lacks. So an event that is committed after a relay has reported that it is ready
+//! is never routed by an older configuration.
 //!
-//! - A counter beside the rows is raised after each change has been committed. A claim reads it in the statement that reads
-//!   its events, and looks at the rows where it is not the counter that it knows.
-//! - While all relays have the same configuration, nothing else is written. While there are two, each relay writes its time
-//!   every few seconds.
-//! - Where a relay crashed, another one deletes its row. A relay whose row was deleted by mistake writes it anew, with
-//!   the number that it had, so that it does not supersede a newer one.
+//! - A counter beside the rows is raised after each change has been committed. A claim reads the counter in the statement
+//!   that reads its events, and reads the rows if the counter has changed.
+//! - While all relays have the same configuration, nothing else is written. While there are two configurations, each relay
+//!   writes its time every few seconds.
+//! - If a relay crashed, another relay deletes its row. A relay whose row was deleted by mistake writes it again with its old
+//!   number, so that it does not supersede a newer relay.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,42 +20,42 @@ use ring::digest::{SHA256, digest};
 
 use crate::outbox::error::OutboxError;
 
-/// How often a relay looks at the register while there is one configuration.
+/// How often a relay reads the register while there is one configuration.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// The same while there are several.
+/// How often a relay reads the register while there are several configurations.
 const MIXED_INTERVAL: Duration = Duration::from_secs(1);
 
-/// While there are several configurations, each relay writes its time so often.
+/// How often each relay writes its time while there are several configurations.
 const BEAT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A relay without a session that has not written its time for so long has ended.
+/// A relay without a session that has not written its time for this long has ended.
 const SILENCE: Duration = Duration::from_secs(15);
 
-/// After so long a relay of the same configuration that has no session is taken for one that has ended.
+/// After this time a relay of the same configuration that has no session counts as ended.
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
 
-/// Where a relay has no session by which others know that it lives, this is how long it gets to write its time once another
-/// configuration has come: longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
+/// How long a relay without a session, by which others could see that it is alive, has for writing its time once another
+/// configuration has come. It is longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
 const FIRST_BEAT: Duration = Duration::from_secs(20);
 
-/// A difference lists no more names than this.
+/// The largest number of names in a difference.
 const NAMES: usize = 5;
 
-/// What decides where events go.
+/// Everything that decides where events go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Configuration {
-    /// Each destination's name, and what kind it is and what it publishes to, without addresses and secrets: two relays may
-    /// reach one server by different ways.
+    /// The name of each destination, with its kind and its target, without addresses and secrets: two relays may reach one
+    /// server by different addresses.
     pub destinations: BTreeMap<String, String>,
     /// The routes in words, without the values of headers, sorted.
     pub routes: Vec<String>,
-    /// The same for equal configurations.
+    /// A hash that is the same for equal configurations.
     pub fingerprint: String,
 }
 
 impl Configuration {
-    /// `routes`: each as it is shown, and with all that decides.
+    /// Each of `routes` has the text that is shown, and the text with everything that decides.
     pub fn new(destinations: BTreeMap<String, String>, mut routes: Vec<(String, String)>) -> Self {
         routes.sort();
         routes.dedup();
@@ -66,7 +66,7 @@ impl Configuration {
         Self { destinations, routes: routes.into_iter().map(|(shown, _)| shown).collect(), fingerprint }
     }
 
-    /// What `other` has otherwise, in words.
+    /// Describes how `other` differs.
     pub fn difference(&self, other: &Self) -> String {
         let mut parts = Vec::new();
         let mut add = |what: &str, names: Vec<String>| {
@@ -104,7 +104,7 @@ impl Configuration {
 }
 
 impl Configuration {
-    /// Whether all relays at work have this configuration.
+    /// Checks that all relays at work have this configuration.
     pub(super) fn check(&self, rows: &[Registration]) -> Result<String, OutboxError> {
         let living = rows.iter().filter(|row| row.lives());
         let others = living.filter(|row| row.configuration.fingerprint != self.fingerprint);
@@ -121,40 +121,41 @@ impl Configuration {
 /// A row of the register.
 #[derive(Debug, Clone)]
 pub struct Registration {
-    /// A later start has a higher one.
+    /// The number of the start. Later starts have higher numbers.
     pub id: i64,
     /// Host name and process id.
     pub worker: String,
     /// The version of the program.
     pub version: String,
-    /// It ends when nothing is due: it never supersedes a daemon.
+    /// The relay ends when nothing is due, and never supersedes a daemon.
     pub once: bool,
-    /// Another relay has taken over, because this one left events that were due.
+    /// Another relay has taken over, because this relay left due events unclaimed.
     pub hung: bool,
-    /// What it publishes by.
+    /// The configuration of the relay.
     pub configuration: Configuration,
-    /// Whether its session is there; `None`: it has none, as behind a pooler and on SQLite.
+    /// Whether its session exists. `None` if it has none, as behind a pooler and on SQLite.
     pub session: Option<bool>,
-    /// How long ago it registered.
+    /// How long ago the relay registered.
     pub age: Duration,
-    /// How long ago it wrote its time.
+    /// How long ago the relay wrote its time.
     pub silent: Duration,
-    /// How long before now it last looked for events, as far as it has written that.
+    /// How long ago the relay last polled for events, according to what it has written.
     pub idle: Duration,
 }
 
 impl Registration {
-    /// Whether it is certainly at work.
+    /// Returns whether the relay is certainly at work.
     pub fn lives(&self) -> bool {
         self.session == Some(true) || self.silent < SILENCE
     }
 
-    /// Whether it has certainly ended. `watched`: how long the relay that asks has been registered.
+    /// Returns whether the relay has certainly ended. `watched` is how long the relay that asks has been registered.
     fn is_dead(&self, watched: Duration) -> bool {
         !self.lives() && (self.session.is_some() || watched >= FIRST_BEAT)
     }
 
-    /// Whether who registers may delete it. Whoever is deleted by mistake registers anew, see [`Membership::look`].
+    /// Returns whether a relay that registers may delete this row. A relay whose row is deleted by mistake registers again,
+    /// see [`Membership::look`].
     fn is_forgotten(&self, configuration: &Configuration) -> bool {
         match self.session {
             Some(lives) => !lives,
@@ -167,24 +168,26 @@ impl Registration {
     }
 }
 
-/// So many seconds, minutes or hours.
+/// A time in whole seconds, for people.
 fn seconds(duration: Duration) -> String {
     humantime::format_duration(Duration::from_secs(duration.as_secs())).to_string()
 }
 
-/// What a relay may do.
+/// The part of a relay in routing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
     /// Its configuration routes.
     Routes,
-    /// Another one does; this relay delivers what is owed to these destinations, which that one lacks.
+    /// Another configuration routes. This relay delivers events that are owed to these destinations, which that configuration
+    /// lacks.
     Superseded {
         /// Destinations that the routing configuration does not have.
         left: Arc<[String]>,
     },
 }
 
-/// The row whose configuration routes: of daemons the one that started last; of runs of `--once` the first.
+/// Returns the row whose configuration routes: of daemons the row of the last start, of runs of `--once` the row of the
+/// first.
 fn routing(rows: &[Registration]) -> Option<&Registration> {
     let daemons = || rows.iter().filter(|row| !row.once);
     daemons()
@@ -205,37 +208,37 @@ fn role(rows: &[Registration], mine: &Configuration) -> Role {
     }
 }
 
-/// Where the rows are kept. All of it is rare.
+/// The storage of the register. All its methods are called rarely.
 pub(super) trait Register: Send + Sync {
-    /// Whether one relay works at a time, whatever the register says.
+    /// Whether only one relay works at a time, whatever the register contains.
     const ONE_WORKS: bool;
 
-    /// The number of changes; only to be compared.
+    /// The number of changes. It serves only for comparison.
     fn changes(&self) -> impl Future<Output = Result<i64, OutboxError>> + Send;
 
-    /// Says that there was a change. To be called after it has been committed.
+    /// Records that there was a change. To be called after the change has been committed.
     fn changed(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// All rows.
+    /// Returns all rows.
     fn rows(&self) -> impl Future<Output = Result<Vec<Registration>, OutboxError>> + Send;
 
-    /// A number above all that were drawn before.
+    /// Returns a number above all earlier numbers.
     fn next_id(&self) -> impl Future<Output = Result<i64, OutboxError>> + Send;
 
-    /// Writes the row of `member`, or writes it anew.
+    /// Writes the row of `member`, again if it was deleted.
     fn write(&self, member: &Member) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Writes the time, and how long ago the relay `id` looked for events.
+    /// Writes the present time for the relay `id`, and how long ago the relay polled for events.
     fn beat(&self, id: i64, idle: Duration) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Deletes these rows.
     fn remove(&self, ids: &[i64]) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
-    /// Marks the relay `id` as hung, and returns true, if an event that is not routed has been due for longer than `patience`.
+    /// Marks the relay `id` as hung and returns true if an event that is not routed has been due for longer than `patience`.
     fn depose(&self, id: i64, patience: Duration) -> impl Future<Output = Result<bool, OutboxError>> + Send;
 }
 
-/// A relay as it registers itself.
+/// The data that a relay registers about itself.
 #[derive(Debug, Clone)]
 pub(super) struct Member {
     pub(super) id: i64,
@@ -243,7 +246,7 @@ pub(super) struct Member {
     pub(super) once: bool,
 }
 
-/// One relay's part in the register.
+/// One relay's membership in the register.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Membership {
     state: Arc<Mutex<State>>,
@@ -253,16 +256,16 @@ pub(super) struct Membership {
 struct State {
     member: Option<Member>,
     since: Option<Instant>,
-    /// The changes that `role` takes into account.
+    /// The number of changes that `role` accounts for.
     known: Option<i64>,
     role: Option<Role>,
     superseded_since: Option<Instant>,
-    /// There are rows of other configurations, whoever lives.
+    /// There are rows of other configurations, whether their relays are alive or not.
     several: bool,
-    /// Since when there are several configurations, and the difference to each other one.
+    /// Since when there are several configurations, and the difference to each other configuration.
     mixed: Option<(Instant, Vec<String>)>,
     beaten: Option<Instant>,
-    /// The destinations that would take events when somebody last said so.
+    /// The destinations that accepted events when they were last reported.
     ready: Vec<String>,
 }
 
@@ -275,7 +278,7 @@ impl Membership {
         self.state().member.clone()
     }
 
-    /// The role at this number of changes; `None`: the rows must be looked at. Whoever is not registered routes.
+    /// Returns the role at this number of changes, or `None` if the rows must be read. A relay that is not registered routes.
     pub(super) fn role_at(&self, changes: i64) -> Option<Role> {
         let state = self.state();
         match &state.member {
@@ -284,23 +287,23 @@ impl Membership {
         }
     }
 
-    /// The last role that is known.
+    /// Returns the last known role.
     pub(super) fn role(&self) -> Role {
         self.state().role.clone().unwrap_or(Role::Routes)
     }
 
-    /// Takes note of the destinations that would take events now.
+    /// Records the destinations that accept events now.
     pub(super) fn set_ready(&self, destinations: &[&str]) {
         self.state().ready = destinations.iter().map(|name| (*name).to_owned()).collect();
     }
 
-    /// Of these destinations those that would take events.
+    /// Returns those of these destinations that accept events.
     pub(super) fn ready(&self, destinations: &[String]) -> Vec<String> {
         let state = self.state();
         destinations.iter().filter(|name| state.ready.contains(name)).cloned().collect()
     }
 
-    /// What other configurations there are, if there have been some for so long.
+    /// Returns the differences to other configurations, if there have been any for at least `lasting`.
     pub(super) fn differences(&self, lasting: Duration) -> Vec<String> {
         match &self.state().mixed {
             Some((since, differences)) if since.elapsed() >= lasting => differences.clone(),
@@ -308,7 +311,7 @@ impl Membership {
         }
     }
 
-    /// Registers this relay, or registers it once more.
+    /// Registers this relay, or registers it again.
     pub(super) async fn join(
         &self,
         register: &impl Register,
@@ -341,7 +344,7 @@ impl Membership {
         register.changed().await
     }
 
-    /// Looks at the rows, writes this relay's anew where it is gone, and takes note of the role.
+    /// Reads the rows, writes this relay's row again if it is gone, and records the role.
     pub(super) async fn look(&self, register: &impl Register, now: Instant) -> Result<Role, OutboxError> {
         self.read(register, Duration::ZERO, now).await.map(|(role, _)| role)
     }
@@ -353,10 +356,10 @@ impl Membership {
         now: Instant,
     ) -> Result<(Role, Vec<Registration>), OutboxError> {
         let Some(member) = self.member() else { return Ok((Role::Routes, Vec::new())) };
-        // Read before the rows: whatever this number counts, they have.
+        // The counter is read before the rows, so that the rows include every change that it counts.
         let mut changes = register.changes().await?;
         let mut rows = register.rows().await?;
-        // A relay that looks for events does not hang, or no longer.
+        // A relay that polls for events does not hang, or not any more.
         if !rows.iter().any(|row| row.id == member.id && (!row.hung || idle >= BEAT_INTERVAL)) {
             register.write(&member).await?;
             register.changed().await?;
@@ -410,9 +413,9 @@ impl Membership {
         role
     }
 
-    /// Looks at the register from time to time: deletes the dead, takes over from a relay that hangs, and writes the time
-    /// while there are several configurations. `idle` is how long ago this relay looked for events; `patience` how long the
-    /// one that routes may leave some. Returns when to do it next.
+    /// Does the periodic work: deletes the rows of ended relays, takes over from a relay that hangs, and writes the time
+    /// while there are several configurations. `idle` is how long ago this relay polled for events; `patience` is how long
+    /// the routing relay may leave due events unclaimed. Returns the time until the next call.
     pub(super) async fn attend(
         &self,
         register: &impl Register,
@@ -437,7 +440,7 @@ impl Membership {
         let dead: Vec<i64> =
             rows.iter().filter(|row| row.id != member.id && row.is_dead(watched)).map(|row| row.id).collect();
         let hangs = routing(&rows).filter(others).filter(|row| !row.hung && !member.once && row.idle > patience);
-        // It has had the time to say that it looks for events.
+        // The routing relay has had the time to write that it polls for events.
         let superseded = self.state().superseded_since.is_some_and(|since| now.duration_since(since) > patience);
         if !dead.is_empty() {
             register.remove(&dead).await?;

@@ -1,12 +1,14 @@
-//! What has become of the columns of our tables, in words: somebody may have renamed one, or changed its type.
+//! Describes how the columns of relay's tables differ from the schema: somebody may have renamed a column or changed its
+//! type.
 
 use crate::outbox::quote::quoted;
 
-/// A column that is there: its table, its name, and its type where that matters.
+/// An existing column: its table, its name, and its type if that matters.
 pub(super) type Column = (String, String, String);
 
-/// What is otherwise than in `expected`, which has each table with its columns and their types, `name type, name type`.
-/// `types`: a type that differs is told, too; most work all the same. Each with the statement that mends it.
+/// Returns the differences to `expected`, which has each table with its columns and their types, `name type, name type`. With
+/// `types`, also reports a type that differs, although most work all the same. Each difference comes with the statement that
+/// repairs it.
 pub(super) fn differences(expected: &[(&str, &str)], columns: &[Column], types: bool) -> Vec<String> {
     let mut told = Vec::new();
     for (table, wanted) in expected {
@@ -22,7 +24,7 @@ pub(super) fn differences(expected: &[(&str, &str)], columns: &[Column], types: 
             match there.iter().find(|(_, there, _)| there == name) {
                 None => told.push(missing(table, name, &strangers)),
                 Some((.., found)) if types && found != wanted => {
-                    // Its default is of the other type, too, and PostgreSQL does not take it along.
+                    // The default has the other type too, and PostgreSQL does not convert it.
                     let (drop, set) = if *table == "event_outbox" && *wanted == "jsonb" {
                         (
                             format!("alter column {name} drop default, "),

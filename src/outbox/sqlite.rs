@@ -1,17 +1,19 @@
 //! The outbox in one SQLite file, shared with the application that owns it.
 //!
-//! - The hot path: [`lane`] claims and settles, `turn` is what the lane needs that does, `batch` reads, `row` decodes what is read, `settle` writes
-//!   what became of it, `traffic` stays out of the application's way, [`wake`] sleeps until the application commits.
-//! - `owner`: of several relays on one file, one works; `identity`: which file it is, whatever its name.
-//! - `proof`: whether the file records what is published, and what to do about events that it does not take.
-//! - The operator's door: `operate`, with `emit`, `check`, `migrate`, and `retention`, which deletes what is old.
+//! - The hot path: [`lane`] claims and settles, `turn` is the state of the lane that does so, `batch` reads, `row` decodes
+//!   rows, `settle` writes the deliveries, `traffic` avoids the application's writes, [`wake`] sleeps until the application
+//!   commits.
+//! - `owner`: of several relays on one file, one works; `identity`: identifies a file, whatever its name.
+//! - `proof`: proves that the file records what is published, and handles events that the file refuses.
+//! - The operator's part: `operate`, with `emit`, `check`, `migrate`, and `retention`, which deletes old rows.
 //! - Whether a file fits: `schema` compares the version, `shape` the columns; `migrations` is the list.
-//! - What keeps events from moving: `standstill` asks `parked`, `unconfigured` and `formats`, each by a `question`.
-//! - Several relays: `register` tells them of each other, `crash_notes` ends a crash loop.
-//! - `connection` opens the file, `store` is what all share.
+//! - The causes that keep events from moving: `standstill` runs `parked`, `unconfigured` and `formats`, each with a
+//!   `question`.
+//! - Several relays: `register` has their differences, `crash_notes` ends a crash loop.
+//! - `connection` opens the file, `store` is what all lanes share.
 //!
-//! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection;
-//! the write lock is taken to settle and given back at once, never held while anything is published.
+//! The file is the application's. Nothing here changes its journal mode or any other setting that outlives a connection. The
+//! write lock is taken to settle and released at once; it is never held while events are published.
 
 mod batch;
 pub mod check;

@@ -1,4 +1,4 @@
-//! What keeps events from being published, as texts for people.
+//! The causes that keep events from being published, as texts for people.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,26 +7,26 @@ use std::time::{Duration, Instant};
 use crate::outbox::quote::literal;
 use crate::text::shown;
 
-/// The cause of a standstill: an event is due, and nobody claims it.
+/// The cause of a standstill: an event is due, and no relay claims it.
 pub const NOT_TAKEN: &str = "not_taken";
 
-/// An event may be due for the publish timeout and so much longer, while a relay works on those before it.
+/// How much longer than the publish timeout an event may be due while a relay works on earlier events.
 pub(super) const TAKEN_AFTER: Duration = Duration::from_secs(15);
 
-/// One thing that keeps events from moving. The store finds it, or the engine reports it; a daemon logs it, shows it in
+/// A cause that keeps events from moving. The store finds it, or the engine reports it. A daemon logs it, shows it in
 /// systemd's status, and logs its end; `relay check` prints it as a failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standstill {
-    /// Its kind, the same as long as it lasts, such as `table_locked`.
+    /// The kind, which is the same as long as the standstill lasts, such as `table_locked`.
     pub cause: &'static str,
-    /// Tells it from others with the same cause, such as by a destination's name; empty where there can be one only.
+    /// Distinguishes standstills with the same cause, for example by a destination's name. Empty if there can be only one.
     pub about: String,
-    /// What stands still, since when, why, and what to do about it. No payload, header value or secret.
+    /// What stands still, since when, why, and what to do about it. It contains no payload, header value or secret.
     pub text: String,
 }
 
 impl Standstill {
-    /// The only one of its kind.
+    /// Creates the only standstill of its kind.
     pub fn new(cause: &'static str, text: impl Into<String>) -> Self {
         Self { cause, about: String::new(), text: text.into() }
     }
@@ -38,7 +38,8 @@ impl Standstill {
     }
 }
 
-/// `count` events are the first of their partition, due, and claimed by nobody. The others are facts of the first of them.
+/// `count` events are due, are the first of their partitions, and are claimed by no relay. The other arguments describe the
+/// first of these events.
 pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, who: &str) -> Standstill {
     let due = due.as_secs();
     let text = format!(
@@ -59,16 +60,16 @@ pub(crate) fn is_blocked_at(text: &str, destination: &str) -> bool {
     text.starts_with(&format!("destination {destination} takes other events, and not these"))
 }
 
-/// The first of events that stand still together.
+/// The first of the events that stand still together.
 pub(super) struct First {
     pub(super) id: i64,
-    /// Empty: it stands for all its destinations.
+    /// Empty if the event stands for all its destinations.
     pub(super) destination: String,
     pub(super) error: String,
 }
 
-/// `count` events wait until somebody acts, and `behind` events wait behind them. `now`: the present time in SQL. `forever`: the
-/// `available_at` of what is parked.
+/// `count` events wait until a person acts, and `behind` events wait behind them. `now` is the present time in SQL. `forever`
+/// is the `available_at` of parked events.
 pub(super) fn parked(count: i64, behind: i64, first: &First, now: &str, forever: &str) -> Standstill {
     let First { id, destination, error } = first;
     let row = format!("id = {id} and destination = {}", literal(destination));
@@ -94,7 +95,7 @@ pub(super) fn kept(count: usize, first: &First) -> Standstill {
     Standstill::new("events_kept_out", text)
 }
 
-/// The same where nothing can be written into their rows.
+/// Like `kept`, for events into whose rows nothing can be written.
 pub(super) fn remembered(count: usize, first: &First) -> Standstill {
     let First { id, destination, error } = first;
     let (destination, error) = (literal(destination), shown(error, MAX_ERROR_CHARS));
@@ -106,8 +107,8 @@ pub(super) fn remembered(count: usize, first: &First) -> Standstill {
     Standstill::new("events_remembered", text)
 }
 
-/// `count` events of a destination hold back their keys: they wait without being charged an attempt, or have failed for long, the
-/// first of them for `failing`.
+/// `count` events of a destination block their keys: they wait without being charged an attempt, or have failed for long. The
+/// first of them has failed for `failing`.
 pub(super) fn blocked(count: i64, first: &First, failing: Duration, forever: &str) -> Standstill {
     let First { id, destination, error } = first;
     let (count, error) = (counted(count), shown(error, MAX_ERROR_CHARS));
@@ -132,22 +133,22 @@ pub(super) fn unknown_formats(events: i64, formats: &str, behind: i64, since: &s
     Standstill::new("format_unknown", text)
 }
 
-/// A count that was cut off at one more than [`MOST_COUNTED`].
+/// A count as text. The count is cut off at one more than [`MOST_COUNTED`].
 fn counted(count: i64) -> String {
     if count > MOST_COUNTED { format!("more than {MOST_COUNTED}") } else { count.to_string() }
 }
 
-/// No more rows than this are counted: there may be millions.
+/// The largest number of rows that are counted, because there may be millions.
 pub(super) const MOST_COUNTED: i64 = 1000;
 
-/// What is owed to a destination that nobody has configured.
+/// Events that are owed to a destination which no relay has configured.
 pub(super) struct Unconfigured {
     pub(super) destination: String,
-    /// At most one more than are counted.
+    /// One more than the limit if there are more events than are counted.
     pub(super) count: i64,
     /// How long ago the first of them was emitted.
     pub(super) oldest: Option<Duration>,
-    /// The statements that give them to another destination, and make dead letters of them.
+    /// The statements that move the events to another destination, and that dead-letter them.
     pub(super) move_them: String,
     pub(super) give_them_up: String,
 }
@@ -167,7 +168,8 @@ impl Unconfigured {
     }
 }
 
-/// Since when something has been seen by every look. PostgreSQL hides the times of other roles, and a file has none.
+/// How long each state has been seen by every search. It is needed because PostgreSQL hides the times of other roles, and a
+/// file has none.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
     seen: Arc<Mutex<HashMap<String, Seen>>>,
@@ -177,12 +179,12 @@ pub(super) struct Memory {
 struct Seen {
     first: Instant,
     now: bool,
-    /// So far it has lasted too short a time to be a standstill.
+    /// The state has not lasted long enough to be a standstill.
     brief: bool,
 }
 
 impl Memory {
-    /// For how long every look has seen this.
+    /// Records that this search sees a state. Returns for how long every search has seen it.
     pub(super) fn seen(&self, what: &str) -> Duration {
         let mut seen = self.all();
         let seen =
@@ -191,21 +193,21 @@ impl Memory {
         seen.first.elapsed()
     }
 
-    /// It may be over in a moment, and is worth another look then.
+    /// Marks a state that may be over in a moment, so that another search is worthwhile then.
     pub(super) fn is_brief(&self, what: &str) {
         if let Some(seen) = self.all().get_mut(what) {
             seen.brief = true;
         }
     }
 
-    /// Ends a look: forgets what it did not see. Returns whether it saw something that may be over in a moment.
+    /// Ends a search: forgets the states that it did not see. Returns whether it saw one that may be over in a moment.
     pub(super) fn forget_unseen(&self) -> bool {
         let mut seen = self.all();
         seen.retain(|_, seen| std::mem::replace(&mut seen.now, false));
         seen.values().any(|seen| seen.brief)
     }
 
-    /// Nothing was seen yet.
+    /// Returns whether no state is remembered.
     pub(super) fn is_empty(&self) -> bool {
         self.all().is_empty()
     }

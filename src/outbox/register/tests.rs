@@ -1,4 +1,4 @@
-//! The protocol in memory: many steps at random, of relays that start, end, die, hang and lose their sessions.
+//! Tests the protocol in memory: many random steps, in which relays start, end, crash, hang and lose their sessions.
 
 use std::sync::Mutex as StdMutex;
 
@@ -21,11 +21,11 @@ struct Row {
     looked: Duration,
 }
 
-/// A register with a clock of its own.
+/// A register with its own clock.
 #[derive(Default)]
 struct Memory {
     inner: StdMutex<(Vec<Row>, i64, Duration)>,
-    /// An event has been due for so long that is not routed.
+    /// How long an event that is not routed has been due.
     waiting: StdMutex<Duration>,
 }
 
@@ -96,7 +96,7 @@ impl Register for Memory {
     async fn beat(&self, id: i64, idle: Duration) -> Result<(), OutboxError> {
         self.with(|(rows, _, now)| {
             for row in rows.iter_mut().filter(|row| row.member.id == id) {
-                // Whoever writes has a session.
+                // A relay that writes has a session.
                 (row.session, row.seen, row.looked) = (true, *now, now.saturating_sub(idle));
             }
         });
@@ -122,9 +122,9 @@ const PATIENCE: Duration = Duration::from_secs(45);
 struct Relay {
     membership: Membership,
     configuration: Arc<Configuration>,
-    /// Neither looks nor attends.
+    /// The relay neither reads the register nor attends.
     stopped: bool,
-    /// When it died without a word.
+    /// When the relay crashed.
     died: Option<Duration>,
 }
 
@@ -134,7 +134,7 @@ struct World {
     begun: Instant,
 }
 
-/// Nothing in here ever waits.
+/// Polls a future once. No future in these tests ever waits.
 fn now_or_never<T>(future: impl Future<Output = T>) -> T {
     future.now_or_never().expect("nothing waits")
 }
@@ -159,7 +159,7 @@ impl World {
         self.relays[relay].membership.member().expect("it is registered").id
     }
 
-    /// What a claim does: whether this relay routes what is committed now.
+    /// Returns what a claim would find: whether this relay routes newly committed events.
     fn routes(&self, relay: usize) -> bool {
         let Relay { membership, stopped, .. } = &self.relays[relay];
         if *stopped {
@@ -181,7 +181,7 @@ impl World {
         }
     }
 
-    /// Time goes by, and everybody who lives attends as often as they are to.
+    /// Lets time pass. Every living relay attends as often as it is asked to.
     fn pass(&self, seconds: u64) {
         for _ in 0..seconds {
             self.register.pass(Duration::from_secs(1));
@@ -243,18 +243,18 @@ fn whatever_happens_no_older_configuration_routes_while_a_newer_relay_may_live()
                 (0..=1, _) if living.len() < 5 => {
                     world.start(&configurations[random.usize(..3)], false);
                 }
-                // It ends in good order.
+                // It ends normally.
                 (2, Some(relay)) => {
                     world.relays[relay].stopped = true;
                     now_or_never(world.relays[relay].membership.leave(&world.register)).expect("it leaves");
                 }
-                // It dies.
+                // It crashes.
                 (3, Some(relay)) => {
                     world.relays[relay].stopped = true;
                     world.relays[relay].died = Some(world.register.now());
                     world.register.lose_session(world.id(relay));
                 }
-                // Its session is lost, and it attends before others take it for dead.
+                // Its session is lost, and it attends before others take it for ended.
                 (4..=5, Some(relay)) => world.register.lose_session(world.id(relay)),
                 // Somebody deletes rows.
                 (6, Some(relay)) => {
@@ -265,9 +265,10 @@ fn whatever_happens_no_older_configuration_routes_while_a_newer_relay_may_live()
                 (7, Some(relay)) => world.attend(relay),
                 _ => world.pass(random.u64(..20)),
             }
-            // Whoever attends now has written its row, so that all know of each other.
+            // A relay that attends now has written its row, so that all relays know of each other.
             world.who_routes();
-            // One that died just now may be alive, for all that others know. Of several such ones some may be known to be dead.
+            // A relay that crashed just now may be alive as far as others know. Of several such relays some may be known to
+            // have ended.
             let now = world.register.now();
             let lives = |relay: &usize| !world.relays[*relay].stopped;
             let newest = (0..world.relays.len()).filter(lives).max();
@@ -285,7 +286,7 @@ fn whatever_happens_no_older_configuration_routes_while_a_newer_relay_may_live()
                 assert!(allowed.contains(fingerprint), "seed {seed}, step {step}: an older configuration routes");
             }
         }
-        // Whoever died is found out, and somebody routes.
+        // Crashed relays are found out, and some relay routes.
         world.pass(60);
         let living = world.relays.iter().filter(|relay| !relay.stopped).count();
         assert!(living == 0 || !world.who_routes().is_empty(), "seed {seed}: nobody routes");
