@@ -1,12 +1,12 @@
-//! Whether what arrived in a stream is what was emitted: the checker behind `relay audit` and the chaos tests.
+//! Checks that a stream contains what was emitted. `relay audit` and the chaos tests use it.
 //!
-//! It is fed with the stream, then with the database, in one snapshot, then with what came into the stream meanwhile. So a
-//! running relay gives no false alarm: an event of the first reading is, later, either still in the outbox or recorded; one
-//! that is recorded as published was in the stream before, and so is in one of the two readings.
+//! Its input is the stream, then one snapshot of the database, then the entries that came into the stream meanwhile. So a
+//! running relay causes no false alarm: an event of the first reading is later either still in the outbox or recorded; an
+//! event that is recorded as published was in the stream before, so it is in one of the two readings.
 //!
-//! Memory grows with the number of different events, and not with their payloads, of which checksums are kept: 150 to 300 bytes
-//! for each event that is in the stream or that the database knows, the text of each different key once, and as much again for
-//! each obligation. So ten million events take at most 3 GB, without obligations. All else is streamed.
+//! Memory grows with the number of different events, but not with their payloads, of which only checksums are kept: 150 to
+//! 300 bytes for each event in the stream or in the database, the text of each different key once, and as much again for each
+//! obligation. So ten million events take at most 3 GB, without obligations. Everything else is streamed.
 
 mod input;
 
@@ -17,53 +17,54 @@ use uuid::Uuid;
 
 pub use input::{Checksum, Entry, EntryId, Known, Obligation};
 
-/// How many findings of a kind are listed.
+/// How many findings of each kind are listed.
 const LISTED: usize = 20;
 
-/// What is wrong.
+/// A kind of error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// Committed, or recorded as published, and not in the stream, nor owed, nor dead-lettered.
+    /// The event is committed, or recorded as published, but is not in the stream, nor owed, nor dead-lettered.
     Lost,
-    /// In the stream, and rolled back, or known to nobody.
+    /// The event is in the stream, but was rolled back, or is unknown to the database and the producers.
     Ghost,
-    /// Arrived for the first time after a later event of its key.
+    /// The event arrived for the first time after a later event of its key.
     Inversion,
-    /// Its payload is another one's.
+    /// The payload differs from the emitted one.
     Changed,
-    /// In two tables at once, recorded twice, in the stream and recorded nowhere, or recorded as another's entry.
+    /// The event is in two tables at once, recorded twice, in the stream and recorded nowhere, or recorded with another
+    /// event's entry.
     Disagreement,
 }
 
-/// What an audit found.
+/// The result of an audit.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// Entries in the stream.
     pub entries: u64,
-    /// Different events among them.
+    /// Different events among the entries.
     pub events: u64,
     /// Entries of events that had arrived before: allowed, unless exactly once is promised.
     pub repeats: u64,
-    /// Entries that no relay made; they are left out.
+    /// Entries that no relay made. They are ignored.
     pub foreign: u64,
     /// Events still owed.
     pub pending: u64,
     /// Dead letters.
     pub dead_letters: u64,
-    /// How often what is wrong.
+    /// The number of findings of each kind.
     pub counts: std::collections::BTreeMap<Finding, u64>,
-    /// The first of each, in words.
+    /// Descriptions of the first findings of each kind.
     pub examples: Vec<String>,
 }
 
 impl Report {
-    /// How often this was found.
+    /// Returns the number of findings of this kind.
     pub fn count(&self, finding: Finding) -> u64 {
         self.counts.get(&finding).copied().unwrap_or_default()
     }
 
-    /// Nothing is wrong.
+    /// Returns whether there are no findings.
     pub fn is_clean(&self) -> bool {
         self.counts.is_empty()
     }
@@ -83,26 +84,26 @@ struct Seen {
     sequence: i64,
     key: Option<u32>,
     checksum: Checksum,
-    /// Entries after the first, where there are any: a repeat may be recorded instead of it.
+    /// The entries after the first, if there are any. A repeat may be recorded instead of the first entry.
     others: Vec<EntryId>,
     known: bool,
 }
 
-/// See the module. First every [`entry`](Self::entry), then every [`known`](Self::known), then what came into the stream
-/// meanwhile ([`later_entry`](Self::later_entry)), then every [`obligation`](Self::obligation) or none, then
-/// [`finish`](Self::finish).
+/// An audit in progress. Call [`entry`](Self::entry) for every entry, then [`known`](Self::known) for everything in the
+/// database, then [`later_entry`](Self::later_entry) for entries that came into the stream meanwhile, then
+/// [`obligation`](Self::obligation) for every obligation, if there are any, and at the end [`finish`](Self::finish).
 #[derive(Debug, Default)]
 pub struct Audit {
     seen: HashMap<Uuid, Seen>,
     later: HashSet<Uuid>,
     keys: HashMap<Box<str>, u32>,
-    /// What the database says, where it matters later.
+    /// The state of events in the database, as far as it is needed later.
     stated: HashMap<Uuid, Stated>,
-    /// Recorded as published, and not in the first reading.
+    /// Events that are recorded as published, and are not in the first reading.
     missing: Vec<(Option<EntryId>, Uuid, i64)>,
     first_entry: Option<EntryId>,
     has_obligations: bool,
-    /// By key, the sequence promised and where it arrived.
+    /// For each key, the promised sequences and the entries at which they arrived.
     promised: HashMap<String, Vec<(i64, EntryId, Uuid)>>,
     report: Report,
 }
@@ -115,20 +116,20 @@ struct Stated {
     redriven: bool,
 }
 
-/// How an audit judges.
+/// The facts by which an audit judges.
 #[derive(Debug, Clone, Copy)]
 pub struct Judgement {
-    /// Entries before it may be older than what the log still has.
+    /// The first entry from which on the log is complete. Earlier entries may be older than the log's retention.
     pub recorded_since: EntryId,
-    /// So many entries have been trimmed or deleted from the stream.
+    /// How many entries have been trimmed or deleted from the stream.
     pub trimmed: u64,
-    /// Whether the sequence gives the order of a key, where no obligations do: not where events are delayed, or those of a
-    /// key have several priorities.
+    /// Whether the sequence gives the order of a key, if no obligations do. It does not if events are delayed, or if those of
+    /// a key have several priorities.
     pub in_sequence: bool,
 }
 
 impl Audit {
-    /// The next entry of the stream, in its order.
+    /// Adds the next entry of the stream, in the stream's order.
     pub fn entry(&mut self, entry: &Entry<'_>) {
         self.report.entries += 1;
         self.first_entry.get_or_insert(entry.id);
@@ -153,12 +154,12 @@ impl Audit {
         self.seen.insert(entry.event_id, Seen { first, sequence, key, checksum, others: Vec::new(), known: false });
     }
 
-    /// An entry of the stream that no relay made.
+    /// Adds an entry of the stream that no relay made.
     pub fn foreign_entry(&mut self) {
         self.report.foreign += 1;
     }
 
-    /// Something the database knows; `checksum` where it has the payload.
+    /// Adds a fact from the database. `checksum` is `None` if the database does not have the payload there.
     pub fn known(&mut self, event_id: Uuid, sequence: i64, known: Known, checksum: Option<Checksum>) {
         match self.seen.get_mut(&event_id) {
             Some(seen) => {
@@ -212,18 +213,18 @@ impl Audit {
         }
     }
 
-    /// An entry that came after the first reading.
+    /// Adds an entry that came after the first reading.
     pub fn later_entry(&mut self, event_id: Uuid) {
         self.later.insert(event_id);
     }
 
-    /// What a producer promised.
+    /// Adds a promise of a producer.
     pub fn obligation(&mut self, promised: &Obligation) {
         self.has_obligations = true;
         let id = promised.event_id;
         let stated = self.stated.get(&id).copied().unwrap_or_default();
         let Some(seen) = self.seen.get_mut(&id) else {
-            // One that is recorded as published is looked for by its entry.
+            // An event that is recorded as published is checked by its entry.
             let somewhere = stated.pending || stated.dead || stated.published || self.later.contains(&id);
             if promised.committed == Some(true) && !somewhere {
                 self.report.add(Finding::Lost, || format!("lost: {id} was committed and is nowhere"));
@@ -249,7 +250,7 @@ impl Audit {
         seen.known = true;
     }
 
-    /// The verdict.
+    /// Returns the report.
     pub fn finish(mut self, judgement: Judgement) -> Report {
         self.find_losses(judgement.trimmed);
         for (id, seen) in &self.seen {
@@ -261,7 +262,7 @@ impl Audit {
             }
         }
         if self.has_obligations {
-            // The producers' own order is the better judge.
+            // The order that producers promised takes precedence over the sequence.
             let promised = std::mem::take(&mut self.promised);
             promised.into_iter().for_each(|(key, arrived)| self.find_inversions(&key, arrived));
         } else if judgement.in_sequence {
@@ -280,8 +281,8 @@ impl Audit {
         self.report
     }
 
-    /// What is recorded as published must have been in the stream before that was recorded: if it is in neither reading, it
-    /// was trimmed from the stream's beginning, or lost.
+    /// An event that is recorded as published was in the stream before it was recorded. If it is in neither reading, it was
+    /// trimmed from the stream's beginning, or lost.
     fn find_losses(&mut self, trimmed: u64) {
         self.missing.retain(|(_, id, _)| !self.later.contains(id));
         self.missing.sort_unstable();
@@ -339,7 +340,7 @@ mod tests {
         }
     }
 
-    /// Events 1 to 5, all in order, published and recorded; with these changes.
+    /// Audits events 1 to 5, all in order, published and recorded, with these changes.
     fn audit(
         change_entries: impl FnOnce(&mut Vec<Entry<'static>>),
         change_known: impl FnOnce(&mut Vec<(i64, Known)>),
@@ -378,14 +379,14 @@ mod tests {
 
     #[test]
     fn a_loss_is_found() {
-        // Gone from everywhere; the producer knows.
+        // The event is nowhere, and only the producer knows it.
         let report = audit(
             |entries| *entries = [&entries[..2], &entries[2 + 1..]].concat(),
             |known| *known = [&known[..2], &known[3..]].concat(),
             nothing,
         );
         only(&report, Finding::Lost);
-        // Recorded as published, and not there; the log knows.
+        // The event is recorded as published and not in the stream. The log shows it.
         only(
             &audit(|entries| *entries = [&entries[..2], &entries[2 + 1..]].concat(), nothing, Vec::clear),
             Finding::Lost,
@@ -439,11 +440,11 @@ mod tests {
 
     #[test]
     fn a_log_that_does_not_agree_is_found() {
-        // Arrived, recorded nowhere.
+        // The event arrived and is recorded nowhere.
         only(&audit(nothing, |known| known.truncate(4), nothing), Finding::Disagreement);
-        // Still owed, and recorded.
+        // The event is still owed and also recorded.
         only(&audit(nothing, |known| known.push((3, Known::Pending)), nothing), Finding::Disagreement);
-        // Recorded as somebody else's entry.
+        // The event is recorded with another event's entry.
         let report = audit(nothing, |known| known[0].1 = Known::Published(Some(EntryId(1000, 2))), nothing);
         only(&report, Finding::Disagreement);
     }

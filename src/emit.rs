@@ -1,4 +1,4 @@
-//! What applications need, and all that is built of this library for them: an event, and its insert by sqlx.
+//! The part of this library that applications need: an event, and its insert by sqlx.
 
 mod new_event;
 #[cfg(feature = "postgres")]
@@ -19,17 +19,17 @@ pub use new_event::{
 /// Why an event was not emitted.
 #[derive(Debug, thiserror::Error)]
 pub enum EmitError {
-    /// The event is not one the schema takes. Nothing was sent; the transaction goes on.
+    /// The schema does not allow the event. Nothing was sent, and the transaction can go on.
     #[error("the event cannot be emitted")]
     Event(#[from] NewEventError),
-    /// The insert failed; the transaction can only be rolled back.
+    /// The insert failed, and the transaction can only be rolled back.
     #[error("the event could not be inserted into event_outbox")]
     Insert(#[source] sqlx::Error),
 }
 
 /// A database with an outbox: `sqlx::Postgres` with the feature `postgres`, `sqlx::Sqlite` with the feature `sqlite`.
 pub trait OutboxDatabase: Database + sealed::Sealed {
-    /// The insert of one event.
+    /// Returns the insert of one event.
     #[doc(hidden)]
     fn insert(event: NewEvent) -> Query<'static, Self, Self::Arguments>;
 }
@@ -42,7 +42,7 @@ mod sealed {
     impl Sealed for sqlx::Sqlite {}
 }
 
-/// Emits `event` as part of the caller's transaction and returns the identity consumers will see.
+/// Emits `event` as part of the caller's transaction. Returns the event id that consumers will see.
 ///
 /// It is published once that transaction has committed, and never if it rolls back.
 ///

@@ -1,4 +1,4 @@
-//! What an audit is fed with: entries of the stream, what the database knows, and what producers have promised.
+//! The input of an audit: entries of the stream, facts from the database, and promises of producers.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -8,18 +8,18 @@ use uuid::Uuid;
 pub struct Checksum(u128);
 
 impl Checksum {
-    /// Of these bytes.
+    /// Returns the checksum of these bytes.
     pub fn of(payload: &[u8]) -> Self {
         Self::from_sha256(ring::digest::digest(&ring::digest::SHA256, payload).as_ref()).expect("a digest has 32 bytes")
     }
 
-    /// Of a digest; `None` where it is none.
+    /// Returns the checksum of a digest, or `None` if the digest is too short.
     pub fn from_sha256(digest: &[u8]) -> Option<Self> {
         digest.first_chunk().map(|half| Self(u128::from_be_bytes(*half)))
     }
 }
 
-/// An entry of the stream, or rather of its text `1700000000000-0` the two numbers.
+/// The id of an entry of the stream: the two numbers of its text `1700000000000-0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EntryId(pub u64, pub u64);
 
@@ -35,50 +35,50 @@ impl std::str::FromStr for EntryId {
 /// One entry of the stream.
 #[derive(Debug, Clone)]
 pub struct Entry<'a> {
-    /// Where it stands.
+    /// The id of the entry.
     pub id: EntryId,
     /// The event.
     pub event_id: Uuid,
-    /// Its id in the outbox.
+    /// The event's id in the outbox.
     pub sequence: i64,
-    /// Its ordering key, where it has one.
+    /// The ordering key of the event, if it has one.
     pub key: Option<&'a str>,
-    /// Of its payload.
+    /// The checksum of its payload.
     pub checksum: Checksum,
 }
 
-/// What the database knows of one event at the audited destination.
+/// A fact from the database about one event at the audited destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
-    /// It is in the outbox, owed to this destination or not routed yet.
+    /// The event is in the outbox, owed to this destination or not routed yet.
     Pending,
-    /// The log says it was published, as this entry.
+    /// The log says that the event was published as this entry.
     Published(Option<EntryId>),
-    /// It is dead-lettered, and was not put back.
+    /// The event is dead-lettered, and was not put back.
     DeadLetter,
-    /// It was dead-lettered and put back: it may come after later events of its key.
+    /// The event was dead-lettered and put back. It may come after later events of its key.
     Redriven,
-    /// The history keeps its payload; that says nothing about where it is.
+    /// The history has its payload. This says nothing about where the event is.
     Kept,
 }
 
-/// What a producer has promised, one line of JSON of the file of obligations.
+/// A promise of a producer: one line of JSON in the file of obligations.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 pub struct Obligation {
     /// The event.
     pub event_id: Uuid,
-    /// Its ordering key, as consumers see it; none: no order.
+    /// Its ordering key, as consumers see it. `None` if its order does not matter.
     pub key: Option<String>,
-    /// Its place among the events of its key.
+    /// Its position among the events of its key.
     pub sequence: i64,
     /// SHA-256 of its payload as the database prints it, in hexadecimal.
     pub sha256: Option<String>,
-    /// Whether its transaction was committed; `None`: the answer to the commit was lost, and both are right.
+    /// Whether its transaction was committed. `None` if the answer to the commit was lost, so that both are allowed.
     pub committed: Option<bool>,
 }
 
 impl Obligation {
-    /// Of the payload; `None` where `sha256` is missing or no digest.
+    /// Returns the checksum of the payload, or `None` if `sha256` is missing or not a digest.
     pub(super) fn checksum(&self) -> Option<Checksum> {
         let text = self.sha256.as_deref()?;
         let bytes: Option<Vec<u8>> =

@@ -1,4 +1,4 @@
-//! What applications emit.
+//! The event that applications emit.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,14 +9,15 @@ use uuid::Uuid;
 /// The longest event type, in characters: EventBridge's limit for `DetailType`, and a CHECK of the schema.
 pub const MAX_EVENT_TYPE_CHARS: usize = 128;
 
-/// The longest source, correlation id and causation id, and the longest of both halves of a key, in bytes: the schema's rules.
+/// The longest source, correlation id and causation id, and the longest of both halves of a key together, in bytes. The
+/// schema has the same limits.
 pub const MAX_TEXT_BYTES: usize = 16_384;
 
-/// The most bytes that all headers have together, as the JSON that the database prints: a rule of the schema.
+/// The largest size in bytes of all headers together, as the JSON that the database prints. The schema has the same limit.
 pub const MAX_HEADERS_BYTES: usize = 262_144;
 
-/// Header names that would hide an attribute consumers rely on, in any case and with any space around them; the schema
-/// refuses them too. (`replayed` will mark events that are published once more on purpose.)
+/// Header names that would hide an attribute which consumers rely on, in any case and with any space around them. The schema
+/// refuses them too. (`replayed` will mark events that are deliberately published once more.)
 pub const RESERVED_HEADERS: [&str; 16] = [
     "specversion",
     "id",
@@ -36,7 +37,7 @@ pub const RESERVED_HEADERS: [&str; 16] = [
     "replayed",
 ];
 
-/// What is wrong with the name of a header.
+/// An error in the name of a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeaderName {
     Empty,
@@ -44,7 +45,8 @@ pub(crate) enum HeaderName {
 }
 
 impl HeaderName {
-    /// Whoever reads an event may trim names, or ignore their case.
+    /// Returns what is wrong with a name, if anything. Case and surrounding space do not matter, because readers of an event
+    /// may trim names or ignore their case.
     pub(crate) fn trouble(name: &str) -> Option<Self> {
         let name = name.trim_matches(|c: char| c.is_whitespace() || c.is_control());
         if name.is_empty() {
@@ -55,7 +57,8 @@ impl HeaderName {
     }
 }
 
-/// An event an application is about to emit; hand it to [`emit`](fn@crate::emit) inside the transaction it belongs to.
+/// An event that an application is about to emit. Pass it to [`emit`](fn@crate::emit) inside the transaction that it belongs
+/// to.
 ///
 /// ```
 /// # fn main() -> Result<(), outbox_relay::NewEventError> {
@@ -86,16 +89,16 @@ pub struct NewEvent {
 }
 
 impl NewEvent {
-    /// An event with `payload` as its JSON.
+    /// Creates an event with `payload` as its JSON.
     ///
     /// # Errors
-    /// [`NewEventError::Payload`] where `payload` cannot be written as JSON.
+    /// [`NewEventError::Payload`] if `payload` cannot be written as JSON.
     pub fn new(event_type: impl Into<String>, payload: &impl Serialize) -> Result<Self, NewEventError> {
         let payload = serde_json::to_string(payload).map_err(NewEventError::Payload)?;
         Ok(Self::from_json(event_type, payload))
     }
 
-    /// An event whose payload is JSON text already. PostgreSQL checks it when it is inserted.
+    /// Creates an event whose payload is already JSON text. PostgreSQL checks it when it is inserted.
     pub fn from_json(event_type: impl Into<String>, payload: impl Into<String>) -> Self {
         Self {
             event_id: Uuid::new_v4(),
@@ -113,7 +116,7 @@ impl NewEvent {
         }
     }
 
-    /// Orders this event among all those of the same key.
+    /// Sets the ordering key. Events with the same key are published in order.
     #[must_use]
     pub fn key(mut self, aggregate_type: impl Into<String>, aggregate_id: impl Into<String>) -> Self {
         self.aggregate_type = Some(aggregate_type.into());
@@ -121,68 +124,68 @@ impl NewEvent {
         self
     }
 
-    /// The module or service that emits it; without one, consumers see the relay's default.
+    /// Sets the module or service that emits the event. Without a source, consumers see the relay's default.
     #[must_use]
     pub fn source(mut self, source: impl Into<String>) -> Self {
         self.source = source.into();
         self
     }
 
-    /// Adds a header, which consumers see as an attribute of this name.
+    /// Adds a header. Consumers see it as an attribute of this name.
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.insert(name.into(), value.into());
         self
     }
 
-    /// The identifier shared by all events of one business operation.
+    /// Sets the identifier that all events of one business operation share.
     #[must_use]
     pub fn correlation_id(mut self, id: impl Into<String>) -> Self {
         self.correlation_id = Some(id.into());
         self
     }
 
-    /// The event or command that caused this one.
+    /// Sets the event or command that caused this event.
     #[must_use]
     pub fn causation_id(mut self, id: impl Into<String>) -> Self {
         self.causation_id = Some(id.into());
         self
     }
 
-    /// The version of the payload's schema, from 1.
+    /// Sets the version of the payload's schema, from 1.
     #[must_use]
     pub fn schema_version(mut self, version: i32) -> Self {
         self.schema_version = version;
         self
     }
 
-    /// 0 (the default) to 9, 9 first. Order within a key holds among equal priorities.
+    /// Sets the priority, from 0 (the default) to 9; 9 comes first. Order within a key holds among equal priorities.
     #[must_use]
     pub fn priority(mut self, priority: u8) -> Self {
         self.priority = priority.into();
         self
     }
 
-    /// Holds the event back for this long after its transaction began; it holds up nobody.
+    /// Delays the event for this long after its transaction began. It delays no other event.
     #[must_use]
     pub fn delay(mut self, delay: Duration) -> Self {
         self.delay = delay;
         self
     }
 
-    /// Replaces the random identity, for callers whose events have one already.
+    /// Replaces the random event id, for callers whose events already have one.
     #[must_use]
     pub fn event_id(mut self, event_id: Uuid) -> Self {
         self.event_id = event_id;
         self
     }
 
-    /// What happened, as in `order.created`.
+    /// The event type, as in `order.created`.
     pub fn event_type(&self) -> &str {
         &self.event_type
     }
 
-    /// Whether the schema will take it: checked before the insert, because a refused insert would end the
+    /// Checks that the schema will accept the event. This is done before the insert, because a refused insert would end the
     /// caller's transaction.
     pub(crate) fn validate(&self) -> Result<(), NewEventError> {
         let characters = self.event_type.chars().count();
@@ -216,7 +219,7 @@ impl NewEvent {
         if self.headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')) {
             return Err(NewEventError::Nul { field: "headers" });
         }
-        // The type has a bound of its own.
+        // The event type has its own limit.
         if let Some((field, bytes)) = texts[1..].iter().find_map(|(field, text)| {
             text.map(String::len).filter(|bytes| *bytes > MAX_TEXT_BYTES).map(|bytes| (*field, bytes))
         }) {
@@ -232,9 +235,9 @@ impl NewEvent {
     }
 }
 
-/// Whether JSON text holds an escape that `jsonb` cannot store: `\u0000`, or half a surrogate pair.
+/// Returns the error of JSON text with an escape that `jsonb` cannot store: `\u0000`, or half a surrogate pair.
 fn unstorable_escape(json: &str) -> Option<NewEventError> {
-    // The UTF-16 unit of an escape, which begins behind its backslash.
+    // The UTF-16 unit of an escape, which begins after its backslash.
     let unit = |escape: &str| u16::from_str_radix(escape.strip_prefix('u')?.get(..4)?, 16).ok();
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
@@ -245,7 +248,8 @@ fn unstorable_escape(json: &str) -> Option<NewEventError> {
             Some(0) => return Some(NewEventError::Nul { field: "payload" }),
             Some(0xD800..0xDC00) if low(&escape[5..]).is_some() => &escape[11..],
             Some(0xD800..0xE000) => return Some(NewEventError::Surrogate),
-            // Past the escaped character, so that `\\u0000`, an escaped backslash and five plain characters, is no NUL.
+            // Skips the escaped character, so that `\\u0000`, an escaped backslash and five plain characters, is not taken
+            // for NUL.
             _ => &escape[escape.chars().next().map_or(0, char::len_utf8)..],
         };
     }
@@ -255,53 +259,53 @@ fn unstorable_escape(json: &str) -> Option<NewEventError> {
 /// Why an event cannot be emitted. Nothing was sent to the database.
 #[derive(Debug, thiserror::Error)]
 pub enum NewEventError {
-    /// The payload's `Serialize` failed.
+    /// The payload's `Serialize` implementation failed.
     #[error("the payload cannot be written as JSON")]
     Payload(#[source] serde_json::Error),
-    /// Not 1 to [`MAX_EVENT_TYPE_CHARS`] characters.
+    /// The event type does not have 1 to [`MAX_EVENT_TYPE_CHARS`] characters.
     #[error("an event type has 1 to {MAX_EVENT_TYPE_CHARS} characters, this one has {characters}")]
     EventType {
-        /// How many it has.
+        /// The number of characters.
         characters: usize,
     },
-    /// Not 0 to 9.
+    /// The priority is not in the range 0 to 9.
     #[error("a priority is 0 to 9, not {priority}")]
     Priority {
-        /// What was given.
+        /// The given priority.
         priority: i16,
     },
-    /// Below 1.
+    /// The schema version is below 1.
     #[error("a schema version starts at 1, not {version}")]
     SchemaVersion {
-        /// What was given.
+        /// The given version.
         version: i32,
     },
-    /// A header without a name, or with one of space alone.
+    /// A header has an empty name, or a name of space only.
     #[error("a header has no name; give it one")]
     EmptyHeader,
-    /// More bytes than the schema takes.
+    /// A text or the headers have more bytes than the schema allows.
     #[error("{field} has {bytes} bytes, at most {most} are allowed")]
     TooLong {
-        /// Which column.
+        /// The column.
         field: &'static str,
-        /// How many it has.
+        /// The number of bytes.
         bytes: usize,
-        /// How many it may have.
+        /// The largest number of bytes.
         most: usize,
     },
-    /// One of [`RESERVED_HEADERS`].
+    /// A header has one of the [`RESERVED_HEADERS`].
     #[error("the header name {name:?} is taken by an attribute of the event itself; choose another")]
     ReservedHeader {
-        /// The name.
+        /// The name of the header.
         name: String,
     },
-    /// PostgreSQL stores no NUL character.
+    /// A text contains a NUL character, which PostgreSQL cannot store.
     #[error("{field} holds a NUL character, which PostgreSQL cannot store; remove it")]
     Nul {
-        /// Where.
+        /// The column.
         field: &'static str,
     },
-    /// PostgreSQL stores no half of a surrogate pair, which JavaScript's strings may hold.
+    /// The payload contains half of a surrogate pair, as JavaScript's strings may. PostgreSQL cannot store it.
     #[error("the payload holds half a surrogate pair, as in \"\\ud83d\", which PostgreSQL cannot store; replace it")]
     Surrogate,
 }

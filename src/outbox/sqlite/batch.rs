@@ -1,4 +1,4 @@
-//! Reading a batch.
+//! Reads the rows of a batch.
 
 use futures_util::TryStreamExt;
 use sqlx::Row;
@@ -8,14 +8,14 @@ use crate::event::{ClaimId, MAX_HEADERS_BYTES, MAX_TEXT_BYTES};
 use crate::outbox::sqlite::row::{self, Sizes};
 use crate::outbox::{Claim, ClaimRequest, Claimed};
 
-/// Reads pending rows, urgent first, each priority in insertion order: `?1` at most so many; `?2` the largest payload to give,
-/// `?4` headers, `?5` other texts; `?3` destinations. Of a row with larger ones come only their sizes. What waits behind a failed
-/// event of its key is asked per row only where anything waits at all: for how long, at most ten minutes, and not behind one
-/// that is done and could not be recorded.
-/// An event without attempts that has failed before has -1.
+/// Reads pending rows: by priority, highest first, then in insertion order. `?1` is the largest number of rows; `?2` is the
+/// largest payload, `?4` the largest headers and `?5` the largest of other texts, in bytes; `?3` are the destinations. Of a
+/// row with larger values only the sizes are read. The statement checks for each row whether an earlier event of its key
+/// waits, but only if any event waits at all. It returns the remaining wait, ten minutes at most. An earlier event that is
+/// done and could not be recorded does not block its key. An event without attempts that has failed before has -1 attempts.
 ///
-/// A row is one value: a JSON array and, after it, the payload. The driver hands every value from one thread to another,
-/// which for nineteen of them took longer than all the rest. It hands over fifty rows in advance.
+/// A row is one value: a JSON array and, after it, the payload. The driver passes each value from one thread to another, and
+/// for nineteen values that took longer than all other work. It reads up to fifty rows ahead.
 const READ_BATCH: &str = "
 select case when octet_length(o.payload) > ?2 or octet_length(o.headers) > ?4 or octet_length(o.source) > ?5
     or octet_length(o.aggregate_type) > ?5 or octet_length(o.aggregate_id) > ?5 or octet_length(o.correlation_id) > ?5
@@ -63,7 +63,7 @@ where o.partition < 640
 order by o.partition, o.id, o.destination
 limit ?1";
 
-/// How many bytes the rows have that [`READ_BATCH`] reads.
+/// Reads the sizes in bytes of the rows that [`READ_BATCH`] reads.
 const SIZES: &str = "
 select ifnull(octet_length(o.payload), 0) + ifnull(octet_length(o.headers), 0) + ifnull(octet_length(o.source), 0)
     + ifnull(octet_length(o.aggregate_type), 0)
@@ -74,12 +74,12 @@ where o.partition < 640
 order by o.partition, o.id, o.destination
 limit ?1";
 
-/// Payloads and headers up to so many bytes are small: fifty rows of them can be in memory without being asked for.
+/// Payloads and headers up to this many bytes are small: fifty such rows may be read ahead into memory.
 const SMALL: usize = 32 * 1024;
 
 const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
 
-/// `large` remembers from batch to batch whether some event is not small.
+/// Reads a batch. `large` keeps, from batch to batch, whether some event is not small.
 pub(super) async fn read(
     connection: &mut SqliteConnection,
     large: &mut bool,
@@ -109,7 +109,7 @@ pub(super) async fn read(
     Ok(Claim::Batch { claimed: batch.claimed, full, claim_id })
 }
 
-/// How many of the first rows have about so many bytes as are requested; at least one.
+/// Returns how many of the first rows have about as many bytes as are requested; at least one.
 async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequest<'_>) -> Result<usize, sqlx::Error> {
     let mut sizes =
         sqlx::query_scalar(SIZES).bind(i64::try_from(request.max_events).unwrap_or(i64::MAX)).fetch(connection);
@@ -125,23 +125,23 @@ async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequ
     Ok(rows.max(1))
 }
 
-/// What is read.
+/// The rows that were read.
 #[derive(Default)]
 struct Batch {
     /// See `Turn`.
     parked_whole: bool,
     claimed: Vec<Claimed>,
     bytes: usize,
-    /// Of one event.
+    /// The size of the largest event.
     largest: usize,
-    /// The bytes have cut it short.
+    /// The batch was cut short by the limit in bytes.
     cut: bool,
-    /// So has a row that was not read, because it is not small.
+    /// The batch was cut short by a row that was not read, because it is not small. These are its sizes.
     stopped_by: Option<Sizes>,
 }
 
 impl Batch {
-    /// Reads so many rows, with payloads and headers up to these sizes.
+    /// Reads this many rows, with payloads and headers up to these sizes.
     async fn read(
         &mut self,
         connection: &mut SqliteConnection,

@@ -1,4 +1,4 @@
-//! `relay check`: the file tried as a relay would use it.
+//! `relay check` on SQLite: tries the file as a relay would use it.
 
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
@@ -16,10 +16,10 @@ use crate::outbox::standstill::{Memory, Standstill};
 use crate::outbox::{Check, CheckRequest};
 use crate::secret::Secret;
 
-/// In this time a relay that works takes what is due.
+/// A working relay claims due events within this time.
 const MOMENT: Duration = Duration::from_secs(3);
 
-/// Tries the file at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
+/// Tries the file at `url` as a relay would use it. Stops at the first failure that makes further checks pointless.
 pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
@@ -52,8 +52,8 @@ pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     checks
 }
 
-/// What stands still. Where a relay works on the file, an event that is due for long and is still there a moment later is not
-/// taken; without one the next relay that comes takes it.
+/// Searches for standstills. If a relay works on the file, an event that has long been due and is still there a moment later
+/// is not being claimed. If no relay works on it, the next relay claims the event.
 async fn standstills(
     connection: &mut SqliteConnection,
     url: &Secret,
@@ -72,7 +72,8 @@ async fn standstills(
     run_query(look, standstill::find(connection, &question)).await
 }
 
-/// SQLite keeps its journal beside the name that a program used: whoever uses another name does not find it.
+/// Checks that the file has one name. SQLite keeps its journal beside the name that a program used, and a program that uses
+/// another name does not find it.
 fn one_name(url: &Secret) -> Result<String, OutboxError> {
     let path = path(url)?;
     match std::fs::metadata(&path).map(|metadata| metadata.nlink()) {

@@ -1,4 +1,4 @@
-//! Opening the file, and asking it.
+//! Opens the file and runs queries.
 
 use std::future::Future;
 use std::ops::{Deref, DerefMut};
@@ -13,11 +13,11 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::sqlite::identity::FileId;
 use crate::secret::Secret;
 
-/// How long a write waits for another program's transaction to end before it fails, to be tried again later. What is
-/// told to stop waits no longer than this either.
+/// How long a write waits for another program's transaction to end before it fails, to be retried later. A relay that is
+/// stopped does not wait longer than this either.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection, and which file it leads to: a file that was moved or deleted is written to all the same.
+/// A connection, and the file that it writes to. A connection keeps writing to a file that was moved or deleted.
 #[derive(Debug)]
 pub(super) struct Connected {
     pub(super) connection: SqliteConnection,
@@ -38,10 +38,10 @@ impl DerefMut for Connected {
     }
 }
 
-/// Whether the URL can be used; nobody looks whether the file is there.
+/// Checks that the URL can be used, without checking that the file exists.
 ///
 /// # Errors
-/// Why not.
+/// The reason why it cannot be used.
 pub(in crate::outbox) fn validate(url: &Secret, pooled: bool) -> Result<(), OutboxError> {
     if pooled {
         let reason =
@@ -51,10 +51,10 @@ pub(in crate::outbox) fn validate(url: &Secret, pooled: bool) -> Result<(), Outb
     connect_options(url).map(drop)
 }
 
-/// A connection to the file at `url`.
+/// Connects to the file at `url`.
 ///
 /// # Errors
-/// There is no such file, or it cannot be used.
+/// The file does not exist, or cannot be used.
 pub async fn open(url: &Secret) -> Result<SqliteConnection, OutboxError> {
     let options = connect_options(url)?;
     if matches!(options.get_filename().try_exists(), Ok(false)) {
@@ -63,7 +63,7 @@ pub async fn open(url: &Secret) -> Result<SqliteConnection, OutboxError> {
     connect(&options.create_if_missing(false)).await
 }
 
-/// The same; creates the file where it is missing and the URL says `mode=rwc`.
+/// Like [`open`], but creates the file if it does not exist and the URL says `mode=rwc`.
 pub(super) async fn open_or_create(url: &Secret) -> Result<SqliteConnection, OutboxError> {
     let creates = url.read().map_err(OutboxError::UrlFile)?.contains("mode=rwc");
     if creates { connect(&connect_options(url)?).await } else { open(url).await }
@@ -73,7 +73,7 @@ async fn connect(options: &SqliteConnectOptions) -> Result<SqliteConnection, Out
     let mut connection = SqliteConnection::connect_with(options)
         .await
         .map_err(|source| OutboxError::Connect { advice: advice(&source), source })?;
-    // SQLite reads nothing before it must; what the file is shows now.
+    // SQLite reads nothing before it must. This query shows now whether the file is a database.
     run_query("read the database file", connection.execute("select count(*) from sqlite_schema")).await?;
     Ok(connection)
 }
@@ -82,7 +82,7 @@ pub(super) fn path(url: &Secret) -> Result<PathBuf, OutboxError> {
     Ok(connect_options(url)?.get_filename().to_owned())
 }
 
-/// The options of `url`, with what the relay adds to them.
+/// Returns the options of `url`, and the relay's own.
 fn connect_options(url: &Secret) -> Result<SqliteConnectOptions, OutboxError> {
     let text = url.read().map_err(OutboxError::UrlFile)?;
     let refused = |reason: &str| OutboxError::Url { reason: reason.to_owned() };
@@ -108,7 +108,7 @@ pub(super) async fn run_query<T>(
     operation: &'static str,
     query: impl Future<Output = Result<T, sqlx::Error>>,
 ) -> Result<T, OutboxError> {
-    // No timeout of our own: the file is here, and the busy timeout bounds every wait for others.
+    // The relay needs no timeout here: the file is local, and the busy timeout bounds every wait for others.
     query.await.map_err(|source| query_failed(operation, source))
 }
 
@@ -116,7 +116,7 @@ pub(super) fn query_failed(operation: &'static str, source: sqlx::Error) -> Outb
     OutboxError::Query { operation, advice: advice(&source), source }
 }
 
-/// What to do about an error, where its result code tells.
+/// Returns what to do about an error, if its result code shows that.
 fn advice(error: &sqlx::Error) -> Option<&'static str> {
     let code: i32 = error.as_database_error()?.code()?.parse().ok()?;
     // The lower byte is the primary code: https://www.sqlite.org/rescode.html

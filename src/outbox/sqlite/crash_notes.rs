@@ -1,4 +1,4 @@
-//! The notes that end a crash loop, each by a connection of its own: they are rare.
+//! The notes that end a crash loop. Each is written on its own connection, because they are rare.
 
 use sqlx::Executor;
 use uuid::Uuid;
@@ -11,7 +11,8 @@ const FORGET_OLD: &str = "
 delete from event_relay_run where begun_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day');
 delete from event_crash_suspect where noted_at < strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 day')";
 
-/// Counts the notes of other runs of the last ten minutes: a crash loop is faster than that. Notes are deleted after a day.
+/// Counts the notes of other runs from the last ten minutes, because a crash loop is faster than that. Notes are deleted
+/// after a day.
 const OTHER_RUNS: &str = "
 select count(*) from event_relay_run
 where run_id <> ?1 and begun_at > strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 minutes')";
@@ -21,7 +22,7 @@ insert into event_crash_suspect (event_id, run_id, together)
 select distinct e.value, ?2, ?3 from json_each(?1) e where true
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = excluded.noted_at";
 
-/// `together` is negative from then on, and older relays do not count it as a crash of this event.
+/// Makes `together` negative, so that older relays do not count the note as a crash of this event.
 const OUTLIVED: &str = "
 update event_crash_suspect set together = -together
 where event_id in (select value from json_each(?1)) and run_id = ?2 and together > 0";
@@ -36,7 +37,7 @@ where (event_id, run_id) in (
     )
 )";
 
-/// What other runs have left noted: SQLite takes `together` from the row with the highest time.
+/// Reads the notes that other runs have left. SQLite takes `together` from the row with the highest time.
 const SUSPICIONS: &str = "
 select e.key, abs(s.together), sum(s.together = 1), sum(s.together = -1), max(s.noted_at)
 from json_each(?1) e join event_crash_suspect s on s.event_id = e.value and s.run_id <> ?2

@@ -17,10 +17,10 @@ pub(super) async fn emit(url: &Secret, event: NewEvent) -> Result<Uuid, Unemitte
     emitted.map_err(|error| Unemitted::new(error, |source| refusal(source, &payload)))
 }
 
-/// Why the database refused an event for its content, told without that content.
+/// Returns why the database refused an event for its content, without quoting that content.
 fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
     let message = error.as_database_error()?.message();
-    // What SQLite's time functions make of a date that they cannot tell.
+    // SQLite's time functions return NULL for a date outside their range.
     if message == "NOT NULL constraint failed: event_outbox.available_at" {
         return Some("the delay goes beyond the year 9999".to_owned());
     }

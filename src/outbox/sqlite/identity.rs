@@ -1,12 +1,13 @@
-//! Which file it is, whatever its name: by device and inode.
+//! Identifies a file by device and inode, whatever its name.
 //!
-//! A file may have several names (hard links, a mount of the file itself in a container), and a name may come to lead to
-//! another file (a restore, a reset). So besides the lock on a file beside the database, a relay holds a lock on the
-//! database file itself: `flock`, which on Linux is another family of locks than those that SQLite takes.
+//! A file may have several names (hard links, a mount of the file itself in a container), and a name may come to refer to
+//! another file (a restore, a reset). So besides the lock on a file beside the database, a relay holds a lock on the database
+//! file itself: `flock`, which on Linux does not interact with the locks that SQLite takes.
 //!
-//! - To close any descriptor of a file gives up all locks of SQLite's family that this process holds on it, also those of an
-//!   application in the same process. So a descriptor that was opened here is kept open until the file has no name left.
-//! - On a network file system `flock` may be a lock of SQLite's family, and keep SQLite itself out. There is none there.
+//! - When a process closes any descriptor of a file, it releases all locks of SQLite's kind that it holds on the file,
+//!   including those of an application in the same process. So a descriptor that was opened here stays open until the file
+//!   has no name left.
+//! - On a network file system `flock` may be a lock of SQLite's kind, and may exclude SQLite itself. There it is not used.
 
 use std::fs::{File, Metadata, TryLockError};
 use std::io;
@@ -14,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What tells a file from every other one that exists now.
+/// The identity of a file, different for each file that exists now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileId {
     device: u64,
@@ -22,7 +23,7 @@ pub(super) struct FileId {
 }
 
 impl FileId {
-    /// The file that `path` leads to now.
+    /// Returns the identity of the file at `path`.
     pub(super) fn of(path: &Path) -> io::Result<Self> {
         std::fs::metadata(path).map(|metadata| Self::from(&metadata))
     }
@@ -34,11 +35,12 @@ impl From<&Metadata> for FileId {
     }
 }
 
-/// A descriptor that is kept open.
+/// A descriptor that stays open.
 struct OpenDescriptor {
     id: FileId,
     file: File,
-    /// A relay of this process holds the lock. They share the descriptor, which alone would not keep them apart.
+    /// A relay of this process holds the lock. Relays of one process share the descriptor, so the lock alone would not
+    /// exclude them.
     held: bool,
 }
 
@@ -48,20 +50,20 @@ fn kept() -> MutexGuard<'static, Vec<OpenDescriptor>> {
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The lock on a file itself, given back when it is dropped.
+/// The lock on the database file itself. It is released when the value is dropped.
 #[derive(Debug)]
 pub(super) struct FileLock(FileId);
 
 impl FileLock {
-    /// Locks the file `id`, to which `path` leads. `None`: another relay has the lock.
+    /// Locks the file `id`, which is at `path`. Returns `None` if another relay has the lock.
     pub(super) fn try_new(path: &Path, id: FileId) -> io::Result<Option<Self>> {
         let mut kept = kept();
-        // Nobody can open it any more, so nobody can be harmed.
+        // A file without a name cannot be opened any more, so closing it harms no process.
         kept.retain(|kept| kept.held || kept.file.metadata().map_or(true, |metadata| metadata.nlink() > 0));
         if !kept.iter().any(|kept| kept.id == id) {
             let file = File::open(path)?;
             let id = FileId::from(&file.metadata()?);
-            // Whatever it is: kept open.
+            // The descriptor stays open, even if the file is not the expected one.
             kept.push(OpenDescriptor { id, file, held: false });
         }
         let Some(kept) = kept.iter_mut().find(|kept| kept.id == id) else {
@@ -74,7 +76,7 @@ impl FileLock {
             match kept.file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
-                // The lock beside it must do, as on a network file system.
+                // Then the lock on the file beside the database must suffice, as on a network file system.
                 Err(TryLockError::Error(error)) => tracing::debug!(%error, "the database file itself cannot be locked"),
             }
         }
@@ -92,8 +94,8 @@ impl Drop for FileLock {
     }
 }
 
-/// Whether `flock` on this device is known to be a lock of its own. Linux lists its mounts with their devices; what is not
-/// listed (a subvolume) is local.
+/// Returns whether `flock` on this device is known to be independent of SQLite's locks. Linux lists its mounts with their
+/// devices. A device that is not listed (a subvolume) is local.
 fn is_local(device: u64) -> bool {
     if !cfg!(target_os = "linux") {
         return false;

@@ -1,10 +1,10 @@
-//! Claim and settle: how a lane works with the file.
+//! Claims and settles: the work of a lane with the file.
 //!
-//! A claim is a read that has ended. The relay that owns the file keeps in memory that one of its lanes has a batch, and no other
-//! lane claims one. So nothing is locked while events are published.
+//! A claim is a read transaction that has ended. The relay that owns the file keeps in memory which of its lanes has a batch,
+//! and no other lane claims meanwhile. So nothing is locked while events are published.
 //!
-//! A settle that fails is kept and repeated, by whichever lane comes next, before anything else is claimed. What is
-//! published already is not published again because the disk was full or another program held the write lock for too long.
+//! A settle that fails is kept and repeated, by whichever lane comes next, before anything else is claimed. So a full disk,
+//! or another program that held the write lock for too long, does not cause events to be published again.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +25,7 @@ use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::turn::Turn;
 use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, OutboxError, Peek, Promoted};
 
-/// Whether a row is parked that stands for all its destinations.
+/// Whether any row is parked that stands for all its destinations.
 const IS_PARKED_WHOLE: &str = "
 select exists (
     select 1 from event_outbox
@@ -33,8 +33,8 @@ select exists (
       and last_error like 'settle_failed: retry%'
 )";
 
-/// The due rows of each destination, its earliest first, and the milliseconds until its next one: `?1` destinations,
-/// `?2` at most so many of each.
+/// Reads the due rows of each destination, earliest first, and the milliseconds until its next row is due: `?1` are the
+/// destinations, `?2` is the largest number of rows of each.
 const DUE: &str = "
 select (
     select json_group_array(row_id) from (
@@ -48,11 +48,12 @@ select (
 )
 from json_each(?1) d";
 
-/// Makes rows pending. Needs no claim: whoever has one sees such a row either waiting, and its key behind it, or pending.
+/// Makes rows pending. This needs no claim: a claim sees such a row either as scheduled, with later events of its key behind
+/// it, or as pending.
 const PROMOTE: &str = "
 update event_outbox set status = 'pending' where status = 'scheduled' and row_id in (select value from json_each(?1))";
 
-/// `?1` destinations.
+/// Checks whether any event is pending or due. `?1` are the destinations.
 const PEEK: &str = "
 select exists (select 1 from event_outbox where partition < 640), (
     select cast((julianday(min(head.available_at)) - julianday('now')) * 86400000 as integer)
@@ -66,7 +67,8 @@ select exists (select 1 from event_outbox where partition < 640), (
 
 const RAISE_EPOCH: &str = "update event_outbox_epoch set epoch = max(epoch, ?1) + 1 returning epoch";
 
-/// `?1` row ids and event ids, `?2` destination. A row that was scheduled for one destination is a copy.
+/// Reads which events are still pending: `?1` are row ids and event ids, `?2` is the destination. A row that was scheduled
+/// for one destination is a copy.
 const PENDING: &str = "
 select e.key from json_each(?1) e
 where exists (
@@ -79,7 +81,8 @@ const LAST_ID: &str = "select max(id) from event_outbox where partition < 640";
 
 const IS_PENDING_UP_TO: &str = "select exists (select 1 from event_outbox where partition < 640 and id <= ?1)";
 
-/// What is of an unknown format, or behind such an event, is not owed to one destination, and due all the same.
+/// Whether any event is still owed. An event of an unknown format, and an event behind it, is not owed to a single
+/// destination, but it is due all the same.
 const HAS_OWED: &str = "
 select exists (select 1 from event_outbox where status = 'scheduled' and destination <> '')
     or exists (
@@ -88,14 +91,14 @@ select exists (select 1 from event_outbox where status = 'scheduled' and destina
     )";
 
 impl Turn {
-    /// Records what is left to record.
+    /// Writes the settles that are still to be recorded.
     async fn record(&mut self, outbox: &SqliteOutbox) -> Result<(), OutboxError> {
         while let Some((settle, file)) = self.unsettled.last()
             && !settle.is_empty()
         {
             let mut connection = outbox.connect_unless(self.connection.take()).await?;
             if connection.file != *file {
-                // In the file that is there now, these numbers are other events'.
+                // In the present file these ids belong to other events.
                 tracing::warn!(
                     event_count = settle.rows(),
                     "the database file was replaced while its events were published; that cannot be recorded, and what is pending in the new file is published"
@@ -122,7 +125,8 @@ impl Turn {
         Ok(())
     }
 
-    /// What is left cannot be recorded as it is: finds out whether nothing can, or which event.
+    /// Handles a settle that cannot be recorded as it is: finds out whether the file records nothing, or refuses single
+    /// events.
     async fn salvage(&mut self, outbox: &SqliteOutbox, connection: &mut SqliteConnection) -> Result<(), OutboxError> {
         let Some((settle, file)) = self.unsettled.last() else { return Ok(()) };
         let file = *file;
@@ -169,9 +173,9 @@ impl Turn {
 /// A lane of a SQLite outbox.
 pub struct SqliteLane {
     outbox: SqliteOutbox,
-    /// This lane has a batch.
+    /// Locked while this lane has a batch.
     turn: Option<OwnedMutexGuard<Turn>>,
-    /// For everything but claims, which another lane may have.
+    /// The connection for everything but claims. Another lane may have a claim meanwhile.
     connection: Option<Connected>,
 }
 
@@ -267,7 +271,7 @@ impl Lane for SqliteLane {
             let mut promoted = Promoted { count: 0, next_due: None };
             let mut swallowed = false;
             for (rows, next_due_ms) in due {
-                // Most of the time nothing is due, and then no write lock is taken.
+                // Most of the time nothing is due. Then no write lock is taken.
                 if rows != "[]" {
                     let due = rows.split(',').count();
                     let count = sqlx::query(PROMOTE).bind(rows).execute(&mut *connection).await?.rows_affected();
@@ -281,7 +285,7 @@ impl Lane for SqliteLane {
         })
         .await?;
         if swallowed {
-            // Of all rows, which stops the relay, or of some.
+            // The update has no effect for all rows, which stops the relay, or only for some.
             let config = &self.outbox.config;
             proof::prove(&mut connection, &config.worker, config.usage).await?;
             tracing::warn!(

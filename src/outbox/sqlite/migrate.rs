@@ -15,13 +15,13 @@ pub use crate::outbox::sqlite::migrations::SCHEMA_VERSION;
 /// Brings the file at `url` to [`SCHEMA_VERSION`]. Safe to run twice, twice at once, and beside running relays.
 ///
 /// # Errors
-/// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
+/// [`OutboxError::SchemaTooNew`], or the reason why it failed. Each migration is applied whole or not at all.
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = open_or_create(url).await?;
     let from = version(&mut connection).await?.found;
     let mut migrated = Migrated { from, to: SCHEMA_VERSION, known: SCHEMA_VERSION, applied: Vec::new(), mended: None };
     loop {
-        // Under the lock the version is read anew: another migrator may just have finished.
+        // The version is read again under the lock, because another migrator may just have finished.
         run_query("migrate", connection.execute("begin immediate")).await?;
         let version = version(&mut connection).await?;
         let Some((name, sql)) = usize::try_from(version.found).ok().and_then(|found| MIGRATIONS.get(found)) else {

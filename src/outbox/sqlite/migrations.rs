@@ -1,6 +1,6 @@
 //! The list of migrations.
 
-/// All migrations, the first with version 1. Never edited once released.
+/// All migrations. The first has version 1. A migration is never edited once it is released.
 pub(super) const MIGRATIONS: [(&str, &str); 13] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),

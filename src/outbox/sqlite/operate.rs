@@ -1,4 +1,4 @@
-//! The operator's door to a SQLite outbox.
+//! The operator's part of a SQLite outbox.
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
@@ -71,7 +71,7 @@ impl Operate for SqliteOutbox {
 }
 
 impl SqliteOutbox {
-    /// The relay that works on the file, for people.
+    /// Returns the relay that works on the file, as text for people.
     fn holder(&self) -> Result<Option<String>, OutboxError> {
         owner::holder(&self.path()?)
     }

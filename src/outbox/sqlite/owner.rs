@@ -1,9 +1,9 @@
-//! Of several relays on one file, one works.
+//! Ensures that only one of several relays on a file works.
 //!
-//! It holds an exclusive lock on a file of its own beside the database, `app.db-relay`, and one on the database file itself,
-//! see `identity`: SQLite's own locks are all taken, and the operating system frees a lock the moment its
-//! holder ends, whatever ends it. There is no lease to wait for, and no clock that could be wrong. SQLite files are used from one host
-//! only, and so is this.
+//! The relay that works holds an exclusive lock on a file beside the database, `app.db-relay`, and another on the database
+//! file itself, see `identity`. SQLite's own locks are all in use. The operating system releases a lock the moment its holder
+//! ends, for whatever reason. So there is no lease to wait for, and no clock that could be wrong. SQLite files are used from
+//! one host only, and so are these locks.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -13,27 +13,27 @@ use std::sync::{Mutex, PoisonError};
 use crate::outbox::OutboxError;
 use crate::outbox::sqlite::identity::{FileId, FileLock};
 
-/// A relay's share in the locks.
+/// A relay's access to the locks.
 #[derive(Debug, Default)]
 pub(super) struct Owner {
     state: Mutex<Option<Share>>,
 }
 
-/// What is locked, or is to be.
+/// The files that are locked, or are to be locked.
 #[derive(Debug)]
 struct Share {
     database: FileId,
-    /// The file beside the database.
+    /// The lock file beside the database.
     beside: File,
     beside_locked: bool,
     itself: Option<FileLock>,
-    /// That another relay works was said.
+    /// The log already says that another relay works.
     standing_by: bool,
 }
 
 impl Owner {
-    /// Whether this relay holds the locks; takes them where they are free, and notes beside that they are
-    /// `worker`'s. `path` leads to the database.
+    /// Returns whether this relay holds the locks. Takes them if they are free, and writes `worker` into the lock file.
+    /// `path` is the path of the database.
     pub(super) fn owns(&self, worker: &str, path: &Path) -> Result<bool, OutboxError> {
         let database = file_id(path)?;
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,7 +83,7 @@ impl Share {
         if self.itself.is_none() {
             return Ok(self.stand_by("another relay works on this file, which has two names; standing by"));
         }
-        // Only for who looks for it: the lock is what counts.
+        // The note serves only people: the lock is what counts.
         if let Err(error) = note(&self.beside, worker) {
             tracing::debug!(%error, "the relay's file does not say who has locked it");
         }
@@ -104,13 +104,14 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         if self.beside_locked {
-            // Closing would be enough, but for a program that this process is starting: until it runs, it has the file too.
+            // Closing would suffice, except that a program which this process is starting also has the file open until it
+            // runs.
             drop(self.beside.unlock());
         }
     }
 }
 
-/// The file that `path` leads to now.
+/// Returns the identity of the file at `path`.
 pub(super) fn file_id(path: &Path) -> Result<FileId, OutboxError> {
     FileId::of(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => OutboxError::NoFile { file: path.display().to_string() },
@@ -118,7 +119,7 @@ pub(super) fn file_id(path: &Path) -> Result<FileId, OutboxError> {
     })
 }
 
-/// Whose lock it is, for people; `None` where nobody holds it. Makes no file.
+/// Returns who holds the lock, as text for people, or `None` if nobody does. Creates no file.
 pub(super) fn holder(database: &Path) -> Result<Option<String>, OutboxError> {
     if lock_path(database).is_ok_and(|path| !path.exists()) {
         return Ok(None);
@@ -143,7 +144,7 @@ fn note(mut file: &File, worker: &str) -> std::io::Result<()> {
     writeln!(file, "{worker}, since {} {hour:02}:{minute:02}:{second:02}Z", now.date())
 }
 
-/// The lock file of a database, wherever a symbolic link leads.
+/// Returns the path of a database's lock file. Symbolic links are resolved.
 fn lock_path(database: &Path) -> std::io::Result<PathBuf> {
     let mut path = database.canonicalize()?.into_os_string();
     path.push("-relay");

@@ -1,4 +1,4 @@
-//! Events that wait until somebody acts, and keys that go on waiting though their destination works.
+//! Finds events that wait until a person acts, and keys that stay blocked though their destination works.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use sqlx::sqlite::SqliteConnection;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::standstill::{self, First, MOST_COUNTED, Standstill};
 
-/// When nothing is due by itself.
+/// The time of rows that do not become due by themselves.
 const FOREVER: &str = "9999-12-31 23:59:59";
 
-/// `?1` destinations; of each at most `?2` are counted. What waits behind them is counted of the first twenty that hold back their
-/// key: one that was delivered does not.
+/// Counts parked events. `?1` are the destinations; at most `?2` events of each are counted. Events that wait behind them are
+/// counted for the first twenty that block their key: an event that was delivered does not.
 const PARKED: &str = "
 with parked as materialized (
     select o.id, o.destination, o.aggregate_type, o.aggregate_id, o.last_error from event_outbox o
@@ -50,8 +50,9 @@ pub(super) async fn parked(
     Ok(found.map(told).into_iter().collect())
 }
 
-/// `?1` destinations. Without attempts: nobody charges the event, so nothing ends its waiting but
-/// a person or its destination. What is tried again stands at the times to come, and so few rows are looked at.
+/// Reads blocked keys. `?1` are the destinations. The events are without attempts: they are not charged, so only a person or
+/// their destination ends their waiting. Rows that are retried are found by the time of the next attempt, so few rows are
+/// read.
 const BLOCKED: &str = "
 select d.value, min(b.id), b.last_error, count(*), max(0.0, (julianday('now') - julianday(b.first_failed_at)) * 86400.0)
 from json_each(?1) d join event_outbox b

@@ -1,8 +1,8 @@
-//! Whether the file records what is published, and what to do about events that it does not.
+//! Proves that the file records what is published, and handles events that it does not record.
 //!
-//! The tables are the application's as much as the relay's: a trigger may swallow or refuse a write, and so may a constraint.
-//! Where it does so to everything, nothing is published any more. Where it is about single events, these are found by halves
-//! and parked, the others settled.
+//! The tables belong to the application as much as to the relay, so a trigger may suppress or refuse a write, and so may a
+//! constraint. If that happens for every event, nothing is published any more. If it happens for single events, these are
+//! found by bisection and parked, and the others are settled.
 
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
@@ -14,24 +14,24 @@ use crate::outbox::sqlite::settle::{SUPPRESSED, SettleScript};
 use crate::outbox::{OutboxError, Usage};
 use crate::text::shown;
 
-/// How many rows of the application's a proof tries where it may not insert its own.
+/// The number of the application's rows that a proof tries if it may not insert its own.
 const ROWS: i64 = 4;
 
-/// Rows that are delayed for ever, so that nobody takes them for work.
+/// Inserts rows that are delayed for ever, so that they are never taken for work.
 const INSERT: &str = "
 insert into event_outbox (event_type, status, available_at)
 select 'relay.proof', 'scheduled', '9999-12-31 23:59:59' from (values (1), (2), (3), (4)) returning row_id";
 
-/// Triggers that are not the relay's own.
+/// Reads the triggers that are not the relay's own.
 const TRIGGERS: &str = "
 select group_concat(name || ' on ' || tbl_name, ', ') from sqlite_schema
 where type = 'trigger' and tbl_name in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history')
   and name not like 'event\\_%' escape '\\' and name not like 'relay\\_%' escape '\\'";
 
-/// Writes all that settles write, and takes it back.
+/// Writes everything that settles write, and rolls it back.
 ///
 /// # Errors
-/// [`OutboxError::Unrecorded`] where that fails or has no effect.
+/// [`OutboxError::Unrecorded`] if that fails or has no effect.
 pub(super) async fn prove(
     connection: &mut SqliteConnection,
     worker: &str,
@@ -54,7 +54,7 @@ async fn try_all(connection: &mut SqliteConnection, worker: &str, usage: Usage) 
         Err(error) if !is_content(&error) => return Err(error),
         refused => {
             let words = refused.err().map_or_else(|| "a trigger swallows it".to_owned(), |error| words(&error));
-            // What an insert that was refused has done by then is none of ours.
+            // Whatever a refused insert has done until then is rolled back.
             rollback(connection).await;
             connection.execute("begin immediate").await?;
             let query = format!("select row_id from event_outbox order by row_id limit {ROWS}");
@@ -67,11 +67,11 @@ async fn try_all(connection: &mut SqliteConnection, worker: &str, usage: Usage) 
     Ok(tried)
 }
 
-/// What became of a settle that failed for its content.
+/// The result of salvaging a settle that failed because of its content.
 pub(super) struct Salvaged {
-    /// What still could not be recorded.
+    /// The settles that still could not be recorded.
     pub(super) left: Vec<SettleScript>,
-    /// Why.
+    /// The error that prevented that.
     pub(super) error: Option<sqlx::Error>,
     /// An event was parked in one row for all its destinations.
     pub(super) parked_whole: bool,
@@ -80,7 +80,7 @@ pub(super) struct Salvaged {
 /// Settles what can be settled of `settle`, and parks the events that cannot.
 ///
 /// # Errors
-/// Others than those of content; then `settle` is to be repeated whole, which finds what is recorded by then gone.
+/// Errors that are not about content. Then `settle` is to be repeated whole; rows that were recorded by then are skipped.
 pub(super) async fn salvage(
     connection: &mut SqliteConnection,
     worker: &str,
@@ -135,19 +135,19 @@ async fn begin(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
     begun.map(drop).map_err(|error| query_failed("write to the database file", error))
 }
 
-/// A statement may have ended the transaction itself, as `raise(rollback)` does.
+/// Rolls back. A statement may have ended the transaction already, as `raise(rollback)` does.
 async fn rollback(connection: &mut SqliteConnection) {
     drop(connection.execute("rollback").await);
 }
 
-/// Whether an error is about what was to be written, and not about the file, its lock or its disk.
+/// Returns whether an error is about the written content, and not about the file, its lock or its disk.
 pub(super) fn is_content(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code()?.parse::<i32>().ok());
     // ERROR, which triggers cause that cannot run, TOOBIG, CONSTRAINT and MISMATCH: https://www.sqlite.org/rescode.html
     code.is_some_and(|code| matches!(code & 0xff, 1 | 18 | 19 | 20))
 }
 
-/// The reason of such an error, in words.
+/// Returns the reason of such an error, in words.
 fn words(error: &sqlx::Error) -> String {
     let message = error.as_database_error().map_or_else(|| error.to_string(), |error| error.message().to_owned());
     match message.split_once(SUPPRESSED) {
@@ -160,7 +160,7 @@ fn words(error: &sqlx::Error) -> String {
     }
 }
 
-/// The error of a file that does not record, with the names of those who may be why.
+/// Returns the error of a file that does not record, with the names of the triggers that may be the cause.
 pub(super) async fn unrecorded(connection: &mut SqliteConnection, error: sqlx::Error) -> OutboxError {
     let triggers: Option<String> =
         sqlx::query_scalar(TRIGGERS).persistent(false).fetch_one(connection).await.ok().flatten();

@@ -1,19 +1,19 @@
-//! What the probes for standstills go by.
+//! The input of the probes for standstills.
 
 use std::time::Duration;
 
 use crate::outbox::standstill::Memory;
 
-/// What the probes go by.
+/// The input of the probes.
 pub(super) struct Question<'a> {
     /// The names of all configured destinations.
     pub(super) destinations: &'a [String],
     /// How long one publish call may take.
     pub(super) publish_timeout: Duration,
-    /// What was seen before.
+    /// The states that earlier searches have seen.
     pub(super) memory: &'a Memory,
-    /// Who works on the file, where it is not this relay.
+    /// The relay that works on the file, if it is not this one.
     pub(super) owner: Option<String>,
-    /// How long an event must be seen that nobody takes, once it has been due for too long; somebody may just have put it back.
+    /// How long an event that has been due for too long must be seen unclaimed, because somebody may just have put it back.
     pub(super) seen_for: Duration,
 }

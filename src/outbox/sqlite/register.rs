@@ -1,4 +1,4 @@
-//! The register of relays on a file, where one relay works at a time: for the differences between them.
+//! The register of relays on a file. One relay works at a time, so the register only shows how their configurations differ.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Deleting what is past its retention, a little at a time, so that no writer waits.
+//! Deletes rows that are past their retention, a few at a time, so that no writer waits long.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use sqlx::sqlite::SqliteConnection;
 use crate::outbox::OutboxError;
 use crate::outbox::sqlite::connection::run_query;
 
-/// Rows deleted in one transaction: about a millisecond of the write lock.
+/// The number of rows deleted in one transaction, which takes the write lock for about a millisecond.
 const ROWS: u32 = 200;
 
-/// The pause between two of them, in which others get the lock.
+/// The pause between two such transactions, in which others get the lock.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Deletes the rows of `table` whose `column` is older than `retention`. They lie at its beginning: rows are written in the
-/// order of time.
+/// Deletes the rows of `table` whose `column` is older than `retention`. They are the first rows of the table, because rows
+/// are written in the order of time.
 pub(super) async fn forget(
     connection: &mut SqliteConnection,
     table: &'static str,
     column: &'static str,
     retention: Duration,
 ) -> Result<(), OutboxError> {
-    // Reads first: where nothing is old, no write lock is taken.
+    // The statement reads first: if no row is old, no write lock is taken.
     let delete = format!(
         "delete from {table} where rowid in (
              select rowid from (select rowid, {column} from {table} order by rowid limit {ROWS})

@@ -1,4 +1,4 @@
-//! A row of the outbox as a claim reads it.
+//! Decodes a row of the outbox that a claim has read.
 
 use std::collections::BTreeMap;
 
@@ -33,11 +33,12 @@ struct Columns {
     sizes: Option<Sizes>,
 }
 
-/// What stands for headers that are NULL.
+/// The JSON that is read for headers that are NULL.
 const NO_HEADERS: &str = "null";
 
 impl Columns {
-    /// The first column that holds nothing, where somebody has made the table anew without its constraints.
+    /// Returns the first required column that is NULL, which is possible if somebody has created the table anew without its
+    /// constraints.
     fn missing(&self, payload: &[u8]) -> Option<&'static str> {
         let columns = [
             ("payload", payload.is_empty() && self.sizes.is_none()),
@@ -55,7 +56,7 @@ impl Columns {
     }
 }
 
-/// How many bytes a row has that was not read: payload, headers, and its texts in the order of [`TEXTS`].
+/// The sizes in bytes of a row that was not read: payload, headers, and its texts in the order of [`TEXTS`].
 #[derive(Debug, Deserialize)]
 pub(super) struct Sizes(usize, usize, Option<usize>, Option<usize>, Option<usize>, Option<usize>, Option<usize>);
 
@@ -68,12 +69,12 @@ impl Sizes {
         TEXTS.into_iter().zip(sizes.map(Option::unwrap_or_default))
     }
 
-    /// Of all of them.
+    /// The sum of all sizes.
     pub(super) fn total(&self) -> usize {
         self.0 + self.1 + self.texts().map(|(_, size)| size).sum::<usize>()
     }
 
-    /// The defect of such a row, if it is one.
+    /// Returns the defect of the row, if a size is over its limit.
     pub(super) fn defect(&self, max_payload: usize) -> Option<PublishError> {
         let headers = (self.1 > MAX_HEADERS_BYTES).then_some(("headers", self.1));
         let text = || self.texts().find(|(_, size)| *size > MAX_TEXT_BYTES);
@@ -82,12 +83,12 @@ impl Sizes {
     }
 }
 
-/// Decodes a row: a JSON array, and after it the payload, unless it was not read; then its sizes come instead.
+/// Decodes a row: a JSON array, followed by the payload. If the payload was not read, the array contains the sizes instead.
 pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error> {
     let mut defect = None;
     let (columns, payload) = match split(row) {
         Ok(parts) => parts,
-        // SQLite keeps whatever bytes it is given as text, and JSON is UTF-8.
+        // SQLite stores any bytes as text, but JSON must be UTF-8.
         Err(_) => {
             defect = Some(not_utf8());
             split(String::from_utf8_lossy(row).as_bytes())?
@@ -103,7 +104,7 @@ pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error
     });
     defect = missing.map(decode::missing).or(defect);
     let attempts = columns.attempts.unwrap_or_default();
-    // A time that is missing is a defect; one that cannot be read is the schema's.
+    // A missing time is a defect of the event. A time that cannot be read is an error of the schema.
     let created_at = match &columns.created_at {
         Some(text) => {
             time(text).ok_or_else(|| sqlx::Error::Decode("created_at is not as the schema demands it".into()))?
@@ -151,7 +152,7 @@ fn split(row: &[u8]) -> Result<(Columns, Vec<u8>), sqlx::Error> {
 }
 
 fn decode_error(error: serde_json::Error) -> sqlx::Error {
-    // Without its text, which may quote the row.
+    // The error's text is left out, because it may quote the row.
     sqlx::Error::Decode(format!("a row of event_outbox ({:?} error)", error.classify()).into())
 }
 
@@ -159,7 +160,7 @@ fn not_utf8() -> PublishError {
     PublishError::new(Fault::Unfit, "not_utf8", "the event holds text that is not UTF-8")
 }
 
-/// A time as the schema demands it: `2026-01-31 12:00:00`, with or without milliseconds.
+/// Parses a time in the format that the schema demands: `2026-01-31 12:00:00`, with or without milliseconds.
 fn time(text: &str) -> Option<PrimitiveDateTime> {
     let number = |from: usize, to: usize| text.get(from..to)?.parse::<u16>().ok();
     let two = |from: usize| u8::try_from(number(from, from + 2)?).ok();

@@ -1,7 +1,7 @@
-//! Whether a file has the schema that this binary needs.
+//! Checks that a file has a schema that this binary can work with.
 //!
-//! The schema itself tells its version, by the view `relay_schema_version` that every migration replaces: `user_version`
-//! is the application's.
+//! The version is stored in the view `relay_schema_version`, which every migration replaces, because `user_version` belongs
+//! to the application.
 
 use sqlx::sqlite::SqliteConnection;
 
@@ -11,13 +11,13 @@ use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::migrations::SCHEMA_VERSION;
 use crate::outbox::sqlite::shape;
 
-/// Fails unless the file has a schema that this binary can work with; else says which.
+/// Returns a description if this binary can work with the file's schema, and an error otherwise.
 pub(super) async fn require_fit(connection: &mut SqliteConnection) -> Result<String, OutboxError> {
     let fit = version(connection).await?.fits(SCHEMA_VERSION)?;
     shape::require(connection).await.map(|()| fit)
 }
 
-/// The schema's version, 0 where there is none.
+/// Returns the schema's version, which is 0 if there is none.
 pub(super) async fn version(connection: &mut SqliteConnection) -> Result<SchemaVersion, OutboxError> {
     run_query("read the schema version", async {
         let (exists, tells_needs): (bool, bool) = sqlx::query_as(
@@ -34,7 +34,7 @@ pub(super) async fn version(connection: &mut SqliteConnection) -> Result<SchemaV
         } else {
             "select version, version from relay_schema_version"
         };
-        // Not remembered: a migration by another program replaces the views.
+        // The statement is not cached, because a migration by another program replaces the views.
         let (found, needs) = sqlx::query_as(query).persistent(false).fetch_one(connection).await?;
         Ok(SchemaVersion { found, needs })
     })

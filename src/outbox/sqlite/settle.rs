@@ -1,8 +1,8 @@
-//! What a settle writes, as the JSON that SQLite's statements unfold.
+//! The rows that a settle writes, as JSON that SQLite's statements unfold.
 //!
-//! One script with one parameter a table, however many rows: the write lock is held for the statements and nothing else,
-//! no way from thread to thread between them. A record takes effect only where its row is still there, so that a settle
-//! may be repeated until it succeeds.
+//! There is one script with one parameter for each table, however many rows there are. So the write lock is held only for the
+//! statements, without switches between threads in between. A record takes effect only if its row still exists, so that a
+//! settle may be repeated until it succeeds.
 
 use std::sync::LazyLock;
 
@@ -14,7 +14,7 @@ use sqlx::{AssertSqlSafe, Row, Sqlite};
 use crate::outbox::Usage;
 use crate::outbox::records::{LogEntry, Owed, Records, parked_error, parked_whole_error};
 
-/// Everything one settle writes, ready to be sent.
+/// Everything that one settle writes, ready to be sent.
 #[derive(Debug, Clone)]
 pub(super) struct SettleScript {
     dead_letters: List,
@@ -24,28 +24,31 @@ pub(super) struct SettleScript {
     published: List,
     moved: List,
     gone: List,
-    /// What all of `published` have in common.
+    /// The destination and the duration that all entries of `published` have in common.
     destination: String,
     duration_ms: i32,
 }
 
-/// JSON, and how many rows it tells of.
+/// JSON, and the number of rows in it.
 #[derive(Debug, Clone)]
 struct List {
     json: String,
     count: usize,
 }
 
-/// At once for writing: a transaction that begins by reading cannot wait for another to end.
+/// Begins as a writer, because a transaction that begins as a reader cannot wait for another transaction to end.
 const BEGIN: &str = "begin immediate;";
 
-/// - What is still owed to one destination changes the row in place. An event parked uncharged is due at once, or behind the
-///   head of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
-/// - What the first destination took, which is nearly all there is, comes as an object of row and message, which unfolds in
-///   a third of the time that a list of lists takes.
+/// Writes the records of a settle.
+///
+/// - A row that is still owed to one destination is changed in place. An event parked uncharged is due at once, or behind the
+///   head of its key; a delayed one keeps its own time; one without a delay waits until a person acts.
+/// - The events that the first destination took, which are nearly all, come as an object of row and message, which unfolds in
+///   a third of the time of a list of lists.
 /// - A column that is NULL, where somebody has allowed that, keeps no event out of the dead letters.
-/// - A trigger may swallow what is written. Then a query fails with words that begin with [`SUPPRESSED`]: here, because to ask
-///   from outside would take as long again. (With `changes()` in them, or SQLite would make them before it compares.)
+/// - A trigger may suppress a write. Then a query fails with a text that begins with [`SUPPRESSED`]. This is checked in the
+///   script, because separate queries would take as long again. (The text contains `changes()`, because SQLite would
+///   otherwise compute it before it compares.)
 const RECORD: &str = "
 insert into event_dead_letter (outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
     correlation_id, causation_id, schema_version, priority, created_at, destination, attempts, error_code, error,
@@ -113,7 +116,7 @@ const AVAILABLE_AT: &str = "coalesce(max(o.available_at, strftime('%Y-%m-%d %H:%
 const FIRST_FAILED_AT: &str = "case when e.value ->> 4 is null then o.first_failed_at
          else coalesce(o.first_failed_at, strftime('%Y-%m-%d %H:%M:%f', 'now')) end";
 
-/// With every column that there is: what the application has added goes along.
+/// Inserts copies with all columns that exist, including those that the application has added.
 const COPIES: &str = "
 insert into event_outbox (copy_of, {columns}status, destination, attempts, last_error, available_at, first_failed_at)
 select o.id, {values}'scheduled', e.value ->> 1, coalesce(e.value ->> 2, o.attempts),
@@ -122,14 +125,14 @@ from json_each($3) e cross join event_outbox o on o.row_id = e.value ->> 0
 order by o.id;
 {insert on event_outbox:$3:$13}";
 
-/// How a query fails that finds that a write was swallowed.
+/// The beginning of the text with which a query fails that finds a suppressed write.
 pub(super) const SUPPRESSED: &str = "suppressed: ";
 
-/// The columns of a copy that it does not take over from its row.
+/// The columns that a copy does not take over from its row.
 const OWN_COLUMNS: [&str; 8] =
     ["row_id", "copy_of", "status", "destination", "attempts", "last_error", "available_at", "first_failed_at"];
 
-/// Without copies, which are rare: prepared once.
+/// The script without copies, which are rare. It is prepared once.
 static SETTLE: LazyLock<String> = LazyLock::new(|| format!("{BEGIN}{}commit", script("")));
 
 fn script(copies: &str) -> String {
@@ -137,7 +140,7 @@ fn script(copies: &str) -> String {
         .replace("{copies}", copies)
         .replace("{available_at}", AVAILABLE_AT)
         .replace("{first_failed_at}", FIRST_FAILED_AT);
-    // Whether as many rows were written as there are of those that were to be.
+    // Compares the number of rows that were written with the number of rows to write.
     for (what, list, count) in [
         ("insert on event_dead_letter", "$1", "$11"),
         ("insert on event_history", "$2", "$12"),
@@ -157,7 +160,7 @@ fn script(copies: &str) -> String {
 
 impl SettleScript {
     pub(super) fn new(records: &Records<'_>) -> Self {
-        // One call carried all that a destination took, so this is what its entries have in common.
+        // One call included everything that a destination took, so its entries have these values in common.
         let first = records.log.iter().find(|entry| entry.status == "published");
         let common = first.map_or(("", 0), |first| (first.destination, first.duration_ms));
         let (published, log): (Vec<_>, Vec<_>) = records
@@ -184,7 +187,7 @@ impl SettleScript {
         }
     }
 
-    /// All that can be written, once for each of these rows in turn, to be taken back.
+    /// Returns a script that writes each kind of record, each for the next of these rows in turn. It is to be rolled back.
     pub(super) fn proof(rows: &[i64], usage: Usage) -> Self {
         let mut proof = Self::new(&Records::default());
         let every = |place: usize| rows.iter().skip(place).step_by(4).copied();
@@ -206,24 +209,24 @@ impl SettleScript {
         if usage.several_destinations {
             proof.copies = every(3).map(|row| json!([row, "proof 2", 1, 0, "proof"])).collect();
         }
-        // With fewer rows than four the deletes are tried on all.
+        // With fewer than four rows, the deletes are tried on all of them.
         if rows.len() < 4 {
             proof = Self { gone: all().map(Value::from).collect(), ..Self::new(&Records::default()) };
         }
         proof
     }
 
-    /// There is nothing to write.
+    /// Returns whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
         self.rows() == 0
     }
 
-    /// How many rows of the outbox are settled.
+    /// Returns how many rows of the outbox are settled.
     pub(super) fn rows(&self) -> usize {
         self.gone.count + self.moved.count
     }
 
-    /// Writes all of it in one transaction. After an error the transaction may be open.
+    /// Writes everything in one transaction. After an error the transaction may be open.
     pub(super) async fn write(&self, connection: &mut SqliteConnection, worker: &str) -> Result<(), sqlx::Error> {
         let settled = if self.copies.count == 0 {
             self.run(connection, sqlx::query(SETTLE.as_str()), worker).await?
@@ -242,7 +245,7 @@ impl SettleScript {
         Ok(())
     }
 
-    /// The same within a transaction that is open.
+    /// Writes everything within an open transaction.
     pub(super) async fn write_within(
         &self,
         connection: &mut SqliteConnection,
@@ -252,7 +255,7 @@ impl SettleScript {
         self.run(connection, sqlx::query(AssertSqlSafe(script)).persistent(false), worker).await.map(drop)
     }
 
-    /// Returns how many rows were there.
+    /// Runs a script. Returns how many of the rows still existed.
     async fn run(
         &self,
         connection: &mut SqliteConnection,
@@ -274,7 +277,7 @@ impl SettleScript {
         if self.copies.count == 0 {
             return Ok(script(""));
         }
-        // Those that are generated are no column that can be written.
+        // Generated columns cannot be written.
         let columns: Vec<String> =
             sqlx::query_scalar("select name from pragma_table_xinfo('event_outbox') where hidden = 0")
                 .persistent(false)
@@ -287,14 +290,14 @@ impl SettleScript {
         Ok(script(&COPIES.replace("{columns}", &names).replace("{values}", &values)))
     }
 
-    /// The rows of the outbox that it settles.
+    /// Returns the rows of the outbox that the script settles.
     fn row_ids(&self) -> Result<Vec<i64>, sqlx::Error> {
         let moved = self.moved.values()?;
         let gone = self.gone.values()?;
         Ok(moved.iter().map(row_id).chain(gone.iter().map(row_id)).collect())
     }
 
-    /// Two halves of it, by rows.
+    /// Splits the script into two halves, by rows.
     pub(super) fn halves(&self) -> Result<[Self; 2], sqlx::Error> {
         let mut rows = self.row_ids()?;
         rows.sort_unstable();
@@ -302,7 +305,7 @@ impl SettleScript {
         Ok([self.part(first)?, self.part(second)?])
     }
 
-    /// What it has of these rows.
+    /// Returns the part of the script for these rows.
     fn part(&self, rows: &[i64]) -> Result<Self, sqlx::Error> {
         let of = |list: &List| list.part(rows);
         Ok(Self {
@@ -318,8 +321,8 @@ impl SettleScript {
         })
     }
 
-    /// Of one row: what is to stand there instead, if this cannot be settled because of `reason`, and where that cannot be.
-    /// As `Records::parked` and `Records::parked_whole`.
+    /// For the script of one row: returns what to write if it cannot be settled because of `reason`, and what to write if
+    /// that fails too. See `Records::parked` and `Records::parked_whole`.
     pub(super) fn parked(&self, reason: &str) -> Result<[Self; 2], sqlx::Error> {
         let Some(row) = self.row_ids()?.first().copied() else { return Ok([self.clone(), self.clone()]) };
         let (log, text) = (self.log.values()?, |value: &Value, index: usize| value[index].as_str().map(str::to_owned));
@@ -343,7 +346,7 @@ impl SettleScript {
         let delivered = done.iter().filter(|(_, status, _)| status == "published");
         let delivered: Vec<&str> = delivered.map(|(destination, ..)| destination.as_str()).collect();
         let still_owed = self.moved.count > 0;
-        // A null destination: its own.
+        // A null destination keeps the row's own.
         let whole =
             json!([row, Value::Null, Value::Null, Value::Null, parked_whole_error(&delivered, still_owed, reason)]);
         let only = |moved: Vec<Value>, copies: Vec<Value>| Self {
@@ -363,7 +366,7 @@ impl List {
         }
     }
 
-    /// What it has of these rows, which are in order.
+    /// Returns the part of the list for these rows, which are sorted.
     fn part(&self, rows: &[i64]) -> Result<Self, sqlx::Error> {
         let of = |row: i64| rows.binary_search(&row).is_ok();
         Ok(match serde_json::from_str(&self.json).map_err(|error| sqlx::Error::Decode(error.into()))? {
@@ -385,7 +388,7 @@ impl FromIterator<Value> for List {
     }
 }
 
-/// The row that a value tells of.
+/// Returns the row that a value belongs to.
 fn row_id(value: &Value) -> i64 {
     value.as_i64().or_else(|| value[0].as_i64()).unwrap_or_default()
 }
@@ -394,7 +397,7 @@ fn list<T>(records: &[T], row: impl Fn(&T) -> Value) -> List {
     List { json: Value::from_iter(records.iter().map(row)).to_string(), count: records.len() }
 }
 
-/// The message of each row.
+/// Lists the message of each row.
 fn object(entries: &[&LogEntry<'_>]) -> List {
     let message = |entry: &&LogEntry<'_>| (entry.event.row.locator.to_string(), json!(entry.message_id));
     List { json: Value::from_iter(entries.iter().map(message)).to_string(), count: entries.len() }

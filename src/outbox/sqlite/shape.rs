@@ -1,4 +1,4 @@
-//! Whether our tables are there, with the columns that the statements name: somebody may have renamed one.
+//! Checks that relay's tables exist, with the columns that the statements name: somebody may have renamed one.
 
 use std::collections::BTreeSet;
 
@@ -43,7 +43,7 @@ const TABLES: [(&str, &str); 9] = [
 const COLUMNS: &str = "
 select lower(m.name), lower(c.name), '' from sqlite_schema m join pragma_table_info(m.name) c where m.type = 'table' order by m.name, c.cid";
 
-/// Fails where a table or a column is not there.
+/// Fails if a table or a column does not exist.
 pub(super) async fn require(connection: &mut SqliteConnection) -> Result<(), OutboxError> {
     let columns: Vec<Column> = run_query("look at the columns", async {
         sqlx::query_as(COLUMNS).persistent(false).fetch_all(connection).await

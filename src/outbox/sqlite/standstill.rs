@@ -1,6 +1,6 @@
-//! What keeps events from moving: one probe a cause, one statement a probe.
+//! Searches for the causes that keep events from moving: one probe for each cause, one statement for each probe.
 //!
-//! Reading waits for nobody where the file has a write-ahead log, and elsewhere at most for the busy timeout. To add a probe: a
+//! With a write-ahead log, reading never waits; without one, it waits at most for the busy timeout. To add a probe, add a
 //! text, a function, and a line in [`PROBES`].
 
 use std::time::Duration;
@@ -25,7 +25,7 @@ const PROBES: [Probe; 6] = [
     |connection, question| not_taken(connection, question).boxed(),
 ];
 
-/// Asks all probes. One that the database refuses is left out.
+/// Runs all probes. A probe that the database refuses is left out.
 pub(super) async fn find(
     connection: &mut SqliteConnection,
     question: &Question<'_>,
@@ -44,7 +44,7 @@ pub(super) async fn find(
     Ok(found)
 }
 
-/// Rows that lie in no partition, because somebody has allowed a NULL in `priority`.
+/// Finds rows that are in no partition, because somebody has allowed NULL in `priority`.
 const WITHOUT_PRIORITY: &str = "select count(*), min(id) from event_outbox where partition is null";
 
 async fn without_priority(connection: &mut SqliteConnection) -> Result<Vec<Standstill>, sqlx::Error> {
@@ -57,7 +57,7 @@ async fn without_priority(connection: &mut SqliteConnection) -> Result<Vec<Stand
     Ok(vec![Standstill::new("priority_missing", text)])
 }
 
-/// The event that is to be published next, and for how many seconds it is due.
+/// Reads the event that is to be published next, and for how many seconds it has been due.
 const FIRST_EVENT: &str = "
 select id, event_type, (julianday('now') - julianday(available_at)) * 86400
 from event_outbox where partition < 640 order by partition, id, destination limit 1";

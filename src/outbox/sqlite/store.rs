@@ -1,4 +1,4 @@
-//! The store of one file: what its lanes share, and how each connects.
+//! The store of one file: the state that its lanes share, and their connections.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
@@ -20,26 +20,26 @@ pub struct SqliteOutbox {
     pub(super) config: Arc<OutboxConfig>,
     pub(super) owner: Arc<Owner>,
     pub(super) membership: Membership,
-    /// Where the URL led at the last connection.
+    /// The path that the URL named at the last connection.
     pub(super) path: Arc<StdMutex<Option<Arc<Path>>>>,
-    /// Held by the lane that has a claim. One at a time is enough: all writes to a file are one after the other anyhow, and
-    /// the rows of a claim lie side by side, so that deleting them empties whole pages.
+    /// Locked by the lane that has a claim. One lane at a time is enough: all writes to a file are sequential anyway, and the
+    /// rows of a claim are adjacent, so that deleting them empties whole pages.
     pub(super) turn: Arc<Mutex<Turn>>,
     pub(super) memory: Memory,
 }
 
 impl SqliteOutbox {
-    /// Nothing is opened yet.
+    /// Creates the outbox. Nothing is opened yet.
     pub fn new(config: OutboxConfig) -> Self {
         let (config, memory) = (Arc::new(config), Memory::default());
         let (owner, membership, path, turn) = Default::default();
         Self { config, owner, membership, path, turn, memory }
     }
 
-    /// A connection for a relay's own work.
+    /// Opens a connection for the relay's own work.
     pub(super) async fn connect(&self) -> Result<Connected, OutboxError> {
         *self.known_path() = Some(path(&self.config.url)?.into());
-        // A file that is replaced meanwhile may be either.
+        // If the file is replaced meanwhile, the connection may be to either file.
         loop {
             let file = self.file()?;
             let connection = open(&self.config.url).await?;
@@ -49,7 +49,7 @@ impl SqliteOutbox {
         }
     }
 
-    /// The connection there is, or a new one where there is none, or where it leads to a file that was replaced.
+    /// Returns the given connection. If there is none, or its file was replaced, opens a new one.
     pub(super) async fn connect_unless(&self, connection: Option<Connected>) -> Result<Connected, OutboxError> {
         let file = self.file()?;
         match connection {
@@ -58,12 +58,12 @@ impl SqliteOutbox {
         }
     }
 
-    /// Which file is at the path now.
+    /// Returns the identity of the file that is at the path now.
     pub(super) fn file(&self) -> Result<FileId, OutboxError> {
         owner::file_id(&self.path()?)
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     pub(super) fn path(&self) -> Result<Arc<Path>, OutboxError> {
         let mut known = self.known_path();
         match &*known {
@@ -76,7 +76,7 @@ impl SqliteOutbox {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether this relay is the one that works on the file; becomes it where no other is.
+    /// Returns whether this relay works on the file. Takes over the work if no other relay does it.
     pub(super) fn owns(&self) -> Result<bool, OutboxError> {
         self.owner.owns(&self.config.worker, &self.path()?)
     }

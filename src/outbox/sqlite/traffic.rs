@@ -1,45 +1,46 @@
-//! The application's own writes, and how to stay out of their way.
+//! Keeps settles out of the way of the application's own writes.
 //!
-//! Who finds SQLite's write lock taken sleeps for a millisecond, then two, five, ten, and so on: longer than most
-//! transactions last. So beside an application that writes, settles are short and rare enough that few of its transactions
-//! meet one, and each begins where a transaction has just ended, because the next is the furthest away then.
+//! A program that finds SQLite's write lock taken sleeps for a millisecond, then two, five, ten, and so on: longer than most
+//! transactions last. So while an application writes, settles are short and rare enough that few of its transactions meet
+//! one. Each settle begins when a transaction has just ended, because then the next one is furthest away.
 
 use std::time::{Duration, Instant};
 
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
-/// An application that has written this recently is writing.
+/// An application that has written within this time counts as writing.
 const RECENT: Duration = Duration::from_secs(1);
 
-/// Events in a batch beside an application that writes: less than a millisecond of the write lock.
+/// The number of events in a batch while the application writes. A settle then holds the write lock for less than a
+/// millisecond.
 const EVENTS: usize = 100;
 
-/// The part of the time that settles may take beside an application that writes, as one in so many.
+/// While the application writes, settles may take one part in this many of the time.
 const SHARE: u32 = 20;
 
-/// The longest rest after a settle, however long that took.
+/// The longest rest after a settle, however long the settle took.
 const LONGEST_REST: Duration = Duration::from_millis(50);
 
 /// The longest wait for one of the application's transactions to end.
 const LONGEST_WAIT: Duration = Duration::from_millis(5);
 
-/// How often to move the write-ahead log into the database beside an application that writes: often enough that its own
-/// commits need not, which SQLite makes them do after 1,000 pages.
+/// How often the write-ahead log is moved into the database while the application writes. This is often enough that the
+/// application's commits need not do it, which SQLite makes them do after 1,000 pages.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What is known of other connections' commits; those of the connection that looks do not count.
+/// The recent commits of other connections. Those of the connection that checks do not count.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     version: Option<i64>,
     last_commit: Option<Instant>,
-    /// When the next settle is welcome.
+    /// The earliest time for the next settle.
     not_before: Option<Instant>,
     last_checkpoint: Option<Instant>,
 }
 
 impl Traffic {
-    /// Looks whether anything was committed since the last look.
+    /// Returns whether anything was committed since the last check.
     pub(super) async fn look(&mut self, connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
         let version = sqlx::query_scalar("pragma data_version").fetch_one(connection).await?;
         let committed = self.version.replace(version).is_some_and(|before| before != version);
@@ -49,12 +50,12 @@ impl Traffic {
         Ok(committed)
     }
 
-    /// At most so many events should be claimed.
+    /// Returns how many events should be claimed at most.
     pub(super) fn events(&self, max_events: usize) -> usize {
         if self.is_busy() { max_events.min(EVENTS) } else { max_events }
     }
 
-    /// Waits for a good moment to settle.
+    /// Waits for a suitable moment to settle.
     pub(super) async fn give_way(&mut self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         if !self.is_busy() {
             return Ok(());
@@ -64,7 +65,7 @@ impl Traffic {
         }
         if self.last_checkpoint.is_none_or(|at| at.elapsed() >= CHECKPOINT_INTERVAL) {
             self.wait_for_a_commit(connection).await?;
-            // Waits for nobody and holds up nobody; does nothing where there is no write-ahead log.
+            // A passive checkpoint waits for nobody and blocks nobody. It does nothing if there is no write-ahead log.
             connection.execute("pragma wal_checkpoint(passive)").await?;
             self.last_checkpoint = Some(Instant::now());
         }
@@ -72,7 +73,7 @@ impl Traffic {
     }
 
     async fn wait_for_a_commit(&mut self, connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-        // What was committed before this says nothing about now.
+        // Earlier commits do not matter here, only those that come from now on.
         self.look(connection).await?;
         let begun = Instant::now();
         while begun.elapsed() < LONGEST_WAIT {
@@ -84,7 +85,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// A settle is over that took so long.
+    /// Records that a settle is over, which took `took`.
     pub(super) fn settled(&mut self, took: Duration) {
         self.not_before = Some(Instant::now() + (took * (SHARE - 1)).min(LONGEST_REST));
     }
@@ -94,7 +95,7 @@ impl Traffic {
     }
 }
 
-/// A tenth of a millisecond, which tokio's clock does not know.
+/// Sleeps for a tenth of a millisecond, which is too short for tokio's clock.
 async fn pause() {
     let slept = tokio::task::spawn_blocking(|| std::thread::sleep(Duration::from_micros(100))).await;
     slept.expect("a sleep does not panic");

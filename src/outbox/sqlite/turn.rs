@@ -1,27 +1,28 @@
-//! What the lane needs that claims and settles now. One does at a time.
+//! The state of the lane that claims and settles now. Only one lane does so at a time.
 
 use crate::outbox::sqlite::connection::Connected;
 use crate::outbox::sqlite::identity::FileId;
 use crate::outbox::sqlite::settle::SettleScript;
 use crate::outbox::sqlite::traffic::Traffic;
 
-/// What the lane needs whose turn it is to claim and to settle.
+/// The state of the lane whose turn it is to claim and to settle.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     pub(super) connection: Option<Connected>,
-    /// The file that was found to fit.
+    /// The file whose schema was checked.
     pub(super) fits: Option<FileId>,
-    /// What could not be recorded of the last claim, and in which file it belongs.
+    /// The settles of the last claim that could not be recorded, each with its file.
     pub(super) unsettled: Vec<(SettleScript, FileId)>,
     pub(super) traffic: Traffic,
-    /// Whether a row may be parked that stands for all its destinations, and holds back its key at each; `None`: not looked yet.
+    /// Whether a row may be parked that stands for all its destinations, and blocks its key at each. `None` if this has not
+    /// been checked.
     pub(super) parked_whole: Option<bool>,
     /// The last batch had an event that is not small.
     pub(super) large: bool,
 }
 
 impl Turn {
-    /// The file was found to fit: a later migration does not end a relay that runs.
+    /// Records that the file's schema fits. It is not checked again, so a later migration does not end a running relay.
     pub(super) fn fits(&mut self, file: FileId) {
         (self.fits, self.parked_whole) = (Some(file), None);
     }

@@ -1,4 +1,4 @@
-//! What is owed to destinations that nobody has configured.
+//! Finds events that are owed to destinations which no relay has configured.
 
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use crate::outbox::quote::literal;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::standstill::{MOST_COUNTED, Standstill, Unconfigured};
 
-/// Each destination of scheduled rows that is none of `?1`: how many rows, at most `?2`, and the age of the first of them.
+/// Reads each destination of scheduled rows that is not in `?1`, with its number of rows, at most `?2`, and the age of the
+/// first row.
 const UNCONFIGURED: &str = "
 with recursive owed(destination) as (
     select * from (
@@ -35,7 +36,7 @@ from owed
 where owed.destination is not null and owed.destination not in (select value from json_each(?1))
 order by owed.destination limit 20";
 
-/// `{from}` and `{to}` are literals. An event that is owed to both is owed once.
+/// Moves events to another destination. `{from}` and `{to}` are literals. An event that is owed to both becomes owed once.
 const MOVE: &str = "begin immediate; \
     delete from event_outbox where destination = {from} and exists (select 1 from event_outbox o \
     where o.partition in (event_outbox.partition % 640, event_outbox.partition % 640 + 640) and o.id = event_outbox.id \
@@ -54,7 +55,7 @@ const GIVE_UP: &str = "begin immediate; \
     0, 'sql' from event_outbox where destination = {from}; \
     delete from event_outbox where destination = {from}; commit";
 
-/// One standstill for each such destination.
+/// Returns one standstill for each such destination.
 pub(super) fn find<'a>(
     connection: &'a mut SqliteConnection,
     question: &'a Question<'a>,

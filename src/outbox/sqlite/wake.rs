@@ -1,9 +1,9 @@
-//! Sleeping until the application commits.
+//! Sleeps until the application commits.
 //!
-//! `PRAGMA data_version` says whether another connection has committed, exactly, and has to be asked. The operating system
-//! says that the file is being written to, unasked, but a little before the commit can be seen. So the second says when
-//! to ask the first. Where a file system tells nothing, as some network and container mounts do, asking now and then
-//! is left.
+//! `PRAGMA data_version` says exactly whether another connection has committed, but it has to be queried. The operating
+//! system reports writes to the file by itself, but a little before the commit is visible. So its reports decide when to run
+//! the query. On a file system without such reports, as with some network and container mounts, the query is run at
+//! intervals.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,22 +19,22 @@ use crate::outbox::sqlite::connection::{Connected, path, run_query};
 use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::{Armed, OutboxError, Wakeup};
 
-/// The shortest and the longest time between two questions, and the longest where nobody tells of writes.
+/// The shortest and the longest time between two queries. [`UNTOLD`] is the longest time without reports of writes.
 const FIRST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_millis(250);
 const UNTOLD: Duration = Duration::from_millis(10);
 
-/// Sees that the application has committed.
+/// Notices that the application has committed.
 pub struct SqliteWakeup {
     outbox: SqliteOutbox,
-    /// The answers of one connection compare with each other only.
+    /// The connection with its last answer. Only answers of the same connection can be compared.
     asked: Option<(Connected, i64)>,
     watch: Option<FileWatch>,
-    /// That nobody tells of writes was said.
+    /// The log already says that there are no reports of writes.
     warned: bool,
 }
 
-/// Being told of writes to the database's files.
+/// The subscription to reports of writes to the database's files.
 struct FileWatch {
     watcher: RecommendedWatcher,
     written: Arc<Notify>,
@@ -46,10 +46,10 @@ impl SqliteWakeup {
         Self { outbox, asked: None, watch: None, warned: false }
     }
 
-    /// Begins to be told of writes; without, the questions are more frequent.
+    /// Subscribes to reports of writes. Without them, the queries are more frequent.
     fn watch_files(&mut self) -> Result<(), OutboxError> {
         let database = path(&self.outbox.config.url)?;
-        // The log lies beside the file itself, wherever a symbolic link leads.
+        // The log is beside the file itself, so symbolic links are resolved.
         let database = database.canonicalize().unwrap_or(database);
         if self.watch.is_none() {
             match FileWatch::new() {
@@ -88,7 +88,7 @@ impl Wakeup for SqliteWakeup {
         let begun = Instant::now();
         let mut written_at: Option<Instant> = None;
         loop {
-            // A wait that is cancelled in the middle of a question loses the connection, and with it what it compares with.
+            // A wait that is cancelled during a query loses the connection, and with it the answer to compare with.
             let Some((mut connection, before)) = self.asked.take() else { return Ok(true) };
             if self.outbox.file().ok() != Some(connection.file) {
                 return Ok(true); // it was replaced, or is gone
@@ -99,7 +99,7 @@ impl Wakeup for SqliteWakeup {
                 return Ok(true);
             }
             let Some(rest) = at_most.checked_sub(begun.elapsed()) else { return Ok(false) };
-            // The longer ago the last write, the less likely is it that its commit is still to come.
+            // The longer ago the last write was, the less likely its commit is still to come.
             let longest = if self.watch.is_some() { LONGEST } else { UNTOLD };
             let pause = written_at.map_or(longest, |at| (at.elapsed() / 2).clamp(FIRST, longest));
             match &self.watch {
@@ -113,7 +113,7 @@ impl Wakeup for SqliteWakeup {
     }
 
     async fn disarm(&mut self) -> Result<(), OutboxError> {
-        // While the relay works its own writes would only wake it.
+        // While the relay works, its own writes would cause reports.
         if let Some(watch) = &mut self.watch {
             watch.remove();
         }
@@ -126,7 +126,7 @@ impl FileWatch {
         let written = Arc::new(Notify::new());
         let tell = Arc::clone(&written);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // An error may stand for events that were lost.
+            // An error may mean that events were lost.
             if event.is_ok_and(|event| !matches!(event.kind, EventKind::Modify(ModifyKind::Data(_)))) {
                 return;
             }
@@ -135,7 +135,7 @@ impl FileWatch {
         Ok(Self { watcher, written, files: Vec::new() })
     }
 
-    /// Watches the file and, where there is one, its write-ahead log.
+    /// Watches the file and its write-ahead log, if there is one.
     fn add(&mut self, database: &Path) -> notify::Result<()> {
         self.remove();
         let mut log = database.as_os_str().to_owned();
