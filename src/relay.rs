@@ -71,7 +71,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest message of a panic that is logged, in characters.
 const MAX_PANIC_CHARS: usize = 500;
 
-/// How a drain ended.
+/// The result of a drain.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Drained {
     /// The number of events by what became of them.

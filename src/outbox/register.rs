@@ -35,8 +35,8 @@ const SILENCE: Duration = Duration::from_secs(15);
 /// After this time a relay of the same configuration that has no session counts as ended.
 const LONG_SILENCE: Duration = Duration::from_secs(3600);
 
-/// How long a relay without a session, by which others could see that it is alive, has for writing its time once another
-/// configuration has come. It is longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
+/// How long a relay without a session has for writing its time once another configuration has come. Without a session, others
+/// see only by this time that the relay is alive. It is longer than [`INTERVAL`] and [`BEAT_INTERVAL`] together.
 const FIRST_BEAT: Duration = Duration::from_secs(20);
 
 /// The largest number of names in a difference.

@@ -55,7 +55,7 @@ pub(crate) const KEYS_BLOCKED: &str = "keys_blocked";
 /// The longest error of an event in the text of a standstill, in characters.
 const MAX_ERROR_CHARS: usize = 500;
 
-/// Whether this is the text of [`KEYS_BLOCKED`] about that destination.
+/// Returns whether this is the text of [`KEYS_BLOCKED`] about that destination.
 pub(crate) fn is_blocked_at(text: &str, destination: &str) -> bool {
     text.starts_with(&format!("destination {destination} takes other events, and not these"))
 }

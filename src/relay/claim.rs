@@ -40,7 +40,7 @@ pub(super) struct Claimer<O: Outbox> {
 pub(super) struct Work {
     pub(super) batch: Vec<Claimed>,
     pub(super) claim_id: ClaimId,
-    /// When its claim began.
+    /// The start of its claim.
     pub(super) begun: Instant,
     pub(super) busy: Busy,
 }

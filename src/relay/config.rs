@@ -8,7 +8,7 @@ use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
 use crate::sink::Sink;
 
-/// How the engine works; `src/guide/configuration.md` has the defaults.
+/// The limits of the engine. `src/guide/configuration.md` has the defaults.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RelayConfig {
     /// The number of loops, each of which has its own connection.
@@ -21,7 +21,7 @@ pub struct RelayConfig {
     pub max_payload: usize,
     /// The longest sleep of an idle relay.
     pub polling_interval: Duration,
-    /// What becomes of events that no route takes.
+    /// The treatment of events that no route takes.
     pub unrouted: Unrouted,
     /// How long after a stop the relay waits for events in flight before it gives them up.
     pub shutdown_timeout: Duration,
@@ -68,7 +68,7 @@ impl Default for Policy {
 pub struct Endpoint {
     /// Its name, as it stands in `destination` columns.
     pub name: String,
-    /// What publishes to it.
+    /// The sink that publishes to the destination.
     pub sink: Arc<dyn Sink>,
     /// When its calls time out, its events are retried, and it is paused.
     pub policy: Policy,

@@ -33,7 +33,7 @@ const CRASHES_ALONE: usize = 3;
 /// If a relay ends later than this after a call began, the cause may be something other than the events of the call.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
-/// Whether this run is cautious, and what it has marked.
+/// The state of the crash guard: whether this run is cautious, and which events it has marked.
 pub(super) struct CrashGuard {
     run: Mutex<Uuid>,
     stage: Mutex<Stage>,

@@ -382,7 +382,7 @@ impl Destination {
         }
     }
 
-    /// Where the destination puts this event, as text for a log.
+    /// Describes where the destination puts this event, for a log.
     pub(super) fn place(&self, event: &Event) -> String {
         shown(&self.sink.place(event), MAX_PLACE_CHARS)
     }

@@ -256,7 +256,7 @@ fn whatever_happens_no_older_configuration_routes_while_a_newer_relay_may_live()
                 }
                 // Its session is lost, and it attends before others take it for ended.
                 (4..=5, Some(relay)) => world.register.lose_session(world.id(relay)),
-                // Somebody deletes rows.
+                // Rows are deleted from outside.
                 (6, Some(relay)) => {
                     now_or_never(world.register.remove(&[world.id(relay)])).expect("deleted");
                     now_or_never(world.register.changed()).expect("told");
