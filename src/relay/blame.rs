@@ -21,7 +21,7 @@ const LATELY: Duration = Duration::from_secs(5);
 const PRESUMED_CALLS: u32 = 10;
 
 /// The largest number of events to remember, which is more than fail at a time. At this number the memory is cleared, and
-/// counting starts anew.
+/// all events count as new.
 const MAX_REMEMBERED: usize = 10_000;
 
 /// The facts about one event of a call that the judgement needs.
@@ -134,7 +134,7 @@ impl Blame {
         }
         let passing = candidates.iter().filter(|(_, error, _)| error.fault != Fault::Misconfigured);
         passing.for_each(|(_, _, candidate)| self.remember(candidate.event_id, now));
-        // Events that were blocked before, and a probe that is refused, have to wait, so that the next probe is made with
+        // Events that were blocked before, and the events of a refused probe, have to wait, so that the next probe is made with
         // other events.
         let out_of_the_way = |error: &PublishError, candidate: &Candidate| {
             candidate.blocked_before || call.probe && error.fault == Fault::Misconfigured
