@@ -18,7 +18,7 @@ select {schema}.relay_epoch_above($1), array(
     )
 )";
 
-/// Gives the claim of this transaction an epoch above `floor`, and says which of `noted` still wait for `destination`.
+/// Gives the claim of this transaction an epoch above `floor`. Returns which of `noted` still wait for `destination`.
 pub(super) async fn renew(
     connection: &mut PgConnection,
     sql: Sql,
