@@ -1,4 +1,4 @@
-//! Renewing a claim, for a destination that refuses claims older than the ones it has seen.
+//! Renews a claim, for a destination that refuses claims older than the ones it has seen.
 
 use sqlx::postgres::PgConnection;
 
