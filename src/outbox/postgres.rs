@@ -1,21 +1,20 @@
 //! The outbox in PostgreSQL 13 and later.
 //!
-//! - The hot path: [`lane`] claims and settles. `take` takes partitions, `batch` reads their rows, `bounds` remembers up to
-//!   which id a partition is empty, `promote` promotes due rows, `renew` renews a claim, `settle` writes the deliveries of a
-//!   batch. [`wake`] sleeps until a producer commits, `flush` waits until commits are on disk.
-//! - Writes that the database refuses: `refusal` describes what is refused and how to repair that, `salvage` settles what can
-//!   be settled, `left_out` holds what cannot even be parked, `refused_writes` is the state that the lanes share about this,
-//!   `proof` tries everything that a settle writes, `savepoint` sets the savepoint before a settle.
-//! - The operator's part: `operate`, with `emit`, `audit`, `check`, `migrate`, and `days`, which are added and dropped.
-//! - Checks of a database: `home` finds tables and functions, `schema` compares the version, `shape` the columns, `triggers`
-//!   the triggers, `exclusion` tests whether advisory locks exclude. `migrations` is the list, `patience` waits for its
-//!   locks.
-//! - The causes that keep events from moving: `standstill` runs `parked`, `unconfigured`, `undecided`, `formats` and
-//!   `left_out`, each with a `question`.
-//! - Several relays: `register` stores the register of relays, `crash_notes` ends a crash loop.
-//! - Connections: `connection` opens one, `session` has its settings, `side_connection` is a connection besides those of the
-//!   lanes, `store` is what all share, `sql` and `tid` make statements, `url` finds parts of `DATABASE_URL` that would be
-//!   ignored.
+//! - The hot path: [`lane`] claims and settles. `take` takes partitions, `batch` reads their rows, `bounds` has the id up to
+//!   which a partition has nothing left, `promote` makes due rows pending, `renew` renews a claim, `settle` writes what became
+//!   of a batch. [`wake`] sleeps until a producer commits, `flush` waits for the disk.
+//! - Where the database refuses a write: `refusal` says what it refuses and how to mend that, `salvage` settles what can be
+//!   settled, `left_out` holds what cannot even be parked, `refused_writes` is what the lanes know of all that, `proof` tries
+//!   everything that a settle writes, `savepoint` has the statements for a savepoint.
+//! - The operator's door: `operate`, with `emit`, `audit`, `check`, `migrate`, and `days`, which adds and drops day partitions.
+//! - Whether a database fits: `home` finds tables and functions, `schema` compares the version, `shape` the columns, `triggers`
+//!   the triggers, `exclusion` proves that advisory locks exclude each other. `migrations` is the list, `patience` waits for
+//!   its locks.
+//! - What keeps events from moving: `standstill` asks `parked`, `unconfigured`, `undecided`, `formats` and `left_out`, each
+//!   with a `question`.
+//! - Several relays: `register` shows them each other, `crash_notes` ends a crash loop.
+//! - Connections: `connection` opens one, `session` has its settings, `side_connection` is one beside the lanes, `store` is
+//!   what all share, `sql` and `tid` make statements, `url` checks `DATABASE_URL`.
 
 pub mod audit;
 mod batch;
@@ -76,7 +75,7 @@ pub use connection::{open, validate};
 pub use store::PgOutbox;
 
 impl PgOutbox {
-    /// Fails if this relay cannot work with the database.
+    /// Fails if this relay cannot work with the database as it is.
     async fn look_at(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         with_timeout("begin", STATEMENT_TIMEOUT, self.begin_pooled(connection)).await?;
         drop(schema::require_fit(connection).await?);
@@ -117,7 +116,7 @@ impl Outbox for PgOutbox {
     }
 
     async fn attend(&self, idle: Duration) -> Result<Duration, OutboxError> {
-        // This is how long a claim may last.
+        // For as long as a claim may last.
         let patience = self.config.publish_timeout + Duration::from_secs(15);
         self.membership.attend(self, idle, patience, Instant::now()).await
     }

@@ -1,4 +1,4 @@
-//! What the database knows of its events, for an audit.
+//! Reads what the database knows of its events, for an audit.
 
 use futures_util::TryStreamExt;
 use sqlx::postgres::PgConnection;
@@ -11,7 +11,7 @@ use crate::outbox::postgres::connection::{connect, connect_options, query_failed
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::secret::Secret;
 
-/// All of it as it was at one time. `$1`: the destination.
+/// Everything that is recorded of the destination `$1`, as it was at one time.
 const KNOWN: &str = "
 select 0 as known, event_id, id as sequence, null::text as message,
     pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8')) as digest
@@ -26,14 +26,15 @@ union all
 select 3, event_id, outbox_id, null, pg_catalog.sha256(pg_catalog.convert_to(payload::text, 'UTF8'))
 from {schema}.event_history where destination = $1";
 
-/// Feeds `audit` with all that the database at `url` knows about `destination`. Returns since when the log has everything.
+/// Feeds `audit` with all that the database at `url` knows about `destination`. Returns the time since which the log is
+/// complete.
 ///
 /// # Errors
-/// Why it could not be read.
+/// The database cannot be reached or read; the error says why.
 pub async fn read(url: &Secret, destination: &str, audit: &mut Audit) -> Result<EntryId, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
     let read = async {
-        // A pooler may send each transaction to another server connection; and hidden rows would look lost.
+        // A pooler may send each transaction to another server connection. Rows that row-level security hides would look lost.
         connection.execute("begin; set local row_security = off").await?;
         let since = feed(&mut connection, destination, audit).await?;
         connection.execute("commit").await?;
@@ -44,7 +45,8 @@ pub async fn read(url: &Secret, destination: &str, audit: &mut Audit) -> Result<
 
 async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audit) -> Result<EntryId, sqlx::Error> {
     let sql = Sql { schema: Schema::find(connection).await?.unwrap_or_default(), persistent: false };
-    // A clock that differs a little from Redis', and a batch that was published just before its log row's day began.
+    // Five minutes for a clock that differs a little from Redis', and for a batch that was published just before the day of its
+    // log row began.
     let since: Option<i64> = sql.query_scalar(
         "select (extract(epoch from pg_catalog.min(processed_at) + interval '5 minutes') operator(pg_catalog.*) 1000)::bigint from {schema}.event_processing_log",
     )

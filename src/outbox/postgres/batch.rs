@@ -1,4 +1,4 @@
-//! Reading a batch.
+//! Reads the rows of a batch.
 
 use std::sync::LazyLock;
 
@@ -17,12 +17,17 @@ use crate::outbox::{ClaimRequest, Claimed};
 /// Reads the rows of the partitions just taken. It must be a statement of its own, after the one that took the locks:
 /// one statement would read with a snapshot from before them, and publish again what the last owner has just settled.
 ///
-/// `$1` partitions; of each of them at most `$2` events, so that nothing need be sorted; `$3` the largest size to give; `$4`
-/// destinations; `$5` for each partition the id above which to read. What waits behind a failed event of its key is asked per
-/// row only where anything waits at all, and not behind one that is done and could not be recorded. Of times, those that no
-/// calendar has are null: a driver panics at them. Whoever waits asks again in ten minutes: what holds up its key may wait for a
-/// person, who lets it go earlier. An event without attempts that has failed before has -1; one that is marked (see `left_out`) has
-/// -2, or -3 where it is still owed. A row that is parked for all destinations, which is rare, holds back its key at each.
+/// `$1` partitions; `$2` the most events of each, so that nothing need be sorted; `$3` the largest size to return; `$4`
+/// destinations; `$5` for each partition the id above which to read.
+///
+/// - Only where any event waits at all, each row is checked for an earlier event of its key that waits. An event that is done
+///   and could not be recorded holds back no other.
+/// - A time that no calendar has is returned as null, because the driver panics at it.
+/// - The time left is at most ten minutes, after which an event is checked again: the event that it waits for may wait for a
+///   person, who may let it go earlier.
+/// - The attempts are -1 for an event without attempts that has failed before. For a marked row (see `left_out`) they are -2,
+///   or -3 if it is still owed.
+/// - A row that is parked for all destinations, which is rare, holds back its key at each.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
        {payload}, {headers}, {correlation_id}, {causation_id},
@@ -79,14 +84,14 @@ cross join (select {any} as any, exists (
       and pg_catalog.starts_with(last_error, 'settle_failed: retry')
 ) as whole) waiting";
 
-/// Whether anything waits. Beside an old snapshot it walks over all that has waited and is gone.
+/// Whether any event waits. While a session holds an old snapshot, this walks over all rows that have waited and are gone.
 const ANY_WAITS: &str = "exists (
     select from {schema}.event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
 )";
 
-/// The rows, for [`READ_BATCH`], and what each takes, as long as that is little. A stored size does not tell how large a value
-/// is, it may be compressed a hundredfold; `#> '{}'` is the value uncompressed. Nothing is uncompressed that is stored in more
-/// than is little. No headers are stored in 8 bytes at most.
+/// The rows for [`READ_BATCH`], and the size of each, as long as that is small. A stored size does not show how large a value
+/// is, because it may be compressed a hundredfold; `#> '{}'` is the value uncompressed. A value is uncompressed only if its
+/// stored size is small. Empty headers are stored in 8 bytes at most.
 const ROWS: &str = "
 unnest($1::smallint[], $5::bigint[]) t(partition, bound)
 cross join lateral (
@@ -104,15 +109,18 @@ cross join lateral (
     from {schema}.event_outbox where partition = t.partition and id > t.bound order by id, destination limit $2
 ) o";
 
-/// The same where some may be large: about `$6` bytes of them, in all. Adding up costs a quarter of all that reading does, and
-/// is left out as long as all are small. `offset 0` keeps what is measured from being measured again wherever it is named.
+/// The same where some rows may be large: about `$6` bytes in total. Adding up the sizes costs a quarter of all that reading
+/// does, so it is left out as long as all rows are small. `offset 0` prevents that a value is measured again wherever its size
+/// is named.
 ///
-/// - Of what exceeds its limit only the size is read. `unfit` names it, and counts as what settling it copies.
-/// - The text of a `jsonb` has at least a quarter of the bytes that it takes uncompressed (`[1, 1]` is such), and that at least
-///   those that it takes compressed. So what is stored in over four times the limit is not looked into, and what takes over four
-///   times the limit uncompressed is not printed. Headers are a map of texts, of which each byte prints as one to six.
-/// - A payload and headers that are NULL, which somebody has allowed, are named by `unfit` too.
-/// - After five seconds nothing more is measured: what is left is read by the next claim.
+/// - If a value exceeds its limit, only its size is read. `unfit` names the value, and the row counts as what settling it
+///   copies.
+/// - The text of a `jsonb` has at least a quarter of the bytes that the value takes uncompressed (an example is `[1, 1]`), and
+///   uncompressed it takes at least as many as compressed. So a value that is stored in over four times the limit is not
+///   uncompressed, and a value that takes over four times the limit uncompressed is not printed. Headers are a map of texts, of
+///   which each byte prints as one to six.
+/// - A payload or headers that are NULL, where somebody has allowed that, are named by `unfit` too.
+/// - After five seconds no more rows are measured. The next claim reads the rest.
 const ROWS_WITHIN_BYTES: &str = "
 (
     select b.*, (pg_catalog.sum(b.size) over (order by b.place, b.id, b.destination rows unbounded preceding))::bigint
@@ -196,13 +204,13 @@ static READ_SMALL: LazyLock<Reads> = LazyLock::new(|| {
 
 static READ_WITHIN_BYTES: LazyLock<Reads> = LazyLock::new(|| within_bytes(ROWS_WITHIN_BYTES));
 
-/// Of these rows only those that are owed to one of `$4`.
+/// Selects only the rows that are owed to one of the destinations `$4`.
 const OWED: &str = "id > t.bound and destination = any ($4::text[])";
 
 static READ_OWED: LazyLock<Reads> = LazyLock::new(|| within_bytes(&ROWS_WITHIN_BYTES.replace("id > t.bound", OWED)));
 
 fn within_bytes(rows: &str) -> Reads {
-    // A key within its bounds is told of a row that is not read, too.
+    // A key within its limits is returned even if the row has a value that is not read.
     let within = |column: &str| match column {
         "headers" => "case when o.unfit is null then nullif(o.headers, '{}') end".to_owned(),
         "payload" => "case when o.unfit is null then o.payload end".to_owned(),
@@ -229,19 +237,19 @@ fn complete(rows: &str, unfit: &str, filter: &str, column: impl Fn(&str) -> Stri
 /// The same statement in two forms.
 struct Reads {
     usual: &'static str,
-    /// Does not ask whether anything waits, but looks for what each event would wait behind.
+    /// Does not ask whether any event waits, but checks each event for an earlier one of its key that waits.
     among_dead: &'static str,
 }
 
 /// Events up to this size, in bytes as PostgreSQL stores them, are small.
 const SMALL: usize = 2000;
 
-/// A connection that has received more than so much gives back the memory of its buffer.
+/// A connection that has received more bytes than this frees the memory of its buffer.
 const LARGE_BUFFER: usize = 1 << 20;
 
-/// The rows of the partitions `taken`, of each above the id at its place in `bounds`: of all of them at most `limit`, of each at
-/// most `share`, and about so many bytes in all as are requested. `large` remembers from batch to batch whether some event is not
-/// small.
+/// Reads rows of the partitions `taken`, of each those above the id at its index in `bounds`. It reads at most `limit` rows, at
+/// most `share` of each partition, and about as many bytes as are requested. `large` remembers from batch to batch whether some
+/// event is not small.
 pub(super) async fn read(
     connection: &mut PgConnection,
     sql: Sql,
@@ -269,7 +277,7 @@ pub(super) async fn read(
         let mut all_small = true;
         let mut rows = query(form(&READ_SMALL), small).fetch(&mut *connection);
         while let Some(row) = rows.try_next().await? {
-            // Of a NULL that somebody has allowed there is no size.
+            // The size is NULL if a column is NULL, where somebody has allowed that.
             all_small =
                 all_small && row.try_get::<Option<i32>, _>(column::SIZE)?.is_some_and(|size| to_usize(size) <= small);
             if all_small {
@@ -284,7 +292,8 @@ pub(super) async fn read(
     let mut batch = Batch::default();
     let text = form(if which == Which::Owed { &READ_OWED } else { &READ_WITHIN_BYTES });
     let mut rows = query(text, request.max_payload).bind(to_i64(request.max_bytes)).fetch(&mut *connection);
-    // By its text, which may be a quarter of what is stored: else such a batch would be read twice each time.
+    // Here the size is that of the text, which may be a quarter of what is stored. So it is compared with a quarter: else such
+    // a batch would be read twice each time.
     *large = false;
     while let Some(row) = rows.try_next().await? {
         *large |= to_usize(row.try_get(column::SIZE)?) > small / 4;
@@ -301,9 +310,9 @@ pub(super) async fn read(
 /// Which rows of a partition to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Which {
-    /// `among_dead`: many that have waited and are gone cannot be removed yet.
+    /// All of them. `among_dead`: many dead rows of events that have waited cannot be removed yet.
     All { among_dead: bool },
-    /// Those that are owed to the destinations of the request.
+    /// The rows that are owed to the destinations of the request.
     Owed,
 }
 
@@ -314,11 +323,11 @@ pub(super) struct PartitionRead {
     pub(super) last_id: i64,
 }
 
-/// A row that a claim has read and that is marked.
+/// A marked row (see `left_out`) that a claim has read.
 #[derive(Debug)]
 pub(super) struct Marked {
     pub(super) row: RowKey,
-    /// The key that it holds back, where it is still owed.
+    /// The key that it holds back, if its event is still owed.
     pub(super) holds: Option<Key>,
 }
 
@@ -330,30 +339,30 @@ pub(super) fn key(event: &Event) -> Option<Key> {
     Some((event.aggregate_type.clone().unwrap_or_default(), id))
 }
 
-/// What was read. Each row is decoded as it comes, so that it is not held twice.
+/// The rows that were read. Each is decoded as it comes, so that it is not held twice.
 #[derive(Default)]
 pub(super) struct Batch {
-    /// In the order in which they were read; [`Batch::sort`] puts them in theirs.
+    /// In the order in which they were read; [`Batch::sort`] sorts them.
     pub(super) claimed: Vec<Claimed>,
     /// Rows that are left out.
     pub(super) marked: Vec<Marked>,
     pub(super) given: HashMap<i16, PartitionRead>,
-    /// Of all of them; of one that was not read, what is stored of it.
+    /// The bytes of all rows. If a value was not read, its stored size counts.
     pub(super) bytes: usize,
     /// The bytes may have cut some partitions short.
     pub(super) cut: bool,
-    /// The epoch when they were read; none without rows.
+    /// The epoch when the rows were read; `None` without rows.
     pub(super) epoch: Option<i64>,
-    /// The number of reinsertions then; none without rows.
+    /// The number of reinsertions at that time; `None` without rows.
     pub(super) reinsertions: Option<i64>,
-    /// The number of changes of the register of relays then.
+    /// The number of changes of the register of relays at that time.
     pub(super) changes: i64,
     /// The partition that was read last.
     pub(super) last: Option<i16>,
 }
 
 impl Batch {
-    /// Adds a row, unless there are enough bytes: what a few stored bytes print as may be long, 1e131071 has so many digits.
+    /// Adds a row, unless there are enough bytes. The text of a few stored bytes may be long: 1e131071 has so many digits.
     fn add(&mut self, row: &PgRow, request: ClaimRequest<'_>, within_bytes: bool) -> Result<(), sqlx::Error> {
         if self.cut || self.bytes >= request.max_bytes {
             self.cut = true;

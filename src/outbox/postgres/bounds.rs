@@ -1,20 +1,21 @@
-//! Up to which id a partition has nothing left, so that a claim need not walk over its dead rows.
+//! Bounds: the id up to which a partition has no row left, so that a claim need not walk over its dead rows.
 //!
-//! While any session holds an old snapshot, a deleted row stays in the table and its indexes: every scan from the left of a
-//! partition would walk over all that has died there since. A bound skips them, and must never hide a row that lives:
+//! While any session holds an old snapshot, a deleted row stays in the table and its indexes. Every scan from the left of a
+//! partition would walk over all rows that were deleted there since. A bound skips them, and must never hide a row that exists:
 //!
-//! - The row of a transaction still in flight has a lower id than what was read beside it. Whoever inserts locks the table
-//!   before the id is drawn, until its end. So of the last id drawn at some time, and of all before it, everything is known
-//!   once those who held that lock afterwards are gone: that id is the *horizon*, and no bound lies beyond it.
-//! - A row that a claim did not read, or a settle left where it was, lies above the bound that they lead to.
-//! - A row that is moved into a partition, or put back, has an old id. Whoever does that raises `event_outbox_moves`, see
-//!   `migrations/postgres/0009_moved_events.sql`, and a claim that reads another number than the last one forgets all bounds.
-//! - Where ids go back, by a truncated table, a sequence that was set back or a table that was restored, the next question
-//!   tells, and all bounds are forgotten. A relay that finds nothing asks each time.
-//! - A row that somebody inserts with an id of their own announces itself by nothing. So it is searched for below all bounds
-//!   once a minute, or in a hundredth of the time where it takes longer to walk over what is dead there.
+//! - A transaction in flight may hold a row with a lower id than the rows that are read meanwhile. A transaction that inserts
+//!   locks the table before it draws the id, and holds that lock until its end. So, once all transactions that held the lock
+//!   after an id was drawn have ended, all rows up to that id are known. That id is the *horizon*, and no bound lies beyond it.
+//! - A row that a claim did not read, or that a settle left where it was, lies above the bound that follows from them.
+//! - A row that is moved into a partition, or put back, has an old id. Whoever moves it raises `event_outbox_moves`, see
+//!   `migrations/postgres/0009_moved_events.sql`. A claim that reads another number than the last one forgets all bounds.
+//! - Ids go back if a table is truncated or restored, or a sequence is set back. The next query for the last id detects that,
+//!   and all bounds are forgotten. A relay that finds no events asks each time.
+//! - Nothing announces a row that somebody inserts with an id of their own. So such rows are searched for below all bounds once
+//!   a minute. Where walking over the dead rows takes longer, the search takes a hundredth of the time.
 //!
-//! Behind a transaction-pooling proxy nothing tells when the server was replaced by one that lags behind: no bounds there.
+//! Behind a transaction-pooling proxy nothing shows that the server was replaced by one that lags behind. So there are no
+//! bounds there.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -24,20 +25,20 @@ use std::time::{Duration, Instant};
 /// How long a row that somebody inserted with an id of their own may stay hidden.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A search for such rows is followed by a rest so many times as long as it took.
+/// After a search for such rows, no other begins for this many times as long as it took.
 const REST: u32 = 100;
 
-/// The horizon is asked for once so many events have died beyond it, which are still walked over.
+/// The horizon is asked for once this many rows were deleted beyond it, because claims still walk over these.
 const EVENTS_BEYOND: usize = 1000;
 
-/// The shortest time between two questions: while a transaction is long, more would not help.
+/// The shortest time between two queries for the horizon. While a transaction lasts long, more queries would not help.
 const QUESTION_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What the lanes of a relay share.
+/// The bounds that the lanes of a relay share.
 #[derive(Debug, Clone)]
 pub(super) struct Bounds {
     state: Arc<Mutex<State>>,
-    /// Without a horizon there are no bounds.
+    /// Whether to ask for the horizon. Without a horizon there are no bounds.
     asks: bool,
 }
 
@@ -47,61 +48,61 @@ struct State {
     next_search: Option<Instant>,
     /// The partition that was searched last.
     searched: i16,
-    /// The horizon to be, once these transactions are gone, and how many events were settled when it was drawn.
+    /// The next horizon, which holds once these transactions have ended, and how many events were settled when it was drawn.
     next: Option<(Writers, usize)>,
     settled: usize,
-    /// How many of them when the horizon was drawn.
+    /// How many events were settled when the present horizon was drawn.
     within: usize,
     asked: Option<Instant>,
-    /// That of the ids that all this is about; empty where it is not known yet.
+    /// The life of the ids to which all this applies, see [`Drawn`]; empty if it is not known yet.
     life: String,
 }
 
 /// The bounds that hold for one claim.
 #[derive(Debug, Clone, Default)]
 pub(super) struct BoundsSnapshot {
-    /// The number of reinsertions that all this holds for.
+    /// The number of reinsertions for which all this holds.
     pub(super) reinsertions: i64,
-    /// How often bounds were forgotten: what was read by older ones leads to none.
+    /// How often bounds were forgotten. No bound follows from a read that used older ones.
     era: u64,
     /// Everything with an id up to this one is committed or will never be.
     horizon: Option<i64>,
-    /// By partition: nothing with an id up to this one is left there.
+    /// By partition: no row with an id up to this one is left there.
     pub(super) bounds: Arc<BTreeMap<i16, i64>>,
 }
 
-/// The last id drawn, and then the transactions that might have drawn it or one before.
+/// The last id drawn, and the transactions that may have drawn it or an earlier one. They are listed after it is read.
 #[derive(Debug)]
 pub(super) struct Writers {
     pub(super) drawn: Drawn,
     pub(super) transactions: Vec<String>,
 }
 
-/// How far the ids have come.
+/// The last id drawn, and the life of the ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Drawn {
     /// The last id that was drawn; 0 where none was.
     pub(super) last_id: i64,
-    /// Tells the ids of one table and sequence from those of the ones that came in their place.
+    /// Distinguishes the ids of one table and sequence from those of a table or a sequence that took its place.
     pub(super) life: String,
 }
 
-/// What a claim has read; if all of it is deleted, bounds follow.
+/// What a claim has read. If all its rows are deleted, bounds follow.
 #[derive(Debug)]
 pub(super) struct ReadExtent {
     era: u64,
-    /// By partition: nothing with an id up to this one is left there but what was read.
+    /// By partition: if a row with an id up to this one is left there, it was read.
     reached: Vec<(i16, i64)>,
     rows: usize,
 }
 
 impl BoundsSnapshot {
-    /// Above which id to read each of these partitions.
+    /// Returns, for each of these partitions, the id above which to read it.
     pub(super) fn bounds_of(&self, partitions: &[i16]) -> Vec<i64> {
         partitions.iter().map(|partition| self.bounds.get(partition).copied().unwrap_or(i64::MIN)).collect()
     }
 
-    /// The same, and nothing to be read up to these ids either.
+    /// Returns the same bounds, raised to these ids where they are higher.
     pub(super) fn behind(mut self, passed: &BTreeMap<i16, i64>) -> Self {
         for (&partition, &id) in passed {
             let bound = Arc::make_mut(&mut self.bounds).entry(partition).or_insert(id);
@@ -110,10 +111,11 @@ impl BoundsSnapshot {
         self
     }
 
-    /// A reading of so many rows, `last` gives for each partition the id of the last one that was read, if there may be more.
+    /// What a read of so many rows covers. `last` has for each partition the id of the last row that was read, if there may be
+    /// more.
     pub(super) fn read_extent(&self, last: impl Iterator<Item = (i16, Option<i64>)>, rows: usize) -> ReadExtent {
         let horizon = self.horizon.unwrap_or(i64::MIN);
-        // Of the same id there may be another row, for another destination.
+        // There may be another row with the same id, for another destination.
         let reached = |last: Option<i64>| last.map_or(horizon, |last| horizon.min(last - 1));
         let reached = last.map(|(partition, last)| (partition, reached(last))).collect();
         ReadExtent { era: self.era, reached, rows }
@@ -121,12 +123,12 @@ impl BoundsSnapshot {
 }
 
 impl Bounds {
-    /// There is none yet, and behind a `pooled` connection there never will be.
+    /// There are no bounds yet, and behind a `pooled` connection there never will be.
     pub(super) fn new(pooled: bool) -> Self {
         Self { state: Arc::default(), asks: !pooled }
     }
 
-    /// What a claim starts from, and whether it is to ask for the writers.
+    /// Returns the bounds that a claim starts from, and whether the claim is to ask for the writers.
     pub(super) fn known(&self) -> (BoundsSnapshot, bool) {
         let state = self.state();
         let ask = self.asks
@@ -135,14 +137,14 @@ impl Bounds {
         (state.known.clone(), ask)
     }
 
-    /// What holds at this number of reinsertions.
+    /// Returns the bounds that hold at this number of reinsertions.
     pub(super) fn at(&self, reinsertions: i64) -> BoundsSnapshot {
         let mut state = self.state();
         state.at(reinsertions);
         state.known.clone()
     }
 
-    /// Takes note of the answer to the question for the writers. Returns what holds now.
+    /// Takes in the answer to the query for the writers. Returns the bounds that hold now.
     pub(super) fn wrote(&self, reinsertions: i64, writers: Writers) -> BoundsSnapshot {
         let mut state = self.state();
         if state.known.reinsertions == reinsertions {
@@ -154,12 +156,12 @@ impl Bounds {
         state.known.clone()
     }
 
-    /// Takes note of how far ids have come. Returns whether these are other ids than before, so that all bounds were forgotten.
+    /// Takes in how far ids have come. Returns whether these are other ids than before, so that all bounds were forgotten.
     pub(super) fn drew(&self, drawn: &Drawn) -> bool {
         self.state().drew(drawn)
     }
 
-    /// `deleted` rows of a reading are gone, by a transaction that has committed.
+    /// Takes in that `deleted` rows of a read are gone, by a transaction that has committed.
     pub(super) fn settled(&self, reading: Option<ReadExtent>, deleted: usize) {
         let mut state = self.state();
         state.settled += deleted;
@@ -172,7 +174,7 @@ impl Bounds {
         }
     }
 
-    /// Who went by `known` found no partition with anything in it.
+    /// Takes in that a search by the bounds `known` found no row in any partition.
     pub(super) fn empty(&self, known: &BoundsSnapshot) {
         let mut state = self.state();
         if let Some(horizon) = known.horizon.filter(|_| known.era == state.known.era) {
@@ -181,7 +183,7 @@ impl Bounds {
         }
     }
 
-    /// Below which bounds to search for rows that they hide, if that is due; whoever asks is to do it.
+    /// Returns the bounds below which to search for hidden rows, if that is due. The caller must do the search.
     pub(super) fn to_search(&self) -> Option<Vec<(i16, i64)>> {
         let mut state = self.state();
         let now = Instant::now();
@@ -197,8 +199,8 @@ impl Bounds {
         (!set.is_empty()).then_some(set)
     }
 
-    /// What a search has `found` in so long: of each partition that it got to, whether a row is hidden there. `all`: it got to
-    /// every one.
+    /// Takes in the result of a search. `found` has, for each partition that the search reached, whether a row is hidden there.
+    /// `all`: it reached all partitions. `took` is how long it took.
     pub(super) fn searched(&self, found: &[(i16, bool)], all: bool, took: Duration) {
         let mut state = self.state();
         let rest = took * REST;
@@ -212,7 +214,7 @@ impl Bounds {
         }
     }
 
-    /// A connection is new: its server may be another, in which ids start lower.
+    /// Forgets everything, because a connection is new: its server may be another, whose ids start lower.
     pub(super) fn forget(&self) {
         let mut state = self.state();
         state.forget(0);
@@ -225,7 +227,7 @@ impl Bounds {
 }
 
 impl State {
-    /// Which partitions had one is remembered: as soon as all are found empty, they have one again.
+    /// Partitions that had a bound are remembered: as soon as all partitions are found empty, they have one again.
     fn forget_bounds(&mut self) {
         Arc::make_mut(&mut self.known.bounds).values_mut().for_each(|bound| *bound = i64::MIN);
         self.known.era += 1;
@@ -241,7 +243,7 @@ impl State {
 
     fn at(&mut self, reinsertions: i64) {
         if self.known.reinsertions != reinsertions {
-            // The horizon too: whoever raised the number may still be in flight.
+            // The horizon is forgotten too: whoever raised the number may still be in flight.
             self.forget(reinsertions);
         }
     }
@@ -417,7 +419,7 @@ mod tests {
         assert_eq!(bounds.known().0.bounds_of(&[7]), [i64::MIN]);
     }
 
-    /// Lets the next search be due.
+    /// Makes the next search due, and begins it.
     fn search(bounds: &Bounds) -> Option<Vec<(i16, i64)>> {
         bounds.state().next_search = Some(Instant::now());
         bounds.to_search()

@@ -1,4 +1,4 @@
-//! `relay check`: the database tried as a relay would use it.
+//! `relay check`: tries the database as a relay would use it.
 
 use std::sync::atomic::AtomicBool;
 
@@ -19,7 +19,7 @@ use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
 use crate::secret::Secret;
 
-/// What the relay needs to be allowed, as SQL conditions, with the words for what is missing.
+/// The privileges that the relay needs: the words for a missing one, and the SQL condition for it.
 const PRIVILEGES: [(&str, &str); 15] = [
     (
         "select, insert, update and delete on event_outbox",
@@ -74,7 +74,7 @@ const PRIVILEGES: [(&str, &str); 15] = [
     ),
 ];
 
-/// Tries the database at `url` as a relay would use it; stops at the first thing that makes the rest pointless.
+/// Tries the database at `url` as a relay would use it. Stops at the first failure that makes the rest pointless.
 pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec<Check> {
     let mut checks = Vec::new();
     let mut push = |subject: &str, result: Result<String, OutboxError>| {
@@ -117,7 +117,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
             }
         }
     }
-    // Nothing is said of what is as it should be.
+    // Row-level security is reported only if it hides rows.
     let hidden = match transaction(&mut connection, all_rows).await {
         Ok(()) => false,
         Err(error) => push("row-level security", Err(error)),
@@ -126,7 +126,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
         push("standstills", Err(error));
         Vec::new()
     });
-    // What is locked cannot be tried.
+    // A table that is locked cannot be tried.
     if !hidden && standing.iter().all(|found| found.cause != TABLE_LOCKED) {
         // Without its triggers the table takes no row.
         if !push("triggers", transaction(&mut connection, triggers_fit).await) {
@@ -146,7 +146,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     let look = async |connection: &mut PgConnection| configurations(connection, request.configuration).await;
     let register_locked =
         standing.iter().any(|found| found.cause == TABLE_LOCKED && found.about.starts_with("event_relay "));
-    // What row-level security hides was told, and so was who locks it.
+    // If row-level security hides this table, or somebody locks it, that is reported already.
     if !hidden && !register_locked {
         push("configuration", transaction(&mut connection, look).await);
     }
@@ -154,7 +154,7 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     checks
 }
 
-/// Who else may create objects in the schema of the tables. No trouble for the relay, which runs nothing of theirs.
+/// Returns the other roles that may create objects in the schema of the tables. The relay runs nothing of theirs.
 async fn creators(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
     let (schema, creators): (String, Option<String>) =
         with_timeout("look at the rights to create", STATEMENT_TIMEOUT, async {
@@ -181,7 +181,8 @@ async fn creators(connection: &mut PgConnection) -> Result<Option<String>, Outbo
     }))
 }
 
-/// Looks in a transaction of its own: a pooler may send each to another server connection, and what fails ends it.
+/// Runs `look` in a transaction of its own: a pooler may send each transaction to another server connection, and a statement
+/// that fails ends its transaction.
 async fn transaction<T>(
     connection: &mut PgConnection,
     look: impl AsyncFnOnce(&mut PgConnection) -> Result<T, OutboxError>,
@@ -193,12 +194,12 @@ async fn transaction<T>(
     )
     .await?;
     let found = look(connection).await;
-    // Where the connection is lost, the next look says so.
+    // If the connection is lost, the next look reports that.
     drop(with_timeout("end a look", STATEMENT_TIMEOUT, connection.execute("rollback")).await);
     found
 }
 
-/// How this command sends statements.
+/// Returns how this command sends statements.
 async fn sql(connection: &mut PgConnection) -> Result<Sql, OutboxError> {
     let schema = with_timeout("look for event_outbox", STATEMENT_TIMEOUT, Schema::find(connection)).await?;
     Ok(Sql { schema: schema.unwrap_or_default(), persistent: false })
@@ -243,7 +244,7 @@ async fn standstills(
     }
 }
 
-/// Whether advisory locks exclude each other.
+/// Fails unless advisory locks exclude each other.
 async fn locks(connection: &mut PgConnection, url: &Secret, pooled: bool) -> Result<(), OutboxError> {
     exclusion::prove(connection, &mut connect(&connect_options(url, pooled)?).await?).await
 }
@@ -294,7 +295,7 @@ async fn facts(connection: &mut PgConnection, pooled: bool) -> Result<String, Ou
     let acts =
         if login == user { String::new() } else { format!(" (the login is {login}, its setting `role` is {user})") };
     let encryption = match (row.get::<Option<String>, _>("protocol"), row.get("local")) {
-        // It is the pooler's connection that the server knows.
+        // The server knows only the pooler's connection.
         _ if pooled => "by way of a pooler".to_owned(),
         (Some(protocol), _) => format!("encrypted ({protocol})"),
         (None, true) => "over a local socket".to_owned(),
@@ -322,7 +323,7 @@ async fn privileges(connection: &mut PgConnection) -> Result<String, OutboxError
     Err(OutboxError::Privileges { missing: missing.join("; "), advice })
 }
 
-/// A role that has the right to write to the tables, of which this one is a member without having its rights.
+/// A role with the right to write to the tables, of which this role is a member without inheriting its rights.
 const NOT_INHERITED: &str = "
 select pg_catalog.quote_ident(r.rolname::text), pg_catalog.quote_ident(m.rolname::text), m.rolinherit
 from pg_catalog.pg_roles r
@@ -332,7 +333,7 @@ where r.oid <> m.oid and pg_catalog.pg_has_role(r.oid, 'member') and not pg_cata
 order by r.rolname = 'relay_worker'::name desc, r.rolname
 limit 1";
 
-/// What gives this role the rights that it lacks.
+/// Returns advice on how to give this role the rights that it lacks.
 async fn membership(connection: &mut PgConnection, sql: Sql) -> Result<String, sqlx::Error> {
     let found: Option<(String, String, bool)> =
         sql.query_as(NOT_INHERITED).persistent(false).fetch_optional(&mut *connection).await?;
@@ -353,7 +354,8 @@ async fn membership(connection: &mut PgConnection, sql: Sql) -> Result<String, s
     Ok(format!("deploy/sql/roles.sql has all the relay needs{acts}"))
 }
 
-/// How many connections this role and this database may have, of which a relay with so many lanes needs [`CONNECTIONS_BESIDE`] more.
+/// Returns the limit of this role or database that is too low for a relay with so many lanes, which needs
+/// [`CONNECTIONS_BESIDE`] connections more.
 async fn connections(connection: &mut PgConnection, lanes: usize) -> Result<Option<String>, OutboxError> {
     let query = "
         select pg_catalog.quote_ident(r.rolname::text), r.rolconnlimit, pg_catalog.quote_ident(d.datname::text), d.datconnlimit

@@ -11,8 +11,8 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::url;
 use crate::secret::Secret;
 
-/// How long a statement may go unanswered before its connection is given up. Far above what any of ours takes, and
-/// short enough that a host that vanished does not stop a lane for long.
+/// How long a statement may go unanswered before its connection is given up. This is far above what any of our statements
+/// takes, and short enough that a host that vanished does not stop a lane for long.
 pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long connecting may take.
@@ -22,25 +22,25 @@ pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const NO_IDLE_LIMIT: &str = "select pg_catalog.set_config('idle_session_timeout', '0', false)
                              where pg_catalog.current_setting('idle_session_timeout', true) is not null";
 
-/// Whether the URL can be read and used; nobody is asked whether it leads anywhere.
+/// Checks that the URL can be read and used, without connecting to the server.
 ///
 /// # Errors
-/// Why not.
+/// The URL cannot be read or used; the error says why.
 pub fn validate(url: &Secret, pooled: bool) -> Result<(), OutboxError> {
     let text = url.read().map_err(OutboxError::UrlFile)?;
     url::require_all_taken(&text, pooled).map_err(|reason| OutboxError::Url { reason })?;
     connect_options(url, false).map(drop)
 }
 
-/// A plain connection to the database at `url`, for commands that do one thing.
+/// Opens a plain connection to the database at `url`, for commands that do one thing.
 ///
 /// # Errors
-/// The URL cannot be used, or nobody answers there.
+/// The URL cannot be used, or no server answers there.
 pub async fn open(url: &Secret, pooled: bool) -> Result<PgConnection, OutboxError> {
     connect(&connect_options(url, pooled)?).await
 }
 
-/// The connection options of `url`, with what the relay adds to them.
+/// Returns the connection options of `url`, with what the relay adds to them.
 pub(super) fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOptions, OutboxError> {
     let text = url.read().map_err(OutboxError::UrlFile)?;
     if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
@@ -53,7 +53,7 @@ pub(super) fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOpt
         options = options.application_name("relay");
     }
     if pooled {
-        // A pooler refuses what it does not know, and no float of ours needs it.
+        // A pooler refuses settings that it does not know, and no float of ours needs this one.
         options = options.extra_float_digits(None);
     } else {
         // The server notices within about 15 s that a relay's host has vanished, and frees its claims. A pooler refuses
@@ -91,7 +91,7 @@ pub(super) fn query_failed(operation: &'static str, source: sqlx::Error) -> Outb
     OutboxError::Query { operation, advice: advice(&source), source }
 }
 
-/// What to do about an error, where its SQLSTATE tells.
+/// Returns what to do about an error, if its SQLSTATE shows that.
 fn advice(error: &sqlx::Error) -> Option<&'static str> {
     if let Some(advice) = error.as_database_error().and_then(|error| advice_by_words(error.message())) {
         return Some(advice);
@@ -128,8 +128,8 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
     })
 }
 
-/// The same where only the words tell: PgBouncer gives all its errors one SQLSTATE, and PostgreSQL gives row-level security that
-/// of missing rights.
+/// The same for errors that only their words tell apart: PgBouncer gives all its errors one SQLSTATE, and PostgreSQL gives
+/// row-level security that of missing rights.
 fn advice_by_words(message: &str) -> Option<&'static str> {
     let says = |words: &str| message.contains(words);
     if says("row-level security") {

@@ -21,7 +21,7 @@ insert into {schema}.event_crash_suspect (event_id, run_id, together)
 select distinct event_id, $2, $3 from pg_catalog.unnest($1::uuid[]) s(event_id)
 on conflict (event_id, run_id) do update set together = excluded.together, noted_at = pg_catalog.clock_timestamp()";
 
-/// `together` is negative from then on, and older relays do not count it as a crash of this event.
+/// Makes `together` negative, so that older relays do not count it as a crash of this event.
 const OUTLIVED: &str = "
 update {schema}.event_crash_suspect set together = -together
 where event_id = any($1) and run_id = $2 and together > 0";
@@ -39,7 +39,7 @@ const WITHDRAW: &str = "
 with notes as (delete from {schema}.event_crash_suspect where run_id = $1)
 delete from {schema}.event_relay_run where run_id = $1";
 
-/// What other runs have left noted.
+/// The notes that other runs have left.
 const SUSPICIONS: &str = "
 select e.place::int as place, (pg_catalog.array_agg(pg_catalog.abs(s.together) order by s.noted_at desc))[1] as together,
        (pg_catalog.count(*) filter (where s.together = 1))::int as crashes_alone,

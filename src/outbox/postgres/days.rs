@@ -9,7 +9,7 @@ use crate::outbox::postgres::store::PgOutbox;
 impl PgOutbox {
     /// Adds the partitions of the next seven days.
     pub(super) async fn add_days(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
-        // A week ahead: that long the relay may be without the right or the luck to add more.
+        // A week ahead, because the relay may lack the right to add more, or fail to, for that long.
         let mut parents = vec!["event_processing_log"];
         parents.extend(self.config.usage.history.then_some("event_history"));
         for parent in parents {

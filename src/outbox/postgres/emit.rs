@@ -18,8 +18,8 @@ pub(super) async fn emit(url: &Secret, pooled: bool, event: NewEvent) -> Result<
     emitted.map_err(|error| Unemitted::new(error, |source| refusal(source, &payload)))
 }
 
-/// Emits one event in a transaction of its own. Its statement has no name and travels in that transaction: behind a pooler
-/// another client may have used the name, and outside of one its parts may reach different connections.
+/// Emits one event in a transaction of its own. Its statement has no name, because behind a pooler another client may have used
+/// that name; and outside of a transaction its parts may reach different connections.
 async fn insert(connection: &mut PgConnection, event: NewEvent) -> Result<Uuid, EmitError> {
     event.validate()?;
     let event_id = event.event_id;
@@ -32,11 +32,11 @@ async fn insert(connection: &mut PgConnection, event: NewEvent) -> Result<Uuid, 
     Ok(event_id)
 }
 
-/// Why the database refused an event for its content, told without that content.
+/// Returns why the database refused an event because of its content, without quoting that content.
 fn refusal(error: &sqlx::Error, payload: &str) -> Option<String> {
     let error = error.as_database_error()?;
     match error.code()?.as_ref() {
-        // A text that is no value of its type, which can only be the payload. Our parser merely knows where.
+        // A text that is no value of its type, which can only be the payload. Our parser only finds the place.
         "22P02" => Some(match serde_json::from_str::<serde::de::IgnoredAny>(payload) {
             Err(place) => format!("the payload is not JSON: {place}"),
             Ok(_) => "the payload is not JSON as PostgreSQL takes it".to_owned(),

@@ -1,5 +1,5 @@
-//! Whether advisory locks exclude. Some servers that speak PostgreSQL's protocol accept them and ignore them: two relays there
-//! would publish the same partition at the same time.
+//! Proves that advisory locks exclude each other. Some servers that speak PostgreSQL's protocol accept these locks and ignore
+//! them. Two relays there would publish the same partition at the same time.
 
 use std::time::Duration;
 
@@ -9,11 +9,11 @@ use sqlx::postgres::PgConnection;
 use crate::outbox::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
-/// How long the second session is waited for. A pooler with one connection to the server has none to give it as long as the
-/// first has a transaction.
+/// How long to wait for the second session. A pooler with one connection to the server cannot give it one while the first
+/// session has a transaction.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Keys to try: somebody may hold one by chance.
+/// How many keys to try, because somebody may hold one by chance.
 const ATTEMPTS: usize = 3;
 
 /// A session that can hold a lock until its transaction ends.
@@ -25,8 +25,8 @@ pub(super) trait LockSession {
     fn release(&mut self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 }
 
-/// Fails where a lock that one session holds is given to the other too. Behind a pooler that cannot give two sessions a
-/// transaction at once it remains unknown, which is said.
+/// Fails if a lock that one session holds is given to the other too. Behind a pooler that cannot give two sessions a
+/// transaction at once this remains unknown, which is logged.
 pub(super) async fn prove(first: &mut impl LockSession, second: &mut impl LockSession) -> Result<(), OutboxError> {
     for _ in 0..ATTEMPTS {
         let key = fastrand::i32(..);
@@ -56,7 +56,7 @@ impl LockSession for PgConnection {
     async fn try_lock(&mut self, key: i32) -> Result<bool, OutboxError> {
         with_timeout("try an advisory lock", STATEMENT_TIMEOUT, async {
             self.execute("begin").await?;
-            // The class of `relay migrate`, whose own key is 1.
+            // The class of the lock of `relay migrate`, whose own key is 1.
             sqlx::query_scalar("select pg_catalog.pg_try_advisory_xact_lock(7233173, $1)")
                 .persistent(false)
                 .bind(key)

@@ -1,4 +1,4 @@
-//! Whether what is committed is on disk: a commit that the server loses in a crash must not have been published.
+//! Waits until what is committed is on disk: a commit that the server loses in a crash must not have been published.
 
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
@@ -6,8 +6,8 @@ use sqlx::postgres::PgConnection;
 use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::store::PgOutbox;
 
-/// Whether every commit that a statement before this one saw is on disk. Commits of others come in between all the time, so
-/// this is the usual answer only where little goes on, or all of it waits for the disk.
+/// Returns whether every commit that an earlier statement saw is on disk. Others commit all the time, so the answer is usually
+/// yes only where little goes on, or where all commits wait for the disk.
 pub(super) async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar("select pg_catalog.pg_current_wal_insert_lsn() <= pg_catalog.pg_current_wal_flush_lsn()")
         .persistent(false)
@@ -15,7 +15,7 @@ pub(super) async fn flushed(connection: &mut PgConnection) -> Result<bool, sqlx:
         .await
 }
 
-/// A commit of its own waits until the log is on disk up to itself, and so the commits before it.
+/// A commit of its own waits until the log is on disk up to that commit, and so up to all earlier ones.
 const FLUSH: &str = "
 begin;
 set local synchronous_commit = on;

@@ -1,7 +1,7 @@
 //! Events of a format that this relay does not know.
 //!
-//! The schema keeps them in partitions of their own, where no claim looks: see `migrations/postgres/0017_format.sql`. What is
-//! done here is that the later events of their keys stay behind them, and are not read by each claim anew.
+//! The schema keeps them in partitions of their own, which no claim reads: see `migrations/postgres/0017_format.sql`. This
+//! module keeps the later events of their keys behind them, so that claims do not read these again and again.
 
 use std::sync::atomic::Ordering;
 
@@ -14,7 +14,7 @@ use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::tid;
 use crate::outbox::{Claimed, OutboxError, Standstill, standstill};
 
-/// In a claim, the name of what an event waits behind that is of another format.
+/// In a claim, the name under which an event waits behind one of another format.
 pub(super) const APART: &str = "*";
 
 /// Puts rows behind the event of another format that they wait for. `$1` places, `$2` ids.
@@ -23,8 +23,8 @@ update {schema}.event_outbox o set format = -1
 from unnest($1::text[]::tid[], $2::bigint[]) c(tid, id)
 where o.ctid = c.tid and o.id = c.id and o.format = 0";
 
-/// Gives rows back that wait behind nothing any more: somebody deleted it, or changed its format. The partitions are locked by
-/// a statement before, so that no claim has read a later event of such a key.
+/// Gives rows back that wait behind no event any more, because somebody deleted it or changed its format. An earlier statement
+/// locks the partitions, so that no claim has read a later event of such a key.
 const GIVE_BACK: &str = "
 update {schema}.event_outbox o set format = 0
 where o.partition >= 1280 and o.format = -1 and (o.partition % 640) = any($1::int[])
@@ -42,7 +42,7 @@ select array(
     where pg_catalog.pg_try_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, p.partition)
 )";
 
-/// What there is of them: how many, of which formats, how many behind them, and since when.
+/// Counts these events: how many, of which formats, how many wait behind them, and since when.
 const COUNT: &str = "
 select pg_catalog.count(*) filter (where o.format <> -1::smallint),
        pg_catalog.string_agg(distinct o.format::text, ', ') filter (where o.format <> -1::smallint),
@@ -52,7 +52,7 @@ from {schema}.event_outbox o where o.partition >= 1280::smallint";
 
 const ANY_ASIDE: &str = "select exists (select from {schema}.event_outbox o where o.partition >= 1280::smallint and o.format = -1::smallint)";
 
-/// Sets those of the events aside that wait behind one of another format; the claim is to be begun anew then.
+/// Sets aside the events that wait behind one of another format. If there are any, the claim must begin anew.
 pub(super) async fn set_aside(
     connection: &mut PgConnection,
     sql: Sql,
@@ -70,14 +70,14 @@ pub(super) async fn set_aside(
     let count = ids.len();
     let set_aside = sql.query(SET_ASIDE).bind(tids).bind(ids).execute(connection).await?.rows_affected();
     if set_aside == 0 {
-        // Else the next claim would find the same again, at once.
+        // Otherwise the next claim would find the same events again, at once.
         let message = format!("none of {count} events that wait behind one of an unknown format can be set aside");
         return Err(sqlx::Error::Protocol(message));
     }
     Ok(true)
 }
 
-/// Gives back what waits behind nothing any more.
+/// Gives back the events that wait behind no other any more.
 pub(super) async fn give_back(connection: &mut PgConnection, schema: Schema) -> Result<(), OutboxError> {
     let sql = Sql { schema, persistent: false };
     with_timeout("give back events that wait behind no other format any more", STATEMENT_TIMEOUT, async {
@@ -91,7 +91,7 @@ pub(super) async fn give_back(connection: &mut PgConnection, schema: Schema) -> 
     .await
 }
 
-/// What there is of them; takes note whether something waits behind them, or did.
+/// Finds events of unknown formats. Records whether events wait, or have waited, behind them.
 pub(super) async fn unknown(
     connection: &mut PgConnection,
     question: &Question<'_>,

@@ -1,5 +1,5 @@
-//! Where the tables and functions of a database are, and whether they belong together: somebody may have renamed the schema,
-//! moved a table, or restored a part.
+//! Finds the tables and functions of a database, and whether they belong together: somebody may have renamed the schema, moved
+//! a table, or restored a part.
 
 use sqlx::Executor;
 use sqlx::postgres::PgConnection;
@@ -7,7 +7,7 @@ use sqlx::postgres::PgConnection;
 use crate::outbox::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
-/// What is asked of the schema that has the first table `event_outbox` on the search path.
+/// Describes the schema that has the first table `event_outbox` on the search path.
 const FIND: &str = "
 with home as (
     select n.nspname::text as name, pg_catalog.quote_ident(n.nspname::text) as identifier, c.oid as outbox
@@ -48,7 +48,7 @@ select h.name, h.identifier,
     pg_catalog.quote_literal(h.name)
 from home h";
 
-/// Brings the functions to the schema of `event_outbox` that lie where those of its triggers do.
+/// Moves functions to the schema of `event_outbox`, from the schema that has the functions of its triggers.
 const GATHER: &str = "
 do $relay$
 declare
@@ -86,20 +86,20 @@ $relay$";
 
 /// The schema that has `event_outbox`.
 ///
-/// The query names a table, and so takes note of what others have just committed; one that names only functions may be with_timeout
-/// from what the session has cached, and so from before it waited for a lock.
+/// The query names a table, and so sees what others have just committed. A query that names only functions may be answered from
+/// what the session has cached, and so from before it waited for a lock.
 #[derive(Debug)]
 pub(super) struct Home {
     pub(super) name: String,
     /// The name as an identifier in SQL.
     pub(super) identifier: String,
-    /// Columns of ours that the table has not.
+    /// Columns of ours that the table lacks.
     lacks: Vec<String>,
     missing_tables: Vec<String>,
     missing_functions: Vec<String>,
-    /// The schema of the function that its trigger calls.
+    /// The schema of the function that the table's trigger calls.
     functions: Option<String>,
-    /// The schema that the functions name, as a literal; none before they named any.
+    /// The schema that the functions name, as a literal; `None` if they do not name one yet.
     pinned: Option<String>,
     literal: String,
 }
@@ -107,7 +107,7 @@ pub(super) struct Home {
 type Row = (String, String, Vec<String>, Vec<String>, Vec<String>, Option<String>, Option<String>, String);
 
 impl Home {
-    /// `None`: no table `event_outbox` is on the search path.
+    /// Returns `None` if no table `event_outbox` is on the search path.
     pub(super) async fn find(connection: &mut PgConnection) -> Result<Option<Self>, OutboxError> {
         let found: Option<Row> = with_timeout("look for event_outbox", STATEMENT_TIMEOUT, async {
             sqlx::query_as(FIND).persistent(false).fetch_optional(connection).await
@@ -119,18 +119,18 @@ impl Home {
         }))
     }
 
-    /// Whether it has this function of ours.
+    /// Returns whether the schema has this function of ours.
     pub(super) fn has_function(&self, signature: &str) -> bool {
         !self.missing_functions.iter().any(|missing| missing == signature)
     }
 
-    /// The schema that has the functions, where `event_outbox` was moved without them.
+    /// Returns the schema that has the functions, if `event_outbox` was moved without them.
     pub(super) fn left_behind(&self) -> Option<&str> {
         let has_version = self.has_function("relay_schema_version()");
         self.functions.as_deref().filter(|functions| !has_version && *functions != self.name)
     }
 
-    /// Brings its functions to it.
+    /// Moves the functions to the schema of the table.
     pub(super) async fn gather(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         with_timeout("move the functions to the schema of event_outbox", STATEMENT_TIMEOUT, connection.execute(GATHER))
             .await
@@ -172,9 +172,9 @@ impl Home {
         Ok(())
     }
 
-    /// Fails where something is elsewhere, or gone, that `relay migrate` cannot make anew.
+    /// Fails if something is missing, or in another schema, that `relay migrate` cannot create anew.
     pub(super) fn require_complete(&self) -> Result<(), OutboxError> {
-        // Made once, with what tells this outbox from others.
+        // This function is created once, with the identity of this outbox.
         let made_once = self.missing_functions.iter().filter(|function| *function == "relay_outbox_id()");
         let missing: Vec<String> = self.missing_tables.iter().chain(made_once).cloned().collect();
         if !missing.is_empty() {
@@ -189,7 +189,7 @@ impl Home {
         Ok(())
     }
 
-    /// Why `relay migrate` must make the functions anew, in words.
+    /// Returns why `relay migrate` must create the functions anew, in words.
     pub(super) fn outdated(&self) -> Option<String> {
         let Self { name, pinned, .. } = self;
         if let Some(pinned) = pinned

@@ -37,18 +37,18 @@ use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, Outbo
 /// The largest batch that can be configured.
 const MAX_ROWS: usize = 10_000;
 
-/// A take that walks over dead rows is short where there are few of them: then it is cheaper than to begin at each bound. After
-/// one that takes longer there is none for a hundred times as long.
+/// A take without bounds walks over dead rows. Where these are few, it is cheaper than a take that begins at each bound. After
+/// a take without bounds that lasts longer than this, there is none for a hundred times as long.
 const SHORT_WALK: Duration = Duration::from_millis(1);
 
-/// Where all partitions are deep, a batch takes rows of so many. Fewer partitions a batch delete more rows of each page of the
-/// table, on which rows of many partitions lie.
+/// Where all partitions are deep, a batch takes rows of this many. The fewer partitions a batch has, the more rows it deletes
+/// of each page of the table, on which rows of many partitions lie.
 const DEEP_PARTITIONS: i16 = 4;
 
-/// After a claim that takes longer the next one asks for fewer events.
+/// If a claim takes longer, the next one asks for fewer events.
 const LONG_CLAIM: Duration = Duration::from_secs(3);
 
-/// After a claim that had no answer in time the next one asks for so many times fewer events.
+/// If a claim times out, the next one asks for this many times fewer events.
 const FEWER_AFTER_TIMEOUT: usize = 10;
 
 /// A lane of a PostgreSQL outbox.
@@ -56,18 +56,19 @@ pub struct PgLane {
     outbox: PgOutbox,
     connection: Option<PgConnection>,
     begin: String,
-    /// How many partitions to take at once. A full batch halves it, down to a few; a short one doubles it: a quiet system is
-    /// one transaction for everything, a deep backlog as many in parallel as there are lanes.
+    /// How many partitions to take at once. A full batch halves the number, down to a few; a short batch doubles it. So a quiet
+    /// system needs one transaction for everything, and a deep backlog has as many in parallel as there are lanes.
     partitions: i16,
-    /// The partition that was taken last: the next take goes on behind it.
+    /// The partition that was taken last. The next take begins after it.
     last_taken: i16,
-    /// How many rows to read at most. A batch that its bytes cut short lowers it, so that large payloads are not measured in vain.
+    /// How many rows to read at most. A batch that reaches its limit of bytes lowers this, so that large payloads are not
+    /// measured in vain.
     rows: usize,
     /// The last batch had a payload that is not small.
     large: bool,
-    /// From when on a take may go without bounds again.
+    /// The time from which on a take may go without bounds again.
     next_walk: Instant,
-    /// What was claimed, as far as bounds may follow from it.
+    /// What the present claim has read. Its settle derives bounds from this.
     read_extent: Option<ReadExtent>,
     /// The number of changes of the register of relays at the last claim.
     changes: i64,
@@ -93,12 +94,12 @@ impl PgLane {
         }
     }
 
-    /// The connection, on which writes have been proven to work where that was in doubt.
+    /// Returns the connection. If it was in doubt whether writes work, that has been proven.
     async fn ready(&mut self) -> Result<PgConnection, OutboxError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => {
-                // The server may be another, in which ids start lower.
+                // This may be another server, whose ids start lower.
                 self.outbox.bounds.forget();
                 self.outbox.connect().await?
             }
@@ -141,7 +142,7 @@ impl PgLane {
         }
     }
 
-    /// `None`: all that it found was set aside or left out, so it must be tried again.
+    /// Returns `None` if all events that were found were set aside or left out: then the claim must be tried again.
     async fn claim_once(
         &mut self,
         connection: &mut PgConnection,
@@ -177,7 +178,7 @@ impl PgLane {
         if let Some(reinsertions) = batch.reinsertions
             && reinsertions != known.reinsertions
         {
-            // An event was put back since, maybe below a bound.
+            // Since then an event was put back, maybe below a bound.
             known = self.outbox.bounds.at(reinsertions);
             let bounds = vec![i64::MIN; taken.len()];
             batch = batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, which).await?;
@@ -193,12 +194,12 @@ impl PgLane {
         let out_of_bytes = bytes >= request.max_bytes;
         let full = out_of_bytes || given.values().any(|given| given.events == share);
         let count = i16::try_from(taken.len()).unwrap_or(PENDING);
-        // Where only some are deep, a share of each would make their batches small.
+        // Where only some partitions are deep, the others use little of their shares, so a batch of several would be small.
         let deep = given.values().filter(|given| given.events == share).count() == taken.len();
         let least = if deep { DEEP_PARTITIONS } else { 1 };
         self.partitions = if full { (count / 2).max(least) } else { self.partitions * 2 }.min(PENDING);
         self.rows = match begun.elapsed() {
-            // Whatever it is that takes so long, the next claim asks for no more of it.
+            // Whatever took so long, the next claim asks for half as much of it.
             took if took > LONG_CLAIM && !claimed.is_empty() => limit.min(claimed.len()) / 2,
             _ if out_of_bytes => claimed.len() * request.max_bytes / bytes.max(1),
             _ => self.rows * 2,
@@ -211,9 +212,10 @@ impl PgLane {
         if let Some(last) = last_read
             && cut
         {
-            self.last_taken = last; // those after it gave nothing
+            self.last_taken = last; // the partitions after it gave nothing
         }
-        // Of a partition that the bytes have cut off nothing is known; of another something stays.
+        // Nothing is known of a partition that lies beyond the limit of bytes. A partition in which events are left out is not
+        // empty.
         let stays = |partition: &i16| left_out.contains(partition) || passed.contains_key(partition);
         let read = taken.iter().filter(|partition| (!cut || given.contains_key(partition)) && !stays(partition));
         let reached = read.map(|&partition| {
@@ -236,7 +238,7 @@ impl PgLane {
         Ok(())
     }
 
-    /// Takes at most `most` partitions. Returns the bounds by which to read them, too.
+    /// Takes at most `most` partitions. Also returns the bounds by which to read them.
     async fn take(
         &mut self,
         connection: &mut PgConnection,
@@ -263,14 +265,14 @@ impl PgLane {
             if moved {
                 known = bounds.at(reinsertions);
             }
-            // What was moved may lie below what was a bound until now.
+            // A row that was moved may lie below a bound that held until now.
             if !moved || !taken.is_empty() {
                 return Ok((taken, known.behind(passed)));
             }
         }
     }
 
-    /// Writes all of it and commits; after an error nothing is written. `wary`: the claim survives such an error.
+    /// Writes all records and commits. After an error nothing is written; if `wary`, the claim survives the error.
     async fn try_settle(
         &mut self,
         connection: &mut PgConnection,
@@ -313,7 +315,7 @@ impl Lane for PgLane {
             let mut connection = self.ready().await?;
             let rows = self.rows.min(request.max_events);
             match with_timeout("claim events", STATEMENT_TIMEOUT, self.try_claim(&mut connection, request)).await {
-                // Repeated as it was, it would fail again: some events are so large, or print so long.
+                // The same claim would fail again: some events are too large, or their text is too long.
                 Err(error) if rows > 1 && error.is_timeout() => {
                     self.rows = (rows / FEWER_AFTER_TIMEOUT).max(1);
                     tracing::warn!(
@@ -329,7 +331,8 @@ impl Lane for PgLane {
         if matches!(claim, Claim::Batch { .. })
             && (self.outbox.refused_writes.is_salvaging() || self.outbox.refused_writes.is_set())
         {
-            // It may be what a lane that lost its claim to a refused settle has published, and is about to take again.
+            // Another lane may have published these events. It lost their claim to a refused settle, and is about to take them
+            // again.
             self.read_extent = None;
             with_timeout("give a claim up", STATEMENT_TIMEOUT, connection.execute("commit")).await?;
             self.connection = Some(connection);
@@ -356,7 +359,8 @@ impl Lane for PgLane {
         destination: &str,
     ) -> Result<RenewedClaim, OutboxError> {
         let lost = || query_failed("renew the claim", sqlx::Error::WorkerCrashed);
-        // The claim's own connection, taken back only if it answers: whoever lost the claim has lost this transaction.
+        // Only the claim's own connection can renew it: if the claim is lost, so is this transaction. It is put back only if it
+        // answers.
         let mut connection = self.connection.take().ok_or_else(lost)?;
         let renewed = renew::renew(&mut connection, self.outbox.sql(), floor, noted, destination);
         let renewed = with_timeout("renew the claim", STATEMENT_TIMEOUT, renewed).await?;
@@ -396,7 +400,8 @@ impl Lane for PgLane {
         let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let (sql, walks) = (self.outbox.sql(), &self.outbox.walks);
         let promotion = with_timeout("promote scheduled events", STATEMENT_TIMEOUT, async {
-            // For its plan: with the statistics of a deep backlog it would read all of that to find a few due rows.
+            // The relay's settings decide its plan: by the statistics of a deep backlog it would read all of that to find a few
+            // due rows.
             connection.execute(AssertSqlSafe(self.begin.clone())).await?;
             let promotion = promote::promote(&mut connection, sql, walks, &destinations, max_events).await?;
             connection.execute("commit").await?;
@@ -419,7 +424,7 @@ impl Lane for PgLane {
             promotion => promotion?,
         };
         if promotion.swallowed > 0 {
-            // Somebody swallows updates: of all rows, which stops the relay, or of some.
+            // Something in the database swallows updates: of all rows, which stops the relay, or of some.
             self.outbox.prove(&mut connection, &self.begin).await?;
             self.outbox.refused_writes.warn_of_promotions(promotion.swallowed);
         }
@@ -443,7 +448,7 @@ impl Lane for PgLane {
             })
             .await?;
         if self.outbox.bounds.drew(&drawn) || known.reinsertions != reinsertions {
-            // There may be, below what was a bound until now; the next look tells.
+            // There may be events below a bound that held until now. The next claim finds them.
             self.outbox.bounds.at(reinsertions);
             pending = true;
         } else if !pending && passed.is_empty() {

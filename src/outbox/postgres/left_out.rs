@@ -1,10 +1,10 @@
 //! Events that can be neither settled nor parked, for example because a foreign key refers to a column that parking changes.
 //!
 //! What became of such an event is written into its row, if the database takes that: the row stays among the pending ones, due
-//! at no time, and claims leave it out. Where even that is refused, this relay remembers the event, and tries again from time
-//! to time whether it could be settled. All other events go on, except later ones of the key of an event that is still owed.
+//! at no time, and claims leave it out. If even that is refused, this relay remembers the event, and from time to time tries
+//! whether it can be settled. All other events go on, except later ones of the key of an event that is still owed.
 //!
-//! A claim reads such a row again and again, so the next claims begin behind it, for a second: a row with a lower id may be
+//! Claims would read such a row again and again, so they begin behind it, for a second at a time: a row with a lower id may be
 //! committed late.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -21,13 +21,13 @@ use crate::outbox::postgres::batch::{Batch, Key, Marked, key};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::standstill::{self, First, Standstill};
 
-/// For so long claims begin behind what is left out.
+/// How long claims begin behind the rows that are left out.
 const PASSED_FOR: Duration = Duration::from_secs(1);
 
-/// How often it is tried whether what is remembered can be settled.
+/// How often a remembered event is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 
-/// No more events are remembered than this. The next run publishes each of them again; so at this number the relay publishes
+/// The most events that are remembered. The next run publishes each of them again, so at this number the relay publishes
 /// nothing more.
 const MOST_REMEMBERED: usize = 10;
 
@@ -37,7 +37,7 @@ update {schema}.event_outbox set last_error = $3, available_at = 'infinity'
 where ctid = $1::text::tid and id = $2 and status = 'pending'
 returning last_error = $3 and available_at = 'infinity'";
 
-/// What there is in the rows: it is at the left of its partition, because all that came before it is done.
+/// Finds the marked rows. They are at the left of their partitions, because all rows before them are done.
 const KEPT: &str = "
 select o.id, o.destination, o.last_error as error
 from unnest($1::smallint[], $2::bigint[]) b(partition, bound)
@@ -53,11 +53,11 @@ order by o.id";
 #[derive(Debug, Clone)]
 pub(super) struct Survivor {
     pub(super) event: Event,
-    /// It was to be tried again, and not to go.
+    /// The event was to be tried again, and not to leave the outbox.
     pub(super) still_owed: bool,
 }
 
-/// What the lanes of a relay know of them.
+/// What the lanes of a relay know of events that are left out.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LeftOut {
     state: Arc<Mutex<State>>,
@@ -65,18 +65,18 @@ pub(super) struct LeftOut {
 
 #[derive(Debug, Default)]
 struct State {
-    /// With why they cannot be settled.
+    /// Each with the reason why it cannot be settled.
     remembered: Vec<(Survivor, String)>,
     tried: Option<Instant>,
-    /// By partition: up to this id there is nothing but what is left out.
+    /// By partition: up to this id there are only rows that are left out.
     passed: BTreeMap<i16, i64>,
     since: Option<Instant>,
-    /// By partition, the keys that are held back, and from which id on.
+    /// By partition: the keys that are held back, and the id after which each is.
     keys: HashMap<i16, HashMap<Key, i64>>,
 }
 
 impl LeftOut {
-    /// Behind which ids claims begin.
+    /// Returns the ids behind which claims begin.
     pub(super) fn passed(&self) -> BTreeMap<i16, i64> {
         let mut state = self.state();
         if state.since.is_some_and(|since| since.elapsed() >= PASSED_FOR) {
@@ -86,13 +86,13 @@ impl LeftOut {
         state.passed.clone()
     }
 
-    /// Whether there is any.
+    /// Returns whether any event is left out.
     pub(super) fn is_any(&self) -> bool {
         let state = self.state();
         !state.passed.is_empty() || !state.remembered.is_empty()
     }
 
-    /// Remembers an event that cannot be marked. False: there are too many.
+    /// Remembers an event that cannot be marked. Returns false if there are too many.
     pub(super) fn remember(&self, survivor: Survivor, reason: String) -> bool {
         let mut state = self.state();
         state.tried = Some(Instant::now());
@@ -103,7 +103,7 @@ impl LeftOut {
         fits
     }
 
-    /// All that are remembered, where there is no room for more: they must be settled before anything is published.
+    /// Returns all remembered events if there is no room for more: they must be settled before anything is published.
     pub(super) fn too_many(&self) -> Vec<Survivor> {
         let all = self.remembered();
         if all.len() < MOST_REMEMBERED { Vec::new() } else { all }
@@ -113,7 +113,7 @@ impl LeftOut {
         self.state().remembered.iter().map(|(survivor, _)| survivor.clone()).collect()
     }
 
-    /// What is to be tried again now; whoever asks is to do it.
+    /// Returns the events to try again now. The caller must try them.
     pub(super) fn to_try(&self) -> Vec<Survivor> {
         let mut state = self.state();
         if state.remembered.is_empty() || state.tried.is_some_and(|tried| tried.elapsed() < TRY_AGAIN) {
@@ -124,12 +124,13 @@ impl LeftOut {
         self.remembered()
     }
 
-    /// It can be settled now, and so be published.
+    /// Forgets an event that can be settled now, so that it is published.
     pub(super) fn forget(&self, survivor: &Survivor) {
         self.state().remembered.retain(|(other, _)| !is_same(&other.event.row, &survivor.event.row));
     }
 
-    /// Removes from a batch, which is sorted and was read behind `passed`, what is left out. Returns the partitions of those events.
+    /// Removes the events that are left out from a batch, which is sorted and was read behind `passed`. Returns their
+    /// partitions.
     pub(super) fn leave_out(&self, batch: &mut Batch, passed: &BTreeMap<i16, i64>) -> BTreeSet<i16> {
         let mut state = self.state();
         let mut out: Vec<(i16, i64)> = Vec::new();
@@ -173,7 +174,7 @@ impl LeftOut {
         out.into_iter().map(|(partition, _)| partition).collect()
     }
 
-    /// What is remembered, for people.
+    /// Returns the remembered events as a standstill, for people.
     pub(super) fn told(&self) -> Option<Standstill> {
         let state = self.state();
         let (first, error) = state.remembered.first()?;
@@ -187,7 +188,7 @@ impl LeftOut {
     }
 }
 
-/// What is marked in its row.
+/// Finds the events that are marked in their rows.
 pub(super) async fn find(
     connection: &mut PgConnection,
     question: &Question<'_>,
@@ -200,7 +201,7 @@ pub(super) async fn find(
     Ok(vec![standstill::kept(rows.len(), &first)])
 }
 
-/// Whatever its place is by now.
+/// Returns whether both are the same row, whatever its place is by now.
 fn is_same(one: &RowKey, other: &RowKey) -> bool {
     (one.partition, one.id, &one.destination) == (other.partition, other.id, &other.destination)
 }

@@ -1,4 +1,4 @@
-//! Migrations: bringing a database to the schema of this binary.
+//! Migrates a database to the schema of this binary.
 
 use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Executor};
@@ -13,14 +13,15 @@ use crate::secret::Secret;
 
 pub use crate::outbox::postgres::migrations::SCHEMA_VERSION;
 
-/// What a file says that names the schema in its functions: `relay migrate` runs it again where that is called otherwise by now.
+/// The text in each file that names the schema in its functions: `relay migrate` runs it again if the schema has another name
+/// by now.
 const RUN_AGAIN: &str = "-- Run again by `relay migrate`";
 
 /// Brings the database at `url` to [`SCHEMA_VERSION`], and its functions to the schema of its tables. Safe to run twice, twice at
 /// once, and beside running relays.
 ///
 /// # Errors
-/// [`OutboxError::SchemaTooNew`], or why it could not; each migration is applied whole or not at all.
+/// [`OutboxError::SchemaTooNew`], or the reason why a migration failed. Each migration is applied whole or not at all.
 pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     let mut connection = connect(&connect_options(url, true)?).await?;
     let mut from = None;
@@ -59,8 +60,8 @@ pub async fn migrate(url: &Secret) -> Result<Migrated, OutboxError> {
     }
 }
 
-/// The schema that has our tables, with its functions, and first on the search path of this transaction: what a migration makes
-/// shall lie there too.
+/// Finds the schema that has our tables, with its functions, and puts it first on the search path of this transaction, so that
+/// a migration creates its objects there.
 async fn find_home(connection: &mut PgConnection) -> Result<Option<Home>, OutboxError> {
     let Some(mut home) = Home::find(connection).await? else { return Ok(None) };
     if home.left_behind().is_some() {
@@ -76,7 +77,8 @@ async fn find_home(connection: &mut PgConnection) -> Result<Option<Home>, Outbox
     Ok(Some(home))
 }
 
-/// Makes the functions anew where they work in another schema than the tables are in, or are gone. Returns that schema.
+/// Creates the functions anew if they work in another schema than that of the tables, or are missing. Returns the schema if it
+/// did.
 async fn mend(
     connection: &mut PgConnection,
     home: Home,
@@ -93,7 +95,7 @@ async fn mend(
     for (_, sql) in MIGRATIONS.iter().filter(|(_, sql)| sql.contains(RUN_AGAIN)) {
         run(connection, sql).await?;
     }
-    // Each of the files sets the version of its place.
+    // Each of these files sets the version of its own place in the list, so the version is set again.
     let versions = [("relay_schema_version", found), ("relay_schema_needs", needs)].map(|(function, number)| {
         let home = &home.identifier;
         format!(
@@ -105,7 +107,7 @@ async fn mend(
 }
 
 async fn run(connection: &mut PgConnection, sql: &'static str) -> Result<(), OutboxError> {
-    // A migration of a large table may take long, and a half-way stop helps nobody.
+    // A migration of a large table may take long, and to stop it half-way helps nobody.
     connection.execute(sql).await.map(drop).map_err(failed)
 }
 

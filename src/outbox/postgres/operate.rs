@@ -92,7 +92,7 @@ impl PgOutbox {
 
     async fn look_for_standstills(&self, destinations: &[String]) -> Result<(Vec<Standstill>, bool), OutboxError> {
         let operation = "look for what stands still";
-        // The side connection may itself be waiting for what is to be found, and so may one that is to take its place.
+        // The side connection may itself wait for the lock that is to be found, and so may a new connection in its place.
         if let Some(Ok(answer)) = self
             .on_side_connection_unless_busy(operation, async |connection| {
                 self.find_standstills(connection, destinations).await

@@ -1,4 +1,4 @@
-//! Events that wait until somebody acts, and keys that go on waiting though their destination works.
+//! Finds events that wait until somebody acts, and keys that go on waiting though their destination works.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use crate::outbox::deliveries::NO_DESTINATION;
 use crate::outbox::postgres::question::Question;
 use crate::outbox::standstill::{self, First, MOST_COUNTED, Standstill};
 
-/// `$1` destinations; of each at most `$2` are counted. What waits behind them is counted of the first twenty that hold back their
-/// key: one that was delivered does not.
+/// `$1` destinations; of each at most `$2` events are counted. The events behind them are counted for the first twenty that
+/// hold back their key. An event that was delivered does not hold it back.
 const PARKED: &str = "
 with parked as materialized (
     select e.*
@@ -47,7 +47,7 @@ pub(super) async fn parked(
     connection: &mut PgConnection,
     question: &Question<'_>,
 ) -> Result<Vec<Standstill>, sqlx::Error> {
-    // One that stands for all its destinations is owed to none of them.
+    // A row that stands for all its destinations is owed to none of them.
     let destinations: Vec<&str> =
         std::iter::once(NO_DESTINATION).chain(question.destinations.iter().map(String::as_str)).collect();
     let found = question.sql.query(PARKED).bind(destinations).bind(MOST_COUNTED + 1).fetch_optional(connection).await?;
@@ -56,8 +56,8 @@ pub(super) async fn parked(
     Ok(vec![standstill::parked(count, behind, &first(&row)?, "pg_catalog.now()", "infinity")])
 }
 
-/// `$1` destinations; of each at most `$2` are counted. Without attempts: nobody charges the event, so nothing ends its waiting but
-/// a person or its destination. What is tried again stands at the times to come, and so few rows are looked at.
+/// `$1` destinations; of each at most `$2` events are counted. These have no attempts: nobody charges the event, so only a
+/// person or its destination ends its waiting. Events that are tried again are due at times to come, so few rows are read.
 const BLOCKED: &str = "
 select blocked.count, first.id, d.destination, first.last_error as error,
     extract(epoch from pg_catalog.statement_timestamp() - first.first_failed_at)::float8 as seconds

@@ -1,7 +1,7 @@
-//! The locks of a migration, waited for without making others wait.
+//! Waits for the locks of a migration without making others wait.
 //!
-//! Whoever inserts queues behind a lock that is waited for. So a migration waits for a second at most, lets all others through,
-//! and is tried again, as a whole.
+//! A session that inserts queues behind a lock that is waited for. So a migration waits for a second at most, lets all others
+//! through, and is tried again as a whole.
 
 use std::time::{Duration, Instant};
 
@@ -11,17 +11,17 @@ use sqlx::postgres::PgConnection;
 use crate::outbox::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 
-/// What a migration begins with.
+/// The setting with which a migration begins.
 pub(super) const WAIT_BRIEFLY: &str = "set local lock_timeout = '1s'";
 
 /// The pause after the first attempt; each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// After so long it is given up: somebody must look.
+/// How long a migration is tried before it is given up: somebody must find out why.
 const ENOUGH: Duration = Duration::from_secs(600);
 
-/// The sessions with the oldest transactions of those that have a lock on one of the tables.
+/// The sessions with the oldest transactions among those that have a lock on one of the tables.
 const HOLDERS: &str = "
 select coalesce(pg_catalog.string_agg(held.by, '; '), 'whoever it was, is gone')
 from (
@@ -39,7 +39,7 @@ from (
     limit 3
 ) held";
 
-/// Of one run of `relay migrate`.
+/// The attempts of one run of `relay migrate`.
 #[derive(Debug, Default)]
 pub(super) struct Patience {
     begun: Option<Instant>,
@@ -47,10 +47,10 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// Takes the failed attempt back, says who has the lock, and pauses.
+    /// Rolls the failed attempt back, names who has the lock, and pauses.
     ///
     /// # Errors
-    /// `error`, where it was no lock, or lasts for too long.
+    /// `error`, if it is not about a lock, or has lasted for too long.
     pub(super) async fn after(
         &mut self,
         connection: &mut PgConnection,
@@ -80,7 +80,7 @@ impl Patience {
     }
 }
 
-/// A lock was not given in time, or two sessions waited for each other.
+/// Returns whether a lock was not given in time, or two sessions waited for each other.
 fn is_lock(error: &OutboxError) -> bool {
     let OutboxError::Query { source, .. } = error else { return false };
     let code = source.as_database_error().and_then(sqlx::error::DatabaseError::code);

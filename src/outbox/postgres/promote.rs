@@ -1,11 +1,11 @@
-//! Making due rows pending.
+//! Makes due rows pending.
 //!
-//! While any session holds an old snapshot, a row that was promoted stays in the indexes of scheduled rows: each promotion
-//! walks over all that were promoted before it, and each claim after it over all that is dead in its partitions, since a
-//! promotion ends their bounds. No bound leaves those out: a row may come due anywhere among them, by a late commit, a
-//! clock that is set back, or a person. So each promotion looks at all of them, but does not leave it at one batch: the
-//! longer it walked, the more it promotes. What walking costs an event stays a small part, however many are dead, and nothing
-//! that is due is missed. Without an old snapshot a walk is short, and a promotion is one batch.
+//! While any session holds an old snapshot, a row that was promoted stays in the indexes of scheduled rows. Each promotion
+//! walks over all rows that were promoted before it. Each claim after it walks over all dead rows of its partitions, because a
+//! promotion ends their bounds. No bound can leave these rows out: a row may come due anywhere among them, by a late commit, a
+//! clock that is set back, or a person. So each promotion walks over all of them, but does not stop at one batch: the longer it
+//! walked, the more it promotes. So walking costs little for each event, however many rows are dead, and no due row is missed.
+//! Without an old snapshot a walk is short, and a promotion is one batch.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -19,11 +19,12 @@ use crate::outbox::postgres::savepoint::{CHECK_DEFERRED, KEEP, SAVEPOINT, UNDO};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::records::parked_whole_error;
 
-/// Makes due rows pending again, for each destination its earliest first. Needs no partition: whoever holds one sees
-/// such a row either waiting, and its key behind it, or pending, and in its place.
+/// Makes due rows pending again, for each destination the earliest first. It needs no partition: the holder of a partition sees
+/// such a row either waiting, with its key behind it, or pending, in its place.
 ///
-/// Tells too, in microseconds, how long it looked for the first row of the destination where that took longest, or for any
-/// where there is none, and how long all took. `begun` names the destination so that it is read anew for each.
+/// Also returns two times in microseconds. One is how long it searched for the first row of the destination where that took
+/// longest, or for any row if there is none. The other is how long everything took. `begun` names the destination, so that it
+/// is read anew for each.
 const PROMOTE: &str = "
 with due as materialized (
     select e.row, d.destination, b.begun, e.found
@@ -55,41 +56,41 @@ select (select (extract(epoch from walked) operator(pg_catalog.*) 1000000)::bigi
     ) e
 ), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint";
 
-/// How much longer than its walk the rest of a promotion is to take: after it, claims walk as far, several times.
+/// How many times as long as its walk the rest of a promotion is to take: after it, claims walk as far, several times.
 const WORTH: u32 = 15;
 
-/// But no longer than this: whoever looks for new events waits for it.
+/// The longest that the rest of a promotion is to take, because the lane that looks for new events waits for it.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// A batch of fewer events, as a probe asks for, is never made larger. Nor does its time tell what one of many events costs.
+/// A batch of fewer events, as for a probe, is never made larger. Nor does its time show what one of many events costs.
 const FEW: usize = 100;
 
 /// The most that one promotion makes pending of a destination's events: new events queue behind them.
 const MOST: usize = 20_000;
 
-/// A walk that takes longer is left out by claims, too: each asks for the rows of its keys, not whether there are any at all.
+/// If a walk takes longer, claims avoid it too: each asks for the rows of its keys, not whether there are any rows at all.
 const LONG_WALK: Duration = Duration::from_millis(1);
 
-/// What the last promotion says about the next, and about claims.
+/// What the last promotion shows for the next one, and for claims.
 #[derive(Debug, Default)]
 pub(super) struct Walks {
-    /// How many events were worth that walk.
+    /// How many events to promote after a walk as long as the last one.
     worth: AtomicUsize,
     long: AtomicBool,
 }
 
 impl Walks {
-    /// How many events to promote where a batch has so many.
+    /// Returns how many events to promote if a batch has so many.
     fn limit(&self, batch: usize) -> usize {
         if batch < FEW { batch } else { batch.max(self.worth.load(Ordering::Relaxed).min(MOST)) }
     }
 
-    /// Whether many dead rows lie among those that are scheduled.
+    /// Returns whether many dead rows lie among the scheduled ones.
     pub(super) fn are_long(&self) -> bool {
         self.long.load(Ordering::Relaxed)
     }
 
-    /// Takes note of a promotion of `count` events that took so long besides the time that it `walked`.
+    /// Takes in that a promotion of `count` events walked for the time `walked`, and took the time `besides` for all else.
     fn took(&self, count: usize, walked: Duration, besides: Duration) {
         self.long.store(walked > LONG_WALK, Ordering::Relaxed);
         if count >= FEW {
@@ -105,12 +106,12 @@ impl Walks {
 /// What a promotion did.
 pub(super) struct Promotion {
     pub(super) promoted: usize,
-    /// How many more it found, and could not change.
+    /// How many more rows it found and could not change.
     pub(super) swallowed: i64,
     pub(super) next_due_ms: Option<i64>,
 }
 
-/// Promotes what is due for these destinations: of each at most `batch` events, or more where the walk to them was long.
+/// Promotes due rows of these destinations: of each at most `batch` events, or more if the last walk was long.
 pub(super) async fn promote(
     connection: &mut PgConnection,
     sql: Sql,
@@ -127,7 +128,7 @@ pub(super) async fn promote(
     Ok(Promotion { promoted, swallowed: due - count, next_due_ms })
 }
 
-/// The rows of a promotion, for where it is refused as a whole.
+/// The rows of a promotion that is refused as a whole.
 const DUE: &str = "
 select e.tid, e.id
 from pg_catalog.unnest($1::text[]) d(destination)
@@ -143,8 +144,8 @@ const PROMOTE_ONE: &str =
 const PARK_ONE: &str = "
 update {schema}.event_outbox set available_at = 'infinity', last_error = $3 where ctid = $1::text::tid and id = $2";
 
-/// The same, one by one, after a promotion was refused because of `reason`. What is refused alone is parked; of what cannot
-/// even be parked it is told how many.
+/// Promotes the rows one by one, after a promotion was refused because of `reason`. A row that is refused alone is parked. The
+/// rows that cannot be parked either are counted as swallowed.
 pub(super) async fn promote_each(
     connection: &mut PgConnection,
     sql: Sql,

@@ -1,8 +1,8 @@
-//! Whether the database records what is published, and who may keep it from that.
+//! Proves that the database records what is published, and names what may keep it from that.
 //!
-//! The tables are the application's as much as the relay's: a trigger, a rule or a row policy may swallow or refuse a write, and
-//! so may a constraint. So a relay writes all that settles write, of rows of its own, and takes it back: before its first claim,
-//! in `relay check`, and after a settle that failed.
+//! The tables are the application's as much as the relay's: a trigger, a rule, a row policy or a constraint may swallow or
+//! refuse a write. So a relay makes all the writes of settles, with rows of its own, and rolls them back: before its first
+//! claim, in `relay check`, and after a settle that failed.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -26,19 +26,19 @@ use crate::outbox::proof::ProofRows;
 use crate::outbox::records::Records;
 use crate::outbox::{ClaimRequest, Deliveries, Delivery, Usage};
 
-/// Rows that no other session sees and no claim takes, with ids that are not drawn from the sequence.
+/// Inserts rows that no other session sees and no claim takes, with ids that are not drawn from the sequence.
 const INSERT: &str = "
 insert into {schema}.event_outbox (id, event_type, status, available_at)
 overriding system value
 select -1 - (pg_catalog.random() * 1e15::float8)::bigint, 'relay.proof', 'scheduled', 'infinity' from pg_catalog.generate_series(1, 4)
 returning ctid::text, partition, id, destination, event_id";
 
-/// Where the application does not let anybody insert such a row: rows that are there and that nobody is settling.
+/// Reads existing rows that nobody is settling, for a database where the application lets nobody insert such rows.
 const ROWS: &str = "
 select ctid::text, partition, id, destination, event_id from {schema}.event_outbox
 order by partition, id limit 4 for update skip locked";
 
-/// What was added to the relay's tables and may keep it from writing.
+/// The additions to the relay's tables that may keep it from writing.
 const ADDITIONS: &str = "
 with ours as (
     select oid, relname from pg_catalog.pg_class
@@ -77,11 +77,11 @@ where i.indisunique and c.relname not in ('event_outbox_pkey', 'event_dead_lette
   and not exists (select from pg_catalog.pg_constraint n where n.conindid = i.indexrelid)
 order by 1";
 
-/// Within a transaction: writes all that settles write, and the settles of `survivors`, which could not be settled nor parked;
-/// takes it back.
+/// Within a transaction, makes all the writes of settles, and settles `survivors`, which could be neither settled nor parked.
+/// Then it rolls these writes back.
 ///
 /// # Errors
-/// What one of them fails with. The transaction goes on without what was written, unless the connection is lost.
+/// The error of the first write that fails. The transaction goes on without these writes, unless the connection is lost.
 pub(super) async fn prove(
     connection: &mut PgConnection,
     sql: Sql,
@@ -91,19 +91,19 @@ pub(super) async fn prove(
 ) -> Result<ProofRows, sqlx::Error> {
     connection.execute("savepoint before_proof").await?;
     let tried = try_all(connection, sql, worker, usage, survivors).await;
-    // After an error that is not the database's, too: who goes on to commit must not commit rows of a proof.
+    // Also after an error that is not the database's: a caller that commits must not commit rows of a proof.
     let back = connection.execute("rollback to savepoint before_proof").await;
     let tried = tried?;
     back.map(|_| tried)
 }
 
-/// The same for `relay check`, in words.
+/// The same for `relay check`. Returns the result in words.
 ///
 /// # Errors
-/// [`OutboxError::Unrecorded`] where something is refused or swallowed.
+/// [`OutboxError::Unrecorded`] if a write is refused or swallowed.
 pub(super) async fn check(connection: &mut PgConnection, usage: Usage) -> Result<String, OutboxError> {
     let tried = with_timeout("try what settles write", STATEMENT_TIMEOUT, async {
-        // The first of all: behind a pooler what comes before may be another connection's.
+        // This is the first statement: behind a pooler an earlier one may reach another connection.
         connection.execute("begin; set local lock_timeout = '5s'").await?;
         let sql = Sql { schema: Schema::find(connection).await?.unwrap_or_default(), persistent: false };
         let tried = (prove(connection, sql, "check", usage, &[]).await, sql);
@@ -139,7 +139,7 @@ async fn try_all(
             (ProofRows::Existing(why), sql.query_as(ROWS).persistent(false).fetch_all(&mut *connection).await?)
         }
     };
-    // The events of others may be large.
+    // Existing events may be large, so they are not read.
     let partitions = if tried == ProofRows::Own { rows.iter().map(|row| row.1).collect() } else { BTreeSet::new() };
     read(connection, sql, &partitions.into_iter().collect::<Vec<_>>()).await?;
     let events: Vec<Event> = rows.into_iter().filter_map(event).collect();
@@ -174,7 +174,7 @@ async fn try_all(
     Ok(tried)
 }
 
-/// Reads the first rows of these partitions as a claim does, in both ways.
+/// Reads the first rows of these partitions as a claim does, both as small and as large ones.
 async fn read(connection: &mut PgConnection, sql: Sql, partitions: &[i16]) -> Result<(), sqlx::Error> {
     let (max_bytes, max_payload) = (1 << 20, 1 << 20);
     let request = ClaimRequest { max_events: 4, max_bytes, max_payload, destinations: &[] };
@@ -216,12 +216,12 @@ fn event((tid, partition, id, destination, event_id): Row) -> Option<Event> {
     })
 }
 
-/// What was added to the relay's tables, in words.
+/// Returns the additions to the relay's tables, in words.
 pub(super) async fn additions(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
     sql.query_scalar(ADDITIONS).persistent(false).fetch_all(connection).await
 }
 
-/// The error of a database that does not record, with the names of those who may be why.
+/// The error of a database that does not record what is published, with the additions that may be the reason.
 pub(super) async fn unrecorded(
     connection: &mut PgConnection,
     sql: Sql,
@@ -250,7 +250,7 @@ pub(super) async fn unrecorded(
     OutboxError::Unrecorded { reason: format!("{}{additions}", words(&error)) }
 }
 
-/// The error of a table that has no partition for now, and for which none can be made.
+/// The error of a table that has no partition for now, if none can be added.
 pub(super) fn no_day(error: &sqlx::Error, not_made: &OutboxError) -> OutboxError {
     let table = error.as_database_error().and_then(|error| error.table()).unwrap_or("event_processing_log");
     let reason = format!(

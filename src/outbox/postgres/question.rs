@@ -1,4 +1,4 @@
-//! What the probes for standstills go by.
+//! The parameters of the probes for standstills.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -6,17 +6,17 @@ use std::time::Duration;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::standstill::Memory;
 
-/// What the probes go by.
+/// The parameters of a probe.
 pub(super) struct Question<'a> {
     /// How statements are sent.
     pub(super) sql: Sql,
     /// The names of all configured destinations.
     pub(super) destinations: &'a [String],
-    /// How long one publish call may take: so long, and a little more, another relay may hold its claim.
+    /// How long one publish call may take. Another relay may hold its claim for that long, and a little longer.
     pub(super) publish_timeout: Duration,
-    /// Whether published events are copied to `event_history`; else a lock there is nobody's trouble.
+    /// Whether published events are copied to `event_history`. If they are not, a lock on that table does not matter.
     pub(super) history: bool,
-    /// What was seen before.
+    /// What earlier searches have seen.
     pub(super) memory: &'a Memory,
     /// For each partition, the id above which it may have pending events.
     pub(super) bounds: Vec<i64>,

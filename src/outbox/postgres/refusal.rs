@@ -1,4 +1,4 @@
-//! What undoes the reason for which the database refuses a write, as a statement that can be typed.
+//! Says why the database refuses a write, and what undoes that, as a statement that can be typed.
 
 use sqlx::error::ErrorKind;
 use sqlx::postgres::{PgConnection, PgDatabaseError};
@@ -8,7 +8,7 @@ use crate::outbox::postgres::sql::Sql;
 use crate::outbox::quote::quoted;
 use crate::text::shown;
 
-/// The table that has what refuses; of a day, the table that it is a day of, as far as a constraint is inherited from there.
+/// The table whose constraint or column refuses a write. For a day partition, the table from which it inherits that.
 fn table(error: &PgDatabaseError) -> Option<String> {
     let name = error.table()?;
     let ours = ["event_processing_log", "event_history"];
@@ -17,7 +17,8 @@ fn table(error: &PgDatabaseError) -> Option<String> {
     Some(schema + &quoted(name))
 }
 
-/// By the fields of the error alone: never its DETAIL, which may quote a row.
+/// Returns the statement that undoes the reason. It reads only the fields of the error, never its DETAIL, which may quote a
+/// row.
 pub(super) fn cure(error: &sqlx::Error) -> Option<String> {
     let error = error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?;
     let table = table(error);
@@ -46,7 +47,7 @@ from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication p on p.oid =
 where r.prrelid = '{schema}.event_outbox'::regclass::oid and (r.prqual is not null or r.prattrs is not null)
 order by 1";
 
-/// The cure where logical replication refuses what settles do to `event_outbox`.
+/// Returns the cure if logical replication refuses what settles do to `event_outbox`.
 pub(super) async fn cure_of_publication(
     connection: &mut PgConnection,
     sql: Sql,
@@ -75,16 +76,16 @@ pub(super) async fn cure_of_publication(
     }
 }
 
-/// Why an event cannot be settled, and what undoes that.
+/// Returns why an event cannot be settled, and what undoes that.
 pub(super) fn words_and_cure(error: &sqlx::Error) -> String {
     let cure = cure(error).map(|cure| format!("; {cure}")).unwrap_or_default();
     words(error) + &cure
 }
 
-/// The most that is shown of a message of the database: a trigger of the application may have written it.
+/// The most characters that are shown of a message of the database: a trigger of the application may have written it.
 const MAX_MESSAGE_CHARS: usize = 500;
 
-/// The reason of such an error, in words. Never the DETAIL, which may quote a row.
+/// Returns the reason of such an error, in words. It never reads the DETAIL, which may quote a row.
 pub(super) fn words(error: &sqlx::Error) -> String {
     if let Some(suppressed) = suppressed(error) {
         return suppressed.to_string();
@@ -112,13 +113,14 @@ fn sqlstate(error: &sqlx::Error) -> Option<String> {
     error.as_database_error()?.code().map(|code| code.into_owned())
 }
 
-/// Whether an error is about what was to be written, and not about the server, its disk, its locks or this role's rights.
+/// Returns whether an error is about what was to be written, and not about the server, its disk, its locks or this role's
+/// rights.
 pub(super) fn is_content(error: &sqlx::Error) -> bool {
     let about_content = |code: String| match code.as_str() {
         "42501" => false,
-        // A publication needs what tells rows apart.
+        // A publication needs a replica identity, which the table lacks.
         "55000" => true,
-        // Of the features that are not supported, those of rules: the text of the other is about plans.
+        // An unsupported feature: it comes from a rule, unless the message is about a cached plan.
         "0A000" => error.as_database_error().is_some_and(|error| !error.message().contains("cached plan")),
         code => ["21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0"].contains(&&code[..2]),
     };
@@ -126,16 +128,16 @@ pub(super) fn is_content(error: &sqlx::Error) -> bool {
     decodes || suppressed(error).is_some() || sqlstate(error).is_some_and(about_content)
 }
 
-/// Whether it may come from a column of another type, or of another name.
+/// Returns whether the error may come from a column that has another type or another name.
 pub(super) fn is_of_types(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::ColumnDecode { .. })
         || sqlstate(error).is_some_and(|code| code.starts_with("42") || code == "22P02")
 }
 
-/// Whether a table that is kept by day has none for now.
+/// Returns whether a table that is kept by day has no partition for now.
 pub(super) fn is_missing_day(error: &sqlx::Error) -> bool {
     let Some(error) = error.as_database_error() else { return false };
-    // A row that a CHECK refuses has the same kind, with the constraint's name.
+    // If a CHECK refuses a row, the error has the same kind, but names the constraint.
     error.kind() == ErrorKind::CheckViolation
         && error.constraint().is_none()
         && error.table().is_some_and(|table| ["event_processing_log", "event_history"].contains(&table))

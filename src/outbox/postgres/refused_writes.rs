@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use crate::outbox::postgres::left_out::LeftOut;
 
-/// A warning about what goes on is logged once in so long.
+/// A warning about a state that lasts is logged at most once in this time.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What a relay knows of writes that were refused.
 #[derive(Debug, Clone, Default)]
 pub(super) struct RefusedWrites {
     pub(super) wary: Arc<AtomicBool>,
-    /// A settle failed for what it said; nothing is published before a proof.
+    /// A settle failed because of its content. Nothing is published before a proof.
     pub(super) failed: Arc<AtomicBool>,
-    /// Lanes that settle what they can.
+    /// How many lanes are settling what can be settled.
     salvages: Arc<AtomicUsize>,
     /// Events that could neither be settled nor parked.
     pub(super) left_out: LeftOut,
@@ -32,28 +32,28 @@ impl Drop for Salvaging {
 }
 
 impl RefusedWrites {
-    /// Whether to keep claims of settles that fail.
+    /// Returns whether settles are to keep their claims if they fail.
     pub(super) fn is_wary(&self) -> bool {
         self.wary.load(Ordering::Relaxed)
     }
 
-    /// Keeps the other lanes of this relay from claiming, for as long as the answer lives.
+    /// Keeps the other lanes of this relay from claiming, until the returned value is dropped.
     pub(super) fn salvaging(&self) -> Salvaging {
         self.salvages.fetch_add(1, Ordering::SeqCst);
         Salvaging(Arc::clone(&self.salvages))
     }
 
-    /// Whether a lane settles what it can.
+    /// Returns whether a lane is settling what can be settled.
     pub(super) fn is_salvaging(&self) -> bool {
         self.salvages.load(Ordering::SeqCst) > 0
     }
 
-    /// Whether nothing is to be published before a proof.
+    /// Returns whether nothing is to be published before a proof.
     pub(super) fn is_set(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
     }
 
-    /// Some rows that are due do not become pending.
+    /// Warns that some due rows do not become pending.
     pub(super) fn warn_of_promotions(&self, count: i64) {
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
         if warned.is_none_or(|at| at.elapsed() >= WARNING_INTERVAL) {

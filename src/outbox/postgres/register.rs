@@ -1,5 +1,5 @@
-//! The register of relays, on the side connection: its session holds an advisory lock, by which others know that the relay is
-//! at work. Behind a transaction-pooling proxy there is no session.
+//! The register of relays, on the side connection. Its session holds an advisory lock, which shows other relays that this one
+//! is at work. Behind a transaction-pooling proxy there is no session.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::register::{Configuration, Member, Register, Registration, Role};
 
-/// As far as a claim can read it in one number with the moves, see `batch`.
+/// The number of changes, in as many bits as a claim can read in one number with the moves, see `batch`.
 pub(super) const CHANGES: &str = "select last_value & 8388607::bigint from {schema}.event_relay_changes";
 
 const CHANGED: &str = "select pg_catalog.nextval('{schema}.event_relay_changes'::regclass)";
@@ -33,7 +33,8 @@ select r.id, r.worker, r.version, r.once, r.hung, r.fingerprint, r.destinations:
 from {schema}.event_relay r
 order by r.id";
 
-/// `$1` id, `$9` whether there is a session to hold the lock. A session may take it several times; it ends with it.
+/// `$1` id, `$9` whether there is a session to hold the lock. A session may take the lock several times; it ends with the
+/// session.
 const WRITE: &str = "
 insert into {schema}.event_relay (id, worker, version, schema_version, once, fingerprint, destinations, routes, pid)
 select $1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb,
@@ -48,7 +49,7 @@ update {schema}.event_relay
 set seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
 where id = $1";
 
-/// Only where an event that is not routed has been due for longer than `$2` seconds.
+/// Marks a relay as hung, but only if an event that is not routed has been due for longer than `$2` seconds.
 const DEPOSE: &str = "
 update {schema}.event_relay set hung = true
 where id = $1 and exists (
@@ -58,7 +59,7 @@ where id = $1 and exists (
 )";
 
 impl PgOutbox {
-    /// Whether this relay routes, at this number of changes.
+    /// Returns the role of this relay at this number of changes.
     pub(super) async fn role_at(&self, changes: i64) -> Result<Role, OutboxError> {
         match self.membership.role_at(changes) {
             Some(role) => Ok(role),
@@ -88,7 +89,7 @@ fn registration(row: &PgRow) -> Result<Registration, sqlx::Error> {
     })
 }
 
-/// Reads all rows.
+/// Reads all registrations.
 pub(super) async fn rows(sql: Sql, connection: &mut PgConnection) -> Result<Vec<Registration>, sqlx::Error> {
     let rows = sql.query(ROWS).persistent(false).fetch_all(connection).await?;
     rows.iter().map(registration).collect()

@@ -1,4 +1,4 @@
-//! Renewing a claim, for a destination that refuses claims older than the ones it has seen.
+//! Renews a claim, for a destination that refuses claims older than the ones it has seen.
 
 use sqlx::postgres::PgConnection;
 
@@ -18,7 +18,7 @@ select {schema}.relay_epoch_above($1), array(
     )
 )";
 
-/// Gives the claim of this transaction an epoch above `floor`, and says which of `noted` still wait for `destination`.
+/// Gives the claim of this transaction an epoch above `floor`. Returns which of `noted` still wait for `destination`.
 pub(super) async fn renew(
     connection: &mut PgConnection,
     sql: Sql,

@@ -13,7 +13,8 @@ use crate::event::{Event, Fault, PublishError, RowKey};
 use crate::outbox::postgres::tid;
 use crate::outbox::{BlockedBy, Claimed, decode};
 
-/// The columns that `batch` reads, in the order of its statements: to find one by its name would cost a look-up an event.
+/// The columns that `batch` reads, in the order of its statements. To find a column by its name would cost a look-up for each
+/// event.
 pub(super) mod column {
     /// Text, see `tid`.
     pub(in crate::outbox::postgres) const CTID: usize = 0;
@@ -31,38 +32,38 @@ pub(super) mod column {
     pub(in crate::outbox::postgres) const CAUSATION_ID: usize = 12;
     pub(in crate::outbox::postgres) const SCHEMA_VERSION: usize = 13;
     pub(in crate::outbox::postgres) const CREATED_AT: usize = 14;
-    /// -1: none was charged, and it has failed. [`super::LEFT_OUT`], [`super::LEFT_OUT_AND_OWED`]: it is left out.
+    /// -1: the event has failed, and no attempt was charged. [`super::LEFT_OUT`], [`super::LEFT_OUT_AND_OWED`]: it is left out.
     pub(in crate::outbox::postgres) const ATTEMPTS: usize = 15;
-    /// `available_at` has come.
+    /// Whether `available_at` has come.
     pub(in crate::outbox::postgres) const DUE: usize = 16;
     /// Bytes as PostgreSQL stores them; NULL where a column is NULL that must not be.
     pub(in crate::outbox::postgres) const SIZE: usize = 17;
     /// JSON: for each destination at which an earlier event of the key waits, milliseconds until that one is due.
     pub(in crate::outbox::postgres) const BEHIND: usize = 18;
-    /// The same in each row.
+    /// The epoch, the same in each row.
     pub(in crate::outbox::postgres) const EPOCH: usize = 19;
-    /// Two numbers in one, the same in each row; [`super::REINSERTIONS_BITS`] has the lower one.
+    /// Two numbers in one, the same in each row. The lower one has [`super::REINSERTIONS_BITS`] bits.
     pub(in crate::outbox::postgres) const REINSERTIONS_AND_CHANGES: usize = 20;
     /// Only where rows may be large: the column that is too large, and its bytes; or that it is missing.
     pub(in crate::outbox::postgres) const UNFIT: usize = 21;
 }
 
-/// The attempts of a row that says of itself that its event is done and could not be recorded, see `left_out`.
+/// The attempts of a marked row, whose event is done and could not be recorded, see `left_out`.
 pub(super) const LEFT_OUT: i32 = -2;
 
 /// The same of an event that is still owed, and so holds back its key.
 pub(super) const LEFT_OUT_AND_OWED: i32 = -3;
 
-/// The lowest bits, which tell the number of reinsertions.
+/// How many of the lowest bits have the number of reinsertions.
 pub(super) const REINSERTIONS_BITS: u32 = 40;
 
-/// The bits above them, which tell the number of changes of the register of relays.
+/// How many of the bits above them have the number of changes of the register of relays.
 pub(super) const CHANGES_BITS: u32 = 23;
 
-/// Decodes a row. Only a driver that disagrees with our own statement makes it fail.
+/// Decodes a row. Fails only if the driver disagrees with our own statement.
 pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<Claimed, sqlx::Error> {
     let mut payload = jsonb_text(row, column::PAYLOAD)?.unwrap_or_default();
-    // What the statement measured is not the text where that is small.
+    // Of a small value the statement measures the size in the database, not the text.
     let mut defect = decode::too_large(payload.len(), max_payload);
     if defect.is_some() {
         payload = &[];
@@ -149,8 +150,8 @@ pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Re
     Ok(claimed)
 }
 
-/// A text column, and whether it is UTF-8, which in a database without an encoding (SQL_ASCII) nobody guarantees: that is the
-/// row's defect, and must not fail the batch.
+/// Returns a text column, and whether it is UTF-8. In a database without an encoding (SQL_ASCII) nobody guarantees that. A text
+/// that is not UTF-8 is a defect of its row, and must not fail the batch.
 fn text(row: &PgRow, index: usize) -> Result<(Option<String>, bool), sqlx::Error> {
     let value = row.try_get_raw(index)?;
     if value.is_null() {
@@ -162,7 +163,7 @@ fn text(row: &PgRow, index: usize) -> Result<(Option<String>, bool), sqlx::Error
     Ok((Some(text.into_owned()), is_utf8))
 }
 
-/// The text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
+/// Returns the text of a `jsonb` column, straight from the wire: its binary form is a version byte and the text.
 fn jsonb_text(row: &PgRow, index: usize) -> Result<Option<&[u8]>, sqlx::Error> {
     let value = row.try_get_raw(index)?;
     if value.is_null() {

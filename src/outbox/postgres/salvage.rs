@@ -1,17 +1,17 @@
-//! What to do about a settle that the database refuses or swallows because of its content.
+//! Settles what can be settled, after the database has refused or swallowed a settle because of its content.
 //!
-//! The events are published, and must not be published again. So the lane keeps the claim, or takes it once more, and then:
+//! The events are published, and must not be published again. So the lane keeps the claim, or takes it again, and then:
 //!
 //! - If a day partition is missing, it adds that.
 //! - If [`proof`] finds that nothing can be recorded, it gives the batch up, and no lane of this relay publishes until a proof
 //!   succeeds.
-//! - Else some event is the reason. It settles the batch in halves until that event is alone, and parks it: the row says what
-//!   became of the event and why that cannot be recorded, and waits until somebody acts. If the database refuses even that, the
-//!   event is left out, see `left_out`.
+//! - Otherwise some event is the reason. It settles the batch in halves until that event is alone, and parks it: the row says
+//!   what became of the event and why that cannot be recorded, and waits until somebody acts. If the database refuses even
+//!   that, the event is left out, see `left_out`.
 //!
-//! Keeping a claim takes a savepoint, which is one more statement. So there is one only where somebody has added to the relay's
-//! tables what may refuse a write, or something was refused lately. Elsewhere the claim is lost and taken again. The other
-//! lanes of this relay claim nothing meanwhile; another relay may come in between, once.
+//! To keep a claim, a savepoint is needed, which is one more statement. So there is one only where somebody has added something
+//! to the relay's tables that may refuse a write, or a write was refused lately. Elsewhere the claim is lost and taken again.
+//! The other lanes of this relay claim nothing meanwhile; another relay may come in between, once.
 
 use std::sync::atomic::Ordering;
 
@@ -33,13 +33,14 @@ use crate::outbox::postgres::tid;
 use crate::outbox::proof::ProofRows;
 use crate::outbox::records::{Records, SETTLE_FAILED};
 
-/// In the order of their numbers, as every relay that waits for partitions takes them: else two could wait for each other.
+/// Takes partitions again, in the order of their numbers, as every relay that waits for partitions does. In another order two
+/// relays could wait for each other.
 const TAKE_AGAIN: &str = "
 select pg_catalog.pg_advisory_xact_lock('{schema}.event_outbox'::regclass::oid::int, partition::int)
 from (select distinct pg_catalog.unnest($1::smallint[]) as partition order by 1) p";
 
 impl PgOutbox {
-    /// Looks whether the application has added to the tables what may refuse a write.
+    /// Finds out whether the application has added anything to the tables that may refuse a write.
     pub(super) async fn look_at_additions(&self, connection: &mut PgConnection) -> Result<(), OutboxError> {
         let additions = with_timeout("look at what was added to the tables", STATEMENT_TIMEOUT, async {
             self.begin_pooled(connection).await?;
@@ -55,10 +56,11 @@ impl PgOutbox {
         Ok(())
     }
 
-    /// Proves that what is published can be recorded, and by a commit that the disk takes writes. A day that is missing is made.
+    /// Proves that published events can be recorded, and by a commit that the disk takes writes. Adds a day partition that is
+    /// missing.
     ///
     /// # Errors
-    /// [`OutboxError::Unrecorded`] where something is refused or swallowed.
+    /// [`OutboxError::Unrecorded`] if a write is refused or swallowed.
     pub(super) async fn prove(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
         let survivors = self.refused_writes.left_out.too_many();
         let mut proven = self.try_to_prove(connection, begin, &survivors).await;
@@ -84,7 +86,7 @@ impl PgOutbox {
         }
     }
 
-    /// Tries from time to time whether events that were left out can be settled by now: then they are published once more.
+    /// From time to time, tries whether events that were left out can be settled by now. Those are published again.
     pub(super) async fn try_kept(&self, connection: &mut PgConnection, begin: &str) -> Result<(), OutboxError> {
         for survivor in self.refused_writes.left_out.to_try() {
             match self.try_to_prove(connection, begin, std::slice::from_ref(&survivor)).await {
@@ -115,8 +117,8 @@ impl PgOutbox {
         }
     }
 
-    /// Settles what can be settled of a batch of which a settle failed with `error`, and parks the events that cannot. `held`:
-    /// the claim was kept.
+    /// Settles what can be settled of a batch whose settle failed with `error`, and parks the other events. `held`: the claim
+    /// was kept.
     pub(super) async fn salvage(
         &self,
         connection: &mut PgConnection,
@@ -168,7 +170,7 @@ impl PgOutbox {
         }
     }
 
-    /// Goes back to before the settle, with the claim.
+    /// Goes back to the state before the settle, and holds the claim.
     async fn take_again(
         &self,
         connection: &mut PgConnection,
@@ -194,10 +196,10 @@ impl PgOutbox {
         connection.execute(CHECK_DEFERRED).await.map(drop)
     }
 
-    /// Writes `records`, or nothing.
+    /// Writes all of `records`, or nothing.
     ///
     /// # Errors
-    /// The outer one: the transaction is lost.
+    /// The outer error means that the transaction is lost, the inner one that the records were refused.
     async fn try_records(
         &self,
         connection: &mut PgConnection,
@@ -217,8 +219,8 @@ impl PgOutbox {
         }
     }
 
-    /// Settles by halves and parks what is refused alone, or leaves it out. Returns why an event that could not even be parked
-    /// is one too many to be left out.
+    /// Settles by halves. An event that is refused alone is parked, or left out. Returns the error of an event that could not
+    /// be parked either, if too many are left out already.
     async fn halve(
         &self,
         connection: &mut PgConnection,
@@ -268,7 +270,7 @@ impl PgOutbox {
         Ok(unparked)
     }
 
-    /// Whether the event of these records is parked now.
+    /// Parks the event of these records. Returns whether that succeeded.
     async fn park(
         &self,
         connection: &mut PgConnection,
@@ -283,7 +285,7 @@ impl PgOutbox {
         Ok(false)
     }
 
-    /// Whether the row of these records says now what became of its event, in its place.
+    /// Writes what became of an event into its row, which keeps its place. Returns whether that succeeded.
     async fn mark_row(
         &self,
         connection: &mut PgConnection,

@@ -1,19 +1,19 @@
-//! The savepoint before a settle, which keeps the claim where the settle is refused.
+//! The savepoint before a settle, which keeps the claim if the settle is refused.
 
-/// Before what may be refused.
+/// Sets the savepoint, before a write that may be refused.
 pub(super) const SAVEPOINT: &str = "savepoint before_settle";
 
-/// Takes back what followed, and keeps the savepoint.
+/// Rolls back what followed, and keeps the savepoint.
 pub(super) const BACK: &str = "rollback to savepoint before_settle";
 
-/// A deferred constraint would refuse at the end of the transaction, where no savepoint is left. It is checked here; what is
+/// Checks deferred constraints, which would otherwise refuse at the end of the transaction, where no savepoint is left. What is
 /// written after this is checked by the next such statement, as a whole again.
 pub(super) const CHECK_DEFERRED: &str = "set constraints all immediate; set constraints all deferred";
 
-/// The same of a settle for which there is [`SAVEPOINT`], in the text that is sent anyway.
+/// The same for a settle with a [`SAVEPOINT`], in one text with its commit.
 pub(super) const CHECK_AND_COMMIT: &str = "set constraints all immediate; commit";
 
-/// Takes back what followed, and ends the savepoint.
+/// Rolls back what followed, and ends the savepoint.
 pub(super) const UNDO: &str = "rollback to savepoint before_settle; release savepoint before_settle";
 
 /// Keeps what followed, and ends the savepoint.

@@ -1,7 +1,7 @@
-//! Whether a database has the schema that this binary needs.
+//! Checks that a database has the schema that this binary needs.
 //!
-//! The schema itself tells its version, by the function `relay_schema_version()` that every migration replaces. So the
-//! files can be applied by any tool, and a database that has other tables, or another migrator's, is no trouble.
+//! The schema itself has its version, in the function `relay_schema_version()` that every migration replaces. So the files can
+//! be applied by any tool, and a database may have other tables, or those of another migrator.
 
 use sqlx::AssertSqlSafe;
 use sqlx::postgres::PgConnection;
@@ -11,7 +11,7 @@ use crate::outbox::postgres::home::Home;
 use crate::outbox::postgres::migrations::SCHEMA_VERSION;
 use crate::outbox::{OutboxError, SchemaVersion};
 
-/// Fails unless the database has a schema that this binary can work with; else says which.
+/// Fails unless the database has a schema that this binary can work with. Returns which schema it is.
 pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<String, OutboxError> {
     let Some(home) = Home::find(connection).await? else {
         let schemas = schemas(connection).await?;
@@ -36,7 +36,7 @@ pub(super) async fn require_fit(connection: &mut PgConnection) -> Result<String,
     Ok(fit)
 }
 
-/// The schema's version; 0: it is not known there.
+/// Returns the schema's version; 0 if that is not known there.
 pub(super) async fn version(connection: &mut PgConnection, home: &Home) -> Result<SchemaVersion, OutboxError> {
     if !home.has_function("relay_schema_version()") {
         return Ok(SchemaVersion { found: 0, needs: 0 });
@@ -50,7 +50,7 @@ pub(super) async fn version(connection: &mut PgConnection, home: &Home) -> Resul
     Ok(SchemaVersion { found, needs })
 }
 
-/// The schemas that have our functions, and whether each is on the search path and open to this role.
+/// Returns the schemas that have our functions, and whether each is on the search path and open to this role.
 async fn schemas(connection: &mut PgConnection) -> Result<Vec<(String, bool)>, OutboxError> {
     with_timeout("look for the schema", STATEMENT_TIMEOUT, async {
         sqlx::query_as(

@@ -1,10 +1,10 @@
-//! What a relay's connections and transactions are set to.
+//! The settings of a relay's connections and transactions.
 
 use std::time::Duration;
 
 use crate::outbox::OutboxConfig;
 
-/// How a transaction of a relay begins.
+/// Returns the statement that begins a transaction of a relay.
 pub(super) fn begin(config: &OutboxConfig) -> String {
     // Each statement after the first must see what was committed before it: no higher isolation.
     let begin = "begin isolation level read committed";
@@ -15,14 +15,14 @@ pub(super) fn begin(config: &OutboxConfig) -> String {
     format!("{begin}; select {}", settings(config).map(local).join(", "))
 }
 
-/// What a relay's connection is set to; behind a transaction-pooling proxy, each of its transactions.
+/// Returns the settings of a relay's connection; behind a transaction-pooling proxy, those of each of its transactions.
 ///
-/// - The idle timeout ends the claim of a relay that stalled; it must outlast every publish.
-/// - The server gives up before the client does: a connection that is dropped while it waits would wait on, and each attempt
-///   would leave one more behind. A claim gives up a lock after seconds, and is repeated; a settle has longer, which
-///   `take` sees to, because what is published already would be published again.
-/// - Row-level security that applies to this role fails a statement, and does not hide rows from it.
-/// - A queue's statistics are always stale. Each statement has one good plan, by its indexes; prepared once.
+/// - The idle timeout ends the claim of a relay that hangs; it must be longer than every publish.
+/// - The server gives up before the client does. If a connection were dropped while its statement waits, the statement would
+///   wait on, and each attempt would leave one more behind. A claim gives up a lock after seconds, and is repeated. A settle
+///   has longer, see `take`, because what is published already would be published again.
+/// - If row-level security applies to this role, it fails a statement, and does not hide rows from it.
+/// - A queue's statistics are always stale. Each statement has one good plan, by its indexes, and is prepared once.
 pub(super) fn settings(config: &OutboxConfig) -> [(&'static str, String); 10] {
     let idle = (config.publish_timeout + Duration::from_secs(15)).as_millis();
     [

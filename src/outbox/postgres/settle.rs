@@ -1,8 +1,9 @@
-//! What a settle writes, as the column arrays that PostgreSQL's statements take.
+//! Writes the records of a settle. Each statement takes its rows as arrays, one for each column.
 //!
-//! A trigger, a rule or a row policy may swallow a write without an error. So each statement tells how many rows it wrote;
-//! where that is fewer than were sent, those are looked for: a row that an operator has changed has another place, one that was
-//! deleted is no trouble, and one that is still there was swallowed, which is an error.
+//! A trigger, a rule or a row policy may swallow a write without an error. So each statement returns how many rows it wrote. If
+//! these are fewer than were sent, the missing rows are searched for. A row that an operator has changed is at another place
+//! (`ctid`), and is written there. A row that was deleted needs no write. A row that is still at its place was swallowed, which
+//! is an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::LazyLock;
@@ -21,7 +22,8 @@ use crate::outbox::records::{DeadLetter, HistoryRow, LogEntry, Owed, Records};
 #[error("the {0} has no effect")]
 pub(super) struct Suppressed(&'static str);
 
-/// The present places of rows, and their payloads. The partitions of a key differ by multiples of 64, by priority and status.
+/// Finds the present places of rows, and their payloads. The partitions of a key differ by multiples of 64, by priority and
+/// status.
 const LOCATE: &str = "
 select k.place::int, o.ctid::text, o.payload::text
 from unnest($1::bigint[], $2::uuid[], $3::text[], $4::smallint[]) with ordinality
@@ -30,17 +32,17 @@ cross join pg_catalog.generate_series(0, 1279, 64) as g(first)
 join {schema}.event_outbox o on o.partition = (g.first + k.partition::int % 64)::smallint
     and o.id = k.id and o.destination = k.destination and o.event_id = k.event_id";
 
-/// What a copy does not take over from its row.
+/// The columns that a copy does not take over from its row.
 const OWN_COLUMNS: [&str; 6] = ["status", "destination", "attempts", "last_error", "available_at", "first_failed_at"];
 
-/// Every column that can be written: what the application has added goes along.
+/// All other columns that can be written, so that a copy also has the columns that the application has added.
 const COLUMNS: &str = "
 select pg_catalog.array_agg(pg_catalog.quote_ident(attname) order by attnum) from pg_catalog.pg_attribute
 where attrelid = '{schema}.event_outbox'::regclass::oid and attnum > 0 and not attisdropped and attgenerated = ''
   and attname <> all ($1::text[])";
 
-/// When what is owed is due: `w` tells the delay, `o` is the row. An event parked uncharged is due at once, or behind the head
-/// of its key; a delayed one keeps its own time; one without a delay waits until somebody acts.
+/// The time at which a row is due: `w` has the delay, `o` is the row. A negative delay grows with the time for which the event
+/// has failed. An event whose own time is later keeps that time. Without a delay the row waits until somebody acts.
 const AVAILABLE_AT: &str = "case when w.delay_seconds is null then 'infinity'
     else greatest(o.available_at, pg_catalog.statement_timestamp() + case
         when w.delay_seconds >= 0::float8 then pg_catalog.make_interval(secs => w.delay_seconds)
@@ -55,7 +57,8 @@ const FIRST_FAILED_AT: &str = "case when w.error is null then o.first_failed_at
 const OWED: &str = "unnest($1::text[]::tid[], $2::bigint[], $3::text[], $4::int[], $5::float8[], $6::text[])
     as w(tid, id, destination, attempts, delay_seconds, error)";
 
-/// A trigger may also have put the old values back.
+/// Updates rows to what is owed. A trigger may have put the old values back, so it returns only the rows that have the new
+/// ones.
 static UPDATE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "with moved as (
@@ -74,25 +77,25 @@ static UPDATE: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// Rows by their place and, because a place can be given away, their id.
+/// Rows by their place. A place can be given to another row, so each row has its id as well.
 struct Rows {
     tids: Vec<String>,
     ids: Vec<i64>,
 }
 
-/// One column of some records.
+/// The values of one column for all `records`.
 fn column<'a, R, T>(records: &'a [R], value: impl Fn(&'a R) -> T) -> Vec<T> {
     records.iter().map(value).collect()
 }
 
-/// How a lane sends its statements, and in whose name.
+/// Writes settles on a lane's connection, in the name of its worker.
 pub(super) struct SettleWriter<'c> {
     connection: &'c mut PgConnection,
     sql: Sql,
     worker: &'c str,
-    /// Where rows are that have another place by now.
+    /// The places of rows that have moved since the claim.
     moved_to: HashMap<RowKey, String>,
-    /// All of it is taken back.
+    /// Everything that is written will be rolled back.
     is_proof: bool,
 }
 
@@ -101,7 +104,7 @@ impl<'c> SettleWriter<'c> {
         Self { connection, sql, worker, moved_to: HashMap::new(), is_proof: false }
     }
 
-    /// One that is taken back, and draws no ids that people see.
+    /// A writer whose writes are rolled back, and whose dead letters take no ids from their sequence.
     pub(super) fn proof(connection: &'c mut PgConnection, sql: Sql, worker: &'c str) -> Self {
         Self { is_proof: true, ..Self::new(connection, sql, worker) }
     }
@@ -109,7 +112,7 @@ impl<'c> SettleWriter<'c> {
     /// Writes all of `records`, but commits nothing. Returns how many of their rows were there.
     ///
     /// # Errors
-    /// Also where a row's place holds another by now, and [`Suppressed`].
+    /// An error of the database, [`Suppressed`], or the place of a row that has another row by now.
     pub(super) async fn write(&mut self, records: &Records<'_>) -> Result<usize, sqlx::Error> {
         self.all(&records.dead_letters, "insert on event_dead_letter").await?;
         if !records.dead_letters.is_empty() {
@@ -138,7 +141,8 @@ impl<'c> SettleWriter<'c> {
         Rows { tids, ids }
     }
 
-    /// Where these events' rows are now, by their places among `events`, and whether they are what was published.
+    /// Finds the rows of these events. Returns for each the index of its event, its place, and whether it is what was
+    /// published.
     async fn locate(&mut self, events: &[&Event]) -> Result<Vec<(usize, String, bool)>, sqlx::Error> {
         let found: Vec<(i32, String, String)> = self
             .sql
@@ -152,15 +156,15 @@ impl<'c> SettleWriter<'c> {
             .await?;
         let row = |(place, tid, payload): (i32, String, String)| {
             let place = usize::try_from(place - 1).ok()?;
-            // Of a payload that is too large to be read nothing was published.
+            // Nothing was published of a payload that was too large to be read.
             let read = &events.get(place)?.payload;
             Some((place, tid, read.is_empty() || *read == payload.as_bytes()))
         };
         Ok(found.into_iter().filter_map(row).collect())
     }
 
-    /// Of these events those whose rows have another place now; takes note of it. Returns how many have theirs, too. A row
-    /// whose payload was changed is another event: what was published of it is not what is there now.
+    /// Returns the events whose rows have another place now, and remembers these places. Also returns how many rows still have
+    /// their old place. A row whose payload was changed counts as another event, because its present payload was not published.
     async fn still_there<'a>(&mut self, events: &[&'a Event]) -> Result<(Vec<&'a Event>, usize), sqlx::Error> {
         let (mut moved, mut unmoved) = (Vec::new(), 0);
         for (place, tid, same) in self.locate(events).await? {
@@ -175,7 +179,7 @@ impl<'c> SettleWriter<'c> {
         Ok((moved, unmoved))
     }
 
-    /// Writes a row for each of `records` whose event is there.
+    /// Writes a row for each of `records` whose event still has its row.
     async fn all<R: Written>(&mut self, records: &[R], what: &'static str) -> Result<(), sqlx::Error> {
         if records.is_empty() {
             return Ok(());
@@ -203,8 +207,9 @@ impl<'c> SettleWriter<'c> {
         Ok(())
     }
 
-    /// What the entries of a group have in common goes as one value: each column that is an array costs as much as writing it.
-    /// (COPY would take a third less, and 40 ms: the driver sends its end apart, which waits for the data's acknowledgement.)
+    /// Sends what the entries of a group have in common as one value, because to send a column as an array costs as much as to
+    /// write it. (COPY would take a third less, and 40 ms: the driver sends its end apart, which waits until the data is
+    /// acknowledged.)
     async fn log(&mut self, entries: &[&LogEntry<'_>]) -> Result<(), sqlx::Error> {
         let query = "
             insert into {schema}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, message_id, error,
@@ -218,7 +223,7 @@ impl<'c> SettleWriter<'c> {
             groups.entry((entry.destination, entry.status, attempt, entry.duration_ms)).or_default().push(entry);
         }
         for ((destination, status, attempt, duration_ms), entries) in groups {
-            // `unnest` fills a shorter column up with null.
+            // `unnest` fills a shorter array up with nulls.
             let failed = entries.iter().any(|entry| entry.error.is_some());
             let errors = if failed { column(&entries, |entry| entry.error.as_deref()) } else { Vec::new() };
             let written = self
@@ -268,8 +273,8 @@ impl<'c> SettleWriter<'c> {
 
     /// Deletes the rows and raises the epoch. Returns the ids of those that were there, in order.
     async fn delete(&mut self, events: &[&Event]) -> Result<Vec<i64>, sqlx::Error> {
-        // What is gone is compared here: with a join by place and id it would take half as long again. Partitions and the
-        // range of ids keep nearly all others apart to whom a place may have been given meanwhile.
+        // The ids are compared here: a join by place and id would take half as long again. The partitions and the range of ids
+        // exclude nearly all other rows that may have been given such a place meanwhile.
         let query = "
             with gone as (
                 delete from {schema}.event_outbox
@@ -299,7 +304,7 @@ impl<'c> SettleWriter<'c> {
         Ok(gone)
     }
 
-    /// Makes rows what their first destination is still owed. Returns the ids of those that were there.
+    /// Updates rows to what their first destination is still owed. Returns the ids of the rows that were there.
     async fn change(&mut self, owed: &[Owed<'_>]) -> Result<Vec<i64>, sqlx::Error> {
         if owed.is_empty() {
             return Ok(Vec::new());
@@ -307,7 +312,8 @@ impl<'c> SettleWriter<'c> {
         let every: Vec<&Owed<'_>> = owed.iter().collect();
         let mut changed = self.update(&every).await?;
         if changed.len() < owed.len() {
-            // One event's row is looked for by its destination, which a change that had effect has given another.
+            // A row is searched for by its old destination. A row that was updated has another one, so only the others are
+            // searched for.
             let missing: Vec<&Owed<'_>> =
                 every.into_iter().filter(|owed| !changed.contains(&owed.event.row.id)).collect();
             let events = column(&missing, |owed| owed.event);
@@ -345,7 +351,7 @@ impl<'c> SettleWriter<'c> {
     }
 }
 
-/// A record of which each is a row of its own.
+/// A record that is written as a row of its own.
 trait Written: Sized {
     fn event(&self) -> &Event;
 
@@ -361,7 +367,7 @@ impl Written for DeadLetter<'_> {
         self.event
     }
 
-    /// A column that is NULL, where somebody has allowed that, must not keep the event out of the dead letters.
+    /// A NULL in a column where somebody has allowed it must not keep the event out of the dead letters.
     async fn insert(settle: &mut SettleWriter<'_>, letters: &[&Self]) -> Result<usize, sqlx::Error> {
         let query = "
             insert into {schema}.event_dead_letter ({id}outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload,
@@ -423,7 +429,7 @@ impl Written for HistoryRow<'_> {
     }
 }
 
-/// What a further destination is owed.
+/// The row of a further destination that is owed the event.
 struct Copy<'r>(&'r Owed<'r>);
 
 impl<'r> Copy<'r> {
@@ -470,7 +476,7 @@ impl Written for Copy<'_> {
     }
 }
 
-/// What has gone is part of what was to go; both are in order.
+/// Fails if a row was deleted that was not to be deleted. Both lists are in order.
 fn require_among(gone: &[i64], expected: Vec<i64>) -> Result<(), sqlx::Error> {
     let mut expected = expected.into_iter();
     if gone.iter().all(|id| expected.any(|known| known == *id)) {

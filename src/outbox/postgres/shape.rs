@@ -1,4 +1,4 @@
-//! Whether our tables have the columns that the statements name: somebody may have renamed one, or changed its type.
+//! Checks that our tables have the columns that the statements name: somebody may have renamed one, or changed its type.
 
 use sqlx::postgres::PgConnection;
 
@@ -55,7 +55,7 @@ join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0::smallint 
 where o.oid = '{schema}.event_outbox'::regclass::oid and c.relname = any ($1::text[]::name[])
 order by c.relname, a.attnum";
 
-/// What is otherwise than it was made; `types`: types, too, of which many others work as well.
+/// Returns what differs from how it was made. `types`: types are compared too, although many others work as well.
 pub(super) async fn changes(
     connection: &mut PgConnection,
     sql: Sql,
@@ -68,7 +68,7 @@ pub(super) async fn changes(
     Ok(differences(&used, &columns, types))
 }
 
-/// Fails where a column is not there.
+/// Fails if a column is missing.
 pub(super) async fn require(connection: &mut PgConnection, sql: Sql, usage: Usage) -> Result<(), OutboxError> {
     let changes =
         with_timeout("look at the columns", STATEMENT_TIMEOUT, changes(connection, sql, usage, false)).await?;

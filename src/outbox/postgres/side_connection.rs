@@ -1,6 +1,6 @@
-//! A connection beside those of the lanes, for what is rarely done: a lane's own holds its claim.
+//! A connection beside those of the lanes, for rare work, because a lane's own connection holds its claim.
 //!
-//! Its session holds the advisory lock by which other relays know that this one lives, see `register`.
+//! Its session holds the advisory lock that shows other relays that this one is at work, see `register`.
 
 use sqlx::postgres::PgConnection;
 
@@ -8,7 +8,7 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::store::PgOutbox;
 
-/// For a new session.
+/// Takes that lock in a new session, and writes down its pid.
 const HOLD: &str = "
 update {schema}.event_relay set pid = case when pg_catalog.pg_try_advisory_lock(
     '{schema}.event_outbox'::regclass::oid::int, (2000000::bigint + $1 % 2000000000::bigint)::int
@@ -16,7 +16,7 @@ update {schema}.event_relay set pid = case when pg_catalog.pg_try_advisory_lock(
 where id = $1";
 
 impl PgOutbox {
-    /// Runs `query` on the side connection, which is given up if it fails; behind a pooler in a transaction.
+    /// Runs `query` on the side connection, behind a pooler in a transaction. If it fails, the connection is given up.
     pub(super) async fn on_side_connection<T>(
         &self,
         operation: &'static str,
@@ -32,7 +32,7 @@ impl PgOutbox {
         .await
     }
 
-    /// The same for a query that sees to its transactions by itself; `None` where somebody uses that connection.
+    /// The same for a query that begins and ends its own transactions. Returns `None` if the connection is in use.
     pub(super) async fn on_side_connection_unless_busy<T>(
         &self,
         operation: &'static str,
@@ -62,7 +62,7 @@ impl PgOutbox {
         Ok(answer)
     }
 
-    /// A new session of a relay that is registered.
+    /// Takes the lock in a new session, if this relay is registered.
     pub(super) async fn hold_registration(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         if let Some(member) = self.membership.member().filter(|_| !self.config.pooled) {
             self.sql().query(HOLD).persistent(false).bind(member.id).execute(connection).await?;

@@ -1,10 +1,10 @@
-//! How the relay's statements name what they use.
+//! Fills the schema into the relay's statements, which name everything that they use with its schema.
 //!
-//! Whoever may create functions in a schema on the search path can define a better match for a function of PostgreSQL's than
-//! PostgreSQL itself has, such as `format(text, text)`, and the relay would run it with its own rights. So each statement
-//! names the schema of every function (`pg_catalog.`) and of each table of ours (`{schema}.`, filled in here). Operators are
-//! used with operands of exactly their types: such a match is always PostgreSQL's own. The search path stays as it is,
-//! because triggers of the application may need it.
+//! A role that may create functions in a schema on the search path can define a better match for a function of PostgreSQL than
+//! PostgreSQL itself has, such as `format(text, text)`. The relay would run it with its own rights. So each statement names the
+//! schema of every function (`pg_catalog.`) and of each table of ours (`{schema}.`, filled in here). Operators are used with
+//! operands of exactly their types, so that the match is always PostgreSQL's own. The search path stays as it is, because
+//! triggers of the application may need it.
 //!
 //! `unnest` with several arguments is syntax, and takes no schema.
 
@@ -33,7 +33,7 @@ impl Schema {
         Ok(found.map(Self::new))
     }
 
-    /// The one with this identifier.
+    /// Returns the schema with this identifier.
     fn new(identifier: String) -> Self {
         static KNOWN: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -45,14 +45,14 @@ impl Schema {
         }))
     }
 
-    /// The same of a text that is made for one use.
+    /// The same for a text that is made for one use.
     pub(super) fn fill_once(self, text: &str) -> AssertSqlSafe<String> {
-        // In a literal, a quote of the name is doubled.
+        // In a literal, a quote in the name is doubled.
         let literal = format!("'{}.", self.0.replace('\'', "''"));
         AssertSqlSafe(text.replace("'{schema}.", &literal).replace("{schema}", self.0))
     }
 
-    /// `text` with this schema filled in. It is kept for good: there are as many as statements.
+    /// Returns `text` with this schema filled in. The result is kept for good: there are only as many as statements.
     pub(super) fn fill(self, text: &'static str) -> AssertSqlSafe<&'static str> {
         type Place = (usize, usize, usize);
         static FILLED: LazyLock<Mutex<HashMap<Place, &'static str, foldhash::fast::FixedState>>> =
@@ -67,7 +67,7 @@ impl Schema {
 }
 
 impl Default for Schema {
-    /// Where tables lie that nobody has put elsewhere.
+    /// The schema of tables that nobody has moved.
     fn default() -> Self {
         Self("public")
     }
@@ -78,7 +78,7 @@ impl Default for Schema {
 pub(super) struct Sql {
     /// Where our tables are.
     pub(super) schema: Schema,
-    /// Statements are prepared once, under a name; not behind a transaction-pooling proxy.
+    /// Whether statements are prepared once, under a name. They are not behind a transaction-pooling proxy.
     pub(super) persistent: bool,
 }
 

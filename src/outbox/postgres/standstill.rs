@@ -1,7 +1,7 @@
-//! What keeps events from moving: one probe a cause, one statement a probe.
+//! Finds what keeps events from moving: one probe for each cause, one statement for each probe.
 //!
-//! A probe must not wait for whoever blocks the tables: it reads catalogues, `pg_locks` and `pg_stat_activity`. One that reads
-//! a table of ours is given up after a second. To add a probe: a text, a function, and a line in [`PROBES`].
+//! A probe must not wait for whoever blocks the tables, so it reads catalogues, `pg_locks` and `pg_stat_activity`. A probe that
+//! reads a table of ours gives up after a second. To add a probe: a text, a function, and a line in [`PROBES`].
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::outbox::standstill::{NOT_TAKEN, Standstill, TAKEN_AFTER, not_taken as
 
 type Probe = for<'a> fn(&'a mut PgConnection, &'a Question<'a>) -> BoxFuture<'a, Result<Vec<Standstill>, sqlx::Error>>;
 
-/// Those that ask catalogues come first: where a table is locked, the others wait in vain.
+/// Probes that read catalogues come first: where a table is locked, the others wait in vain.
 const PROBES: [Probe; 9] = [
     |connection, question| table_locked(connection, question).boxed(),
     |connection, question| partitions_held(connection, question).boxed(),
@@ -28,11 +28,11 @@ const PROBES: [Probe; 9] = [
     |connection, question| parked::blocked(connection, question).boxed(),
     |connection, question| left_out::find(connection, question).boxed(),
     |connection, question| formats::unknown(connection, question).boxed(),
-    // The last one: it is left out where another has found the reason.
+    // This is the last one, because its answer is left out if another probe has found the reason.
     |connection, question| not_taken(connection, question).boxed(),
 ];
 
-/// Somebody's lock keeps claims or settles waiting.
+/// The cause of a standstill: a session's lock keeps claims or settles waiting.
 pub(super) const TABLE_LOCKED: &str = "table_locked";
 
 /// No probe may wait for long, whatever is locked.
@@ -41,10 +41,11 @@ begin isolation level read committed read only;
 set local lock_timeout = '1s';
 set local statement_timeout = '5s'";
 
-/// What lasts shorter is no standstill.
+/// A state that lasts shorter than this is no standstill.
 pub(super) const BRIEF: Duration = Duration::from_secs(3);
 
-/// What stands still, and whether to look again after [`BRIEF`]: something may be over then, or last.
+/// Returns what stands still, and whether to look again after [`BRIEF`]: a state that is too brief to count may be over then,
+/// or last.
 pub(super) async fn find(
     connection: &mut PgConnection,
     question: &Question<'_>,
@@ -53,13 +54,13 @@ pub(super) async fn find(
     Ok((found, question.memory.forget_unseen()))
 }
 
-/// Who holds partitions now.
+/// Returns the sessions that hold partitions now.
 pub(super) async fn holders(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
     let rows = sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
     rows.iter().map(|row| Holder::of(row).map(|session| session.name(Duration::ZERO))).collect()
 }
 
-/// Asks all probes. One that the database refuses is left out; where a table is locked, all that follow it are.
+/// Runs all probes. If the database refuses a probe, it is left out. If a table is locked, all later probes are left out.
 async fn ask(connection: &mut PgConnection, question: &Question<'_>) -> Result<Vec<Standstill>, sqlx::Error> {
     let mut found: Vec<Standstill> = Vec::new();
     connection.execute(BEGIN).await?;
@@ -84,20 +85,20 @@ async fn ask(connection: &mut PgConnection, question: &Question<'_>) -> Result<V
     Ok(found)
 }
 
-/// Whether it is the reason that events are not taken.
+/// Returns whether this standstill is the reason that events are not taken.
 fn holds_all(standstill: &Standstill) -> bool {
     [TABLE_LOCKED, "partitions_held"].contains(&standstill.cause)
 }
 
 /// A session that stands in the way.
 struct Holder {
-    /// Null: a prepared transaction.
+    /// `None` for a prepared transaction.
     pid: Option<i32>,
-    /// Its present transaction, as locks name it; ends in `/0` outside of one.
+    /// Its present transaction, as `pg_locks` names it. Outside of a transaction the name ends in `/0`.
     transaction: String,
     application: Option<String>,
     role: Option<String>,
-    /// What it does; hidden from other roles, as are the times.
+    /// The state of the session, which is hidden from other roles, as are the times.
     state: Option<String>,
     since: Option<String>,
     seconds: Option<f64>,
@@ -116,7 +117,7 @@ impl Holder {
         })
     }
 
-    /// For people: who, and since when.
+    /// Names the session for people: who it is, and since when.
     fn name(&self, seen: Duration) -> String {
         let Some(pid) = self.pid else {
             return format!("a prepared transaction ({})", self.transaction);
@@ -140,7 +141,7 @@ impl Holder {
         name
     }
 
-    /// The same as long as it lasts.
+    /// A name that stays the same as long as the session lasts.
     fn key(&self) -> String {
         match self.pid {
             Some(pid) => format!("pid {pid}"),
@@ -160,8 +161,9 @@ impl Holder {
     }
 }
 
-/// Our tables with their days, and our sequences. Conflicts with a claim (`AccessExclusiveLock`) or with a settle (the others);
-/// one that waits itself blocks all that come after it. The sequence of the ids may be the table's own or the application's.
+/// Finds locks on our tables, their day partitions and our sequences. Such a lock conflicts with a claim
+/// (`AccessExclusiveLock`) or with a settle (the others). One that is itself waited for blocks all that come after it. The
+/// sequence of the ids may be the table's own or the application's.
 const TABLE_LOCKS: &str = "
 with outbox as (
     select o.oid, o.relnamespace, a.attnum from pg_catalog.pg_class o
@@ -203,7 +205,7 @@ where l.locktype = 'relation'
   and ($1 or t.part <> 'event_history')
 order by l.pid, l.virtualtransaction, t.relname, l.granted desc, l.mode";
 
-/// What waits while this table or sequence is locked.
+/// Says what waits while this table or sequence is locked.
 fn waits(part: &str) -> &'static str {
     match part {
         "event_dead_letter" => {
@@ -248,8 +250,8 @@ async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) ->
     Ok(found)
 }
 
-/// Who holds partitions. A relay does so within a transaction, for as long as it publishes and settles. A stranger does so
-/// outside of one, or its last statement, where that is shown to this role, is none of a claim.
+/// Finds the sessions that hold partitions. A relay holds them within a transaction, for as long as it publishes and settles. A
+/// stranger holds them outside of a transaction, or its last statement, where this role may see that, is none of a claim.
 const PARTITIONS_HELD: &str = "
 select l.pid, l.virtualtransaction as transaction, a.application_name as application, a.usename::text as role, a.state,
     pg_catalog.to_char(coalesce(a.xact_start, a.state_change) at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SSZ') as since,
@@ -279,7 +281,7 @@ async fn partitions_held(
         let who = format!("partitions {}", session.key());
         let seen = question.memory.seen(&(who.clone() + &session.transaction));
         let stranger: bool = row.try_get("stranger")?;
-        // A claim lasts no longer than it takes to publish, and then to settle, which may wait for others.
+        // A claim lasts no longer than it takes to publish and then to settle, and a settle may wait for others.
         let patience = if stranger { BRIEF } else { question.publish_timeout + Duration::from_secs(75) };
         if session.held(seen) < patience {
             if stranger {
@@ -298,7 +300,7 @@ async fn partitions_held(
     Ok(found)
 }
 
-/// The first event of each partition that is due for so many seconds.
+/// The first event of each partition, if it has been due for more than `$3` seconds.
 const FIRST_EVENTS: &str = "
 select first.id, first.event_id::text as event_id, first.event_type,
     extract(epoch from pg_catalog.clock_timestamp() - first.available_at)::float8 as seconds

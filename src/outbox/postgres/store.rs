@@ -36,14 +36,14 @@ pub struct PgOutbox {
     pub(super) schema: Arc<Mutex<Schema>>,
     pub(super) refused_writes: RefusedWrites,
     pub(super) memory: Memory,
-    /// Events wait behind one of a format that this relay does not know, or did.
+    /// Whether events wait, or have waited, behind an event of a format that this relay does not know.
     pub(super) behind_unknown_format: Arc<AtomicBool>,
-    /// Advisory locks were proven to exclude.
+    /// Set once advisory locks were proven to exclude each other.
     pub(super) exclusion: Arc<OnceLock<()>>,
 }
 
 impl PgOutbox {
-    /// Nothing is connected yet.
+    /// Creates the store of one database, without connecting to it.
     pub fn new(config: OutboxConfig) -> Self {
         let bounds = Bounds::new(config.pooled);
         let (id, side_connection, schema, memory) =
@@ -64,7 +64,7 @@ impl PgOutbox {
         }
     }
 
-    /// One connection to a database that can be written to.
+    /// Opens a connection to a database that can be written to.
     pub(super) async fn connect(&self) -> Result<PgConnection, OutboxError> {
         failpoint("connect")?;
         let mut options = connect_options(&self.config.url, self.config.pooled)?;
@@ -73,8 +73,8 @@ impl PgOutbox {
         }
         let mut connection = connect(&options).await?;
         with_timeout("begin", STATEMENT_TIMEOUT, self.begin_pooled(&mut connection)).await?;
-        // A database without an encoding would fail a whole batch over one byte that is not UTF-8, so it is to send what
-        // it has. (PgBouncer carries this setting from server to server.)
+        // In a database without an encoding, one byte that is not UTF-8 would fail a whole batch, so the server is to send the
+        // bytes as they are. (PgBouncer carries this setting from server to server.)
         let look = "
             select pg_catalog.pg_is_in_recovery() or pg_catalog.current_setting('transaction_read_only')::boolean,
                    case pg_catalog.current_setting('server_encoding')
@@ -100,8 +100,8 @@ impl PgOutbox {
         Ok(connection)
     }
 
-    /// Begins a transaction where a pooler may send each one to another server connection. There a statement with parameters
-    /// needs one even if it is the only one: its parts travel apart.
+    /// Begins a transaction if a pooler may send each one to another server connection. There even a single statement with
+    /// parameters needs a transaction, because its parts travel apart.
     pub(super) async fn begin_pooled(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
         if self.config.pooled {
             connection.execute(AssertSqlSafe(session::begin(&self.config))).await?;
@@ -117,12 +117,12 @@ impl PgOutbox {
         Ok(())
     }
 
-    /// How statements are sent on this outbox' connections.
+    /// Returns how statements are sent on this outbox' connections.
     pub(super) fn sql(&self) -> Sql {
         Sql { schema: *self.schema.lock().unwrap_or_else(PoisonError::into_inner), persistent: !self.config.pooled }
     }
 
-    /// What tells this outbox from others; asked for once.
+    /// Returns the identity of this outbox, which is read once.
     pub(super) async fn id(&self, connection: &mut PgConnection) -> Result<Arc<str>, sqlx::Error> {
         if let Some(id) = self.id.get() {
             return Ok(Arc::clone(id));

@@ -1,4 +1,4 @@
-//! Taking partitions, and looking whether any has pending rows.
+//! Takes partitions, and finds out whether any has pending rows.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use crate::outbox::partitions::{PENDING, PER_PRIORITY};
 use crate::outbox::postgres::bounds::{Drawn, Writers};
 use crate::outbox::postgres::sql::Sql;
 
-/// Whether something waits that a claim does not take.
+/// Whether any event waits that a claim does not take.
 pub(super) const HAS_OWED: &str = "
 select exists (select from {schema}.event_outbox where status = 'scheduled' and destination <> '')
     or exists (select from {schema}.event_outbox where partition >= 1280 and available_at <= pg_catalog.statement_timestamp())";
@@ -34,8 +34,8 @@ select exists (
     ) first
 )";
 
-/// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds. What follows in this transaction may wait for
-/// longer: a settle that gave up would let be published again what is published. It still ends before the client gives up.
+/// Takes the first `$4` non-empty partitions of `{ranges}` that nobody holds. Later statements of this transaction may wait for
+/// longer: if a settle gave up, its published events would be published again. It still ends before the client gives up.
 const TAKE: &str = "
 select array(
     select pending.partition from ({ranges}) range cross join lateral ({pending}) pending
@@ -49,9 +49,9 @@ const ANY: &str = "select exists (select from ({ranges}) range cross join latera
 /// The same, and how far ids have come.
 const LEFT: &str = "{any}, drawn.last_id, drawn.life from ({drawn}) drawn";
 
-/// The last id drawn, by the sequence that belongs to the column, whatever it is called; and what tells one life of the ids from
-/// the next: a table that is dropped, restored or swapped has another oid, one that is truncated and a sequence that is
-/// restarted another file.
+/// The last id drawn, by the sequence that belongs to the column, whatever its name is; and the life of the ids, which tells
+/// them from those of another life. A table that is dropped, restored or swapped has another oid. A table that is truncated and
+/// a sequence that is restarted have another file.
 const DRAWN: &str = "
     select coalesce(pg_catalog.pg_sequence_last_value(serial.sequence), 0::bigint) as last_id, serial.life
     from (
@@ -63,7 +63,7 @@ const DRAWN: &str = "
         where t.oid = '{schema}.event_outbox'::regclass::oid
     ) serial";
 
-/// When the next event is due that is owed to one of `$4`, besides.
+/// The same, and when the next event is due that is owed to one of `$4`.
 const PEEK: &str = "
 {any}, (
     select (extract(epoch from pg_catalog.min(least(e.available_at, pg_catalog.statement_timestamp() + interval '1 year')) - pg_catalog.statement_timestamp())
@@ -76,8 +76,8 @@ const PEEK: &str = "
     ) e
 ), {reinsertions}, drawn.last_id, drawn.life from ({drawn}) drawn";
 
-/// The last id drawn, and then, which is why the one is read from the other, all who may have drawn it or one before:
-/// inserting takes the table's lock before it draws the id.
+/// The last id drawn, and then all transactions that may have drawn it or an earlier one. The list of these refers to the last
+/// id, so that it is read after it: an insert locks the table before it draws the id.
 const WRITERS: &str = "
 select {reinsertions}, drawn.last_id, drawn.life, writers.transactions
 from ({drawn}) drawn
@@ -87,8 +87,8 @@ cross join lateral (
       and relation = '{schema}.event_outbox'::regclass::oid and mode = 'RowExclusiveLock' and granted and drawn.last_id is not null
 ) writers";
 
-/// Which of the partitions `$1` have a row up to the id at its place in `$2`. As many as can be walked over in 20 ms, in this
-/// order, and one more.
+/// For each of the partitions `$1`, whether it has a row up to the id at its index in `$2`. Checks as many partitions as can be
+/// walked over in 20 ms, in this order, and one more.
 const HIDDEN: &str = "
 select searched.partition, (
     select true from {schema}.event_outbox o
@@ -101,9 +101,9 @@ where pg_catalog.clock_timestamp() < pg_catalog.statement_timestamp() + interval
 const RANGES: &str =
     "select low, above, high from unnest($1::smallint[], $2::bigint[], $3::smallint[]) as r(low, above, high)";
 
-/// The non-empty partitions of a range. A loose scan of the primary key touches one index entry for each, and stops as soon
-/// as enough are taken: each row of a recursive query is made only when it is asked for. By `order by`, so that its plan is by
-/// the index whatever the statistics say.
+/// The non-empty partitions of a range. A loose scan of the primary key touches one index entry for each, and stops as soon as
+/// enough are taken, because a row of a recursive query is computed only when it is asked for. The `order by` makes the plan
+/// use the index whatever the statistics say.
 const NON_EMPTY: &str = "
     with recursive scan(partition) as (
         (select o.partition from {schema}.event_outbox o
@@ -117,14 +117,14 @@ const NON_EMPTY: &str = "
     )
     select scan.partition from scan where scan.partition is not null";
 
-/// Only to be compared. By its value alone nobody could tell a sequence that was used once from one that never was. Of 40
-/// bits, above which a claim reads another number.
+/// The number of reinsertions, which can only be compared. The value of the sequence alone does not tell a sequence that was
+/// used once from one that never was. It has 40 bits; above them a claim reads another number.
 pub(super) const REINSERTIONS: &str =
     "(select (last_value + is_called::int) & 1099511627775::bigint from {schema}.event_outbox_moves)";
 
 /// For a relay that is superseded: makes rows pending that are due for one of the destinations `$1`, at most `$2` of each, in
-/// partitions that nobody holds, which it takes. Nobody sees them before they are settled: a relay that routes would put back
-/// what it has no destination for.
+/// partitions that nobody holds, and takes these partitions. No other session sees the rows before they are settled: a relay
+/// that routes would put back those for which it has no destination.
 const TAKE_LEFT: &str = "
 with due as materialized (
     select e.row, e.partition - 640::smallint as partition
@@ -160,7 +160,8 @@ fn complete(query: &str) -> &'static str {
         .leak()
 }
 
-/// Where to look for pending rows, in this order: from each row's `low` partition and above its id to before `high`.
+/// The ranges in which to search for pending rows, in this order. Each begins in its `low` partition, above its id, and ends
+/// before `high`.
 #[derive(Default)]
 pub(super) struct Ranges {
     low: Vec<i16>,
@@ -176,8 +177,8 @@ impl Ranges {
         ranges
     }
 
-    /// All partitions, the most urgent first. The others of the priority of `last`, which was taken last, come before it,
-    /// so that a busy one starves none.
+    /// All partitions, the most urgent first. `last` was taken last: the others of its priority come before it, so that a busy
+    /// partition starves none.
     pub(super) fn after(last: i16, bounds: &BTreeMap<i16, i64>) -> Self {
         let begin = last / PER_PRIORITY * PER_PRIORITY;
         let end = begin + PER_PRIORITY;
@@ -208,7 +209,7 @@ impl Ranges {
     }
 }
 
-/// Takes at most `limit` partitions for the transaction that is open. Returns the number of reinsertions too.
+/// Takes at most `limit` partitions for the open transaction. Also returns the number of reinsertions.
 pub(super) async fn take(
     connection: &mut PgConnection,
     sql: Sql,
@@ -220,7 +221,7 @@ pub(super) async fn take(
     Ok((taken, reinsertions))
 }
 
-/// For a relay that is superseded: takes the partitions in which something is due for `destinations`, and makes at most `limit`
+/// For a relay that is superseded: takes the partitions in which events are due for `destinations`, and makes at most `limit`
 /// rows of each destination pending.
 pub(super) async fn take_left(
     connection: &mut PgConnection,
@@ -233,20 +234,20 @@ pub(super) async fn take_left(
     Ok(partitions)
 }
 
-/// Whether any partition has something, whoever holds it, and how far ids have come.
+/// Returns whether any partition has rows, whoever holds it, and how far ids have come.
 pub(super) async fn any(connection: &mut PgConnection, sql: Sql, ranges: Ranges) -> Result<(bool, Drawn), sqlx::Error> {
     let query = sql.query_as(*ANY_QUERY).bind(ranges.low).bind(ranges.above).bind(ranges.high);
     let (any, last_id, life) = query.fetch_one(connection).await?;
     Ok((any, Drawn { last_id, life }))
 }
 
-/// The number of reinsertions, and who may be writing.
+/// Returns the number of reinsertions, and the transactions that may be writing.
 pub(super) async fn writers(connection: &mut PgConnection, sql: Sql) -> Result<(i64, Writers), sqlx::Error> {
     let (reinsertions, last_id, life, transactions) = sql.query_as(*WRITERS_QUERY).fetch_one(connection).await?;
     Ok((reinsertions, Writers { drawn: Drawn { last_id, life }, transactions }))
 }
 
-/// Of each of the first of these partitions, whether it has a row up to its bound.
+/// Returns, for each of the first of these partitions, whether it has a row up to its bound.
 pub(super) async fn hidden(
     connection: &mut PgConnection,
     sql: Sql,
@@ -260,13 +261,13 @@ pub(super) async fn hidden(
 #[derive(Debug)]
 pub(super) struct Peeked {
     pub(super) pending: bool,
-    /// In how many milliseconds something scheduled is due.
+    /// In how many milliseconds the next scheduled event is due.
     pub(super) next_due_ms: Option<i64>,
     pub(super) reinsertions: i64,
     pub(super) drawn: Drawn,
 }
 
-/// Whether something is pending, or soon will be, and how far reinsertions and ids have come.
+/// Returns whether an event is pending, or soon will be, and how far reinsertions and ids have come.
 pub(super) async fn peek(
     connection: &mut PgConnection,
     sql: Sql,

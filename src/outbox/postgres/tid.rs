@@ -1,22 +1,22 @@
-//! A row's physical place, `ctid`: what a settle finds its rows by.
+//! A row's physical place, `ctid`, by which a settle finds its rows.
 //!
-//! - It is the cheapest way there is, and the only one whose plan does not depend on statistics, which a queue outruns: a
-//!   join by key over a table that was last counted when it was empty scans all of it for each batch.
-//! - It is stable from claim to settle: the open transaction holds a lock on the table that keeps out whatever rewrites it,
-//!   and nobody updates a pending row but the holder of its partition.
-//! - Should an operator delete or change a row meanwhile, its place may be given to another. So every use compares the
-//!   row's id as well.
+//! - This is the cheapest way, and the only one whose plan does not depend on statistics, which are stale for a queue: a join
+//!   by key over a table that was last analyzed when it was empty scans all of it for each batch.
+//! - The place is stable from claim to settle. The open transaction holds a lock on the table that keeps out whatever rewrites
+//!   it, and only the holder of its partition updates a pending row.
+//! - If an operator deletes or changes a row meanwhile, its place may be given to another. So every use compares the row's id
+//!   as well.
 //!
-//! It travels as text, `(block,offset)`: of a type that it does not know the driver asks the server in the middle of a
-//! statement, which ends an unnamed one.
+//! It travels as text, `(block,offset)`. For a type that it does not know, the driver asks the server in the middle of a
+//! statement, which ends an unnamed statement.
 
-/// The locator of the row at `tid`.
+/// Returns the locator of the row at `tid`.
 pub(super) fn to_locator(tid: &str) -> Option<i64> {
     let (block, offset) = tid.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
     Some(i64::from(block.parse::<u32>().ok()?) << 16 | i64::from(offset.parse::<u16>().ok()?))
 }
 
-/// The place of the row with this locator.
+/// Returns the place of the row with this locator.
 pub(super) fn from_locator(locator: i64) -> String {
     format!("({},{})", locator >> 16, locator & 0xffff)
 }

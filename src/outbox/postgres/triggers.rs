@@ -6,10 +6,10 @@ use crate::outbox::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::sql::Sql;
 
-/// Fills `partition` and holds the rules; runs after all others before a row is written.
+/// Fills `partition` and enforces the rules. Runs after all other triggers before a row is written.
 const RULES: &str = "zzz_event_outbox_rules";
 
-/// Tells relays that a row has moved.
+/// Lets relays know that a row has moved.
 const MOVED: &str = "event_outbox_moved";
 
 /// Each trigger, whether it runs, and whether it may change a row that is written.
@@ -22,7 +22,7 @@ order by t.tgname";
 
 type Trigger = (String, bool, bool, String);
 
-/// Fails where a trigger of ours is missing or disabled, or another changes rows after ours has seen them.
+/// Fails if a trigger of ours is missing or disabled, or if another one changes rows after ours has run.
 pub(super) async fn require(connection: &mut PgConnection, sql: Sql) -> Result<(), OutboxError> {
     let triggers: Vec<Trigger> = with_timeout("look at the triggers of event_outbox", STATEMENT_TIMEOUT, async {
         sql.query_as(TRIGGERS).persistent(false).fetch_all(connection).await
@@ -68,7 +68,7 @@ fn trouble(triggers: &[Trigger]) -> Option<String> {
     })
 }
 
-/// The highest id of all rows. Each partition's is found by the primary key.
+/// The highest id of all rows. That of each partition is found by the primary key.
 const HIGHEST_ID: &str = "
 with recursive scan(partition) as (
     (select o.partition from {schema}.event_outbox o order by o.partition, o.id limit 1)
@@ -83,8 +83,8 @@ select pg_catalog.max((
 ))
 from scan where scan.partition is not null";
 
-/// The sequence of the ids, and the last that it gave: that of the identity, or of the default where the application has one of
-/// its own. One that this role may not read is nobody's here.
+/// The sequence of the ids, and the last id that it gave: the sequence of the identity, or of the default if the application
+/// has one of its own. A sequence that this role may not read is left out.
 const SEQUENCE: &str = "
 select s.name, pg_catalog.pg_sequence_last_value(s.name::regclass)
 from (select coalesce(
@@ -104,9 +104,9 @@ from (select coalesce(
     )
 ) as name) s";
 
-/// Fails where rows have ids that the sequence is still to give, as after a logical copy, which copies no sequences.
+/// Fails if rows have ids that the sequence has yet to give, as after a logical copy, which copies no sequences.
 pub(super) async fn require_ids_ahead(connection: &mut PgConnection, sql: Sql) -> Result<String, OutboxError> {
-    // In this order: while others insert, the sequence is never behind what was read before.
+    // In this order: while others insert, the sequence is never behind the ids that were read before.
     let (highest, sequence, last): (Option<i64>, Option<String>, Option<i64>) =
         with_timeout("look at the ids of event_outbox", STATEMENT_TIMEOUT, async {
             let highest = sql.query_scalar(HIGHEST_ID).persistent(false).fetch_one(&mut *connection).await?;

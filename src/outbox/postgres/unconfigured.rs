@@ -1,4 +1,4 @@
-//! What is owed to destinations that nobody has configured.
+//! Finds events that are owed to destinations that nobody has configured.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use crate::outbox::postgres::register;
 use crate::outbox::quote::literal;
 use crate::outbox::standstill::{MOST_COUNTED, Standstill, Unconfigured};
 
-/// Each destination of scheduled rows that is none of `$1`: how many rows, at most one more than are counted, and how old the
-/// first of them is. A loose scan of the index touches one entry for each destination.
+/// Each destination of scheduled rows that is not one of `$1`: how many rows, at most one more than are counted, and how old
+/// the first one is. A loose scan of the index touches one entry for each destination.
 const UNCONFIGURED: &str = "
 with recursive owed(destination) as (
     (select e.destination from {schema}.event_outbox e
@@ -36,7 +36,7 @@ cross join lateral (
 where owed.destination is not null and owed.destination <> all ($1::text[])
 order by owed.destination limit 20";
 
-/// One standstill for each such destination that no relay at work has either.
+/// Returns one standstill for each such destination that no relay at work has either.
 pub(super) fn find<'a>(
     connection: &'a mut PgConnection,
     question: &'a Question<'a>,

@@ -1,4 +1,4 @@
-//! Prepared transactions that nobody decides. They outlive their sessions, and the server's restarts.
+//! Finds prepared transactions that nobody decides. They outlive their sessions, and the server's restarts.
 
 use sqlx::Row;
 use sqlx::postgres::PgConnection;
@@ -7,10 +7,11 @@ use crate::outbox::postgres::question::Question;
 use crate::outbox::quote::literal;
 use crate::outbox::standstill::Standstill;
 
-/// A coordinator that is well decides sooner.
+/// How long they may last: a coordinator that works decides sooner.
 const PATIENCE_SECONDS: f64 = 10.0;
 
-/// Those that write to the outbox: they hold its lock, in the name of the session's transaction, which the lock on their id tells.
+/// The prepared transactions that write to the outbox. They hold its lock under the name of the session's transaction, which
+/// the lock on their own id has as well.
 const UNDECIDED: &str = "
 with locks as materialized (
     select l.locktype, l.virtualtransaction, l.transactionid, l.relation, l.mode from pg_catalog.pg_locks l where l.pid is null

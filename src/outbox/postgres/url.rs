@@ -1,8 +1,8 @@
-//! What is said in DATABASE_URL to other programs, and would be ignored here without a word.
+//! Finds parameters of DATABASE_URL that are meant for other programs, and that would be ignored here without a word.
 
 use crate::hosts::{Hosts, is_cut};
 
-/// What the driver takes.
+/// The parameters that the driver takes.
 const TAKEN: [&str; 20] = [
     "sslmode",
     "ssl-mode",
@@ -22,12 +22,12 @@ const TAKEN: [&str; 20] = [
     "password",
     "application_name",
     "options",
-    // Not for the driver: what they ask for, the relay does anyhow.
+    // These are not for the driver: the relay does what they ask for anyhow.
     "target_session_attrs",
     "channel_binding",
 ];
 
-/// What changes nothing that matters to the relay, which has its own timeouts, keepalive and encoding.
+/// Parameters that change nothing that matters to the relay, which has its own timeouts, keepalive and encoding.
 const HARMLESS: [&str; 12] = [
     "connect_timeout",
     "keepalives",
@@ -43,9 +43,9 @@ const HARMLESS: [&str; 12] = [
     "load_balance_hosts",
 ];
 
-/// Fails where a part of the URL would be ignored; the reason has the cure, and no value.
+/// Fails if a part of the URL would be ignored. The reason has the cure, and no value.
 pub(super) fn require_all_taken(url: &str, pooled: bool) -> Result<(), String> {
-    // A character of the password that should have been encoded makes a parameter of the rest of it.
+    // If a character of the password should have been encoded and is not, the rest of the password looks like a parameter.
     if is_cut(url) {
         return Ok(());
     }
@@ -70,7 +70,7 @@ pub(super) fn require_all_taken(url: &str, pooled: bool) -> Result<(), String> {
     if reasons.is_empty() { Ok(()) } else { Err(reasons.join("; ")) }
 }
 
-/// What to do about a parameter that the relay would ignore.
+/// Returns what to do about a parameter that the relay would ignore.
 fn cure(name: &str, value: &str, pooled: bool) -> Option<&'static str> {
     Some(match name {
         "target_session_attrs" if !["any", "read-write", "primary"].contains(&value) => {

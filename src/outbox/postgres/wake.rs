@@ -1,5 +1,5 @@
-//! Sleeping until a producer commits, by the advisory lock of `migrations/postgres/0005_wake_up.sql`, which
-//! the trigger of `0010_cheaper_inserts.sql` tries.
+//! Sleeps until a producer commits, by the advisory lock of `migrations/postgres/0005_wake_up.sql`, which the trigger of
+//! `0010_cheaper_inserts.sql` tries.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::outbox::{Armed, OutboxError, Wakeup};
 pub struct PgWakeup {
     outbox: PgOutbox,
     listener: Option<PgListener>,
-    /// This session holds the sleepers' lock.
+    /// Whether this session holds the sleepers' lock.
     armed: bool,
 }
 
@@ -27,7 +27,7 @@ impl PgWakeup {
 
     async fn listen(&self) -> Result<PgListener, OutboxError> {
         let options = connect_options(&self.outbox.config.url, false)?;
-        // A pool of one is the only way sqlx offers to a listener with options of its own.
+        // Only with a pool, here of one connection, does sqlx let a listener have options of its own.
         let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_TIMEOUT).connect_lazy_with(options);
         with_timeout("listen for new events", CONNECT_TIMEOUT + STATEMENT_TIMEOUT, async {
             let mut listener = PgListener::connect_with(&pool).await?;
@@ -41,9 +41,9 @@ impl PgWakeup {
 
     async fn try_arm(&self, listener: &mut PgListener) -> Result<Armed, OutboxError> {
         let (locked, held): (bool, bool) = with_timeout("ask to be woken", STATEMENT_TIMEOUT, async {
-            // The second column is read only where the first is false: an exclusive holder is another sleeper. Where a prepared
-            // transaction (no pid) inserted, it holds the lock for as long as somebody leaves it undecided: that is not awaited
-            // in short steps.
+            // The second column is read only if the first is false: then an exclusive holder is another sleeper. A prepared
+            // transaction (no pid) that has inserted holds the lock until somebody decides it, so it is not waited for in short
+            // steps.
             self.outbox.sql().query_as(
                 "with attempt as materialized (select pg_catalog.pg_try_advisory_lock('{schema}.event_outbox'::regclass::oid::int, -1) as locked)
                  select locked, case when locked then false else exists (
@@ -76,9 +76,9 @@ impl Wakeup for PgWakeup {
                 self.listen().await?
             }
         };
-        // What was notified before this is covered by the look that follows.
+        // Earlier notifications are dropped, because the poll that follows finds their events.
         while listener.next_buffered().is_some() {}
-        // The lock counts: taken twice it would survive being given back once.
+        // The lock is counted: if it were taken twice, it would still be held after it is released once.
         let armed = if self.armed { Armed::Yes } else { self.try_arm(&mut listener).await? };
         self.listener = Some(listener);
         self.armed = armed == Armed::Yes;

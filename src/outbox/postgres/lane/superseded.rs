@@ -1,4 +1,5 @@
-//! Claims of a relay that another configuration has superseded: of what is owed to destinations which that one lacks.
+//! Claims of a relay that another configuration has superseded: they take events that are owed to destinations which that
+//! configuration lacks.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +18,7 @@ use crate::outbox::register::Role;
 use crate::outbox::{Claim, ClaimRequest, OutboxError};
 
 impl PgLane {
-    /// Claims for a relay that is superseded; `None` where it is not any more.
+    /// Claims for a relay that is superseded. Returns `None` if it no longer is.
     pub(super) async fn claim_left(&mut self, request: ClaimRequest<'_>) -> Result<Option<Claim>, OutboxError> {
         let look =
             async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(CHANGES).fetch_one(connection).await;
@@ -35,7 +36,8 @@ impl PgLane {
         Ok(Some(claim))
     }
 
-    /// Claims what is owed to the destinations of the request. Its transaction writes before it publishes; that is rare.
+    /// Claims the events that are owed to the destinations of the request. Its transaction writes before they are published;
+    /// that is rare.
     async fn try_claim_left(
         &mut self,
         connection: &mut PgConnection,
@@ -55,7 +57,7 @@ impl PgLane {
         let mut batch =
             batch::read(connection, sql, &mut self.large, (&taken, &bounds), limits, request, Which::Owed).await?;
         batch.sort();
-        // They keep their places, as those do that a relay that routes has passed.
+        // Events that are left out keep their places, as do those that a relay that routes has passed.
         self.outbox.refused_writes.left_out.leave_out(&mut batch, &BTreeMap::new());
         let Batch { claimed, given, bytes, epoch, .. } = batch;
         let Some(epoch) = epoch.filter(|_| !claimed.is_empty()) else {
