@@ -11,6 +11,7 @@
 //! - `claim`: a lane's way to the store, and the batch that it claims.
 //! - `publish`: from a claimed batch to what is settled.
 //! - `destination`: one destination with its breaker; `blame`: whether a failed call is its fault or its events'.
+//! - `echo`: cuts the content of events out of what destinations answer.
 //! - `crash_guard`, `panics`: finding the event that ends the process, or on which a destination's code panics.
 //! - `guard`: what is undone whatever happens.
 //! - `ending`: how long a relay that is stopped waits for what is in flight.
@@ -24,6 +25,7 @@ mod claim;
 mod config;
 mod crash_guard;
 mod destination;
+mod echo;
 mod ending;
 mod guard;
 pub mod health;
