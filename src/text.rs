@@ -1,7 +1,7 @@
-//! Text of others in our logs and tables: without control characters, and bounded.
+//! Makes foreign text safe for logs and tables: control characters are escaped, and the length is bounded.
 
-/// `text` with control characters escaped, as well as those that change the direction of writing or cannot be seen; cut to
-/// so many characters.
+/// Returns `text`, cut to `max_chars` characters. Control characters, characters that change the direction of writing and
+/// invisible ones are escaped.
 pub(crate) fn shown(text: &str, max_chars: usize) -> String {
     let mut shown = String::with_capacity(text.len().min(max_chars));
     let mut count = 0;
@@ -25,7 +25,7 @@ fn needs_escape(c: char) -> bool {
         || matches!(c, '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// What a destination calls an event, as it may be stored.
+/// Returns the id that a destination gave a message, escaped and cut, so that it can be stored.
 pub(crate) fn message_id(id: String) -> String {
     const MAX_CHARS: usize = 200;
     if id.len() <= MAX_CHARS && id.bytes().all(|byte| byte.is_ascii_graphic()) { id } else { shown(&id, MAX_CHARS) }

@@ -7,14 +7,14 @@ use crate::event::{Event, Outcome, PublishError};
 /// The shortest run of an event's content that is cut out of a message, in bytes.
 const RUN: usize = 8;
 
-/// What stands in its place.
+/// The text that replaces the content.
 const CUT: &str = "[cut]";
 
-/// Codes of our own for calls that failed before anything of an event was sent: their text echoes nothing.
+/// The relay's own codes for calls that failed before anything of an event was sent. Their messages hold no content.
 const NOTHING_SENT: [&str; 4] = ["connect", "connection_failed", "no_credentials", "timeout"];
 
-/// Cuts out of the messages of failed outcomes what stands in a payload or a header's value of `events`, which went out in
-/// the same call: destinations echo what they refuse.
+/// Destinations echo what they refuse. This cuts the payloads and the values of headers of `events`, which were sent in the
+/// same call, out of the messages of failed outcomes.
 pub(super) fn cut_content(events: &[&Event], outcomes: &mut [Outcome]) {
     let mut messages: HashMap<String, String> = HashMap::new();
     for outcome in outcomes.iter() {
@@ -52,12 +52,12 @@ fn may_echo(error: &PublishError) -> bool {
     !NOTHING_SENT.contains(&error.code.as_str())
 }
 
-/// Every run of [`RUN`] bytes.
+/// Returns every run of [`RUN`] bytes as a number.
 fn runs(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.windows(RUN).map(|run| run.iter().fold(0, |number, &byte| number << 8 | u64::from(byte)))
 }
 
-/// A set that answers fast for what is not in it.
+/// A set of runs that answers fast for a run that is not in it.
 struct Runs {
     bits: Vec<u64>,
     runs: HashSet<u64>,
@@ -87,7 +87,7 @@ impl FromIterator<u64> for Runs {
     }
 }
 
-/// `message` without the runs in `found`, but for those that are a part of what may be told of an event: type, key, source.
+/// Returns `message` without the runs in `found`. Runs that are a part of an event's type, key or source stay.
 fn without(message: &str, found: &HashSet<u64>, events: &[&Event]) -> String {
     let mut covered = vec![false; message.len()];
     for (start, run) in runs(message.as_bytes()).enumerate() {
@@ -95,7 +95,7 @@ fn without(message: &str, found: &HashSet<u64>, events: &[&Event]) -> String {
             covered[start..start + RUN].fill(true);
         }
     }
-    // A character is cut whole.
+    // A character is cut as a whole.
     let characters = message.char_indices().map(|(at, c)| (c, covered[at..at + c.len_utf8()].contains(&true)));
     let (mut kept, mut cut) = (String::with_capacity(message.len()), String::new());
     for (c, is_cut) in characters.chain([('\0', false)]) {
@@ -109,7 +109,7 @@ fn without(message: &str, found: &HashSet<u64>, events: &[&Event]) -> String {
         }
         kept.push(c);
     }
-    kept.pop(); // what ended the last run
+    kept.pop(); // the '\0' that ended the last run
     kept
 }
 
