@@ -121,7 +121,7 @@ pub trait Sink: Send + Sync {
     ///   [`Fault::Unknown`](crate::event::Fault::Unknown).
     async fn publish(&self, batch: &Batch<'_>) -> Published;
 
-    /// Returns the place to which this event is published: a stream, a channel, a bus, a file. Empty: the sink has one place only.
+    /// Returns the place to which this event is published: a stream, a channel, a bus, a file. Empty: the sink has one place.
     fn place(&self, _event: &Event) -> String {
         String::new()
     }
