@@ -1,4 +1,4 @@
-//! The vocabulary: what applications emit, what the relay claims, and what became of it.
+//! The types that all other modules share: an event, its row and its key, an outcome, an error and a verdict.
 //!
 //! Nothing here knows a database, a destination or a clock.
 
@@ -16,25 +16,25 @@ pub use crate::emit::{
     MAX_EVENT_TYPE_CHARS, MAX_HEADERS_BYTES, MAX_TEXT_BYTES, NewEvent, NewEventError, RESERVED_HEADERS,
 };
 
-/// Which row of the outbox.
+/// The place of a row in the outbox.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RowKey {
-    /// Where the store finds it again when it settles; means nothing to anyone else.
+    /// Where the store finds the row again when it settles. Only the store knows its meaning.
     pub locator: i64,
-    /// The unit of claiming; lower is more urgent.
+    /// The partition, which is the unit of claiming. A lower number is more urgent.
     pub partition: i16,
-    /// Insertion order.
+    /// The id of the row. Ids ascend in the order of insertion.
     pub id: i64,
-    /// Empty: to be routed. Set: the one destination still owed.
+    /// Empty: the event is still to be routed. Otherwise the one destination that the row is for.
     pub destination: String,
 }
 
 /// The ordering key: `aggregate_type` (empty where null) and `aggregate_id`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key<'a> {
-    /// As in `order`.
+    /// The kind of thing, as in `order`.
     pub aggregate_type: &'a str,
-    /// As in `42`.
+    /// The identity of the thing, as in `42`.
     pub aggregate_id: &'a str,
 }
 
@@ -53,29 +53,29 @@ impl fmt::Display for Key<'_> {
 pub struct Event {
     /// Its row in the outbox.
     pub row: RowKey,
-    /// Its identity for consumers.
+    /// The event's identity for consumers.
     pub event_id: Uuid,
     /// What happened, as in `order.created`.
     pub event_type: String,
-    /// Who emitted it; empty: the destination's default.
+    /// The application that emitted the event. Empty: the destination's default is used.
     pub source: String,
-    /// First half of the key.
+    /// The first half of the key.
     pub aggregate_type: Option<String>,
-    /// Second half of the key; `None`: no order wanted.
+    /// The second half of the key. `None`: the event has no key and needs no order.
     pub aggregate_id: Option<String>,
     /// The payload's JSON as the database prints it, passed through and never parsed.
     pub payload: Vec<u8>,
-    /// Flat headers, by name.
+    /// The headers: names and values.
     pub headers: Vec<(String, String)>,
-    /// Shared by all events of one business operation.
+    /// An id that all events of one business operation share.
     pub correlation_id: Option<String>,
-    /// What caused it.
+    /// The id of what caused the event.
     pub causation_id: Option<String>,
-    /// Version of the payload's schema.
+    /// The version of the payload's schema.
     pub schema_version: i32,
     /// When the emitting transaction began, by the database's clock.
     pub created_at: OffsetDateTime,
-    /// Attempts charged so far.
+    /// The number of attempts charged so far.
     pub attempts: i32,
 }
 
@@ -90,7 +90,7 @@ impl Event {
 }
 
 impl Event {
-    /// About how many bytes of memory it takes: all that its emitter chose the size of.
+    /// About how many bytes of memory the event takes: the sum of all fields whose size its emitter chose.
     pub fn bytes(&self) -> usize {
         let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
@@ -100,7 +100,7 @@ impl Event {
 }
 
 impl fmt::Debug for Event {
-    /// Identities only: payloads and headers never reach a log.
+    /// Prints identities only: payloads and headers never reach a log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Event")
             .field("row", &self.row)
@@ -110,23 +110,23 @@ impl fmt::Debug for Event {
     }
 }
 
-/// Whose fault a failed publish is; decides what becomes of the event.
+/// The cause of a failed publish. It decides what becomes of the event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The destination judged this event bad: charge it, try again with backoff, then dead-letter.
+    /// The destination refused this event: it is charged, tried again with backoff, then dead-lettered.
     Event,
-    /// No attempt can ever succeed, as with an entry over the destination's size limit: dead-letter at once.
+    /// No attempt can ever succeed, as with an entry over the destination's size limit: the event is dead-lettered at once.
     Unfit,
-    /// The destination is unwell: pause it, charge nobody. Also every error nobody has classified.
+    /// The destination is down: it is paused, and no event is charged. Every error that is not classified counts as this.
     Destination,
-    /// The destination is set up wrongly, and a human must act: pause it, alarm, charge nobody.
+    /// The destination is set up wrongly, and a person must act: it is paused, an error is logged, and no event is charged.
     Misconfigured,
-    /// Nobody knows whether it arrived, as after a timeout: leave the event pending, charge nobody.
+    /// It is unknown whether the event arrived, as after a timeout: it stays pending and is not charged.
     Unknown,
 }
 
 impl Fault {
-    /// The bounded label of this kind in logs.
+    /// The name of this cause in logs, one of a fixed set.
     pub fn label(self) -> &'static str {
         match self {
             Self::Event => "event",
@@ -137,23 +137,23 @@ impl Fault {
         }
     }
 
-    /// Whether the event pays for it.
+    /// Whether the failed attempt is charged to the event.
     pub fn charges_event(self) -> bool {
         matches!(self, Self::Event | Self::Unfit)
     }
 }
 
-/// A failed publish of one event. It is data: stored, counted and judged, so it does not travel by `?`.
+/// A failed publish of one event. It is stored, counted and judged like other data, and so it is not passed on by `?`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishError {
-    /// Whose fault it is.
+    /// The cause, which decides what becomes of the event.
     pub fault: Fault,
     /// The destination's own code, or one of ours in lower case.
     pub code: String,
-    /// What a person reads; never holds the payload.
+    /// The text for a person. It never holds the payload.
     pub message: String,
-    /// It says nothing about any event, whatever the destination took a moment before: it refused whoever asked, or nothing was
-    /// sent.
+    /// The error says nothing about any event, even if the destination took others a moment before: the destination refused the
+    /// relay itself, or nothing was sent.
     pub of_destination: bool,
 }
 
@@ -161,17 +161,17 @@ impl PublishError {
     /// The longest message that is stored, in characters.
     const MAX_MESSAGE_CHARS: usize = 500;
 
-    /// The same of a code.
+    /// The longest code that is stored, in characters.
     const MAX_CODE_CHARS: usize = 100;
 
-    /// An error with code and message escaped, and cut to what is worth storing.
+    /// Returns an error whose code and message are escaped and cut to what is stored.
     pub fn new(fault: Fault, code: impl Into<String>, message: impl AsRef<str>) -> Self {
-        // A destination's text is not ours to trust.
+        // The text of a destination cannot be trusted.
         let code = shown(&code.into(), Self::MAX_CODE_CHARS);
         Self { fault, code, message: shown(message.as_ref(), Self::MAX_MESSAGE_CHARS), of_destination: false }
     }
 
-    /// The same, and no event has to do with it, as where a password is wrong.
+    /// Marks the error as one that says nothing about any event, such as a wrong password.
     #[must_use]
     pub fn of_destination(self) -> Self {
         Self { of_destination: true, ..self }
@@ -184,89 +184,90 @@ impl fmt::Display for PublishError {
     }
 }
 
-/// What a destination did with one event: a sink's answer.
+/// The result of publishing one event, as the sink reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// This event's own reply was a success.
     Delivered {
-        /// What the destination calls it, where it says.
+        /// The id that the destination gave the message, if it gave one.
         message_id: Option<String>,
     },
-    /// This event's own reply was a failure, or its fate is unknown.
+    /// This event's own reply was a failure, or it is unknown whether the event arrived.
     Failed(PublishError),
-    /// Not sent: an earlier event of its key failed, or the call ended before its turn.
+    /// The event was not sent: an earlier event of its key failed, or the call ended before.
     Held,
 }
 
-/// What sets one claim apart from all others, for destinations that can refuse an outdated one.
+/// The identity of a claim, for destinations that can refuse an outdated claim.
 #[derive(Debug, Clone)]
 pub struct ClaimId {
-    /// Which outbox: no two that publish to the same place have the same.
+    /// The outbox of the claim. Two outboxes that publish to the same place have different names.
     pub outbox: Arc<str>,
-    /// Read when the claim held its partitions: of two claims of a partition, the later never has the lower one.
+    /// A number read while the claim held its partitions. Of two claims of a partition, the later never has the lower epoch.
     pub epoch: i64,
-    /// Tells claims of the same epoch apart.
+    /// A number that differs between claims of the same epoch.
     pub token: u64,
 }
 
-/// An event that a destination says it was given.
+/// An event that was published before, according to the destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SentBefore {
     /// The partition in which it was claimed.
     pub partition: i16,
     /// Its id in the outbox.
     pub id: i64,
-    /// Its identity for consumers: after a failover of the database the same `id` may be another event's.
+    /// The event's identity for consumers. After a failover of the database the same `id` may be another event's.
     pub event_id: Uuid,
 }
 
-/// What a claim learns when it asks about noted events.
+/// The outbox's answer when a claim asks about events that were published before.
 #[derive(Debug)]
 pub struct RenewedClaim {
     /// The claim's epoch from now on.
     pub epoch: i64,
-    /// Which of the events still wait: their places in the question.
+    /// The events that still wait, by their indexes in the question.
     pub pending: Vec<usize>,
 }
 
-/// What follows from an outcome: the record that is settled.
+/// The consequence of an outcome, which is settled in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Delivered.
     Published {
-        /// What the destination calls it.
+        /// The id that the destination gave the message, if it gave one.
         message_id: Option<String>,
     },
-    /// Charged; next attempt after the delay.
+    /// The event is charged. The next attempt is made after the delay.
     Retry {
-        /// How long to wait, counted by the database's clock.
+        /// The time to wait, by the database's clock.
         delay: Duration,
-        /// Why.
+        /// The error of the failed attempt.
         error: PublishError,
     },
-    /// Failed for a reason that concerns its key and not the destination: uncharged, and its key waits, each time longer.
+    /// The event failed for a reason that concerns its key and not the destination. It is not charged, and its key waits, each
+    /// time longer.
     Block {
-        /// Why.
+        /// The error of the failed attempt.
         error: PublishError,
     },
-    /// Given up.
+    /// The event is given up and becomes a dead letter.
     DeadLetter {
-        /// Why.
+        /// The error of the last attempt.
         error: PublishError,
     },
-    /// Not wanted anywhere, by configuration.
+    /// The configuration sends the event to no destination.
     Drop {
-        /// Which part of the configuration says so.
+        /// The part of the configuration that decided this.
         reason: &'static str,
     },
-    /// Uncharged and still owed.
+    /// The event is not charged and still pending.
     Wait(Wait),
 }
 
-/// What an event waits for that is not charged. No wait ends before the event's own `available_at`.
+/// What an uncharged event waits for. No wait ends before the event's own `available_at`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
-    /// For the next claim. Its row stays pending, as it is.
+    /// For the next claim. Its row stays pending and does not change.
     InPlace,
     /// For its own `available_at`, for which its row is scheduled.
     UntilDue,
@@ -279,7 +280,7 @@ pub enum Wait {
 }
 
 impl Wait {
-    /// After how long its row is due again; `None`: the row does not change.
+    /// The time after which the row is due again. `None`: the row does not change.
     pub fn delay(self) -> Option<Duration> {
         match self {
             Self::InPlace => None,
@@ -289,18 +290,18 @@ impl Wait {
     }
 }
 
-/// How many deliveries ended how, over a pass or a run.
+/// Counts of deliveries by how they ended, over one batch or a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Delivered and recorded.
+    /// Deliveries that are recorded.
     pub published: u64,
-    /// Charged, to be tried again.
+    /// Failed attempts that were charged and are tried again.
     pub retried: u64,
-    /// Given up.
+    /// Events that became dead letters.
     pub dead_lettered: u64,
-    /// Dropped by setting.
+    /// Events that the configuration dropped.
     pub dropped: u64,
-    /// Still owed, uncharged.
+    /// Events that are uncharged and still pending.
     pub waiting: u64,
 }
 
@@ -343,7 +344,7 @@ mod tests {
 pub(crate) mod testing {
     use super::*;
 
-    /// A small keyless event, for the unit tests of the pure parts.
+    /// A small event without a key, for unit tests.
     pub(crate) fn event(id: i64) -> Event {
         Event {
             row: RowKey { locator: 0, partition: 576, id, destination: String::new() },
@@ -362,7 +363,7 @@ pub(crate) mod testing {
         }
     }
 
-    /// The same with the key `order:<key>`.
+    /// A small event with the key `order:<key>`.
     pub(crate) fn keyed(id: i64, key: &str) -> Event {
         Event { aggregate_type: Some("order".into()), aggregate_id: Some(key.into()), ..event(id) }
     }

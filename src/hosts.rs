@@ -1,11 +1,11 @@
-//! URLs with several hosts, `scheme://[user:password@]host[:port],.../path?query`, which no URL library reads.
+//! Reads URLs with several hosts, `scheme://[user:password@]host[:port],.../path?query`, which no URL library reads.
 
-/// The parts of one, as they stand there: nothing is decoded.
+/// The parts of a URL with several hosts. Nothing is percent-decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Hosts<'a> {
     /// What stands before `://`.
     pub(crate) scheme: &'a str,
-    /// `user:password`, either of them possibly missing.
+    /// `user:password`. Either of them may be missing.
     pub(crate) user: Option<&'a str>,
     /// `host` or `host:port`; IPv6 addresses in brackets.
     pub(crate) hosts: Vec<&'a str>,
@@ -16,8 +16,8 @@ pub(crate) struct Hosts<'a> {
 }
 
 impl<'a> Hosts<'a> {
-    /// `None`: it is no such URL, or a character of its password should have been percent-encoded, so that what looks
-    /// like a host may be a part of the password.
+    /// Takes `url` apart. `None`: it is no such URL, or a character of its password should have been percent-encoded, so that
+    /// what looks like a host may be a part of the password.
     pub(crate) fn parse(url: &'a str) -> Option<Self> {
         let (scheme, rest) = url.split_once("://")?;
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -32,10 +32,10 @@ impl<'a> Hosts<'a> {
     }
 }
 
-/// Whether an `@` comes after the end of the host, as it stands there: then what looks like the host may be a part of a
-/// password that has a `/`, `?` or `#`.
+/// Whether an `@` comes after the end of the host. If so, what looks like the host may be a part of a password that has a `/`,
+/// `\`, `?` or `#`.
 pub(crate) fn is_cut(url: &str) -> bool {
-    // Elsewhere than after a scheme, which a lenient parser takes with fewer slashes too, it is a part like any other.
+    // Only a `://` after a scheme begins the host. Without it the whole text counts: a lenient parser also takes fewer slashes.
     let rest = url.split_once("://").filter(|(scheme, _)| is_scheme(scheme.trim_start())).map_or(url, |(_, rest)| rest);
     rest.find(['/', '\\', '?', '#']).is_some_and(|end| rest[end..].contains('@'))
 }
@@ -44,7 +44,7 @@ fn is_scheme(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
-/// Whether it is a name or an IPv4 address, and nothing else.
+/// Whether the text is a host name or an IPv4 address, and nothing else.
 pub(crate) fn is_host_name(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-._".contains(c))
 }

@@ -1,7 +1,7 @@
-//! A transactional-outbox relay: committed rows of `event_outbox` reach Redis and Amazon EventBridge, in order, recorded,
-//! nothing lost.
+//! A transactional-outbox relay: it publishes the committed rows of `event_outbox` to Redis and Amazon EventBridge, in order,
+//! records the results, and loses nothing.
 //!
-//! Applications need [`emit`](fn@emit) and [`NewEvent`] only, which is what the features `postgres` and `sqlite` bring. The rest is the
+//! Applications need only [`emit`](fn@emit) and [`NewEvent`], which the features `postgres` and `sqlite` bring. The rest is the
 //! program `relay`. Its engine is the feature `relay`, destinations are `redis` and `eventbridge`, the command line is `cli`.
 //!
 //! ```text
@@ -11,25 +11,25 @@
 //!                                     retry: outcome ─▶ verdict
 //! ```
 //!
-//! - **Nothing is lost.** A row leaves the outbox in the transaction that records what became of it.
+//! - **Nothing is lost.** A row leaves the outbox in the transaction that records how its event ended.
 //! - **Order per key.** A key lives in one partition, a partition has one owner at a time, and a key stops at its first
 //!   failure.
 //! - **Repeats only after a fault**, because a crash between publish and settle leaves the row pending.
-//! - **Not promised**: order on EventBridge, that anyone heard a Pub/Sub message, durability beyond the destination's own.
+//! - **Not promised**: order on EventBridge, that anyone received a Pub/Sub message, durability beyond the destination's own.
 //!
 //! The modules, in the order of the flow. Arrows between them point one way: only [`relay`] knows stores, sinks and rules
 //! at once.
 //!
-//! - `emit`: the insert for applications.
+//! - `emit`: the function by which applications insert events.
 //! - [`event`]: the types that all other modules share, such as an event, an outcome and a verdict.
 //! - [`outbox`]: the contract of a store, with one door for the engine and one for the operator. [`outbox::postgres`] and
-//!   [`outbox::sqlite`] have all SQL but that insert's.
+//!   [`outbox::sqlite`] have all SQL except that of `emit`.
 //! - [`route`], [`retry`], [`breaker`]: pure decisions; time and randomness are passed in.
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
-//! - [`audit`]: compares what arrived with what was emitted.
+//! - [`audit`]: compares the events that arrived with those that were emitted.
 //! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
-//! - `text`: escapes and cuts text of others for a log or an error.
+//! - `text`: escapes and cuts foreign text for a log or an error.
 //! - `units`: times and sizes as people write them.
 //!
 //! How to use it: the [`guide`], whose chapters are part of this documentation only.
@@ -56,7 +56,7 @@ mod emit;
 pub mod event;
 #[cfg(feature = "relay")]
 mod failpoint;
-// Documentation alone: a compiler never sees it, and so it costs nothing.
+// Documentation only: it is compiled by rustdoc alone.
 #[cfg(all(doc, feature = "relay"))]
 pub mod guide;
 #[cfg(feature = "relay")]

@@ -1,4 +1,4 @@
-//! Settings in errors, logs and what `check` shows: without what is secret in them.
+//! Hides secrets in settings before they are shown in errors, in logs and by `relay check`.
 
 use std::borrow::Cow;
 
@@ -6,25 +6,27 @@ use url::Url;
 
 use crate::hosts::{Hosts, is_cut};
 
-/// A setting's value as it may stand in an error or in what `check` shows: not at all, where a part of it may be a password.
+/// Returns a setting's value as it may be shown. If a part of it may be a password, the value is treated as a secret.
 pub(crate) fn setting(value: &str) -> Cow<'_, str> {
     if may_hold_password(value) { Cow::Owned(hide(value)) } else { Cow::Borrowed(value) }
 }
 
-/// Whether a value that is no secret may hold one by mistake: it has the shape `...:password@...`, or names it.
+/// Whether a value that should not be secret may hold a password by mistake: it has the shape `...:password@...`, or contains
+/// a word such as `password` and a `=`.
 pub(crate) fn may_hold_password(value: &str) -> bool {
     let named = ["password", "passwd", "secret"].iter().any(|word| value.to_ascii_lowercase().contains(word));
     named && value.contains('=') || value.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
 }
 
-/// A secret as it may be shown: a URL without its password and parameters, anything else not at all.
+/// Returns a secret as it may be shown: a URL without its password and parameters, `***` for anything else.
 pub fn hide(value: &str) -> String {
     match Url::parse(value) {
-        // A user alone may be a token. What was parsed has lost parts of its path, `/@/../`.
+        // A user without a password may be a token. The check uses the text, because parsing removes parts of a path such as
+        // `/@/../`.
         Ok(url) if url.has_host() && !is_cut(value) => {
             let host = url.host_str().unwrap_or_default();
             let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-            // With an `@` in it nobody knows where a name ends.
+            // If a name contains an `@`, it is unclear where the name ends.
             let name = Some(url.username()).filter(|name| !name.is_empty() && !name.contains("%40"));
             let named = name.is_some() && url.password().is_some_and(|password| !password.is_empty());
             let user = if named { format!("{}:***@", url.username()) } else { String::new() };

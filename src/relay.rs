@@ -12,6 +12,7 @@
 //! - `publish`: publishes a claimed batch and judges the outcomes.
 //! - `destination`: one destination with its breaker; `blame`: whether a failed call is the fault of the destination or of
 //!   the events.
+//! - `echo`: cuts the content of events out of what destinations answer.
 //! - `crash_guard`, `panics`: find the event that crashes the process, or on which a destination's code panics.
 //! - `guard`: states that are reverted whatever happens.
 //! - `ending`: how long a relay that is stopped waits for what is in flight.
@@ -25,6 +26,7 @@ mod claim;
 mod config;
 mod crash_guard;
 mod destination;
+mod echo;
 mod ending;
 mod guard;
 pub mod health;

@@ -1,5 +1,5 @@
-//! A password, or a URL that holds one: given directly, or in a file that is read again at every connection, so that
-//! a rotated secret is picked up without a restart.
+//! Passwords and URLs that hold a password. A secret is given directly or in a file. The file is read again at every
+//! connection, so that a rotated secret is used without a restart.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::redact;
 
-/// See the module. `Debug` never shows it.
+/// A password, or a URL that holds one. `Debug` never shows it.
 #[derive(Clone)]
 pub enum Secret {
     /// From a variable or an argument.
@@ -19,12 +19,12 @@ pub enum Secret {
 }
 
 impl Secret {
-    /// A secret given directly.
+    /// Returns a secret that is given directly.
     pub fn inline(secret: impl Into<String>) -> Self {
         Self::Inline(SecretString::from(secret.into()))
     }
 
-    /// The secret as it is now, without the newline that ends most files.
+    /// Returns the secret as it is now. Newlines at the end of a file are removed.
     ///
     /// # Errors
     /// The file cannot be read; the error names it.
@@ -38,7 +38,7 @@ impl Secret {
     }
 }
 
-/// The path; what may be the secret itself, set where its file was to be named, is hidden.
+/// Returns the path for an error. If it may be the secret itself, set by mistake instead of the file's name, it is hidden.
 fn shown_path(path: &Path) -> String {
     redact::setting(&path.display().to_string()).into_owned()
 }

@@ -1,29 +1,30 @@
-//! Signals. Stopping: the first one lets what is in flight be settled, the second ends the process at once.
+//! Handles signals. The first signal stops the relay, which settles what is in flight. The second ends the process at once.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::stderr;
 
-/// A file has reached the limit of its size (`ulimit -f`); the number is that of every Linux but MIPS.
+/// The signal for a file that has reached the limit of its size (`ulimit -f`). The number is that of every Linux except MIPS.
 const SIGXFSZ: i32 = 25;
 
-/// The process has used up its soft limit of CPU time (`ulimit -t`), and is killed at the hard one.
+/// The signal for a process that has used up its soft limit of CPU time (`ulimit -t`). At the hard limit it is killed.
 const SIGXCPU: i32 = 24;
 
-/// Makes a write to a file at the limit of its size fail, instead of killing the process: the next relay would take that for a
-/// crash caused by the event that was being written. To be called before anything is written; it holds until the process ends.
+/// Makes a write to a file at the limit of its size fail instead of killing the process. If the process were killed, the next
+/// relay would take it for a crash caused by the event that was being written. To be called before anything is written. The
+/// effect lasts until the process ends.
 ///
 /// # Errors
 /// The signal handler cannot be installed.
 pub fn outlive_file_size_limit() -> std::io::Result<()> {
-    // A handler needs a runtime when it is installed, and stays when that is gone.
+    // A handler needs a runtime when it is installed, and stays after the runtime has ended.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     runtime.block_on(async { signal(SignalKind::from_raw(SIGXFSZ)).map(drop) })
 }
 
-/// A token that is cancelled by the first SIGTERM, SIGINT, SIGHUP or SIGXCPU. `nohup` starts a program with SIGHUP ignored, and
-/// so it stays.
+/// Returns a token that is cancelled by the first SIGTERM, SIGINT, SIGHUP or SIGXCPU. If the process was started with SIGHUP
+/// ignored, as by `nohup`, SIGHUP stays ignored.
 ///
 /// # Errors
 /// The signal handlers cannot be installed.
@@ -45,7 +46,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
                 _ = hung_up => "SIGHUP",
-                // It comes again with every second of CPU time until the end.
+                // The kernel sends it again with every second of CPU time, so only the first one counts.
                 _ = out_of_time.recv(), if first => "SIGXCPU",
             };
             if first {
@@ -61,7 +62,7 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     Ok(stop)
 }
 
-/// Whether this process was started with the signal ignored. To be asked before a handler is installed.
+/// Whether this process was started with the signal ignored. To be called before a handler is installed.
 fn ignores(signal: SignalKind) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,10 +1,10 @@
 //! The contract of a sink, the code for one kind of destination.
 //!
-//! - [`cloudevent`]: what consumers receive, in JSON and as fields.
+//! - [`cloudevent`]: the events that consumers receive, as JSON and as fields.
 //! - [`drive`](mod@drive): the request loop. [`rounds`] splits a batch into requests and keeps the order of each key.
-//! - [`handler`](fn@handler): a function of the application.
+//! - [`handler`](fn@handler): a function of the application as a destination.
 //! - [`spec`]: the list of the kinds, and how each is configured.
-//! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`].
+//! - [`redis`] with [`redis_stream`] and [`redis_pubsub`], [`eventbridge`], [`stdout`], [`file`](mod@file): the kinds.
 
 pub mod cloudevent;
 pub mod drive;
@@ -52,54 +52,54 @@ impl std::fmt::Display for Format {
     }
 }
 
-/// What one call of [`Sink::publish`] is to publish.
+/// The events that one call of [`Sink::publish`] publishes.
 #[derive(Clone, Copy)]
 pub struct Batch<'a> {
-    /// In order per key.
+    /// The events. Those of one key are in order.
     pub events: &'a [&'a Event],
-    /// No request begins after it, and none lasts longer.
+    /// The time after which no request begins and no request is waited for.
     pub deadline: Instant,
-    /// The claim that the events belong to. A sink that can tell whether an earlier claim has published an event already does
-    /// not send it again. `None`: every event is sent.
+    /// The claim that the events belong to. If a sink can find out that an earlier claim has published an event already, it does
+    /// not send the event again. `None`: every event is sent.
     pub claim: Option<ClaimContext<'a>>,
 }
 
 impl<'a> Batch<'a> {
-    /// A batch of no claim.
+    /// Returns a batch without a claim.
     pub fn new(events: &'a [&'a Event], deadline: Instant) -> Self {
         Self { events, deadline, claim: None }
     }
 }
 
-/// The claim that a batch belongs to, as a sink needs it that publishes exactly once.
+/// The claim that a batch belongs to. Sinks that publish exactly once need it.
 #[derive(Clone, Copy)]
 pub struct ClaimContext<'a> {
     /// The destination's name.
     pub destination: &'a str,
-    /// What sets the claim apart.
+    /// The identity of the claim.
     pub id: &'a ClaimId,
-    /// Tells whether the claim is still held.
+    /// The outbox, which knows whether the claim is still held.
     pub check: &'a dyn ClaimCheck,
 }
 
-/// The outbox, as far as a sink may ask it.
+/// The part of the outbox that a sink may ask.
 #[async_trait]
 pub trait ClaimCheck: Send + Sync {
-    /// An epoch above `floor`, and which of `noted` still wait for `destination`. `None`: the claim is lost, or may be; nothing more is to be
-    /// published for it.
+    /// Returns an epoch above `floor`, and the events of `noted` that still wait for `destination`. `None`: the claim is lost or
+    /// may be lost, and the sink must publish nothing more for it.
     async fn renew(&self, floor: i64, noted: &[SentBefore], destination: &str) -> Option<RenewedClaim>;
 }
 
 /// The answers of one publish call.
 pub struct Published {
-    /// One for each event, in order.
+    /// One outcome for each event, in order.
     pub outcomes: Vec<Outcome>,
-    /// What to do when all of that is settled; dropped, if it cannot be. Nothing waits for it.
+    /// Runs when all outcomes are settled, and is dropped if they cannot be settled. Nothing waits for its end.
     pub after_settle: Option<BoxFuture<'static, ()>>,
 }
 
 impl Published {
-    /// Answers with nothing to do afterwards.
+    /// Returns answers after which nothing is left to do.
     pub fn of(outcomes: Vec<Outcome>) -> Self {
         Self { outcomes, after_settle: None }
     }
@@ -107,39 +107,39 @@ impl Published {
 
 /// One configured place to publish to.
 ///
-/// Implementations are called by several lanes at once, with different keys. They classify failures and decide nothing:
-/// retries, breaker and dead letters are the engine's. They reconnect by themselves at the next call.
+/// Several lanes call an implementation at once, with different keys. Implementations classify failures and leave all decisions
+/// about retries, breaker and dead letters to the engine. They reconnect by themselves at the next call.
 #[async_trait]
 pub trait Sink: Send + Sync {
     /// Publishes the events of `batch` and answers for each, in the same order.
     ///
-    /// - Delivered means that this very event's reply was a success.
+    /// - [`Outcome::Delivered`] means that this event's own reply was a success.
     /// - A key stops at its first failure in the call: its later events are [`Outcome::Held`]. (Within one `PutEvents`
     ///   request later entries of a key may succeed; that is reported as it happened.)
-    /// - The sink splits the batch to the destination's limits.
-    /// - What was not sent by the deadline is [`Outcome::Held`]; what was sent and not answered is
+    /// - The sink splits the batch so that each request is within the destination's limits.
+    /// - Events that were not sent by the deadline are [`Outcome::Held`]. Events that were sent and not answered are
     ///   [`Fault::Unknown`](crate::event::Fault::Unknown).
     async fn publish(&self, batch: &Batch<'_>) -> Published;
 
-    /// Where it puts this event, as far as the event decides: a stream, a channel, a bus. Empty: it has one place only.
+    /// Returns the place to which this event is published: a stream, a channel, a bus, a file. Empty: the sink has one place.
     fn place(&self, _event: &Event) -> String {
         String::new()
     }
 
-    /// Ends, with the reason, when this process can never publish here again.
+    /// Ends with the reason when this process can never publish here again.
     async fn ended(&self) -> String {
         std::future::pending().await
     }
 
-    /// What kind it is and what it publishes to, without address and secrets. Two relays with another answer under the same name
-    /// have different configurations.
+    /// Returns the kind of the sink and what it publishes to, without address and secrets. Two relays that return different texts
+    /// for the same name have different configurations.
     fn target(&self) -> String {
         String::new()
     }
 
-    /// Tries the destination without publishing; on success says in a few words what is there.
+    /// Tries the destination without publishing. On success returns a short description of what it found.
     ///
     /// # Errors
-    /// What stands in the way, with what to do about it.
+    /// The destination cannot be used. The message says why, and what to do.
     async fn check(&self) -> Result<String, PublishError>;
 }

@@ -1,7 +1,7 @@
-//! Standard error: whoever does not read it must not hold up the relay.
+//! Writes to standard error without blocking the relay when nobody reads the other end.
 //!
-//! A thread of its own writes the lines, from a queue that never makes anybody wait: when it is full, lines are dropped and
-//! counted, and the count is logged as soon as somebody reads again.
+//! A separate thread writes the lines from a queue, and no caller waits for the queue. When the queue is full, lines are
+//! dropped and counted. The count is logged as soon as lines can be written again.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
-/// How many lines may wait for the reader.
+/// The most lines that wait in the queue.
 const QUEUE: usize = 2000;
 
-/// How long the end of the process waits for the reader.
+/// The longest time that the end of the process waits until all lines are written.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often a queue that is full, or a pipe that does not block, is tried again.
+/// The time after which a full queue or a full non-blocking pipe is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 static QUEUED: OnceLock<SyncSender<Queued>> = OnceLock::new();
@@ -23,7 +23,7 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 enum Queued {
     Line(Vec<u8>),
-    /// Answered when all before it is written.
+    /// Answered when all lines before it are written.
     Flush(SyncSender<()>),
 }
 
@@ -32,7 +32,7 @@ fn queue() -> &'static SyncSender<Queued> {
         let (sender, receiver) = sync_channel(QUEUE);
         let spawned = std::thread::Builder::new().name("log".to_owned()).spawn(move || write_lines(&receiver));
         if spawned.is_err() {
-            // Without its thread the queue has no receiver, and every line is dropped: the relay works all the same.
+            // Without its thread the queue has no receiver, and every line is dropped. The relay still works.
             DROPPED.fetch_add(1, Ordering::Relaxed);
         }
         sender
@@ -62,7 +62,7 @@ fn write_line(mut line: &[u8]) -> io::Result<()> {
     while !line.is_empty() {
         match stderr.write(line) {
             Ok(count) => line = &line[count..],
-            // Somebody who shares the pipe or the terminal made it so.
+            // Another process that shares the pipe or the terminal has made it non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(RETRY_INTERVAL),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -71,7 +71,7 @@ fn write_line(mut line: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Each write is one line of the log, and goes to the queue.
+/// A writer for the log. Each write is one line and goes to the queue.
 pub(crate) struct Lines;
 
 impl Write for Lines {
@@ -87,24 +87,24 @@ impl Write for Lines {
     }
 }
 
-/// Writes text to standard error and waits for its reader, not longer than a second.
+/// Writes text to standard error and waits until it is written, at most a second.
 pub(crate) fn say(text: &str) {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
     send(Queued::Line(format!("{}\n", text.trim_end()).into_bytes()), deadline);
     flush();
 }
 
-/// Waits until what was logged is written, not longer than a second.
+/// Waits until all logged lines are written, at most a second.
 pub(crate) fn flush() {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
     let (done, written) = sync_channel(1);
     if send(Queued::Flush(done), deadline) {
-        // Nobody answers where nobody reads.
+        // No answer comes if nobody reads standard error.
         written.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok();
     }
 }
 
-/// Returns false where there is no room until the deadline.
+/// Puts an entry into the queue. Returns false if the queue has no room until the deadline.
 fn send(mut queued: Queued, deadline: Instant) -> bool {
     loop {
         match queue().try_send(queued) {

@@ -14,6 +14,7 @@ use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
 use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
+use crate::relay::echo::cut_content;
 use crate::relay::guard::Counted;
 use crate::relay::health::{HealthBoard, State};
 use crate::relay::metrics::DestinationMetrics;
@@ -22,7 +23,7 @@ use crate::relay::report::Report;
 use crate::relay::{Endpoint, Policy};
 use crate::retry::RetryPolicy;
 use crate::sink::{Batch, ClaimCheck, ClaimContext, Published, Sink};
-use crate::text::{cut_content, shown};
+use crate::text::shown;
 
 /// How often it is logged that a destination is still down.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(60);

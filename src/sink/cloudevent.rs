@@ -1,15 +1,15 @@
 //! CloudEvents 1.0 attributes of an event, as JSON (structured mode) or as fields.
 //!
-//! The payload is copied as the database printed it, never parsed.
+//! The payload is copied as the database printed it, and never parsed.
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::event::Event;
 
-/// Calls `attribute` with every CloudEvents attribute that `event` has, then with its headers; the payload is not among
-/// them. `default_source` stands in for an empty source, which the specification does not allow. What else is empty is
-/// left out: there it must not be either, and consumers' libraries refuse it.
+/// Calls `attribute` with every CloudEvents attribute that `event` has, then with its headers, but not with the payload.
+/// `default_source` replaces an empty source, which the specification does not allow. It does not allow other attributes to
+/// be empty either, and consumers' libraries refuse such events. Empty ones are left out.
 pub fn attributes<'a>(event: &'a Event, default_source: &'a str, mut attribute: impl FnMut(&'a str, &str)) {
     attribute("specversion", "1.0");
     attribute("id", event.event_id.hyphenated().encode_lower(&mut uuid::Uuid::encode_buffer()));
@@ -42,47 +42,47 @@ fn non_empty(text: Option<&String>) -> Option<&str> {
     text.map(String::as_str).filter(|text| !text.is_empty())
 }
 
-/// The event's source, or the destination's default.
+/// Returns the event's source, or the destination's default if the event has none.
 pub fn source<'a>(event: &'a Event, default_source: &'a str) -> &'a str {
     if event.source.is_empty() { default_source } else { &event.source }
 }
 
-/// The structured-mode document on a line of its own.
+/// Appends the event as one line of structured-mode JSON, with the line end.
 pub fn push_line(lines: &mut Vec<u8>, event: &Event, source: &str) {
     let begin = lines.len();
     push_json(lines, event, source);
     end_line(lines, begin);
 }
 
-/// Makes one line of the JSON from `begin` on. A store that keeps text keeps a payload's line ends, which JSON has between its
-/// tokens only.
+/// Turns the JSON from `begin` on into one line. A store that keeps payloads as text keeps their line ends. In JSON those stand
+/// only between tokens, so they can become spaces.
 pub fn end_line(lines: &mut Vec<u8>, begin: usize) {
     lines[begin..].iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
     lines.push(b'\n');
 }
 
-/// The event as one line of structured-mode JSON; `data` is the payload, byte for byte.
+/// Returns the event as structured-mode JSON. `data` is the payload, byte for byte.
 pub fn json(event: &Event, default_source: &str) -> Vec<u8> {
     let mut json = Vec::with_capacity(event.payload.len() + 384);
     push_json(&mut json, event, default_source);
     json
 }
 
-/// Appends the same to `json`.
+/// Appends the event as structured-mode JSON to `json`.
 pub fn push_json(json: &mut Vec<u8>, event: &Event, default_source: &str) {
     push_attributes(json, event, default_source);
     json.extend_from_slice(&event.payload);
     json.push(b'}');
 }
 
-/// How long [`json`] is, without making it.
+/// Returns the length in bytes of the result of [`json`], without copying the payload.
 pub fn json_bytes(event: &Event, default_source: &str) -> usize {
     let mut attributes = Vec::with_capacity(384);
     push_attributes(&mut attributes, event, default_source);
     attributes.len() + event.payload.len() + 1
 }
 
-/// The JSON up to the payload.
+/// Appends the JSON up to the payload.
 fn push_attributes(json: &mut Vec<u8>, event: &Event, default_source: &str) {
     json.push(b'{');
     attributes(event, default_source, |name, value| {
@@ -102,7 +102,7 @@ fn push_string(json: &mut Vec<u8>, text: &str) {
     serde_json::to_writer(json, text).expect("a string is JSON, and a Vec takes every byte");
 }
 
-/// The time as RFC 3339 in UTC, as `CloudEvents` wants it; `None` for years before 0, which it cannot write.
+/// Returns the time as RFC 3339 in UTC, as `CloudEvents` requires. `None`: RFC 3339 has no form for years before 0.
 fn rfc3339(at: OffsetDateTime) -> Option<String> {
     at.format(&Rfc3339).ok()
 }

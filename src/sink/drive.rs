@@ -10,19 +10,18 @@ use std::time::Instant;
 use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::rounds::{Limits, Rounds};
 
-/// One publish call, as the request loop sees it. Events are named by their index in the batch.
+/// One publish call, as the request loop sees it. Events are referred to by their index in the batch.
 pub trait Requests: Send + Sync {
     /// A request that is ready to be sent.
     type Request: Send;
 
-    /// The bytes of an event in a request. It is called once for each event.
+    /// Returns the bytes of an event in a request. It is called once for each event.
     ///
     /// # Errors
-    /// Why the event cannot be sent at all. The event gets the error as its answer when the earlier events of its key have
-    /// theirs.
+    /// The event cannot be sent at all. The error becomes its outcome when the earlier events of its key have theirs.
     fn size(&mut self, index: usize) -> Result<usize, PublishError>;
 
-    /// Where the event goes. A request holds events of one place.
+    /// Returns the place that the event goes to. A request holds events of one place.
     fn place(&self, _index: usize) -> u16 {
         0
     }
@@ -52,17 +51,18 @@ pub trait Requests: Send + Sync {
 pub enum Answer {
     /// An outcome for each of its events, in order.
     Each(Vec<Outcome>),
-    /// The request was refused or its answer is unknown, and so for each of its events. Nothing was done of a request that was
-    /// refused for its content ([`Fault::Event`]): its events are sent again one by one, so that only the culprit is charged.
+    /// The request as a whole was refused, or its answer is unknown. The error is that of each of its events. If a request of
+    /// several events was refused for its content ([`Fault::Event`]), none of them was published. They are sent again one by
+    /// one, so that only the event that causes the error is charged.
     Whole(PublishError),
-    /// Nothing was done. Its events are sent again in the next round.
+    /// Nothing was done. The events of the request are sent again in the next round.
     Again,
 }
 
 /// Publishes `events` by requests within `limits` and returns an outcome for each event, in order.
 ///
-/// No round begins after `deadline`. Any failure but an event's own is the last: its round is finished, and nothing more is
-/// sent, because the next request would fare no better, and what is unknown must not be overtaken.
+/// No round begins after `deadline`. After a failure that is not an event's own, the round is finished and nothing more is sent:
+/// the next request would most likely fail too, and no event may overtake an event whose outcome is unknown.
 pub async fn drive<R: Requests>(
     events: &[&Event],
     mut limits: Limits,
@@ -75,7 +75,7 @@ pub async fn drive<R: Requests>(
         .map(|index| {
             requests.size(index).unwrap_or_else(|error| {
                 refusals.insert(index, error);
-                // It rides alone, as one over the limit does.
+                // With this size it is alone in its request.
                 limits.request_bytes + 1
             })
         })
@@ -111,7 +111,7 @@ pub async fn drive<R: Requests>(
     rounds.into_outcomes()
 }
 
-/// How the events are sent that have no answer yet.
+/// How the events without an answer are sent from now on.
 #[derive(PartialEq, Eq)]
 enum Next {
     AsBefore,
@@ -152,7 +152,7 @@ mod tests {
 
     const LIMITS: Limits = Limits { request_events: 3, request_key_events: 3, request_bytes: 100, requests: 2 };
 
-    /// Answers from a list, each request by the next of them; then every event is delivered.
+    /// Answers each request by the next entry of a list. When the list is empty, every event is delivered.
     #[derive(Default)]
     struct Scripted {
         unfit: Vec<usize>,
@@ -181,7 +181,7 @@ mod tests {
         PublishError::new(fault, "X", "")
     }
 
-    /// The requests that were sent for the keys, and each event's outcome in one letter: `d`elivered, `f`ailed, `h`eld.
+    /// Returns the requests that were sent for the keys, and each event's outcome as one letter: `d`elivered, `f`ailed, `h`eld.
     async fn driven(keys: &str, limits: Limits, mut requests: Scripted) -> (Vec<Vec<usize>>, String) {
         let events: Vec<Event> = keys.chars().map(|key| keyed(1, &key.to_string())).collect();
         let refs: Vec<&Event> = events.iter().collect();

@@ -1,11 +1,11 @@
 //! Amazon EventBridge: `PutEvents` on a classic event bus.
 //!
 //! Every entry has its own answer, and HTTP 200 says nothing about any of them. EventBridge keeps no order and drops no
-//! repeats; what order there is comes from sending a key's events in turn.
+//! repeats. The only order is that a key's events are sent one after the other.
 //!
 //! - `client`: the AWS client and its credentials.
-//! - `entry`: what an event becomes, and whether EventBridge can take it.
-//! - `fault`: whose fault a failure is.
+//! - `entry`: makes an entry of an event, and checks whether EventBridge can take it.
+//! - `fault`: classifies failures.
 
 mod client;
 mod entry;
@@ -35,59 +35,61 @@ pub use spec::Spec;
 /// The most entries that `PutEvents` takes.
 const REQUEST_ENTRIES: usize = 10;
 
-/// The variables that name another endpoint, the more special one first.
+/// The variables that name another endpoint, the more specific one first.
 pub const ENDPOINT_VARIABLES: [&str; 2] = ["AWS_ENDPOINT_URL_EVENTBRIDGE", "AWS_ENDPOINT_URL"];
 
-/// EventBridge's limit since January 2026.
+/// EventBridge's limit of an entry in bytes, since January 2026.
 pub const DEFAULT_MAX_ENTRY_BYTES: usize = 1_048_576;
-/// 8,000 events/s at 40 ms a call need 32 requests of 10 in flight; twice that leaves room for slower calls.
+/// The most `PutEvents` calls in flight. 8,000 events/s at 40 ms a call need 32 calls of 10 events; twice that leaves room for
+/// slower calls.
 pub const DEFAULT_REQUESTS_IN_FLIGHT: usize = 64;
 
-/// One event bus, and how to publish to it.
+/// The settings of one event bus.
 #[derive(Debug, Clone)]
 pub struct EventBridgeConfig {
-    /// Name or ARN of the bus.
+    /// The name or the ARN of the bus.
     pub bus: String,
-    /// `Source` of events that have none of their own.
+    /// The `Source` of events that have no source.
     pub source: String,
-    /// What goes into `Detail`.
+    /// The content of `Detail`.
     pub format: Format,
-    /// Overrides the AWS environment and profile.
+    /// The region. It overrides the AWS environment and profile.
     pub region: Option<String>,
-    /// Overrides the AWS environment and profile, for EventBridge only.
+    /// The endpoint for EventBridge. It overrides the AWS environment and profile.
     pub endpoint_url: Option<String>,
-    /// The limit of an entry, and of all entries of a request together. Some AWS partitions are still at 262,144.
+    /// The most bytes of an entry, and of all entries of a request together. In some AWS partitions it is still 262,144.
     pub max_entry_bytes: usize,
-    /// `PutEvents` calls in flight together within one publish, from 1.
+    /// The most `PutEvents` calls in flight within one publish, from 1.
     pub requests_in_flight: usize,
     /// The longest wait for one `PutEvents` call.
     pub timeout: Duration,
 }
 
-/// Kibibytes of entries in flight from all lanes together. Each is held several times while its request is made and sent.
+/// The most kibibytes of entries in flight from all lanes together. Memory holds several copies of each entry while its request
+/// is made and sent.
 const IN_FLIGHT_KIB: u32 = 8 * 1024;
 
-/// How long a bus that was seen is taken to be there.
+/// The time after which it is checked again that the bus exists.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(600);
 
-/// The sink. Clients, connections and credentials are shared by all calls.
+/// The destination. All calls share the client, its connections and its credentials.
 pub struct EventBridge {
     client: CurrentClient,
     config: EventBridgeConfig,
-    /// When the bus was last seen.
+    /// When it was last checked that the bus exists.
     verified: Mutex<Option<Instant>>,
     in_flight: Semaphore,
 }
 
 impl EventBridge {
-    /// A sink with credentials, region and endpoint from AWS's usual places. Missing ones show at the first call, as
+    /// Returns a sink with credentials, region and endpoint from AWS's usual places. If one is missing, the first call fails with
     /// [`Fault::Misconfigured`].
     pub async fn new(config: EventBridgeConfig) -> Self {
         let client = CurrentClient::from_environment(&config).await;
         Self::with_client(client, config)
     }
 
-    /// A sink with what `sdk` holds, where `config` does not override it. Retries and timeouts of `sdk` are ignored.
+    /// Returns a sink with the settings of `sdk` that `config` does not override. Retries and timeouts of `sdk` are ignored.
     pub fn with_sdk_config(sdk: &SdkConfig, config: EventBridgeConfig) -> Self {
         Self::with_client(CurrentClient::with_sdk_config(sdk, &config), config)
     }
@@ -96,7 +98,7 @@ impl EventBridge {
         Self { client, config, verified: Mutex::new(None), in_flight: Semaphore::new(IN_FLIGHT_KIB as usize) }
     }
 
-    /// One `PutEvents` call: an outcome for each entry, or one error for them all.
+    /// Makes one `PutEvents` call. Returns an outcome for each entry, or one error for all.
     async fn put(
         &self,
         entries: Vec<PutEventsRequestEntry>,
@@ -118,7 +120,7 @@ impl EventBridge {
         Ok(answers.into_iter().map(fault::of_entry).collect())
     }
 
-    /// Awaits a request no longer than its timeout, nor past `deadline`.
+    /// Waits for the answer to a request until its timeout or `deadline`, whichever is earlier.
     async fn call<T, E: ProvideErrorMetadata + Error + 'static>(
         &self,
         request: impl Future<Output = Result<T, SdkError<E, HttpResponse>>>,
@@ -139,7 +141,7 @@ impl EventBridge {
 #[async_trait]
 impl Sink for EventBridge {
     async fn publish(&self, &Batch { events, deadline, .. }: &Batch<'_>) -> Published {
-        // Without an answer from the places of credentials the old ones are tried.
+        // If no new credentials are found until the deadline, the old ones are tried.
         tokio::time::timeout_at(deadline.into(), self.client.renew_if_refused(&self.config)).await.ok();
         let mut puts = Puts::new(self, events, deadline);
         if Instant::now() < deadline
@@ -171,8 +173,8 @@ impl Sink for EventBridge {
 }
 
 impl EventBridge {
-    /// Makes sure that the bus exists before anything is put on it: AWS answers `PutEvents` to one that does not exist with
-    /// success, and the events would be lost.
+    /// Makes sure that the bus exists before an event is published to it. AWS answers `PutEvents` with success if the bus does
+    /// not exist, and the events would be lost.
     async fn verify(&self, deadline: Instant) -> Result<(), PublishError> {
         let verified = || self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         let last = *verified();
@@ -181,7 +183,7 @@ impl EventBridge {
         }
         match self.describe(deadline).await {
             Ok(_) => *verified() = Some(Instant::now()),
-            // What was there a while ago is not gone because this call was throttled.
+            // A bus that existed a while ago does not vanish because this call was throttled.
             Err(error) if last.is_some() && error.fault != Fault::Misconfigured => {}
             Err(error) => {
                 *verified() = None;
@@ -198,7 +200,7 @@ impl EventBridge {
         if plain { "not encrypted" } else { "encrypted (TLS)" }
     }
 
-    /// Asks for the bus itself.
+    /// Asks AWS for the description of the bus.
     async fn describe(&self, deadline: Instant) -> Result<String, PublishError> {
         let bus = &self.config.bus;
         let client = self.client.get();
@@ -232,7 +234,7 @@ struct Puts<'a> {
     deadline: Instant,
     /// The `Detail` of each event, until it is in a request.
     details: Vec<String>,
-    /// Why EventBridge cannot take an event.
+    /// For each event the error if EventBridge cannot take it.
     refusals: Vec<Option<PublishError>>,
 }
 
@@ -262,7 +264,7 @@ impl Requests for Puts<'_> {
     fn prepare(&mut self, members: &[usize]) -> Self::Request {
         let entry = |&index: &usize| {
             let mut detail = std::mem::take(&mut self.details[index]);
-            // It was in a request before.
+            // The detail was moved into an earlier request.
             if detail.is_empty() {
                 detail = self.bridge.detail(self.events[index]).unwrap_or_default();
             }

@@ -1,4 +1,4 @@
-//! A file: one line of JSON for each event, appended; a full one is set aside.
+//! The file destination: it appends one line of JSON for each event, and renames a full file.
 
 mod spec;
 
@@ -16,33 +16,33 @@ use crate::sink::{Batch, Format, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// How often it is tried to get the lock that another writer has.
+/// The time between two attempts to get the lock while another writer has it.
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Where to write, and how.
+/// The file to write, and the form and durability of its lines.
 #[derive(Debug, Clone)]
 pub struct FileConfig {
-    /// The file that is appended to. Beside it lie its lock, `<path>.lock`, and those that were set aside.
+    /// The file that is appended to. In the same folder are its lock, `<path>.lock`, and the files that were set aside.
     pub path: PathBuf,
-    /// Stands in for an event's empty source.
+    /// Replaces the source of an event whose source is empty.
     pub source: String,
-    /// What a line is.
+    /// The content of a line.
     pub format: Format,
-    /// The bytes from which on it is set aside before the next batch; `None`: whatever its size.
+    /// The size in bytes from which the file is set aside before the next batch. `None`: the size does not matter.
     pub max_size: Option<u64>,
-    /// Whether it is set aside before the first batch of another day, by UTC.
+    /// Whether the file is set aside before the first batch of another day, by UTC.
     pub daily: bool,
     /// Whether a batch is on disk before it counts as delivered.
     pub fsync: bool,
 }
 
-/// See the module.
+/// The destination. It opens the file anew for each batch.
 pub struct FileSink {
     config: Arc<FileConfig>,
 }
 
 impl FileSink {
-    /// A sink that has opened nothing yet.
+    /// Returns a sink. No file is opened before the first batch.
     pub fn new(config: FileConfig) -> Self {
         Self { config: Arc::new(config) }
     }
@@ -109,7 +109,7 @@ fn failed(fault: Fault, code: &str, message: String) -> Outcome {
 }
 
 impl FileConfig {
-    /// Appends whole lines, alone. False: the deadline came before that began.
+    /// Appends whole lines while it holds the lock. Returns false if it did not get the lock until the deadline.
     fn append(&self, lines: &[u8], deadline: Instant) -> Result<bool, PublishError> {
         let opened = |error: io::Error| self.error("open", &error);
         let lock = self.lock_file().map_err(opened)?;
@@ -128,7 +128,7 @@ impl FileConfig {
         let begin = file.seek(SeekFrom::End(0)).map_err(opened)?;
         match self.write(&mut file, lines) {
             Ok(()) => Ok(true),
-            // Nobody else writes meanwhile. What is taken back was not published.
+            // No other relay writes meanwhile. Lines that could be removed again were not published.
             Err(error) => Err(match file.set_len(begin) {
                 Ok(()) => self.error("write to", &error),
                 Err(_) => PublishError { fault: Fault::Unknown, ..self.error("write to", &error) },
@@ -137,7 +137,7 @@ impl FileConfig {
     }
 
     fn write(&self, file: &mut File, lines: &[u8]) -> io::Result<()> {
-        // A crash may have left half a line; its event comes again.
+        // A crash may have left half a line. Its event is published again.
         if file.metadata()?.len() > 0 {
             let mut last = [0];
             file.seek(SeekFrom::End(-1))?;
@@ -162,7 +162,7 @@ impl FileConfig {
         Ok(file)
     }
 
-    /// The file that every writer locks: the other one is set aside now and then.
+    /// Opens the file that every writer locks. The file of events cannot be locked instead, because it is renamed.
     fn lock_file(&self) -> io::Result<File> {
         OpenOptions::new().create(true).append(true).open(beside(&self.path, "lock"))
     }
@@ -176,7 +176,7 @@ impl FileConfig {
         Ok(is_large || self.daily && day(found.modified()?) != day(SystemTime::now()))
     }
 
-    /// Renames the file by the day on which it was last written to, and a number.
+    /// Renames the file: the day on which it was last written, and a number, are added to its name.
     fn set_aside(&self) -> io::Result<()> {
         let day = day(std::fs::metadata(&self.path)?.modified()?);
         let free = (1..).map(|number| beside(&self.path, &format!("{day}.{number}"))).find(|path| !path.exists());
@@ -186,7 +186,7 @@ impl FileConfig {
         if self.fsync { self.sync_folder() } else { Ok(()) }
     }
 
-    /// A new name is on disk when its folder is.
+    /// Syncs the folder, so that a new name in it is on disk.
     fn sync_folder(&self) -> io::Result<()> {
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
@@ -214,7 +214,7 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// The day of a time, by UTC, as 2026-01-31.
+/// Returns the day of a time, by UTC, such as 2026-01-31.
 fn day(time: SystemTime) -> String {
     OffsetDateTime::from(time).date().to_string()
 }
@@ -247,7 +247,7 @@ mod tests {
             }
         }
 
-        /// What each file holds, but the lock, by name.
+        /// Returns the name and the number of lines of each file except the lock, sorted by name.
         fn files(&self) -> Vec<(String, usize)> {
             let entries = std::fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap().path());
             let mut files: Vec<_> = entries
@@ -344,7 +344,7 @@ mod tests {
             assert!(FileSink::new(config).check().await.is_err());
         }
         drop(std::fs::remove_file(beside(&folder.0, "lock")));
-        // A disk that is full: the write fails, and so does taking it back.
+        // A device is not a regular file, and is refused.
         let full = FileConfig { path: PathBuf::from("/dev/full"), fsync: false, ..folder.config() };
         let error = full.open().unwrap_err();
         assert!(error.to_string().contains("no regular file"), "{error}");

@@ -12,7 +12,7 @@ use crate::event::{Event, Fault, Outcome, PublishError};
 use crate::sink::{Batch, Published, Sink};
 use crate::text::shown;
 
-/// How many keys are handled at the same time in one batch.
+/// The most keys that are handled at the same time in one batch.
 const KEYS_AT_ONCE: usize = 16;
 
 /// The longest reason that is recorded, in characters.
@@ -20,7 +20,7 @@ const MAX_REASON_CHARS: usize = 1000;
 
 /// Why a handler did not take an event.
 ///
-/// Every error of the application becomes one by `?`, and is then the event's own fault.
+/// The operator `?` turns every error of the application into a `HandlerError` that charges the event.
 #[derive(Debug)]
 pub struct HandlerError {
     fault: Fault,
@@ -28,8 +28,8 @@ pub struct HandlerError {
 }
 
 impl HandlerError {
-    /// This event is at fault: it is tried again, and dead-lettered after its retries. The reason is stored; it must not hold
-    /// secrets.
+    /// The event is the cause: it is charged, tried again, and dead-lettered after its retries. The reason is stored and must not
+    /// hold secrets.
     pub fn event(reason: impl ToString) -> Self {
         Self { fault: Fault::Event, reason: reason.to_string() }
     }
@@ -39,7 +39,7 @@ impl HandlerError {
         Self { fault: Fault::Unfit, reason: reason.to_string() }
     }
 
-    /// Something that the handler needs is not there, whatever the event: all its events wait, and none is charged.
+    /// Something that the handler needs for all events is not available: all its events wait, and none is charged.
     pub fn unavailable(reason: impl ToString) -> Self {
         Self { fault: Fault::Destination, reason: reason.to_string() }
     }
@@ -51,11 +51,12 @@ impl<E: std::error::Error> From<E> for HandlerError {
     }
 }
 
-/// A destination that calls `handle` for each event, one at a time for each key and in order, and several keys at the same time.
+/// Returns a destination that calls `handle` for each event: the events of one key one after the other and in order, and several
+/// keys at the same time.
 ///
-/// An event counts as delivered when `handle` returned `Ok`. It is handled again where that could not be recorded, as after a
-/// crash: make the handler's effects such that once more does no harm, for example by [`Event::event_id`]. A handler that
-/// panics is the event's own fault. One that is not done at the deadline is dropped, and its event is handled again.
+/// An event counts as delivered when `handle` has returned `Ok`. If that could not be recorded, as after a crash, the event is
+/// handled again, so the handler must be idempotent, for example by [`Event::event_id`]. If the handler panics, the event is
+/// charged. If the handler has not returned at the deadline, its future is dropped and the event is handled again.
 ///
 /// ```
 /// use outbox_relay::sink::{HandlerError, handler};
@@ -86,7 +87,7 @@ where
     H: Fn(Event) -> F + Send + Sync,
     F: Future<Output = Result<(), HandlerError>> + Send,
 {
-    /// Handles events of one key, until the first that is not taken.
+    /// Handles the events of one key, up to the first that is not delivered.
     async fn handle_in_order(&self, events: Vec<(usize, &Event)>, deadline: Instant) -> Vec<(usize, Outcome)> {
         let mut outcomes = Vec::with_capacity(events.len());
         let mut stopped = false;
@@ -103,7 +104,7 @@ where
     }
 
     async fn handle_one(&self, event: &Event, deadline: Instant) -> Outcome {
-        // The call itself may panic too, before there is a future.
+        // The call that returns the future may panic too.
         let call = AssertUnwindSafe(async { (self.handle)(event.clone()).await }).catch_unwind();
         let failed = |fault, code, reason: &str| {
             Outcome::Failed(PublishError::new(fault, code, shown(reason, MAX_REASON_CHARS)))

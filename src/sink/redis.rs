@@ -1,16 +1,16 @@
-//! What the destinations of Redis share: a connection that is opened again after an error, and publishing in chunks.
+//! The code that all Redis destinations share: a connection that is opened again after an error, and publishing in chunks.
 //!
-//! - `spec`: the fields that say where a Redis is.
-//! - `address`: one server, a cluster, or the master that Sentinels name.
+//! - `spec`: the fields that give the address of a Redis.
+//! - `address`: the address of one server, of a cluster, or of the master that Sentinels name.
 //! - `connection`: a connection to any of them.
-//! - `command`: one event's command.
+//! - `command`: the command that publishes one event.
 //! - `publish`: a batch in chunks. `isolate` finds the event on which Redis closes the connection.
 //! - `script`: a chunk as one call of a script, which stops a key at its first error.
-//! - `once`: keeps an event that is published again from arriving twice. `state` and `state_key` say what its notes hold and
-//!   where they lie.
-//! - `check`: what `relay check` tries.
+//! - `once`: makes sure that an event that is published again arrives once. `state` is the content of its notes, `state_key`
+//!   their keys.
+//! - `check`: the tests that `relay check` makes.
 //! - `read`: reads a stream back.
-//! - `fault`: whose fault an error is.
+//! - `fault`: classifies errors.
 
 mod address;
 mod check;
@@ -43,8 +43,8 @@ pub use read::StreamReader;
 use script::PUBLISH;
 use state_key::Replaced;
 
-/// Kibibytes of chunks in flight from all lanes together. A call is held three times while it is sent: as it is made, as it
-/// is packed, and in the connection's buffer.
+/// The most kibibytes of chunks in flight from all lanes together. While a call is sent, memory holds it three times: as it is
+/// made, as it is packed, and in the connection's buffer.
 const IN_FLIGHT_KIB: u32 = 8 * 1024;
 
 /// A connection to one Redis, or to a cluster, shared by all lanes.
@@ -58,7 +58,7 @@ pub(super) struct Redis {
 }
 
 impl Redis {
-    /// Connects at the first use. `timeout` bounds the wait for any one answer.
+    /// Returns a Redis that connects at the first use. `timeout` bounds the wait for each answer.
     pub(super) fn new(address: RedisAddress, timeout: Duration) -> Self {
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_KIB as usize));
         Self {
@@ -71,19 +71,19 @@ impl Redis {
         }
     }
 
-    /// Another one for the same server, with a connection of its own.
+    /// Returns another value for the same server, with its own connection.
     fn with_own_connection(&self) -> Self {
         let (in_flight, replaced) = (Arc::clone(&self.in_flight), Arc::clone(&self.replaced));
         Self { in_flight, replaced, ..Self::new(self.address.clone(), self.timeout) }
     }
 
-    /// Waits until a call of so many bytes may be in flight. `None`: the deadline came first.
+    /// Waits until a call of so many bytes may be in flight. `None`: there was no room until the deadline.
     async fn room(&self, bytes: usize, deadline: Instant) -> Option<SemaphorePermit<'_>> {
         let kib = u32::try_from(bytes / 1024 + 1).map_or(IN_FLIGHT_KIB, |kib| kib.min(IN_FLIGHT_KIB));
         tokio::time::timeout_at(deadline.into(), self.in_flight.acquire_many(kib)).await.ok()?.ok()
     }
 
-    /// The connection and its number, by which it can be given up.
+    /// Returns the connection, and its number for [`give_up`](Self::give_up).
     async fn connection(&self) -> Result<(u64, Connection), PublishError> {
         let mut current = self.connection.lock().await;
         if let Some((number, connection)) = current.as_ref() {

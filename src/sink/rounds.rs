@@ -1,29 +1,29 @@
-//! Splits a batch into requests that may be in flight together, without letting a key overtake itself.
+//! Splits a batch into requests that may be in flight together, and keeps the events of each key in order.
 //!
-//! All events of a key that are in flight together ride in one request, in order. What does not fit waits for the next
-//! round, which starts when every request of this one is answered; a key that failed takes no part in it. Where the
-//! destination has several places that one request cannot span, such as the slots of a Redis Cluster, a request holds
-//! events of one of them, and a key's events that go to another wait as well.
+//! All events of a key that are in flight together are in one request, in order. Events that do not fit wait for the next
+//! round, which starts when every request of this round is answered. A key that failed is not sent again. If the destination
+//! has several places that one request cannot span, such as the slots of a Redis Cluster, a request holds events of one place.
+//! A key's events that go to another place wait for a later round.
 
 use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 
 use crate::event::{Event, Key, Outcome};
 
-/// What one request, and one round of them, may hold.
+/// The limits of one request and of one round.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Events in one request, from 1.
+    /// The most events in one request, from 1.
     pub request_events: usize,
-    /// Events of one key in one request, from 1. It is 1 where a destination may take a later event of a request and refuse an
-    /// earlier one.
+    /// The most events of one key in one request, from 1. It is 1 if the destination may take a later event of a request and
+    /// refuse an earlier one.
     pub request_key_events: usize,
-    /// Bytes in one request. An event larger than this rides alone.
+    /// The most bytes in one request. A larger event is sent alone.
     pub request_bytes: usize,
-    /// Requests in flight together, from 1.
+    /// The most requests in flight together, from 1.
     pub requests: usize,
 }
 
-/// The state of one publish call: which events have their answer.
+/// The state of one publish call: the outcomes of its events so far.
 pub struct Rounds<'a> {
     events: &'a [&'a Event],
     places: Vec<u16>,
@@ -33,19 +33,19 @@ pub struct Rounds<'a> {
 }
 
 impl<'a> Rounds<'a> {
-    /// All of `events` are unanswered, and each goes to its place.
+    /// Returns the state in which no event has an answer. `place` returns the place of the event with an index.
     pub fn new(events: &'a [&'a Event], place: impl FnMut(usize) -> u16) -> Self {
         let places = (0..events.len()).map(place).collect();
         Self { events, places, outcomes: vec![None; events.len()], stopped: HashSet::new(), ended: false }
     }
 
-    /// From now on each event goes to this place.
+    /// Changes the places of all events.
     pub fn move_to_places(&mut self, place: impl FnMut(usize) -> u16) {
         self.places = (0..self.events.len()).map(place).collect();
     }
 
-    /// The next requests to send together, as indexes into the events, ascending within a request. Empty: nothing is
-    /// left to send. `bytes` is an event's size on the wire.
+    /// Returns the next requests to send together, as indexes into the events, ascending within a request. Empty: nothing is
+    /// left to send. `bytes` returns the size of an event in a request.
     pub fn next(&self, limits: Limits, bytes: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
         if self.ended {
             return Vec::new();
@@ -64,10 +64,11 @@ impl<'a> Rounds<'a> {
         requests.into_iter().map(|request| request.members).collect()
     }
 
-    /// What still has to be sent: of each key its first events, as many as one request can hold; others singly.
+    /// Returns the events that are still to be sent: of each key its first events, as many as one request can hold, and each
+    /// event without a key by itself.
     fn groups(&self, limits: Limits, bytes: impl Fn(usize) -> usize) -> Vec<Load> {
         let mut groups: Vec<Load> = Vec::new();
-        // The group of each key; `None`: it is complete, and the rest of the key waits.
+        // The group of each key. `None`: the group is complete, and the later events of the key wait.
         let mut group_of: HashMap<Key<'a>, Option<usize>> = HashMap::new();
         for (index, event) in self.events.iter().enumerate() {
             let key = event.key();
@@ -97,7 +98,8 @@ impl<'a> Rounds<'a> {
         groups
     }
 
-    /// Records an answer. Any but a delivery stops the event's key, and a failure that does not charge the event ends the call.
+    /// Records an outcome. Any outcome but a delivery stops the event's key. A failure that does not charge the event ends the
+    /// call.
     pub fn answer(&mut self, index: usize, outcome: Outcome) {
         if !matches!(outcome, Outcome::Delivered { .. })
             && let Some(key) = self.events[index].key()
@@ -108,23 +110,23 @@ impl<'a> Rounds<'a> {
         self.outcomes[index] = Some(outcome);
     }
 
-    /// Sends nothing more in this call.
+    /// Ends the call: nothing more is sent.
     pub fn end(&mut self) {
         self.ended = true;
     }
 
-    /// Whether nothing more is sent in this call.
+    /// Whether the call has ended, so that nothing more is sent.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Every event's outcome; what was never answered is [`Outcome::Held`].
+    /// Returns every event's outcome. Events without an answer are [`Outcome::Held`].
     pub fn into_outcomes(self) -> Vec<Outcome> {
         self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Outcome::Held)).collect()
     }
 }
 
-/// Events that ride together, all to one place.
+/// Events that are sent in one request, all to one place.
 struct Load {
     place: u16,
     bytes: usize,
@@ -132,7 +134,7 @@ struct Load {
 }
 
 impl Load {
-    /// Whether one request can hold both.
+    /// Whether one request can hold the events of both.
     fn fits(&self, other: &Self, limits: Limits) -> bool {
         self.place == other.place
             && self.members.len() + other.members.len() <= limits.request_events
@@ -208,7 +210,7 @@ mod tests {
         let refs: Vec<&Event> = events.iter().collect();
         let places = [7, 8, 8, 7, 7, 7];
         let mut rounds = Rounds::new(&refs, |index| places[index]);
-        // The third goes elsewhere than the first of its key; the fifth would fit beside the first, and must not overtake.
+        // The third goes to another place than the first of its key. The fifth would fit beside the first, and must not overtake.
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![0, 3, 5], vec![1]]);
         [0, 1, 3, 5].into_iter().for_each(|index| rounds.answer(index, delivered()));
         assert_eq!(rounds.next(LIMITS, |_| 10), [vec![2]]);

@@ -1,6 +1,6 @@
-//! The list of the kinds of destinations, and how each is configured: by a table of the TOML file, or by a URL.
+//! The list of the kinds of destinations. Each is configured by a table of the TOML file or by a URL.
 //!
-//! A kind is a folder beside this file and one line in [`KINDS`].
+//! To add a kind, add a folder beside this file and one line in [`KINDS`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::sink::{Sink, file, stdout};
 #[cfg(feature = "redis")]
 use crate::sink::{redis_pubsub, redis_stream};
 
-/// Every kind that this library is built with.
+/// All kinds that this library is built with.
 pub const KINDS: &[Kind] = &[
     #[cfg(feature = "redis")]
     Kind::of::<redis_stream::Spec>(),
@@ -30,48 +30,49 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<file::Spec>(),
 ];
 
-/// The features that bring kinds, and whether this library has them. The types and schemes of a feature's kinds begin with its name.
+/// The features that bring kinds, and whether this library has them. The types and schemes of a feature's kinds begin with the
+/// name of the feature.
 const FEATURES: [(&str, bool); 2] =
     [("redis", cfg!(feature = "redis")), ("eventbridge", cfg!(feature = "eventbridge"))];
 
-/// What a kind of destination is configured with: its fields as they stand in a file. Unknown fields are refused by
+/// The configuration of one destination: its fields as they stand in a file. Implementations refuse unknown fields by
 /// `#[serde(deny_unknown_fields)]`.
 #[async_trait]
 pub trait Spec: Send + Sync {
-    /// Whether it can be used. Nothing is connected.
+    /// Checks the fields without connecting.
     ///
     /// # Errors
-    /// The field that cannot be used, and why.
+    /// A field cannot be used. The error names it and says why.
     fn validate(&self) -> Result<(), Invalid>;
 
-    /// Why a relay must not even start, where that can be said without asking anybody.
+    /// Returns a reason why a relay must not start with this destination, as far as this is known without connecting.
     fn obstacle(&self) -> Option<&'static str> {
         None
     }
 
-    /// The stream that all its events go to, where it is one of a fixed name.
+    /// Returns the stream to which all events go, if its name has no placeholder.
     #[cfg(feature = "redis")]
     fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
         None
     }
 
-    /// Opens it. Nothing is connected before the first event.
+    /// Opens the destination. It connects at the first event.
     ///
     /// # Errors
-    /// As [`validate`](Self::validate).
+    /// The same as those of [`validate`](Self::validate).
     async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid>;
 }
 
-/// What every destination is opened with.
+/// The settings that every destination is opened with.
 #[derive(Debug, Clone)]
 pub struct Opening {
-    /// Stands in for an event's empty source.
+    /// Replaces the source of an event whose source is empty.
     pub source: String,
     /// The longest wait for one answer.
     pub timeout: Duration,
 }
 
-/// A destination of a kind, or why there is none.
+/// The configuration of a destination, or the reason why it cannot be read.
 pub type Parsed = Result<Box<dyn Spec>, String>;
 
 /// A field of a URL: its name and its value.
@@ -80,35 +81,35 @@ pub type Field = (String, String);
 /// A field that cannot be used.
 #[derive(Debug)]
 pub struct Invalid {
-    /// Its name, or that of a variable that a library reads; empty: it is about several.
+    /// The name of the field, or of a variable that a library reads. Empty: the reason is about several fields.
     pub field: &'static str,
-    /// Why, and what would do. No secret.
+    /// Why the field cannot be used, and what can be. It holds no secret.
     pub reason: String,
 }
 
-/// What a URL says besides its scheme, for [`Configured::address`].
+/// The parts of a URL, for [`Configured::address`].
 pub struct UrlParts<'a> {
-    /// The scheme, of those that the kind has.
+    /// The scheme, which is one of [`Configured::SCHEMES`].
     pub scheme: &'a str,
-    /// What stands between `://` and `?`.
+    /// The text between `://` and `?`.
     pub address: &'a str,
-    /// The parameters. What the address needs of them is taken out; the others must be fields.
+    /// The parameters. Those that belong to the address are taken out; the others must be fields.
     pub query: Vec<Field>,
 }
 
-/// A kind's own part of [`Kind`].
+/// The part of a [`Kind`] that each kind defines.
 pub trait Configured: Spec + DeserializeOwned + 'static {
     /// Its `type` in a file.
     const TYPE: &'static str;
     /// The schemes of its URLs.
     const SCHEMES: &'static [&'static str];
-    /// Log targets of the libraries it uses, each with the lowest level whose lines never hold payloads or secrets.
+    /// Log targets of the libraries that the kind uses, each with the lowest level whose lines never hold payloads or secrets.
     const LOG_TARGETS: &'static [(&'static str, LevelFilter)];
 
-    /// The fields that the address stands for.
+    /// Returns the fields that the address gives.
     ///
     /// # Errors
-    /// Why it cannot be used, without what it says: it may hold a password.
+    /// The address cannot be used. The message does not quote it, because it may hold a password.
     fn address(url: &mut UrlParts<'_>) -> Result<Vec<Field>, String>;
 }
 
@@ -127,7 +128,7 @@ pub struct Kind {
 }
 
 impl Kind {
-    /// The kind that `T` configures.
+    /// Returns the kind that `T` configures.
     const fn of<T: Configured>() -> Self {
         Self {
             name: T::TYPE,
@@ -136,14 +137,14 @@ impl Kind {
             address: T::address,
             of_table: |table| match T::deserialize(table) {
                 Ok(spec) => Ok(Box::new(spec)),
-                // The error's own rendering quotes the line.
+                // The `Display` of the error would quote the line.
                 Err(error) => Err(error.message().to_owned()),
             },
             of_query: |fields| fields_of::<T>(fields).map(|spec| Box::new(spec) as Box<dyn Spec>),
         }
     }
 
-    /// A table of the file without its `type`.
+    /// Reads a table of the file, without its `type`.
     ///
     /// # Errors
     /// An unknown field, a missing one, or one of another type. The message may quote a value.
@@ -151,10 +152,10 @@ impl Kind {
         (self.of_table)(table)
     }
 
-    /// The fields that a URL of this kind stands for.
+    /// Returns the fields that a URL of this kind gives.
     ///
     /// # Errors
-    /// Why it cannot be used, without what may be secret in it.
+    /// The URL cannot be used. The message holds no secret.
     pub fn fields(&self, mut url: UrlParts<'_>) -> Result<Vec<Field>, String> {
         let mut fields = (self.address)(&mut url)?;
         for (name, value) in url.query {
@@ -166,16 +167,16 @@ impl Kind {
         Ok(fields)
     }
 
-    /// A destination of these fields.
+    /// Reads the fields of a URL.
     ///
     /// # Errors
-    /// As [`table`](Self::table).
+    /// The same as those of [`table`](Self::table).
     pub fn query(&self, fields: &[Field]) -> Parsed {
         (self.of_query)(fields)
     }
 }
 
-/// A struct of these fields, whose values are texts.
+/// Returns a struct with these fields, whose values are given as text.
 ///
 /// # Errors
 /// An unknown field, a missing one, or one of another type.
@@ -184,16 +185,16 @@ pub fn fields_of<T: DeserializeOwned>(fields: &[Field]) -> Result<T, String> {
     serde_urlencoded::from_str(&query).map_err(|error| error.to_string())
 }
 
-/// What to say of a type or a scheme whose feature this library was built without.
+/// Returns a message if the type or scheme belongs to a feature that this library was built without.
 fn left_out(name: &str) -> Option<String> {
     let (feature, _) = FEATURES.into_iter().find(|(feature, built)| !built && name.starts_with(feature))?;
     Some(format!("this relay was built without the feature `{feature}`; use one that was built with it"))
 }
 
-/// The kind with this `type`.
+/// Returns the kind with this `type`.
 ///
 /// # Errors
-/// There is none; the message says which there are.
+/// There is no such kind. The message names the existing ones.
 pub fn of_type(name: &str) -> Result<Kind, String> {
     KINDS.iter().copied().find(|kind| kind.name == name).ok_or_else(|| {
         let names: Vec<&str> = KINDS.iter().map(|kind| kind.name).collect();
@@ -201,10 +202,10 @@ pub fn of_type(name: &str) -> Result<Kind, String> {
     })
 }
 
-/// The kind of a URL, and its parts.
+/// Returns the kind of a URL, and the URL's parts.
 ///
 /// # Errors
-/// It is no URL, or its scheme is unknown; the message says which there are.
+/// The text is no URL, or its scheme is unknown. The message names the known schemes.
 pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
     let (scheme, rest) = url.trim().split_once("://").unwrap_or_default();
     let kind = KINDS.iter().copied().find(|kind| kind.schemes.contains(&scheme)).ok_or_else(|| {
@@ -213,7 +214,7 @@ pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
             .unwrap_or_else(|| format!("the URL begins with no known scheme and ://; there are {}", schemes.join(", ")))
     })?;
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
-    // What stands there may be the end of a password.
+    // The text before the `@` may be the end of a password.
     if query.contains('@') {
         return Err("there is an @ behind the ?; a ? in a password is written %3F, an @ in a parameter %40".to_owned());
     }

@@ -1,4 +1,4 @@
-//! Standard output: one structured-mode CloudEvent a line, for looking and for pipes.
+//! Standard output: one structured-mode CloudEvent a line, to be read or piped.
 
 mod spec;
 
@@ -15,36 +15,36 @@ use crate::sink::{Batch, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// Lines are written as soon as there are so many bytes of them: beside the events, no second copy of a batch is held.
+/// Lines are written as soon as they have so many bytes, so that memory never holds the lines of a whole batch.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// See the module.
+/// The destination. All lanes share its writer.
 pub struct StdoutSink {
     source: String,
     /// One writer at a time, so that lines never mix.
     output: Mutex<Output>,
-    /// Cancelled when the reader is gone.
+    /// Cancelled when the reader has closed the pipe.
     gone: CancellationToken,
 }
 
 struct Output {
     writer: Box<dyn AsyncWrite + Send + Unpin>,
-    /// What the last call was to write, and how much of it was.
+    /// The lines of the last call, and how many bytes of them were written.
     lines: Vec<u8>,
     written: usize,
-    /// The last byte written is not the end of a line.
+    /// Whether the last byte written is not the end of a line.
     in_line: bool,
-    /// A write failed, and nobody knows how much of it arrived: the next line begins on a new one.
+    /// Whether a write failed. It is unknown how much of it arrived, so a line end is written before the next line.
     broken: bool,
 }
 
 impl StdoutSink {
-    /// `source` stands in for an event's empty source.
+    /// Returns a destination that writes to standard output. `source` replaces the source of an event whose source is empty.
     pub fn new(source: String) -> Self {
         Self::with_writer(tokio::io::stdout(), source)
     }
 
-    /// The same to another writer, such as a pipe.
+    /// Returns a destination that writes to another writer, such as a pipe.
     pub fn with_writer(writer: impl AsyncWrite + Send + Unpin + 'static, source: String) -> Self {
         let output = Output { writer: Box::new(writer), lines: Vec::new(), written: 0, in_line: false, broken: false };
         Self { source, output: Mutex::new(output), gone: CancellationToken::new() }
@@ -52,7 +52,7 @@ impl StdoutSink {
 }
 
 impl StdoutSink {
-    /// The lines of the first of `events`, and of how many.
+    /// Returns the lines of the first of `events`, as many as fit into a piece, and their number.
     fn lines(&self, events: &[&Event]) -> (Vec<u8>, usize) {
         let (mut count, mut bytes) = (0, 0);
         for event in events {
@@ -71,7 +71,7 @@ impl StdoutSink {
 }
 
 impl Output {
-    /// Writes whole lines. A call that is dropped half-way may leave half a line, which the next one completes.
+    /// Writes whole lines. A call that is dropped may leave a part of a line, which the next call completes.
     async fn write(&mut self, lines: Vec<u8>) -> io::Result<()> {
         if std::mem::take(&mut self.broken) {
             (self.lines, self.written, self.in_line) = (b"\n".to_vec(), 0, true);
@@ -98,14 +98,14 @@ impl Output {
             }
             self.in_line = self.lines[self.written - 1] != b'\n';
         }
-        self.lines = Vec::new(); // a large event must not take its memory for ever
+        self.lines = Vec::new(); // the memory of a large event is freed
         self.written = 0;
         self.writer.flush().await
     }
 }
 
-/// Why what is written to standard output is lost, and the write a success all the same. Where it was closed, Rust opens
-/// `/dev/null` in its place, for reading too, which a shell's `>/dev/null` does not.
+/// Returns a reason if writes to standard output succeed but their bytes are lost. If standard output was closed at the start,
+/// Rust opens `/dev/null` in its place, for reading and writing. A shell's `>/dev/null` opens it for writing only.
 pub fn closed() -> Option<&'static str> {
     let info = std::fs::read_to_string("/proc/self/fdinfo/1").ok()?;
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
@@ -130,7 +130,7 @@ impl Sink for StdoutSink {
                 tokio::time::timeout_at(deadline.into(), async { self.output.lock().await.write(lines).await }).await;
             let outcome = match written {
                 Ok(Ok(())) => Outcome::Delivered { message_id: None },
-                // Some lines may have reached it.
+                // Some lines may have been written.
                 Ok(Err(error)) => {
                     if error.kind() == io::ErrorKind::BrokenPipe {
                         self.gone.cancel();

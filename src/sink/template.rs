@@ -1,13 +1,13 @@
-//! Names made from an event: `{event_type}`, `{aggregate_type}`, `{source}` in a stream's or channel's name. A brace that
-//! is meant as one is written twice: `{{{source}}}:{event_type}` gives `{shop}:order.created`, whose place in a Redis
-//! Cluster depends on what stands in the braces alone.
+//! Names of streams and channels with the placeholders `{event_type}`, `{aggregate_type}` and `{source}`. A literal brace is
+//! written twice: `{{{source}}}:{event_type}` gives `{shop}:order.created`. In a Redis Cluster the slot of such a name depends
+//! only on the text in the braces.
 
 use std::borrow::Cow;
 
 use crate::event::Event;
 use crate::sink::cloudevent;
 
-/// A name with placeholders, checked when it is configured.
+/// A name with placeholders. It is checked when it is parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template(Vec<Part>);
 
@@ -22,18 +22,18 @@ enum Part {
 /// Why a template cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
-    /// A name of no characters.
+    /// The name has no characters.
     #[error("the name is empty")]
     Empty,
-    /// A brace without its partner.
+    /// A brace has no matching brace.
     #[error("a {{ or }} without its partner in {0:?}; one that is meant as such is written twice")]
     Brace(String),
-    /// No such placeholder.
+    /// There is no placeholder of this name.
     #[error("unknown placeholder {{{0}}}; there are {{event_type}}, {{aggregate_type}} and {{source}}")]
     Placeholder(String),
 }
 
-/// As it is written in a configuration.
+/// Prints the template as it is written in a configuration.
 impl std::fmt::Display for Template {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|part| match part {
@@ -88,7 +88,7 @@ impl std::str::FromStr for Template {
 }
 
 impl Template {
-    /// The one name it always gives, where it has no placeholder.
+    /// Returns the name if the template has no placeholder.
     pub fn fixed(&self) -> Option<&str> {
         match self.0.as_slice() {
             [Part::Text(text)] => Some(text),
@@ -96,7 +96,7 @@ impl Template {
         }
     }
 
-    /// The name for `event`; a part that the event lacks is empty.
+    /// Returns the name for `event`. A placeholder for which the event has no value becomes empty.
     pub fn render(&self, event: &Event, default_source: &str) -> Cow<'_, str> {
         if let Some(text) = self.fixed() {
             return Cow::Borrowed(text);

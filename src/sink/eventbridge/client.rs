@@ -1,4 +1,4 @@
-//! The AWS client, and when its credentials are looked for anew.
+//! The AWS client. After AWS has refused its credentials, they are loaded again.
 
 use std::env;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,26 +14,28 @@ use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 
 use crate::sink::eventbridge::{ENDPOINT_VARIABLES, EventBridgeConfig};
 
-/// Shorter than a publish call's timeout, so that an unreachable endpoint is seen as just that: nothing was sent.
+/// The longest wait for a connection. It is shorter than the timeout of a publish call, so that an unreachable endpoint is
+/// reported as such: nothing was sent.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A request that meets the server closing an idle connection has an unknown fate, so we close first.
+/// The time after which the relay closes an idle connection. If the server closed it while a request is sent, the outcome of the
+/// request would be unknown.
 const IDLE_CONNECTION: Duration = Duration::from_secs(15);
 
-/// The client of the moment.
+/// The client, which is replaced when AWS has refused its credentials.
 pub(super) struct CurrentClient {
     client: Mutex<Client>,
-    /// It came from AWS's usual places, which may hold something else by now.
+    /// Whether the credentials came from AWS's usual places, which may hold others by now.
     renewable: bool,
     refused: AtomicBool,
 }
 
 impl CurrentClient {
-    /// With credentials, region and endpoint from AWS's usual places.
+    /// Returns a client with credentials, region and endpoint from AWS's usual places.
     pub(super) async fn from_environment(config: &EventBridgeConfig) -> Self {
         Self { renewable: true, ..Self::with_sdk_config(&load(config).await, config) }
     }
 
-    /// With what `sdk` holds.
+    /// Returns a client with the settings of `sdk`.
     pub(super) fn with_sdk_config(sdk: &SdkConfig, config: &EventBridgeConfig) -> Self {
         Self { client: Mutex::new(client(sdk, config)), renewable: false, refused: AtomicBool::new(false) }
     }
@@ -42,12 +44,13 @@ impl CurrentClient {
         self.client.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// AWS refused what it holds, or found nothing in it.
+    /// To be called when AWS has refused the credentials, or there are none.
     pub(super) fn refused(&self) {
         self.refused.store(true, Ordering::Relaxed);
     }
 
-    /// After a refusal: the SDK reads a file of credentials once, and would go on with what has been replaced there since.
+    /// Loads the credentials again after a refusal. The SDK reads a file of credentials only once, and would not notice that the
+    /// file has changed.
     pub(super) async fn renew_if_refused(&self, config: &EventBridgeConfig) {
         if self.renewable && self.refused.load(Ordering::Relaxed) {
             let renewed = client(&load(config).await, config);
@@ -58,7 +61,7 @@ impl CurrentClient {
 }
 
 async fn load(config: &EventBridgeConfig) -> SdkConfig {
-    // A fixed version: an update of the SDK must not change its defaults under a relay.
+    // A fixed version, so that an update of the SDK does not change the defaults.
     let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12()).http_client(http_client());
     if let Some(region) = &config.region {
         loader = loader.region(Region::new(region.clone()));
@@ -68,9 +71,9 @@ async fn load(config: &EventBridgeConfig) -> SdkConfig {
 
 fn client(sdk: &SdkConfig, config: &EventBridgeConfig) -> Client {
     let mut builder = aws_sdk_eventbridge::config::Builder::from(sdk)
-        // The engine owns the retries; the SDK's own would multiply them, and repeat what has an unknown outcome.
+        // The engine retries. The SDK's own retries would multiply the attempts and repeat requests with an unknown outcome.
         .retry_config(RetryConfig::disabled())
-        // Whole calls are bounded by the sink, by the deadline too.
+        // The sink bounds each whole call, by its timeout and the deadline.
         .timeout_config(TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).build())
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
     if sdk.http_client().is_none() {
@@ -79,7 +82,7 @@ fn client(sdk: &SdkConfig, config: &EventBridgeConfig) -> Client {
     if let Some(region) = &config.region {
         builder = builder.region(Region::new(region.clone()));
     }
-    // `AWS_ENDPOINT_URL=` is how unit files write "none", and the SDK's requests panic over an empty URL.
+    // Unit files write `AWS_ENDPOINT_URL=` for "none". With an empty URL the SDK's requests panic.
     let empty = || ENDPOINT_VARIABLES.iter().find_map(|name| env::var(name).ok()).is_some_and(|url| url.is_empty());
     if config.endpoint_url.is_some() || empty() {
         builder.set_endpoint_url(config.endpoint_url.clone().filter(|url| !url.is_empty()));
@@ -87,7 +90,8 @@ fn client(sdk: &SdkConfig, config: &EventBridgeConfig) -> Client {
     Client::from_conf(builder.build())
 }
 
-/// One client for EventBridge and for the credential providers: rustls with ring, and plain `http://` as well.
+/// Returns an HTTP client for EventBridge and for the credential providers. It uses rustls with ring, and also takes plain
+/// `http://`.
 fn http_client() -> SharedHttpClient {
     aws_smithy_http_client::Builder::new()
         .tls_provider(Provider::Rustls(CryptoMode::Ring))

@@ -1,4 +1,4 @@
-//! What an event becomes, and whether EventBridge can take it.
+//! Makes an entry of an event, and checks whether EventBridge can take it.
 
 use aws_sdk_eventbridge::primitives::DateTime;
 use aws_sdk_eventbridge::types::PutEventsRequestEntry;
@@ -9,17 +9,17 @@ use crate::sink::{Format, cloudevent};
 
 /// The longest `Source`, in characters.
 const MAX_SOURCE_CHARS: usize = 256;
-/// The longest `TraceHeader`, in characters. A longer one would have the whole request refused, so it stays behind.
+/// The longest `TraceHeader`, in characters. A longer one is left out, because EventBridge would refuse the whole request.
 const MAX_TRACE_HEADER_CHARS: usize = 500;
 /// The deepest nesting of `Detail`.
 const MAX_DEPTH: usize = 1000;
-/// What a `Time` counts in the size of an entry.
+/// The bytes that `Time` adds to the size of an entry.
 const TIME_BYTES: usize = 14;
-/// Becomes an event's `TraceHeader`. `traceparent` does not: EventBridge takes X-Ray's format only.
+/// The header that becomes an event's `TraceHeader`. It is not `traceparent`, because EventBridge takes X-Ray's format only.
 const TRACE_HEADER: &str = "x-amzn-trace-id";
 
 impl EventBridge {
-    /// The event's `Detail`, if EventBridge can take the event at all.
+    /// Returns the event's `Detail`, or an error if EventBridge cannot take the event.
     pub(super) fn detail(&self, event: &Event) -> Result<String, PublishError> {
         self.check_names(event)?;
         if event.payload.len() > self.config.max_entry_bytes {
@@ -36,7 +36,7 @@ impl EventBridge {
             }
             Format::Payload => (event.payload.clone(), 0),
         };
-        // Nesting takes a byte a level, so a short payload needs no scan.
+        // Each level of nesting takes a byte, so a short payload needs no scan.
         if event.payload.len() > MAX_DEPTH - envelope && depth(&event.payload) > MAX_DEPTH - envelope {
             return Err(unfit("payload_too_deep", format!("Detail is nested deeper than {MAX_DEPTH} levels")));
         }
@@ -59,7 +59,7 @@ impl EventBridge {
             let message = format!("DetailType has {characters} characters, and the limit is {MAX_EVENT_TYPE_CHARS}");
             return Err(unfit("detail_type_too_long", message));
         }
-        // The default is nothing that an event could be blamed for.
+        // A bad default source is no event's fault.
         let fault = if event.source.is_empty() { Fault::Misconfigured } else { Fault::Unfit };
         let source = cloudevent::source(event, &self.config.source);
         if source.is_empty() {
@@ -76,7 +76,7 @@ impl EventBridge {
         Ok(())
     }
 
-    /// The size of an entry as AWS counts it; the name of the bus and the trace header are free.
+    /// Returns the size of an entry in bytes, as AWS counts it: without the name of the bus and the trace header.
     pub(super) fn entry_bytes(&self, event: &Event, detail_bytes: usize) -> usize {
         TIME_BYTES
             + cloudevent::source(event, &self.config.source).len()
@@ -85,7 +85,8 @@ impl EventBridge {
             + self.resource(event).map_or(0, |resource| resource.len())
     }
 
-    /// What carries the event's id where `Detail` is the bare payload: else no consumer could know a repeat.
+    /// Returns the resource that carries the event's id if `Detail` is the bare payload. Without it no consumer could recognise a
+    /// repeat.
     fn resource(&self, event: &Event) -> Option<String> {
         (self.config.format == Format::Payload).then(|| event.event_id.urn().to_string())
     }
@@ -110,7 +111,7 @@ fn unfit(code: &str, message: impl AsRef<str>) -> PublishError {
     PublishError::new(Fault::Unfit, code, message)
 }
 
-/// How deeply JSON text is nested. Bytes that are no JSON have some depth, too.
+/// Returns how deeply JSON text is nested. For other bytes it returns some number.
 fn depth(json: &[u8]) -> usize {
     let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
     for byte in json {
@@ -165,7 +166,7 @@ mod tests {
         Event { payload: payload.into(), ..event(1) }
     }
 
-    /// `urn:uuid:`, and a UUID.
+    /// The length of `urn:uuid:` and a UUID.
     const RESOURCE_BYTES: usize = 9 + 36;
 
     fn nested(levels: usize) -> Vec<u8> {

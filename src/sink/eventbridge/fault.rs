@@ -1,4 +1,4 @@
-//! Whose fault a failed `PutEvents` is: two total functions, over the codes of entries and of whole requests.
+//! Classifies failures of `PutEvents`, by the codes of entries and of whole requests. Every code has a class.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -11,7 +11,7 @@ use aws_sdk_eventbridge::types::PutEventsResultEntry;
 use crate::event::{Fault, Outcome, PublishError};
 use crate::text::message_id;
 
-/// What became of one entry.
+/// Returns the outcome of one entry.
 pub(super) fn of_entry(entry: PutEventsResultEntry) -> Outcome {
     match (entry.error_code, entry.event_id) {
         (Some(code), _) => {
@@ -26,7 +26,7 @@ pub(super) fn of_entry(entry: PutEventsResultEntry) -> Outcome {
     }
 }
 
-/// Whose fault an entry's `ErrorCode` is.
+/// Classifies the `ErrorCode` of an entry.
 fn classify_entry(code: &str) -> Fault {
     match code {
         "InvalidArgument" | "MalformedDetail" | "RedactionFailure" => Fault::Event,
@@ -35,12 +35,12 @@ fn classify_entry(code: &str) -> Fault {
         | "NotAuthorizedForDetailTypeException"
         | "InvalidAccountIdException"
         | "ResourceNotFoundException" => Fault::Misconfigured,
-        // Throttling*, Internal*, ServiceUnavailable, and all that nobody has classified.
+        // Throttling*, Internal*, ServiceUnavailable, and all codes that are not known here.
         _ => Fault::Destination,
     }
 }
 
-/// Whose fault it is that the service refused a request as a whole. [`Fault::Event`] means its content.
+/// Classifies the refusal of a whole request. [`Fault::Event`] means that the content of the request was refused.
 fn classify_refusal(status: u16, code: &str, message: &str) -> Fault {
     const MISCONFIGURED: [&str; 13] = [
         "AccessDenied",
@@ -68,7 +68,8 @@ fn classify_refusal(status: u16, code: &str, message: &str) -> Fault {
     }
 }
 
-/// Whether AWS refused who asked, and not what was asked: the credentials, the signature, the clock, or the service itself.
+/// Whether AWS refused the request regardless of its events: because of the credentials, the signature, the clock, or because
+/// the endpoint is not EventBridge.
 fn concerns_no_event(code: &str) -> bool {
     const REFUSED: [&str; 10] = [
         "ExpiredToken",
@@ -85,7 +86,7 @@ fn concerns_no_event(code: &str) -> bool {
     REFUSED.iter().any(|prefix| code.starts_with(prefix))
 }
 
-/// The error of a request that has no answers for its entries.
+/// Returns the error of a request that has no answers for its entries.
 pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkError<E, HttpResponse>) -> PublishError {
     match &error {
         SdkError::ServiceError(refusal) => {
@@ -94,7 +95,7 @@ pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkEr
             let code = refusal.err().code().unwrap_or_default();
             let fault = classify_refusal(status, code, &message);
             match (fault, code) {
-                // What the SDK says about it quotes the body.
+                // The SDK's message would quote the body.
                 (Fault::Unknown, _) => unreadable_answer(),
                 (_, "") => PublishError::new(fault, format!("http_{status}"), message),
                 _ => {
@@ -110,8 +111,8 @@ pub(super) fn of_request<E: ProvideErrorMetadata + Error + 'static>(error: SdkEr
     }
 }
 
-/// A request without an answer. The SDK does not say whether it was sent; what its error holds does: the error of the
-/// HTTP client, or that of something before it.
+/// Returns the error of a request without an answer. The SDK does not say whether the request was sent. The cause in its error
+/// does: it is an error of the HTTP client, or of something before it.
 fn of_dispatch(error: Option<&ConnectorError>) -> PublishError {
     let cause = error.and_then(Error::source);
     let client = cause.and_then(|cause| cause.downcast_ref::<hyper_util::client::legacy::Error>());
@@ -127,7 +128,7 @@ fn of_dispatch(error: Option<&ConnectorError>) -> PublishError {
     }
 }
 
-/// The SDK's own text names every place that it has looked at, in the words of a programmer.
+/// Returns the error for missing credentials. The SDK's own message lists every place that it tried, in technical terms.
 fn no_credentials(error: &CredentialsError) -> PublishError {
     let message = match error {
         CredentialsError::CredentialsNotLoaded(_) => {
@@ -143,7 +144,8 @@ fn no_credentials(error: &CredentialsError) -> PublishError {
     PublishError::new(Fault::Misconfigured, "no_credentials", message).of_destination()
 }
 
-/// The SDK gave up before it asked the HTTP client. Its text is not for us: on a bad endpoint, it quotes the request.
+/// Returns the error for a request that the SDK did not hand to the HTTP client. The SDK's own message is not used: for a bad
+/// endpoint it quotes the request.
 fn not_sent() -> PublishError {
     let message = "the request could not be made: no credentials, no region, or an endpoint that is no URL";
     PublishError::new(Fault::Misconfigured, "not_sent", message)
@@ -153,13 +155,14 @@ fn unreadable_answer() -> PublishError {
     PublishError::new(Fault::Unknown, "unreadable_answer", "the answer to the request cannot be read")
 }
 
-/// An error with its causes.
+/// Returns the messages of an error and its causes.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |&error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// AWS's message without the values it quotes, which can be whole entries: `Value '...' at 'entries' failed to satisfy`.
+/// Returns AWS's message without the values that it quotes, which can be whole entries: `Value '...' at 'entries' failed to
+/// satisfy`.
 fn without_values(message: &str) -> Cow<'_, str> {
     let Some(start) = message.find("Value '") else {
         return Cow::Borrowed(message);

@@ -1,4 +1,4 @@
-//! How a destination of Amazon EventBridge is configured.
+//! The configuration of an Amazon EventBridge destination.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::{Format, Sink};
 use crate::units::{self, Quantity};
 
-/// `type = "eventbridge"`.
+/// The fields of a destination with `type = "eventbridge"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
@@ -33,7 +33,7 @@ fn format() -> Format {
 }
 
 impl Spec {
-    /// The limit of an entry and of a request, in bytes.
+    /// Returns the most bytes of an entry and of a request.
     fn max_entry_bytes(&self) -> Result<usize, Invalid> {
         let Some(Quantity(text)) = &self.max_entry_size else { return Ok(DEFAULT_MAX_ENTRY_BYTES) };
         let bytes = units::bytes(text, 1024..=1 << 30).map_err(|reason| Invalid { field: "max_entry_size", reason })?;
@@ -48,7 +48,7 @@ impl Configured for Spec {
         ("aws_", LevelFilter::WARN),
         ("hyper", LevelFilter::WARN),
         ("h2", LevelFilter::WARN),
-        // What they cannot use of their configuration they log whole; what matters of it comes back as an error.
+        // These log settings that they cannot use in full, and those may hold secrets. What matters is also returned as an error.
         ("aws_config", LevelFilter::ERROR),
         ("aws_runtime", LevelFilter::ERROR),
         ("aws_types", LevelFilter::ERROR),
@@ -68,7 +68,7 @@ impl spec::Spec for Spec {
         self.max_entry_bytes()?;
         match &self.endpoint_url {
             Some(url) => usable_endpoint(url).map_err(|reason| Invalid { field: "endpoint_url", reason }),
-            // The SDK ignores one that is no URL, and logs it whole.
+            // If the value of a variable is no URL, the SDK ignores it and logs all of it.
             None => ENDPOINT_VARIABLES.into_iter().try_for_each(|variable| {
                 usable_endpoint(&std::env::var(variable).unwrap_or_default())
                     .map_err(|reason| Invalid { field: variable, reason })
@@ -91,7 +91,8 @@ impl spec::Spec for Spec {
     }
 }
 
-/// Empty: there is none. The value may hold a password, so it is not quoted.
+/// Checks the URL of an endpoint. An empty one means that there is none. The error does not quote the URL, because it may hold
+/// a password.
 fn usable_endpoint(url: &str) -> Result<(), String> {
     let reason = match Url::parse(url) {
         _ if url.is_empty() => return Ok(()),

@@ -1,4 +1,4 @@
-//! How a file is configured.
+//! The configuration of a file.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::{Format, Sink};
 use crate::units::{self, Quantity};
 
-/// `type = "file"`.
+/// The fields of a destination with `type = "file"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
@@ -35,7 +35,7 @@ fn fsync() -> bool {
 }
 
 impl Spec {
-    /// The most bytes of a file.
+    /// Returns the size in bytes from which a file is set aside.
     fn max_size(&self) -> Result<Option<u64>, Invalid> {
         let size = self.max_size.as_ref().map(|Quantity(text)| units::bytes(text, 1..=1 << 60)).transpose();
         size.map_err(|reason| Invalid { field: "max_size", reason })

@@ -1,4 +1,4 @@
-//! Where a Redis is: one server, a cluster, or whichever server the Sentinels name as master.
+//! The address of a Redis: one server, a cluster, or the server that the Sentinels name as master.
 
 use std::fmt;
 
@@ -12,23 +12,24 @@ use crate::secret::Secret;
 const REDIS_PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
-/// Where a Redis is. Secrets are read anew at each connection.
+/// The address of a Redis. Secrets in files are read again at each connection.
 #[derive(Debug, Clone)]
 pub enum RedisAddress {
-    /// `redis://`, `rediss://` for TLS, or `redis+unix://`; `redis-cluster://` with some of a cluster's nodes;
-    /// `redis-sentinel://` with Sentinels and `?master=NAME`. The latter two with `rediss-` for TLS.
+    /// A URL. It begins with `redis://`, `rediss://` (TLS) or `redis+unix://` for one server, with `redis-cluster://` and some
+    /// nodes for a cluster, or with `redis-sentinel://`, the Sentinels and `?master=NAME`. The last two with TLS are
+    /// `rediss-cluster://` and `rediss-sentinel://`.
     Url(Secret),
-    /// Spelled out.
+    /// The parts of the address of one server.
     Parts {
-        /// Host name or address.
+        /// The host name or IP address.
         host: String,
-        /// TCP port.
+        /// The TCP port.
         port: u16,
-        /// Database number.
+        /// The number of the database.
         database: i64,
-        /// ACL user; `None`: `default`.
+        /// The ACL user. `None`: `default`.
         username: Option<String>,
-        /// Its password.
+        /// The user's password.
         password: Option<Secret>,
     },
 }
@@ -44,15 +45,15 @@ pub(super) enum Target {
 }
 
 impl RedisAddress {
-    /// Whether it can be read and used; nobody is asked whether it leads anywhere.
+    /// Checks that the address can be read and is well-formed. Nothing is connected.
     ///
     /// # Errors
-    /// Why not.
+    /// The address cannot be read or used. The message says why.
     pub fn validate(&self) -> Result<(), PublishError> {
         self.target().map(drop)
     }
 
-    /// Reads it.
+    /// Reads the address and its secrets.
     pub(super) fn target(&self) -> Result<Target, PublishError> {
         let read = |secret: &Secret| secret.read().map_err(|error| unusable(&error.to_string()));
         match self {
@@ -61,18 +62,18 @@ impl RedisAddress {
                 let (scheme, rest) = url.split_once("://").unwrap_or_default();
                 let is_path = rest.starts_with('/') && !rest.split('?').next().unwrap_or_default().contains('@');
                 match scheme.trim_start().to_ascii_lowercase().as_str() {
-                    // The library would take a password for a part of the path.
+                    // The library would take the password as a part of the path.
                     "unix" | "redis+unix" | "valkey+unix" if !is_path => Err(unusable(
                         "the URL cannot be used: a socket's is redis+unix:///path/of/socket?db=0&user=name&pass=password",
                     )),
                     "redis-cluster" | "rediss-cluster" => cluster(&several(&url)?),
                     "redis-sentinel" | "rediss-sentinel" => sentinel(&several(&url)?),
-                    // It would take what stands between two `@` of the password for the host.
+                    // The library would take the text between two `@` of the password as the host.
                     "redis" | "rediss" | "valkey" | "valkeys" if is_cut(&url) => Err(unencoded()),
                     "redis" | "rediss" | "valkey" | "valkeys" | "unix" | "redis+unix" | "valkey+unix" => {
                         url.into_connection_info().map(Target::Single).map_err(no_url)
                     }
-                    // It would complete some others, and take a password for the path.
+                    // The library would complete some other schemes, and take a password as the path.
                     _ => Err(no_url("it begins with no known scheme and ://")),
                 }
             }
@@ -85,7 +86,7 @@ impl RedisAddress {
                     settings = settings.set_password(read(password)?);
                 }
                 if !is_host(host) {
-                    // With one of these in it, it may be a URL, or hold a password.
+                    // A host with one of these may be a URL or hold a password.
                     let shown = if host.contains(['@', ':']) { String::new() } else { format!(" {host:?}") };
                     return Err(unusable(&format!(
                         "the host{shown} cannot be used: it is a name or an address alone, as in cache.example; a URL is set as \
@@ -125,7 +126,7 @@ fn unencoded() -> PublishError {
     )
 }
 
-/// Each host as a URL of its own, which the client library then reads, decoding included.
+/// Makes a URL of each host. The client library then reads and decodes them.
 fn each(
     url: &Hosts<'_>,
     user: Option<&str>,
@@ -176,7 +177,7 @@ fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
             "the URL cannot be used: redis-sentinel:// needs ?master=NAME, the name the Sentinels know",
         ));
     };
-    // The user of the URL is the master's, and so is the database.
+    // The user and the database of the URL are those of the master.
     let info = each(url, url.user, SENTINEL_PORT, url.path)?;
     let settings = info[0].redis_settings().clone();
     let database = settings.db();
@@ -196,7 +197,7 @@ fn sentinel(url: &Hosts<'_>) -> Result<Target, PublishError> {
 }
 
 impl Target {
-    /// Whether others can read along, in words.
+    /// Describes whether the connection is encrypted.
     pub(super) fn encryption(&self) -> &'static str {
         let address = match self {
             Self::Single(info) => Some(info.addr()),

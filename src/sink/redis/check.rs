@@ -1,4 +1,4 @@
-//! What `relay check` tries at a Redis. Nothing is published.
+//! The tests that `relay check` makes at a Redis. Nothing is published.
 
 use redis::{FromRedisValue, Value};
 
@@ -21,7 +21,7 @@ impl Redis {
         Ok(format!("{target}, {}{eviction}", target.encryption()))
     }
 
-    /// A warning if Redis may evict the stream. Nothing if the user may not ask.
+    /// Returns a warning if Redis may evict the stream. `None` also if the user may not ask for the policy.
     async fn eviction(&self) -> Option<String> {
         let (_, mut connection) = self.connection().await.ok()?;
         let info: String =
@@ -34,7 +34,7 @@ impl Redis {
         })
     }
 
-    /// Tries commands that change nothing, each because the user may lack the right to run it on this key.
+    /// Tries commands that change nothing, to find out whether the user may run them on this key.
     pub(in crate::sink) async fn probe(&self, key: &str, commands: &[&[&str]]) -> Result<(), PublishError> {
         let (_, mut connection) = self.connection().await?;
         for (name, rest) in commands.iter().filter_map(|command| command.split_first()) {
@@ -79,14 +79,14 @@ impl Redis {
         }
     }
 
-    /// The type of a key, as Redis names it; `none` if there is no such key.
+    /// Returns the type of a key, as Redis names it, or `none` if there is no such key.
     pub(in crate::sink) async fn key_type(&self, key: &str) -> Result<String, PublishError> {
         let (_, mut connection) = self.connection().await?;
         let answer = connection.call(redis::cmd("TYPE").arg(key), slot_of(key.as_bytes())).await;
         answer.and_then(|kind| Ok(redis::from_redis_value(kind)?)).map_err(call_error)
     }
 
-    /// Whether the stream has used up its ids. `false` also if there is no stream, or the user may not ask.
+    /// Whether the stream has used up its ids. `false` also if there is no stream or the user may not ask.
     pub(in crate::sink) async fn is_exhausted(&self, stream: &str) -> bool {
         let Ok((_, mut connection)) = self.connection().await else { return false };
         let mut command = redis::cmd("XINFO");

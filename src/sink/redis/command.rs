@@ -1,10 +1,10 @@
-//! One event's command for Redis, split into what events share and what is an event's own.
+//! The Redis command that publishes one event, split into the parts that events share and the event's own arguments.
 
 use std::borrow::Cow;
 
 use crate::event::Event;
 
-/// An argument of at least so many bytes is written into the call without a copy in between.
+/// The number of bytes from which an argument is written into the call without a copy in between.
 const LARGE_VALUE: usize = 16 * 1024;
 
 /// The command of the event that is being written, and the own arguments of all events so far.
@@ -13,20 +13,20 @@ pub(in crate::sink) struct Command<'a> {
     pub(super) shape: Shape,
     pub(super) shared: Words,
     pub(super) own: Words,
-    /// Large arguments, by their places among the own words, which are empty there.
+    /// The large arguments, each with its index in `own`, where an empty word stands for it.
     pub(super) large: Vec<(usize, Cow<'a, [u8]>)>,
 }
 
-/// What many events share: the literals of a command, and where its other arguments go.
+/// The part of a command that many events share: the literals, and the places of the other arguments.
 #[derive(Default, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
-    /// The literals; empty where another argument goes.
+    /// The literals. An empty word stands for another argument.
     pub(super) words: Words,
     /// The places of the shared arguments among the words, counted from 1.
     pub(super) shared: Vec<usize>,
     /// The places of the event's own arguments, counted from 1. 0: the argument is not a part of the command.
     pub(super) own: Vec<usize>,
-    /// Which of its own arguments is the event's key, counted from 1. 0: it has none.
+    /// The number of the own argument that is the event's key, counted from 1. 0: the event has no key.
     pub(super) key: usize,
 }
 
@@ -59,26 +59,26 @@ impl Words {
 }
 
 impl<'a> Command<'a> {
-    /// An argument that is the same for many events and never empty: the command, or the name of a field.
+    /// Adds an argument that is the same for many events and never empty: the name of the command or of a field.
     pub(in crate::sink) fn literal(&mut self, word: impl AsRef<[u8]>) {
         self.shape.words.push(word.as_ref());
     }
 
-    /// An argument that an event is likely to share with its neighbours.
+    /// Adds an argument that is probably the same for the next event.
     pub(in crate::sink) fn shared_arg(&mut self, value: impl AsRef<[u8]>) {
         self.literal("");
         self.shape.shared.push(self.shape.words.ends.len());
         self.shared.push(value.as_ref());
     }
 
-    /// An argument of the event's own.
+    /// Adds an argument that is the event's own.
     pub(in crate::sink) fn own_arg(&mut self, value: impl AsRef<[u8]>) {
         self.literal("");
         self.shape.own.push(self.shape.words.ends.len());
         self.own.push(value.as_ref());
     }
 
-    /// An argument of the event's own that may be large.
+    /// Adds an argument that is the event's own and may be large.
     pub(in crate::sink) fn document(&mut self, value: impl Into<Cow<'a, [u8]>>) {
         let value = value.into();
         if value.len() < LARGE_VALUE {
@@ -89,12 +89,13 @@ impl<'a> Command<'a> {
         }
     }
 
-    /// Marks the argument given last as the event's key, as it is printed. Two keys that print alike stop together.
+    /// Marks the last argument as the event's key in printed form. If two keys have the same printed form, both stop when one
+    /// fails.
     pub(in crate::sink) fn mark_key(&mut self) {
         self.shape.key = self.shape.own.len();
     }
 
-    /// Adds the event's key for the script where the command does not have it.
+    /// Adds the event's key for the script if the command does not contain it.
     pub(super) fn finish(&mut self, event: &Event) {
         if self.shape.key == 0
             && let Some(key) = event.key()
@@ -105,7 +106,7 @@ impl<'a> Command<'a> {
         }
     }
 
-    /// Begins the next event's command. Its own arguments follow those of the events before.
+    /// Begins the command of the next event. Its own arguments are added after those of the events before.
     pub(super) fn next(&mut self) {
         self.shape.words.clear();
         self.shape.shared.clear();
@@ -115,14 +116,14 @@ impl<'a> Command<'a> {
     }
 }
 
-/// How a kind of destination turns events into commands.
+/// The commands of a kind of destination.
 pub(in crate::sink) trait Commands: Send + Sync {
     /// Writes the command that publishes `event`.
     fn write<'a>(&self, event: &'a Event, command: &mut Command<'a>);
 
-    /// The key of Redis that the command writes to, if it writes to one.
+    /// Returns the Redis key that the command writes to, if it writes to one.
     fn key<'a>(&'a self, event: &'a Event) -> Option<Cow<'a, str>>;
 
-    /// Whether all events go to one key or channel, so that a wrong type of it concerns all of them.
+    /// Whether all events go to one key or channel, so that a key of the wrong type concerns all of them.
     fn one_key(&self) -> bool;
 }

@@ -1,4 +1,4 @@
-//! How standard output is configured: there is nothing to say.
+//! The configuration of standard output, which has no fields.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::sink::Sink;
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::stdout::{StdoutSink, closed};
 
-/// `type = "stdout"`.
+/// A destination with `type = "stdout"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {}
