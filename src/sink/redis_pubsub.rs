@@ -1,4 +1,5 @@
-//! Redis Pub/Sub: one message per event. That nobody listens is success; that somebody heard is never known.
+//! Redis Pub/Sub: one message per event. Publishing succeeds without a subscriber too, and whether a subscriber received a
+//! message is never known.
 
 mod spec;
 
@@ -14,16 +15,16 @@ use crate::sink::{Batch, Format, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// One Redis, the channels in it, and how to publish to them.
+/// The settings of a Redis Pub/Sub destination.
 #[derive(Debug, Clone)]
 pub struct RedisPubSubConfig {
-    /// Where the Redis is.
+    /// The address of the Redis.
     pub address: RedisAddress,
-    /// The channel of an event.
+    /// The channel that an event goes to.
     pub channel: Template,
-    /// What a message is.
+    /// The content of a message.
     pub format: Format,
-    /// Takes the place of an empty source of an event.
+    /// Replaces the source of an event whose source is empty.
     pub source: String,
     /// The longest wait for one answer.
     pub timeout: Duration,
@@ -45,7 +46,7 @@ struct Messages {
 }
 
 impl RedisPubSub {
-    /// A destination that connects at the first event.
+    /// Returns a destination that connects at the first event.
     pub fn new(config: RedisPubSubConfig) -> Self {
         let RedisPubSubConfig { address, channel, format, source, timeout, exactly_once } = config;
         Self { redis: Redis::new(address, timeout), messages: Messages { channel, format, source }, exactly_once }
@@ -97,7 +98,7 @@ impl Sink for RedisPubSub {
     }
 }
 
-/// The number of receivers is no identity of the message.
+/// Removes the message ids: what Redis answers is the number of receivers, which does not identify the message.
 fn without_ids(mut published: Published) -> Published {
     for outcome in &mut published.outcomes {
         if let Outcome::Delivered { message_id } = outcome {

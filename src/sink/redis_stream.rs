@@ -14,16 +14,16 @@ use crate::sink::{Batch, Published, Sink, cloudevent};
 
 pub use spec::Spec;
 
-/// One Redis, the streams in it, and how to publish to them.
+/// The settings of a Redis Streams destination.
 #[derive(Debug, Clone)]
 pub struct RedisStreamConfig {
-    /// Where the Redis is.
+    /// The address of the Redis.
     pub address: RedisAddress,
-    /// The stream of an event.
+    /// The stream that an event goes to.
     pub stream: Template,
-    /// About how many of its newest entries each stream keeps, read or not. `None`: streams grow until somebody trims them.
+    /// About how many of the newest entries each stream keeps, read or not. `None`: the relay never trims streams.
     pub max_length: Option<u64>,
-    /// Takes the place of an empty source of an event.
+    /// Replaces the source of an event whose source is empty.
     pub source: String,
     /// The longest wait for one answer.
     pub timeout: Duration,
@@ -45,7 +45,7 @@ struct Entries {
 }
 
 impl RedisStream {
-    /// A destination that connects at the first event.
+    /// Returns a destination that connects at the first event.
     pub fn new(config: RedisStreamConfig) -> Self {
         let RedisStreamConfig { address, stream, max_length, source, timeout, exactly_once } = config;
         Self { redis: Redis::new(address, timeout), entries: Entries { stream, max_length, source }, exactly_once }
@@ -139,7 +139,7 @@ impl Sink for RedisStream {
     }
 }
 
-/// A stream whose last id is the greatest there is.
+/// Returns the message for a stream whose last id is the greatest possible.
 fn exhausted(stream: &str) -> String {
     format!(
         "the stream {stream:?} has the greatest id there is, so Redis takes no entry more; set its last id to that of its last \

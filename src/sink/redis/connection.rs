@@ -1,4 +1,4 @@
-//! A connection, to one server or to a cluster.
+//! A connection to one server or to a cluster.
 
 use std::time::Duration;
 
@@ -15,30 +15,30 @@ use super::address::{RedisAddress, Target};
 use super::fault::connect_error;
 use crate::event::PublishError;
 
-/// How long connecting may take, for each server.
+/// The longest time that connecting to one server may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often the client library follows MOVED and ASK, and waits and asks again after TRYAGAIN, CLUSTERDOWN and the like,
-/// before that is the call's answer. Its own numbers make a call last ten minutes.
+/// How often the client library follows MOVED and ASK, and retries after TRYAGAIN, CLUSTERDOWN and the like, before it returns
+/// that answer. With the library's defaults a call could last ten minutes.
 const CLUSTER_RETRIES: u32 = 4;
 
-/// The longest wait between two of them, in milliseconds.
+/// The longest wait between two of these retries, in milliseconds.
 const CLUSTER_RETRY_WAIT: u64 = 100;
 
-/// Slots of a cluster.
+/// The number of slots of a cluster.
 const SLOTS: u16 = 16384;
 
 /// An open connection; clones share it.
 #[derive(Clone)]
 pub(super) enum Connection {
-    /// To one server.
+    /// A connection to one server.
     Single(MultiplexedConnection),
-    /// To each node of a cluster.
+    /// Connections to the nodes of a cluster.
     Cluster(ClusterConnection),
 }
 
 impl Connection {
-    /// Connects. Secrets are read, and Sentinels asked, anew. `timeout` bounds the wait for any one answer.
+    /// Connects. It reads the secrets and asks the Sentinels each time. `timeout` bounds the wait for each answer.
     pub(super) async fn open(address: &RedisAddress, timeout: Duration) -> Result<Self, PublishError> {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
@@ -72,13 +72,13 @@ impl Connection {
         })
     }
 
-    /// Whether events must be kept apart by the slot of their key.
+    /// Whether all keys of a call must be in one slot.
     pub(super) fn has_slots(&self) -> bool {
         matches!(self, Self::Cluster(_))
     }
 
-    /// Sends one command, in a cluster to the master of the slot `place`, and returns its answer. An error of the server
-    /// is one here.
+    /// Sends one command and returns its answer. In a cluster it goes to the master of the slot `place`. If the server answers
+    /// with an error, that is returned as an error.
     pub(super) async fn call(&mut self, command: &Cmd, place: u16) -> RedisResult<Value> {
         let answer = match self {
             Self::Single(connection) => connection.send_packed_command(command).await,
@@ -90,7 +90,7 @@ impl Connection {
         answer.and_then(Value::extract_error)
     }
 
-    /// Makes the script known to the server, or to every master of the cluster.
+    /// Loads the script into the server, or into every master of the cluster.
     pub(super) async fn load(&mut self, script: &Script) -> RedisResult<()> {
         match self {
             Self::Single(connection) => script.load_async(connection).await.map(drop),
@@ -103,7 +103,8 @@ async fn single(info: ConnectionInfo, config: &AsyncConnectionConfig) -> RedisRe
     Client::open(info)?.get_multiplexed_async_connection_with_config(config).await
 }
 
-/// Why no node of a cluster can be used, in the words of one that answers: the library tells only that none can.
+/// Returns the error of a node that answers, as the reason why no node of the cluster can be used. The library reports only that
+/// none can.
 async fn reason(nodes: &[ConnectionInfo], config: &AsyncConnectionConfig) -> Option<redis::RedisError> {
     for node in nodes {
         match single(node.clone(), config).await {
@@ -114,7 +115,8 @@ async fn reason(nodes: &[ConnectionInfo], config: &AsyncConnectionConfig) -> Opt
     None
 }
 
-/// The library would load scripts into replicas too, and wait for one that is down or loading.
+/// Sends commands to every master. The library would also load scripts into replicas, and wait for replicas that are down or
+/// loading.
 struct EveryMaster<'a>(&'a mut ClusterConnection);
 
 impl ConnectionLike for EveryMaster<'_> {
@@ -137,8 +139,8 @@ impl ConnectionLike for EveryMaster<'_> {
     }
 }
 
-/// The slot that a key lies in, in a cluster: the checksum (CRC-16/XMODEM) of what stands between its first `{` and the
-/// next `}`, or of all of it.
+/// Returns the slot of a key in a cluster: the checksum (CRC-16/XMODEM) of the text between its first `{` and the next `}`, or of
+/// the whole key.
 pub(super) fn slot_of(key: &[u8]) -> u16 {
     let tag = key.iter().position(|&byte| byte == b'{').and_then(|open| {
         let rest = &key[open + 1..];

@@ -1,4 +1,4 @@
-//! Whose fault an error of Redis is.
+//! Classifies errors of Redis.
 
 use redis::{ErrorKind, RedisError};
 
@@ -7,10 +7,10 @@ use crate::event::{Fault, PublishError};
 /// The code of an unknown outcome: the connection was lost before the answer.
 pub(super) const CONNECTION_LOST: &str = "connection_lost";
 
-/// An error text of the server, as it stands behind the `-` of its protocol.
+/// Returns the error of an error text of the server, with or without the `-` of the protocol.
 pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
     let text = text.strip_prefix('-').unwrap_or(text);
-    // An unknown command is answered with its arguments, which are the event.
+    // The answer to an unknown command quotes its arguments, which are the event.
     let text = text.split(", with args beginning with").next().unwrap_or(text);
     let (code, message) = text.split_once(' ').unwrap_or((text, ""));
     let fault = classify(code, message, one_key);
@@ -24,8 +24,8 @@ pub(super) fn server_error(text: &str, one_key: bool) -> PublishError {
     error(message)
 }
 
-/// Whether whoever asks is refused, whatever the event: the connection has no right, or lacks one for a command that all events
-/// need. A right that is missing for a key or a channel concerns the events that go there.
+/// Whether the connection is refused regardless of the event: it is not authenticated, or it lacks the right to run a command
+/// that all events need. A missing right for a key or a channel concerns the events that go there.
 fn concerns_no_event(code: &str, message: &str) -> bool {
     match code {
         "NOAUTH" | "WRONGPASS" => true,
@@ -39,7 +39,7 @@ fn concerns_no_event(code: &str, message: &str) -> bool {
     }
 }
 
-/// Whose fault an error of the server is. Total: what nobody has classified pauses the destination.
+/// Classifies an error of the server. An error that is not known here pauses the destination.
 fn classify(code: &str, message: &str, one_key: bool) -> Fault {
     match code {
         "NOAUTH" | "WRONGPASS" | "NOPERM" | "CROSSSLOT" => Fault::Misconfigured,
@@ -60,7 +60,7 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
         {
             Fault::Misconfigured
         }
-        // Where each event names its key, a key of the wrong type concerns those that name it, and no others.
+        // If each event names its key, a key of the wrong type concerns only the events that name it.
         "WRONGTYPE" if !one_key => Fault::Event,
         "WRONGTYPE" => Fault::Misconfigured,
         // LOADING, READONLY, OOM, MISCONF, CLUSTERDOWN, MASTERDOWN, NOREPLICAS, TRYAGAIN, BUSY, MOVED, ASK, too many clients, ...
@@ -68,7 +68,7 @@ fn classify(code: &str, message: &str, one_key: bool) -> Fault {
     }
 }
 
-/// An error while connecting: nothing was sent.
+/// Returns the error of a failed connect. No event was sent.
 pub(super) fn connect_error(error: RedisError) -> PublishError {
     match error.kind() {
         ErrorKind::AuthenticationFailed => PublishError::new(Fault::Misconfigured, "WRONGPASS", error.to_string()),
@@ -81,11 +81,11 @@ pub(super) fn connect_error(error: RedisError) -> PublishError {
     .of_destination()
 }
 
-/// An error of a call: the server's own, or a lost connection, after which nobody knows.
+/// Returns the error of a call: the server's own error, or a lost connection, after which the outcome is unknown.
 pub(super) fn call_error(error: RedisError) -> PublishError {
     let detail = error.detail().unwrap_or_default();
     match error.code() {
-        // Its last words before it closes the connection.
+        // Redis answers this just before it closes the connection.
         Some("ERR") if detail.starts_with("Protocol error") => {
             PublishError::new(Fault::Unknown, CONNECTION_LOST, detail)
         }
@@ -94,7 +94,8 @@ pub(super) fn call_error(error: RedisError) -> PublishError {
     }
 }
 
-/// After these the connection leads to the wrong place, or nowhere, or was opened with an outdated password.
+/// Whether the connection must be replaced after this error: it leads to the wrong server or is closed, or its user, password or
+/// rights are outdated.
 pub(super) fn wants_new_connection(error: &PublishError) -> bool {
     error.fault == Fault::Unknown
         || matches!(
@@ -103,8 +104,8 @@ pub(super) fn wants_new_connection(error: &PublishError) -> bool {
         )
 }
 
-/// A call of the script that is refused like this may be refused because of one of its keys. In a cluster all of them are in
-/// one slot, so that a slot that moves concerns them all.
+/// Whether a call of the script may have been refused because of one of its keys. In a cluster all keys of a call are in one
+/// slot, so a slot that moves concerns all of them.
 pub(super) fn concerns_a_key(error: &PublishError, clustered: bool) -> bool {
     match error.code.as_str() {
         "NOPERM" => true,

@@ -1,9 +1,9 @@
-//! Finding the event on which Redis closes the connection.
+//! Finds the event on which Redis closes the connection.
 //!
-//! Redis answers a value over its `proto-max-bulk-len` by closing the connection, which looks like an outage, and every event
-//! in flight is lost with it. Sent again and again in its batch, such an event would be an outage for ever. So an event that
-//! was in flight when several connections were lost is published alone, on a connection of its own. If that is closed each
-//! time, while the server answers in between, the event is charged.
+//! Redis closes the connection when a value is over its `proto-max-bulk-len`. This looks like an outage, and the outcome of every
+//! event in flight is unknown. If such an event were always published with its batch, the outage would never end. So an event
+//! that was in flight when several connections were lost is published alone, on a separate connection. If that connection is
+//! closed each time, while the server answers in between, the event is charged.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,8 +16,9 @@ use crate::sink::redis::fault::CONNECTION_LOST;
 /// After so many lost connections an event is published alone; after so many more it is charged each time.
 const LOSSES: u8 = 3;
 
-/// Smaller events exceed no limit: the server allows no `proto-max-bulk-len` and no `client-query-buffer-limit` below 1 MiB,
-/// and this leaves half of that to what is sent with an event. If their answers are lost, the network or a proxy is to blame.
+/// Events below this size, in bytes, exceed no limit: the server allows no `proto-max-bulk-len` and no
+/// `client-query-buffer-limit` below 1 MiB, and half of that is left for what is sent with an event. If the answers to smaller
+/// events are lost, the network or a proxy is the cause.
 const LARGE: usize = 512 * 1024;
 
 /// More events than can be in flight. When the map is cleared, counting starts anew.
@@ -27,7 +28,7 @@ const MAX_SUSPECTS: usize = 100_000;
 #[derive(Default)]
 pub(super) struct Suspects(Mutex<HashMap<Uuid, Losses>>);
 
-/// How many connections were lost with an event in flight.
+/// The number of connections that were lost with an event in flight.
 #[derive(Default)]
 struct Losses {
     /// While other events were in flight too.
@@ -45,7 +46,7 @@ impl Suspects {
         !losses.is_empty() && events.iter().any(must_go_alone)
     }
 
-    /// Counts the losses among `outcomes`, and forgets events that were delivered.
+    /// Counts the losses among `outcomes`, and removes events that were delivered.
     pub(super) fn note(&self, events: &[&Event], outcomes: &[Outcome]) {
         let mut losses = self.lock();
         if losses.len() > MAX_SUSPECTS {
@@ -61,7 +62,7 @@ impl Suspects {
         }
     }
 
-    /// Counts a loss of an event that was published alone. Returns whether there were enough to charge it.
+    /// Counts a loss of an event that was published alone. Returns whether there were enough losses to charge it.
     pub(super) fn lost_alone(&self, event: &Event) -> bool {
         let mut losses = self.lock();
         let losses = losses.entry(event.event_id).or_default();

@@ -1,18 +1,18 @@
-//! Exactly once: keeps an event from arriving twice that is published again after a crash or a lost answer.
+//! Exactly once: an event that is published again after a crash or a lost answer arrives once.
 //!
-//! Beside each stream lies a small hash for each partition of the outbox, its *state* (see `state`). It says which claim
-//! published last (`owner`: its epoch and token), what each chunk of that claim added (fields `1`, `2`, ...), and which events
-//! of earlier claims are still not settled (`already_sent`). The script of a chunk writes the state together with the stream,
-//! so whatever happens to Redis, both have the same age.
+//! Beside each stream there is a small hash for each partition of the outbox, its *state* (see `state`). It holds the claim that
+//! published last (`owner`: its epoch and token), the events that each chunk of that claim added (fields `1`, `2`, ...), and the
+//! events of earlier claims that are still not settled (`already_sent`). The script of a chunk writes the state and the stream
+//! together, so that after a crash or a failover of Redis both have the same age.
 //!
-//! 1. A chunk takes over a state whose list is empty and whose epoch is lower. Any other state of another claim it reports,
-//!    and adds nothing.
-//! 2. Then the claim asks the outbox for an epoch above the state's, and which of the listed events still wait. The outbox
+//! 1. A chunk takes over a state whose list is empty and whose epoch is lower. If it finds any other state of another claim, it
+//!    adds nothing and returns that state.
+//! 2. Then the claim asks the outbox for an epoch above the state's, and for the listed events that still wait. The outbox
 //!    answers only while the claim holds its partitions. The events that still wait were published already, and are not
 //!    published again.
 //! 3. When the claim is settled, a *clear* empties its list. If a clear is lost, the next claim does step 2.
 //!
-//! So a claim that lost its partitions without knowing it is refused as soon as another claim has published there.
+//! So a claim that has lost its partitions without knowing it is refused as soon as another claim has published there.
 
 use std::collections::{HashMap, HashSet};
 
@@ -27,11 +27,11 @@ use crate::sink::redis::script::{self, ChunkStates, Settled};
 use crate::sink::redis::state::{Added, StateToRecover};
 use crate::sink::redis::state_key::{Replaced, state_key};
 
-/// How far above the claim's own an epoch may be. A failover of the database takes its epochs back by as many settles as it
-/// loses. A number that is further away is not a relay's, and would use up the database's own numbers.
+/// How far an epoch may be above the claim's own. A failover of the database sets its epochs back by the number of settles that
+/// it loses. A number that is further away was not written by a relay, and would use up the database's own numbers.
 const EPOCH_REACH: i64 = 1 << 40;
 
-/// What one publish call knows about the states that it writes to.
+/// The states that one publish call writes to, as far as the call knows them.
 pub(super) struct Once<'a> {
     claim: &'a ClaimContext<'a>,
     replaced: &'a Replaced,
@@ -42,11 +42,11 @@ pub(super) struct Once<'a> {
 #[derive(Default)]
 struct State {
     partition: i16,
-    /// The epoch from when the claim was renewed; before, it is the claim's own.
+    /// The epoch of the renewed claim. `None`: the claim was not renewed, and its own epoch counts.
     epoch: Option<i64>,
-    /// This claim has written to it.
+    /// Whether this claim has written to the state.
     owned: bool,
-    /// A chunk may have been added whose answer is not known.
+    /// Whether a chunk may have been added whose answer is not known.
     unknown: bool,
     /// Events that earlier claims published and that still wait.
     already_sent: Vec<Added>,
@@ -72,17 +72,17 @@ impl<'a> Once<'a> {
         self.replaced.current(state_key(beside.as_deref(), &name))
     }
 
-    /// What lies at the key of a state is taken for a state only if its owner's epoch is at most this.
+    /// Returns the highest epoch of an owner. A hash at the key of a state whose epoch is higher does not count as a state.
     pub(super) fn highest_epoch(&self) -> i64 {
         self.claim.id.epoch.saturating_add(EPOCH_REACH)
     }
 
-    /// Moves a state to another key, because this key holds something else. `false`: too many keys were tried.
+    /// Moves a state to another key, because this key holds something else. Returns false if too many keys were tried.
     pub(super) fn replace(&self, key: &str) -> bool {
         self.replaced.replace(key)
     }
 
-    /// The states of the next chunk.
+    /// Returns the states that the next chunk writes to.
     pub(super) fn chunk(&mut self, events: &[&Event], chunk: &[usize], commands: &dyn Commands) -> ChunkStates {
         self.chunks += 1;
         let token = self.claim.id.token;
@@ -91,7 +91,7 @@ impl<'a> Once<'a> {
         for &index in chunk {
             let event = events[index];
             let beside = commands.key(event);
-            // Events of a partition lie side by side, and usually go to one stream.
+            // Events of a partition are next to each other in a batch, and usually go to one stream.
             if let Some((partition, stream, place)) = &last
                 && *partition == event.row.partition
                 && stream.as_deref() == beside.as_deref()
@@ -178,7 +178,8 @@ impl<'a> Once<'a> {
         events.iter().enumerate().filter_map(delivered).collect()
     }
 
-    /// The calls that empty the lists once `delivered` are settled: one for each slot of a cluster, with that slot.
+    /// Returns the calls that empty the lists, to be made when `delivered` are settled: one call for each slot of a cluster, with
+    /// that slot.
     pub(super) fn clears<'e>(&self, delivered: impl Iterator<Item = &'e Event>, clustered: bool) -> Vec<(u16, Cmd)> {
         let lists_any = self.states.values().any(|state| !state.already_sent.is_empty());
         let delivered: HashSet<(i64, Uuid)> =

@@ -1,4 +1,4 @@
-//! Publishing a batch in chunks, each one call of the script.
+//! Publishes a batch in chunks. Each chunk is one call of the script.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -21,25 +21,26 @@ use crate::sink::rounds::{Limits, Rounds};
 use crate::sink::{Batch, ClaimContext, Published};
 use crate::text::message_id;
 
-/// A chunk of 100 keeps Redis busy for well under a millisecond, and is what can be unknown after a cut connection.
+/// The limits of a chunk. 100 events keep Redis busy for well under a millisecond. The outcome of a whole chunk is unknown if the
+/// connection is lost before its answer.
 const LIMITS: Limits = Limits { request_events: 100, request_key_events: 100, request_bytes: 1 << 20, requests: 32 };
 
-/// One event in flight.
+/// The limits for one event in flight at a time.
 const ONE_BY_ONE: Limits = Limits { request_events: 1, requests: 1, ..LIMITS };
 
-/// A connection's buffer keeps the size of the largest call. An event that is larger than all that is in flight otherwise goes
-/// over a connection of its own.
+/// An event that is larger than this, in bytes, is published over a separate connection. The limit is that of all calls in
+/// flight. A connection's buffer never shrinks below its largest call.
 const OWN_CONNECTION_BYTES: usize = IN_FLIGHT_KIB as usize * 1024;
 
-/// What a command has besides the event's own bytes, about: names of fields, ids and times.
+/// About how many bytes a command has besides the event's own: names of fields, ids and times.
 const COMMAND_BYTES: usize = 512;
 
-/// The headers of an event that a script can pass on: Lua unpacks at most about 8,000 values at once.
+/// The most headers of an event that the script can pass on. Lua unpacks at most about 8,000 values at once.
 const MAX_HEADERS: usize = 1000;
 
 impl Redis {
-    /// Publishes a batch: the whole of [`Sink::publish`](crate::sink::Sink::publish). Redis keeps notes of what was published
-    /// only with `exactly_once`.
+    /// Publishes a batch as [`Sink::publish`](crate::sink::Sink::publish) does. Only with `exactly_once` Redis keeps states of
+    /// what was published.
     pub(in crate::sink) async fn publish(
         &self,
         &Batch { events, deadline, claim }: &Batch<'_>,
@@ -57,7 +58,7 @@ impl Redis {
         published
     }
 
-    /// Publishes one event at a time, over a connection that no other event can close. Ends at the first loss.
+    /// Publishes one event at a time, over a connection that no other lane uses. Ends at the first loss.
     async fn publish_one_by_one(
         &self,
         events: &[&Event],
@@ -69,7 +70,7 @@ impl Redis {
         let mut published = own.publish_within(ONE_BY_ONE, events, claim, deadline, commands).await;
         if let Some(at) = published.outcomes.iter().position(is_lost)
             && is_large(events[at])
-            // Only if Redis answers when nothing is published is the loss due to this event.
+            // Only if Redis answers when nothing is published, this event is the cause of the loss.
             && matches!(tokio::time::timeout_at(deadline.into(), own.check()).await, Ok(Ok(_)))
             && self.suspects.lost_alone(events[at])
         {
@@ -91,7 +92,7 @@ impl Redis {
         if Instant::now() >= deadline {
             return Published::of(vec![Outcome::Held; events.len()]);
         }
-        // Another lane may be connecting: the timeout covers the wait for it.
+        // Another lane may be connecting. The timeout includes the wait for it.
         let connected = tokio::time::timeout_at(deadline.into(), self.connection()).await;
         let in_time = |_| {
             Err(PublishError::new(Fault::Destination, "connect", "no connection to Redis in time").of_destination())
@@ -131,13 +132,13 @@ struct Chunks<'a> {
     commands: &'a dyn Commands,
     once: Option<Once<'a>>,
     deadline: Instant,
-    /// Each call writes to one key, so an error that concerns a key concerns all of its events.
+    /// Whether each call writes to one key, so that an error that concerns a key concerns all events of the call.
     one_key_a_call: bool,
-    /// Taking over a state has shown that the connection is of no more use.
+    /// Whether taking over a state has shown that the connection must be replaced.
     lost: bool,
 }
 
-/// One chunk: the states that it writes to, and what became of it.
+/// One chunk: the states that it writes to, and its result.
 struct Chunk {
     states: ChunkStates,
     became: Became,
@@ -146,13 +147,13 @@ struct Chunk {
 enum Became {
     /// Nothing was added.
     Nothing,
-    /// It was added.
+    /// The chunk was added.
     Added,
-    /// It may have been added.
+    /// The chunk may have been added.
     Unknown,
-    /// Nothing was added, because of these states.
+    /// Nothing was added, because these states must be recovered first.
     Recover(Vec<StateToRecover>),
-    /// Nothing was added, because of one of its keys.
+    /// Nothing was added, because Redis refused one of the keys.
     RefusedForAKey,
 }
 
@@ -166,7 +167,7 @@ impl Requests for Chunks<'_> {
         }
     }
 
-    /// In a cluster, the slot.
+    /// Returns the slot in a cluster, and 0 elsewhere.
     fn place(&self, index: usize) -> u16 {
         if self.connection.has_slots() { slot(self.events[index], self.commands) } else { 0 }
     }
@@ -197,7 +198,7 @@ impl Requests for Chunks<'_> {
                 };
                 (Became::Recover(to_recover.into_iter().flatten().collect()), answer)
             }
-            // With each key in calls of its own the others go on.
+            // Sent again with one key in each call, the events of the other keys are published.
             Err(error) if !self.one_key_a_call && concerns_a_key(&error, self.connection.has_slots()) => {
                 (Became::RefusedForAKey, Answer::Again)
             }
@@ -249,7 +250,7 @@ impl Chunks<'_> {
         let call = script::publish(self.events, members, self.commands, states);
         let slot = slot(self.events[members[0]], self.commands);
         let value = match send(self.connection.clone(), &call, slot, self.deadline).await {
-            // The server forgot its scripts and ran nothing.
+            // The server has lost its scripts, and ran nothing.
             Err(error) if error.code == "NOSCRIPT" => {
                 let mut connection = self.connection.clone();
                 let loaded = tokio::time::timeout_at(self.deadline.into(), connection.load(&PUBLISH)).await;
@@ -261,10 +262,10 @@ impl Chunks<'_> {
         answer(value, &states.keys, self.once.as_ref().map_or(i64::MAX, Once::highest_epoch), members.len())
     }
 
-    /// Takes over the states that other claims have left behind. Returns the events that they list as published already.
+    /// Takes over the states that other claims have left. Returns the events that they list as published already.
     ///
     /// # Errors
-    /// Redis did not do it. `None`: the claim is lost.
+    /// A call of Redis failed. `None`: the claim is lost.
     async fn take_over(
         &mut self,
         states: HashMap<String, StateToRecover>,
@@ -275,7 +276,7 @@ impl Chunks<'_> {
         for (key, call) in calls {
             match send(self.connection.clone(), &call, slot_of(key.as_bytes()), self.deadline).await.map_err(Some)? {
                 Value::Int(1) => delivered.extend(once.taken_over(&key, self.events, self.commands)),
-                // It has changed since: its chunks are refused once more, and it is read anew.
+                // The state has changed since it was read. The next chunk is refused again and returns the state again.
                 Value::Int(0) => {}
                 _ => return Err(Some(unexpected_reply())),
             }
@@ -284,7 +285,7 @@ impl Chunks<'_> {
     }
 }
 
-/// Clears the states, to be done when `outcomes` are settled.
+/// Returns a future that clears the states, to be run when `outcomes` are settled. `None`: there is nothing to clear.
 fn clear(
     connection: Connection,
     once: &Once<'_>,
@@ -307,14 +308,14 @@ fn clear(
     }))
 }
 
-/// Why an event cannot be sent at all.
+/// Returns an error if the event cannot be sent at all.
 fn refusal(event: &Event, commands: &dyn Commands) -> Option<PublishError> {
     let count = event.headers.len();
     if count > MAX_HEADERS {
         let message = format!("the event has {count} headers, a Redis destination takes {MAX_HEADERS}");
         return Some(PublishError::new(Fault::Unfit, "too_many_headers", message));
     }
-    // Such a stream would take the key of a state, and no event of that partition could be published.
+    // Such a stream would have the key of a state, and no event of that partition could be published.
     let is_reserved = !commands.one_key() && commands.key(event).is_some_and(|key| is_state_key(&key));
     is_reserved.then(|| {
         let message = "the template makes a name of this event that the relay keeps for its own notes beside streams";
@@ -336,21 +337,21 @@ fn move_state(once: &Once<'_>, key: String) -> Option<PublishError> {
     Some(PublishError::new(Fault::Misconfigured, "no_state", message))
 }
 
-/// The slot of a cluster that an event's command goes to.
+/// Returns the slot of a cluster that an event's command goes to.
 fn slot(event: &Event, commands: &dyn Commands) -> u16 {
-    // A message on a channel reaches every node from any node. All go by way of one node, so that they keep their order.
+    // A message on a channel reaches every node from any node. All are sent to one node, so that they keep their order.
     commands.key(event).map_or(0, |key| slot_of(key.as_bytes()))
 }
 
-/// What the script answered.
+/// The answer of the script.
 pub(super) enum ScriptAnswer {
-    /// A line for each event.
+    /// The replies, one line for each event.
     Replies(String),
-    /// Nothing was done: these states are to be recovered or moved first.
+    /// Nothing was done, because these states must be recovered or moved first.
     States(Vec<Found>),
 }
 
-/// Reads the script's answer to a chunk of so many events, with states of these keys.
+/// Reads the script's answer to a chunk of `event_count` events. `keys` are the keys of its states.
 pub(super) fn answer(
     value: Value,
     keys: &[String],

@@ -1,4 +1,4 @@
-//! Reading a stream back, for an audit.
+//! Reads a stream back, for an audit.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use crate::sink::redis::RedisAddress;
 use crate::sink::redis::connection::{Connection, slot_of};
 use crate::sink::redis::fault::call_error;
 
-/// Entries asked for at a time; each may have a payload of a megabyte.
+/// The most entries that are read at a time. Each may have a payload of a megabyte.
 const PAGE: usize = 100;
 
-/// How long one page may take.
+/// The longest wait for one page.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A stream that is read in order.
+/// Reads the entries of a stream in order.
 pub struct StreamReader<'a> {
     stream: &'a str,
     connection: Connection,
@@ -27,15 +27,16 @@ pub struct StreamReader<'a> {
 }
 
 impl<'a> StreamReader<'a> {
-    /// At the stream's beginning.
+    /// Connects, and returns a reader at the beginning of the stream.
     ///
     /// # Errors
-    /// No connection.
+    /// There is no connection.
     pub async fn open(address: &RedisAddress, stream: &'a str) -> Result<Self, PublishError> {
         Ok(Self { stream, connection: Connection::open(address, TIMEOUT).await?, last: None })
     }
 
-    /// Calls `each` with every entry from where it stands to the one that is the last now; `None`: one that no relay made.
+    /// Calls `each` with every entry after the last that was read, up to the present end of the stream. `None`: an entry that no
+    /// relay made.
     ///
     /// # Errors
     /// Redis cannot be read.
@@ -56,7 +57,7 @@ impl<'a> StreamReader<'a> {
         }
     }
 
-    /// How many entries were trimmed from it or deleted.
+    /// Returns how many entries were trimmed from the stream or deleted.
     ///
     /// # Errors
     /// Redis cannot be read.

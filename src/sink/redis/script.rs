@@ -1,6 +1,6 @@
-//! The scripts that Redis runs, and the calls of them: publishing a chunk, taking over a state, and clearing one.
+//! The scripts that Redis runs, and their calls: one publishes a chunk, one takes over a state, and one clears states.
 //!
-//! [`once`](super::once) says what the states are for.
+//! [`once`](super::once) explains the states.
 
 use std::collections::HashSet;
 use std::sync::LazyLock;
@@ -11,26 +11,26 @@ use crate::event::Event;
 use crate::sink::redis::command::{Command, Commands, Shape, Words};
 use crate::sink::redis::state::{Added, StateToRecover, format_added, list_event};
 
-/// How long the state of a partition in which nothing happens is kept. It must outlast a publish call that began before
-/// another claim took over. Such a call ends with its timeout, of at most ten minutes.
+/// The seconds after which the state of an idle partition is deleted. It must outlast a publish call that began before another
+/// claim took over. Such a call ends with its timeout of at most ten minutes.
 const STATE_LIFETIME_SECONDS: u32 = 86_400;
 
-/// Runs each event's command. A pipeline of bare commands could invert a key: an error on one, success on the next.
+/// Runs each event's command. A pipeline of commands could break the order of a key: one fails, and the next succeeds.
 ///
-/// KEYS: those that events are written to, then the states (see [`once`](super::once)).
+/// KEYS: the keys that events are written to, then the states (see [`once`](super::once)).
 ///
 /// ARGV: the claim's token; the chunk's number; the number of states, and for each its epoch and the list of its events; the
-/// number of shapes; for each, with their number before them, its words, an empty one where a value goes, then the places
-/// among them of the values that the events of a run share, then those of each event's own (place 0: nowhere), and at last
-/// which of its own values is an event's key (0: none). Then runs of events: shape, state (0: none), number of events, the
-/// shared values, and each event's own.
+/// number of shapes; for each shape three lists, each with its length before it: the words, where an empty word stands for a
+/// value; the places of the values that the events of a run share; the places of each event's own values (place 0: nowhere);
+/// and after the lists the number of the own value that is the event's key (0: none). Then runs of events: shape, state
+/// (0: none), number of events, the shared values, and each event's own values.
 ///
 /// The answer is one text with a line for each event: the command's reply, `-` and an error, or nothing if an earlier event of
 /// its key failed. One text takes less time to read than a reply for each event. If the claim may not write to some of the
-/// states, nothing is done, and the answer is a list of those: states to recover, and keys that hold no state.
+/// states, nothing is done, and the answer is the list of those: states to recover, and keys that hold no state.
 ///
-/// There are shapes and runs because what events share would otherwise be most of what Redis parses, which takes as long as
-/// adding the entries.
+/// Shapes and runs exist because Redis would otherwise mostly parse what events share, which takes as long as adding the
+/// entries.
 pub(super) static PUBLISH: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         r"
@@ -115,8 +115,8 @@ return table.concat(replies, '\n')",
     )
 });
 
-/// Takes a state over, unless it has changed since it was read. KEYS: the state. ARGV: its number of fields and its owner when
-/// it was read; the owner from now on; the list of events that earlier claims published and that still wait.
+/// Takes over a state, unless it has changed since it was read. KEYS: the state. ARGV: its number of fields and its owner when
+/// it was read; the new owner; the list of events that earlier claims published and that still wait.
 const TAKE_OVER: &str = "
 if redis.call('HLEN', KEYS[1]) ~= tonumber(ARGV[1]) or redis.call('HGET', KEYS[1], 'owner') ~= ARGV[2] then return 0 end
 redis.call('DEL', KEYS[1])
@@ -125,7 +125,7 @@ if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'already_sent', ARGV[4]) end
 return 1";
 
 /// Empties the lists of states that are settled, except those that another claim owns by now. KEYS: the states. ARGV: the
-/// lifetime in seconds; for each state its owner, and the list of what earlier claims published and still waits.
+/// lifetime in seconds; for each state its owner, and the list of events that earlier claims published and that still wait.
 const CLEAR: &str = "
 for n = 1, #KEYS do
   local owner, already_sent = ARGV[2 * n], ARGV[2 * n + 1]
@@ -141,30 +141,30 @@ for n = 1, #KEYS do
 end
 return redis.status_reply('OK')";
 
-/// The states that a chunk writes to; none if its batch belongs to no claim.
+/// The states that a chunk writes to. There are none if the batch belongs to no claim.
 #[derive(Default)]
 pub(super) struct ChunkStates {
     /// The claim's token.
     pub(super) token: u64,
-    /// The chunk's number within its claim, by which one that is sent twice is recognised.
+    /// The chunk's number within its claim. By it a chunk that is sent twice is recognised.
     pub(super) chunk: usize,
     pub(super) keys: Vec<String>,
     /// The claim's epoch at each of `keys`.
     pub(super) epochs: Vec<i64>,
-    /// The state of each of its events, as an index into `keys`.
+    /// The state of each event of the chunk, as an index into `keys`.
     pub(super) of: Vec<usize>,
 }
 
 /// Events in a row with the same shape, state and shared arguments.
 struct Run {
     shape: usize,
-    /// The number of the state, counted from 1. 0: there is none.
+    /// The number of the state, counted from 1. 0: no state.
     state: usize,
     shared: Words,
     events: usize,
 }
 
-/// The call that publishes one chunk.
+/// Returns the call that publishes one chunk.
 pub(super) fn publish(events: &[&Event], chunk: &[usize], commands: &dyn Commands, states: &ChunkStates) -> Cmd {
     let mut shapes: Vec<Shape> = Vec::new();
     let mut runs: Vec<Run> = Vec::new();
@@ -231,14 +231,14 @@ pub(super) fn publish(events: &[&Event], chunk: &[usize], commands: &dyn Command
     cmd
 }
 
-/// A call of the publishing script that does nothing, for checking that the user may run it.
+/// Returns a call of the publishing script that publishes nothing, to check that the user may run it.
 pub(super) fn publish_nothing() -> Cmd {
     let mut cmd = redis::cmd("EVALSHA");
     cmd.arg(PUBLISH.get_hash()).arg(0).arg(0).arg(0).arg(0).arg(0); // no key, no claim, no state, no shape
     cmd
 }
 
-/// The call that takes over a state for `owner`.
+/// Returns the call that takes over a state for `owner`.
 pub(super) fn take_over(state: &StateToRecover, owner: &str, already_sent: &[Added]) -> Cmd {
     let mut cmd = redis::cmd("EVAL");
     cmd.arg(TAKE_OVER).arg(1).arg(&state.key).arg(state.fields).arg(&state.owner);
@@ -250,11 +250,11 @@ pub(super) fn take_over(state: &StateToRecover, owner: &str, already_sent: &[Add
 pub(super) struct Settled<'a> {
     pub(super) key: &'a str,
     pub(super) owner: String,
-    /// What earlier claims published and that still waits.
+    /// The events that earlier claims published and that still wait.
     pub(super) already_sent: Vec<Added>,
 }
 
-/// The call that clears states.
+/// Returns the call that clears states.
 pub(super) fn clear(states: &[Settled<'_>]) -> Cmd {
     let mut cmd = redis::cmd("EVAL");
     cmd.arg(CLEAR).arg(states.len());

@@ -1,4 +1,4 @@
-//! The fields that say where a Redis is.
+//! The fields that give the address of a Redis.
 
 use std::path::PathBuf;
 
@@ -10,13 +10,13 @@ use crate::secret::Secret;
 use crate::sink::redis::RedisAddress;
 use crate::sink::spec::{Field, Invalid, UrlParts};
 
-/// At lower levels the client logs what it sends.
+/// The log target of the client. At levels below WARN it logs what it sends.
 pub(in crate::sink) const LOG_TARGETS: &[(&str, LevelFilter)] = &[("redis", LevelFilter::WARN)];
 
-/// Parameters of a Redis URL itself.
+/// The parameters that belong to a Redis URL itself and are not fields.
 const URL_PARAMETERS: [&str; 6] = ["master", "sentinel_username", "sentinel_password", "db", "user", "pass"];
 
-/// Where a Redis is, of the fields of a kind's own.
+/// The fields of a destination that give the address of its Redis.
 pub(in crate::sink) struct Location<'a> {
     pub(in crate::sink) url: Option<&'a SecretString>,
     pub(in crate::sink) url_file: Option<&'a PathBuf>,
@@ -29,7 +29,7 @@ pub(in crate::sink) struct Location<'a> {
 }
 
 impl Location<'_> {
-    /// The address.
+    /// Returns the address that the fields give, after checking it.
     pub(in crate::sink) fn address(&self) -> Result<RedisAddress, Invalid> {
         let (field, address) = match (self.url, self.url_file, self.host) {
             (Some(url), None, None) => ("url", RedisAddress::Url(Secret::inline(url.expose_secret()))),
@@ -61,7 +61,7 @@ impl Location<'_> {
     }
 }
 
-/// The field `url`, of a URL whose scheme ends in `+stream` or `+pubsub`.
+/// Returns the field `url` for a URL whose scheme ends in `+stream` or `+pubsub`.
 pub(in crate::sink) fn url_field(url: &mut UrlParts<'_>) -> Result<Vec<Field>, String> {
     let scheme = url.scheme.rsplit_once('+').map_or(url.scheme, |(scheme, _)| scheme);
     let (own, fields) = std::mem::take(&mut url.query)

@@ -1,4 +1,4 @@
-//! What the state beside a stream lists, as text and as values. See [`once`](super::once) for what a state is for.
+//! The content of the state beside a stream, as text and as values. [`once`](super::once) explains the states.
 //!
 //! A state is a hash. Its field `owner` holds the epoch and the token of the claim that published last. Every other field is a
 //! list of events: a line with sequence and id of each event, an empty line, and a line with the reply to each of them.
@@ -27,8 +27,8 @@ pub(super) struct Added {
 /// A state that a chunk may not write to: one to recover, or the key of something that is no state.
 pub(super) type Found = Result<StateToRecover, String>;
 
-/// The states in the answer of a chunk that added nothing. `None`: it is another answer. A state whose epoch is above
-/// `highest_epoch` is none.
+/// Returns the states in the answer to a chunk that added nothing. `None`: the answer is another one. A hash whose epoch is above
+/// `highest_epoch` is no state.
 pub(super) fn found(answer: &Value, keys: &[String], highest_epoch: i64) -> Option<Vec<Found>> {
     let Value::Array(states) = answer else { return None };
     if states.is_empty() {
@@ -45,9 +45,9 @@ fn found_state(state: &Value, keys: &[String], highest_epoch: i64) -> Option<Fou
     Some(state.ok_or(key))
 }
 
-/// `None`: it is no state of ours.
+/// Reads a state. `None`: no relay wrote it.
 fn state_to_recover(key: &str, fields: &Value) -> Option<StateToRecover> {
-    // The error of a key of another type is no list.
+    // For a key of another type the answer holds an error instead of a list.
     let Value::Array(fields) = fields else { return None };
     let (mut owner, mut added) = (None, Vec::new());
     for field in fields.chunks_exact(2) {
@@ -76,7 +76,7 @@ fn parse_added(text: &str) -> Option<Vec<Added>> {
         .collect()
 }
 
-/// The text that [`parse_added`] reads; empty if nothing was added.
+/// Returns the text that [`parse_added`] reads. It is empty if nothing was added.
 pub(super) fn format_added(added: &[Added]) -> String {
     if added.is_empty() {
         return String::new();

@@ -1,16 +1,16 @@
-//! The keys of the states that lie beside streams; see `once`.
+//! The keys of the states beside streams. `once` explains the states.
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use crate::sink::redis::connection::slot_of;
 
-/// So many keys are tried for one state.
+/// The most keys that are tried for one state.
 const MAX_KEYS: u32 = 10;
 
-/// The key of a state, in the same slot of a cluster as the stream that it lies beside.
+/// Returns the key of a state. In a cluster it is in the same slot as its stream.
 pub(super) fn state_key(stream: Option<&str>, name: &str) -> String {
-    // What goes to channels, which are no keys, all goes by way of slot 0.
+    // Channels are not keys. The commands for all of them go to slot 0.
     let Some(stream) = stream else { return format!("relay:{{{}}}:{name}", *SLOT_0) };
     let tagged =
         stream.split_once('{').and_then(|(_, rest)| rest.split_once('}')).is_some_and(|(tag, _)| !tag.is_empty());
@@ -20,18 +20,18 @@ pub(super) fn state_key(stream: Option<&str>, name: &str) -> String {
     if !stream.is_empty() && !stream.contains('}') {
         return format!("{{{stream}}}:relay:{name}");
     }
-    // No tag says it: a number does that falls into the same slot.
+    // The name of this stream cannot be a hash tag. A number in the same slot is used instead.
     format!("{{{}}}{stream}:relay:{name}", number_in(slot_of(stream.as_bytes())))
 }
 
 static SLOT_0: LazyLock<u32> = LazyLock::new(|| number_in(0));
 
-/// The first number that falls into a slot.
+/// Returns the lowest number whose slot is `slot`.
 fn number_in(slot: u16) -> u32 {
     (0..).find(|number: &u32| slot_of(number.to_string().as_bytes()) == slot).unwrap_or_default()
 }
 
-/// Whether this is the key of a state, of any outbox and destination: a stream must not have such a name.
+/// Whether this is the key of a state of any outbox and destination. A stream must not have such a name.
 pub(super) fn is_state_key(key: &str) -> bool {
     let beside_channels = key.strip_prefix("relay:{").and_then(|rest| rest.split_once("}:")).map(|(_, name)| name);
     beside_channels
@@ -40,8 +40,8 @@ pub(super) fn is_state_key(key: &str) -> bool {
         .any(is_state_name)
 }
 
-/// Whether this is `outbox:destination:partition`, with what a later key of the same state has besides. An outbox is 12
-/// hexadecimal digits, on PostgreSQL with the database's oid.
+/// Whether this is `outbox:destination:partition`, with or without the ending `:v2` and so on of a later key of the same state.
+/// An outbox is 12 hexadecimal digits, on PostgreSQL followed by the database's oid.
 fn is_state_name(name: &str) -> bool {
     let Some((outbox, rest)) = name.split_once(':') else { return false };
     let (random, oid) = outbox.split_once('-').unwrap_or((outbox, "0"));
@@ -52,12 +52,12 @@ fn is_state_name(name: &str) -> bool {
         && rest.rsplit_once(':').is_some_and(|(_, last)| digits(last.trim_start_matches('v')))
 }
 
-/// States whose key holds something else: which key has taken its place.
+/// The states whose first key holds something else, with the numbers of the keys that replace it.
 #[derive(Default)]
 pub(super) struct Replaced(Mutex<HashMap<String, u32>>);
 
 impl Replaced {
-    /// The key of the state that was to have this one.
+    /// Returns the present key of the state whose first key is `key`.
     pub(super) fn current(&self, key: String) -> String {
         let replaced = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match replaced.get(&key) {
@@ -66,7 +66,7 @@ impl Replaced {
         }
     }
 
-    /// From now on the next key takes the place of this one. `false`: there have been too many.
+    /// Replaces the key `current` by the next one. Returns false if too many keys were tried.
     pub(super) fn replace(&self, current: &str) -> bool {
         let (key, number) = match current.rsplit_once(":v") {
             Some((key, number)) => (key, number.parse().unwrap_or(1)),
@@ -74,7 +74,7 @@ impl Replaced {
         };
         let mut replaced = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let last = replaced.entry(key.to_owned()).or_insert(1);
-        // Another lane may have been first.
+        // Another lane may have replaced it already.
         *last = (*last).max(number + 1);
         *last <= MAX_KEYS
     }

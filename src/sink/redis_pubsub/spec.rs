@@ -1,4 +1,4 @@
-//! How a destination of Redis Pub/Sub is configured.
+//! The configuration of a Redis Pub/Sub destination.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::template::{Template, TemplateError};
 use crate::sink::{Format, Sink};
 
-/// `type = "redis-pubsub"`.
+/// The fields of a destination with `type = "redis-pubsub"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {

@@ -1,4 +1,4 @@
-//! How a destination of Redis Streams is configured.
+//! The configuration of a Redis Streams destination.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::sink::redis_stream::{RedisStream, RedisStreamConfig};
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
 use crate::sink::template::{Template, TemplateError};
 
-/// `type = "redis-stream"`.
+/// The fields of a destination with `type = "redis-stream"`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
