@@ -92,6 +92,8 @@ async fn f15_another_relay_takes_over_at_once_and_the_zombie_settles_nothing() {
     let mut setup = Setup::new(&database, vec![("a", zombie.clone())]);
     setup.outbox.worker = "zombie".to_owned();
     setup.relay.lanes = 1;
+    // The drain below waits as long as its own timeout, and the zombie's call must not end before that.
+    setup.policy.timeout = Duration::from_secs(300);
     let running = setup.run();
     gate.entered().await;
 
