@@ -1,12 +1,11 @@
 //! Checks that a stream contains what was emitted. `relay audit` and the chaos tests use it.
 //!
-//! Its input is the stream, then one snapshot of the database, then the entries that came into the stream meanwhile. So a
-//! running relay causes no false alarm: an event of the first reading is later either still in the outbox or recorded; an
-//! event that is recorded as published was in the stream before, so it is in one of the two readings.
+//! It reads the stream, then one snapshot of the database, then the entries that came into the stream meanwhile. So a
+//! running relay causes no false alarm: an event of the first reading is later in the outbox or recorded, and an event that is
+//! recorded as published was in the stream before, so one of the two readings has it.
 //!
-//! Memory grows with the number of different events, but not with their payloads, of which only checksums are kept: 150 to
-//! 300 bytes for each event in the stream or in the database, the text of each different key once, and as much again for each
-//! obligation. So ten million events take at most 3 GB, without obligations. Everything else is streamed.
+//! Memory grows with the number of different events, but not with their payloads, of which only checksums are kept: about 150
+//! to 300 bytes for each event and each obligation, and the text of each different key once.
 
 mod input;
 
@@ -20,7 +19,7 @@ pub use input::{Checksum, Entry, EntryId, Known, Obligation};
 /// How many findings of each kind are listed.
 const LISTED: usize = 20;
 
-/// A kind of error.
+/// What can be wrong with an event in a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
@@ -250,7 +249,7 @@ impl Audit {
         seen.known = true;
     }
 
-    /// Returns the report.
+    /// Ends the audit and returns what it found.
     pub fn finish(mut self, judgement: Judgement) -> Report {
         self.find_losses(judgement.trimmed);
         for (id, seen) in &self.seen {

@@ -57,7 +57,7 @@ enum State {
 /// The state of a breaker, as it is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BreakerState {
-    /// Calls are admitted.
+    /// The destination works: every call is admitted.
     Closed = 0,
     /// One call is under way that decides whether the breaker closes.
     Probing = 1,
@@ -109,7 +109,7 @@ impl Breaker {
         }
     }
 
-    /// The present state.
+    /// Returns whether calls are admitted, probed or refused.
     pub fn state(&self) -> BreakerState {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,

@@ -20,6 +20,8 @@ use crate::sink::spec::{self, Invalid, Kind, Opening, Spec};
 pub struct Destination {
     /// The name, as it appears in `destination` columns.
     pub name: String,
+    /// The variable or the table of the file that it is configured by, for errors.
+    place: String,
     spec: Box<dyn Spec>,
     policy: relay::Policy,
 }
@@ -38,7 +40,7 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
         destinations.push(configured(name, kind.table(fields), &PolicyFields::default(), settings, setting)?);
     }
     for by_url in variables::by_url()? {
-        add(&mut destinations, of_url(&by_url, settings)?, &by_url.variable)?;
+        add(&mut destinations, of_url(&by_url, settings)?)?;
     }
     for (name, configured_in_file) in &file.destinations {
         let setting = |field: &str| {
@@ -48,7 +50,10 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
         fill(&mut fields, configured_in_file.kind, settings);
         let spec = configured_in_file.kind.table(fields);
         let destination = configured(name, spec, &configured_in_file.policy, settings, setting)?;
-        add(&mut destinations, destination, &file.path.display().to_string())?;
+        add(
+            &mut destinations,
+            Destination { place: format!("{} ({})", destination.place, file.path.display()), ..destination },
+        )?;
     }
     if destinations.is_empty() {
         return Err(ConfigError::Contradiction(
@@ -62,11 +67,15 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
     Ok((destinations, Router::new(routes, count)))
 }
 
-fn add(destinations: &mut Vec<Destination>, destination: Destination, place: &str) -> Result<(), ConfigError> {
-    let name = &destination.name;
-    if name.is_empty() || destinations.iter().any(|other| other.name == *name) {
+fn add(destinations: &mut Vec<Destination>, destination: Destination) -> Result<(), ConfigError> {
+    let (name, place) = (&destination.name, &destination.place);
+    if name.is_empty() {
+        return Err(ConfigError::Contradiction(format!("the destination of {place} has no name; give it one")));
+    }
+    if let Some(other) = destinations.iter().find(|other| other.name == *name) {
+        let other = &other.place;
         return Err(ConfigError::Contradiction(format!(
-            "there are two destinations {name:?}: one of {place}, one of variables; rename the first"
+            "there are two destinations {name:?}, of {other} and of {place}; rename one of them"
         )));
     }
     destinations.push(destination);
@@ -124,7 +133,12 @@ fn configured(
     };
     let spec = spec.map_err(|reason| invalid(Invalid { field: "", reason }))?;
     spec.validate().map_err(invalid)?;
-    Ok(Destination { name: name.to_owned(), spec, policy: policy.policy(settings).map_err(invalid)? })
+    Ok(Destination {
+        name: name.to_owned(),
+        place: setting(""),
+        spec,
+        policy: policy.policy(settings).map_err(invalid)?,
+    })
 }
 
 impl Destination {

@@ -29,14 +29,14 @@ pub(super) const FIELDS: [&str; 10] = [
 #[serde(deny_unknown_fields)]
 pub(super) struct PolicyFields {
     max_retries: Option<u32>,
-    backoff: Option<String>,
+    backoff: Option<Quantity>,
     backoff_ms: Option<Quantity>,
-    timeout: Option<String>,
+    timeout: Option<Quantity>,
     timeout_ms: Option<Quantity>,
     breaker_threshold: Option<u32>,
-    breaker_window: Option<String>,
+    breaker_window: Option<Quantity>,
     breaker_window_ms: Option<Quantity>,
-    breaker_recovery: Option<String>,
+    breaker_recovery: Option<Quantity>,
     breaker_recovery_ms: Option<Quantity>,
 }
 
@@ -68,7 +68,7 @@ impl PolicyFields {
                 &mut policy.breaker.recovery,
             ),
         ] {
-            if let Some(time) = time(field, text.as_deref(), ms.as_ref(), range)? {
+            if let Some(time) = time(field, text.as_ref(), ms.as_ref(), range)? {
                 *place = time;
             }
         }
@@ -86,17 +86,16 @@ fn within(field: &'static str, count: Option<u32>, range: RangeInclusive<u32>) -
 
 fn time(
     field: &'static str,
-    text: Option<&str>,
+    text: Option<&Quantity>,
     ms: Option<&Quantity>,
     range: RangeInclusive<u64>,
 ) -> Result<Option<Duration>, Invalid> {
     let found = match (text, ms) {
         (Some(_), Some(_)) => Err(format!("{field} and {field}_ms are both set; remove one of them")),
-        (Some(text), None) if text.trim().parse::<u64>().is_ok() => {
+        (Some(Quantity(text)), None) if text.trim().parse::<u64>().is_ok() => {
             Err(format!("a time is written with its unit, as in 30s; {field}_ms takes milliseconds"))
         }
-        (Some(text), None) => units::milliseconds(text, range).map(Some),
-        (None, Some(Quantity(text))) => units::milliseconds(text, range).map(Some),
+        (Some(Quantity(text)), None) | (None, Some(Quantity(text))) => units::milliseconds(text, range).map(Some),
         (None, None) => Ok(None),
     };
     found.map_err(|reason| Invalid { field, reason })

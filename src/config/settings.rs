@@ -163,15 +163,15 @@ pub struct Settings {
     /// Host, instead of a URL.
     #[arg(long, env = "REDIS_HOST", value_name = "HOST", help_heading = "Destination redis")]
     pub redis_host: Option<String>,
-    /// TCP port.
+    /// TCP port of the server at REDIS_HOST
     #[arg(long, env = "REDIS_PORT", value_name = "PORT", default_value = "6379", value_parser = port,
           help_heading = "Destination redis")]
     pub redis_port: u16,
-    /// Database number.
+    /// Number of the database
     #[arg(long, env = "REDIS_DB", value_name = "NUMBER", default_value = "0",
           value_parser = clap::value_parser!(i64).range(0..), help_heading = "Destination redis")]
     pub redis_db: i64,
-    /// ACL user.
+    /// ACL user; `default` if none is given
     #[arg(long, env = "REDIS_USERNAME", value_name = "NAME", help_heading = "Destination redis")]
     pub redis_username: Option<String>,
     /// The password. Others can see options: use the variable.

@@ -271,7 +271,7 @@ pub enum NewEventError {
     /// The priority is not in the range 0 to 9.
     #[error("a priority is 0 to 9, not {priority}")]
     Priority {
-        /// The given priority.
+        /// The priority that the application gave.
         priority: i16,
     },
     /// The schema version is below 1.

@@ -50,7 +50,7 @@ pub(super) enum Polled {
     /// A batch, which is claimed now.
     Found(Work),
     /// Events are pending, and others hold all of them.
-    Busy,
+    HeldByOthers,
     /// Another configuration routes new events, and nothing else is due.
     Superseded,
     /// Nothing is due.
@@ -112,7 +112,7 @@ impl<O: Outbox> Claimer<O> {
             // A relay that has nothing to do is ready again too, and not only a relay that has settled a batch.
             Claim::Busy => {
                 relay.ready();
-                Polled::Busy
+                Polled::HeldByOthers
             }
             Claim::Superseded => {
                 relay.ready();
@@ -126,7 +126,7 @@ impl<O: Outbox> Claimer<O> {
     }
 
     /// Gives up a claim. Its events stay pending.
-    pub(super) async fn give_up(&mut self, work: Work) -> Result<(), OutboxError> {
+    pub(super) async fn hand_back(&mut self, work: Work) -> Result<(), OutboxError> {
         let settled = self.store.settle(&Deliveries::default()).await;
         drop(work);
         settled

@@ -84,7 +84,7 @@ impl<O: Outbox> Lane<O> {
         let mut marks = match relay.crash_guard.before(&relay.outbox, &mut work.batch, &self.claimer.stop).await {
             Ok(marks) => marks,
             Err(error) => {
-                self.claimer.give_up(work).await?;
+                self.claimer.hand_back(work).await?;
                 return Err(error);
             }
         };

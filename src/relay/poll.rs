@@ -1,5 +1,5 @@
 //! Polling for work, and sleeping between polls. At most one lane of a relay polls at a time; a lane that finds work lets the
-//! next lane poll.
+//! next lane poll. A drain is a run of `relay --once`, which ends when nothing is due.
 //!
 //! - `schedule`: when to poll next.
 //! - `sleeper`: sleeping until a producer notifies.
@@ -27,10 +27,10 @@ const SUPERSEDED_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The longest time between two polls while another relay holds all pending events. It bounds how long the events of a relay
 /// that was killed wait for this one.
-const BUSY_INTERVAL: Duration = Duration::from_millis(50);
+const HELD_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The time between two polls of a drain while others hold all pending events.
-const HELD_INTERVAL: Duration = Duration::from_millis(250);
+const DRAIN_HELD_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Finds work and hands it out to the lane that holds the poller.
 pub(super) struct Poller<W> {
@@ -97,12 +97,12 @@ impl<W: crate::outbox::Wakeup> Poller<W> {
                 if alone && self.drain.is_over(&polled, &mut self.schedule, claimer).await? {
                     return Ok(None);
                 }
-                claimer.rest(if matches!(polled, Polled::Empty) { POLL_INTERVAL } else { HELD_INTERVAL }).await;
+                claimer.rest(if matches!(polled, Polled::Empty) { POLL_INTERVAL } else { DRAIN_HELD_INTERVAL }).await;
                 continue;
             }
             match polled {
                 Polled::Superseded => claimer.rest(SUPERSEDED_INTERVAL).await,
-                Polled::Busy => claimer.rest(self.schedule.interval(BUSY_INTERVAL)).await,
+                Polled::HeldByOthers => claimer.rest(self.schedule.interval(HELD_INTERVAL)).await,
                 _ if self.schedule.is_awake(now) => claimer.rest(self.schedule.interval(AWAKE_INTERVAL)).await,
                 _ => {
                     if let Some(work) = self.sleeper.sleep_until_notified(&mut self.schedule, claimer).await? {

@@ -276,7 +276,7 @@ impl<O: Outbox> Relay<O> {
             key,
             outbox_id = event.row.id,
             event_id = %event.event_id,
-            attempt = destination.map_or(event.attempts, |_| event.attempts + 1),
+            attempt = event.attempts + 1,
             %error,
             "event dead-lettered"
         );

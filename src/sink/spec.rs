@@ -210,8 +210,9 @@ pub fn of_url(url: &str) -> Result<(Kind, UrlParts<'_>), String> {
     let (scheme, rest) = url.trim().split_once("://").unwrap_or_default();
     let kind = KINDS.iter().copied().find(|kind| kind.schemes.contains(&scheme)).ok_or_else(|| {
         let schemes: Vec<&str> = KINDS.iter().flat_map(|kind| kind.schemes).copied().collect();
-        left_out(scheme)
-            .unwrap_or_else(|| format!("the URL begins with no known scheme and ://; there are {}", schemes.join(", ")))
+        left_out(scheme).unwrap_or_else(|| {
+            format!("the URL begins with no known scheme and ://, as in file:///path; there are {}", schemes.join(", "))
+        })
     })?;
     let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
     // The text before the `@` may be the end of a password.

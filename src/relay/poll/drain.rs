@@ -37,7 +37,8 @@ impl Drain {
             return Ok(false);
         }
         let now = Instant::now();
-        // Checked before the promotion, which leaves out events that are owed to a paused destination.
+        // Checked before the promotion, which leaves out events that are owed to a paused destination. If a destination came back
+        // between the two, the drain would end without its events.
         let pausing = claimer
             .relay
             .destinations
@@ -79,10 +80,10 @@ impl Drain {
 pub(super) async fn give_up<O: Outbox>(claimer: &mut Claimer<O>) -> Result<(), OutboxError> {
     let pending = match claimer.poll().await? {
         Polled::Found(work) => {
-            claimer.give_up(work).await?;
+            claimer.hand_back(work).await?;
             true
         }
-        Polled::Busy | Polled::Superseded | Polled::Empty => false,
+        Polled::HeldByOthers | Polled::Superseded | Polled::Empty => false,
     };
     end(claimer, pending).await
 }

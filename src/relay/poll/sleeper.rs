@@ -80,7 +80,7 @@ async fn sleep_once<O: Outbox>(
 ) -> Result<Option<Work>, OutboxError> {
     match claimer.poll().await? {
         Polled::Found(work) => return Ok(Some(work)),
-        Polled::Busy | Polled::Superseded => return Ok(None),
+        Polled::HeldByOthers | Polled::Superseded => return Ok(None),
         Polled::Empty => {}
     }
     let begun = Instant::now();

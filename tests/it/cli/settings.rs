@@ -52,7 +52,7 @@ type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
 #[test]
 fn what_contradicts_or_lacks_something_is_named() {
     let redis = ("REDIS_URL", "redis://127.0.0.1:1");
-    let cases: [Case; 10] = [
+    let cases: [Case; 11] = [
         (&[STDOUT], &["DATABASE_URL is not set"]),
         (&[NOWHERE], &["no destination", "REDIS_URL", "AWS_EVENTBRIDGE_BUS_NAME", "RELAY_STDOUT"]),
         (&[NOWHERE, redis, ("REDIS_HOST", "cache")], &["both REDIS_URL and REDIS_HOST"]),
@@ -64,7 +64,8 @@ fn what_contradicts_or_lacks_something_is_named() {
             &["both REDIS_PASSWORD and REDIS_PASSWORD_FILE"],
         ),
         (&[NOWHERE, STDOUT, ("DATABASE_URL_FILE", "/x")], &["both DATABASE_URL and DATABASE_URL_FILE"]),
-        (&[("DATABASE_URL", "mysql://h/d"), STDOUT], &["DATABASE_URL", "postgres://"]),
+        (&[("DATABASE_URL", "mysql://h/d"), STDOUT], &["DATABASE_URL", "postgres://", "sqlite:"]),
+        (&[("DATABASE_URL", "shop.db"), STDOUT], &["DATABASE_URL", "sqlite:"]),
         (&[NOWHERE, ("REDIS_URL", "http://cache:6379")], &["REDIS_URL"]),
     ];
     for (variables, parts) in cases {
