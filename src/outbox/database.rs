@@ -56,6 +56,9 @@ impl Database {
     /// The URL cannot be read or parsed, or names a kind of database that this library was built without.
     pub fn new(url: Secret, pooled: bool) -> Result<Self, OutboxError> {
         let text = url.read().map_err(OutboxError::UrlFile)?;
+        if !["postgres://", "postgresql://", "sqlite:"].iter().any(|scheme| text.starts_with(scheme)) {
+            return Err(OutboxError::Url { reason: "it must begin with postgres://, postgresql:// or sqlite:".into() });
+        }
         let kind = Kind::of(&text).map_err(|feature| OutboxError::Url {
             reason: format!("this relay was built without the feature `{feature}`; use one that was built with it"),
         })?;

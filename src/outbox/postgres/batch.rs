@@ -27,7 +27,6 @@ use crate::outbox::{ClaimRequest, Claimed};
 ///   person, who may let it go earlier.
 /// - The attempts are -1 for an event without attempts that has failed before. For a marked row (see `left_out`) they are -2,
 ///   or -3 if it is still owed.
-/// - A row that is parked for all destinations, which is rare, holds back its key at each.
 const READ_BATCH: &str = "
 select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type, {source}, {aggregate_type}, {aggregate_id},
        {payload}, {headers}, {correlation_id}, {causation_id},
@@ -42,16 +41,6 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            where h.partition in (o.partition + 1280, o.partition + 1920) and h.id < o.id and h.aggregate_id = o.aggregate_id
              and coalesce(h.aggregate_type, '') = coalesce(o.aggregate_type, '')
        ) then '{\"*\": 0}'::jsonb
-       when waiting.whole and o.aggregate_id is not null and exists (
-           select from {schema}.event_outbox w
-           where w.status = 'scheduled' and w.destination = '' and w.available_at = 'infinity'
-             and pg_catalog.starts_with(w.last_error, 'settle_failed: retry') and w.id < o.id
-             and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
-             and w.partition = o.partition + 640
-       ) then (
-           select pg_catalog.jsonb_object_agg(d.destination, 600000)
-           from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
-       )
        when waiting.any and o.aggregate_id is not null then (
            select pg_catalog.jsonb_object_agg(d.destination, head.remaining_ms)
            from pg_catalog.unnest(case o.destination when '' then $4::text[] else array[o.destination] end) d(destination)
@@ -78,11 +67,7 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
 from {rows}
 cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280
-) as apart, exists (
-    select from {schema}.event_outbox
-    where status = 'scheduled' and destination = '' and available_at = 'infinity'
-      and pg_catalog.starts_with(last_error, 'settle_failed: retry')
-) as whole) waiting";
+) as apart) waiting";
 
 /// Whether any event waits. While a session holds an old snapshot, this walks over all rows that have waited and are gone.
 const ANY_WAITS: &str = "exists (

@@ -44,7 +44,7 @@ pub async fn open(url: &Secret, pooled: bool) -> Result<PgConnection, OutboxErro
 pub(super) fn connect_options(url: &Secret, pooled: bool) -> Result<PgConnectOptions, OutboxError> {
     let text = url.read().map_err(OutboxError::UrlFile)?;
     if !["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme)) {
-        return Err(OutboxError::Url { reason: "it must begin with postgres://, postgresql:// or sqlite:".into() });
+        return Err(OutboxError::Url { reason: "it must begin with postgres:// or postgresql://".into() });
     }
     let mut options = PgConnectOptions::from_str(&text)
         .map_err(|error| OutboxError::Url { reason: error.to_string() })?

@@ -32,15 +32,7 @@ else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_
     o.aggregate_id, nullif(ifnull(o.headers, 'null'), '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
     case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
     o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')),
-    json(case when ?6 and o.aggregate_id is not null and exists (
-        select 1 from event_outbox w
-        where w.status = 'scheduled' and w.destination = '' and w.available_at = '9999-12-31 23:59:59'
-          and w.last_error like 'settle_failed: retry%' and w.priority = o.priority and w.id < o.id
-          and w.aggregate_id = o.aggregate_id and coalesce(w.aggregate_type, '') = coalesce(o.aggregate_type, '')
-    ) then (
-        select json_group_object(d.value, 600000)
-        from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-    ) when o.aggregate_id is not null and (
+    json(case when o.aggregate_id is not null and (
         select exists (
             select 1 from event_outbox where status = 'scheduled' and destination <> '' and aggregate_id is not null
         )
@@ -83,19 +75,17 @@ const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
 pub(super) async fn read(
     connection: &mut SqliteConnection,
     large: &mut bool,
-    parked_whole: bool,
     request: ClaimRequest<'_>,
 ) -> Result<Claim, sqlx::Error> {
     let small = SMALL.min(request.max_payload);
-    let new = || Batch { parked_whole, ..Batch::default() };
-    let mut batch = new();
+    let mut batch = Batch::default();
     if !*large {
         batch.read(connection, request, (request.max_events, small, SMALL)).await?;
         *large = batch.stopped_by.is_some();
     }
     if batch.claimed.is_empty() && *large {
         let rows = rows_within_bytes(connection, request).await?;
-        batch = new();
+        batch = Batch::default();
         batch.read(connection, request, (rows, request.max_payload, MAX_HEADERS_BYTES)).await?;
         *large = batch.largest > small;
         batch.cut |= rows < request.max_events;
@@ -128,8 +118,6 @@ async fn rows_within_bytes(connection: &mut SqliteConnection, request: ClaimRequ
 /// The rows that were read.
 #[derive(Default)]
 struct Batch {
-    /// See `Turn`.
-    parked_whole: bool,
     claimed: Vec<Claimed>,
     bytes: usize,
     /// The size of the largest event.
@@ -155,7 +143,6 @@ impl Batch {
             .bind(json_text(request.destinations))
             .bind(number(max_headers))
             .bind(number(MAX_TEXT_BYTES))
-            .bind(self.parked_whole)
             .fetch(connection);
         while let Some(row) = rows.try_next().await? {
             if self.bytes >= request.max_bytes {

@@ -25,14 +25,6 @@ use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::turn::Turn;
 use crate::outbox::{Claim, ClaimRequest, Deliveries, Lane, NO_DESTINATION, OutboxError, Peek, Promoted};
 
-/// Whether any row is parked that stands for all its destinations.
-const IS_PARKED_WHOLE: &str = "
-select exists (
-    select 1 from event_outbox
-    where status = 'scheduled' and destination = '' and available_at = '9999-12-31 23:59:59'
-      and last_error like 'settle_failed: retry%'
-)";
-
 /// Reads the due rows of each destination, earliest first, and the milliseconds until its next row is due: `?1` are the
 /// destinations, `?2` is the largest number of rows of each.
 const DUE: &str = "
@@ -134,9 +126,6 @@ impl Turn {
         let config = &outbox.config;
         proof::prove(connection, &config.worker, config.usage).await?;
         let salvaged = run_query("settle", proof::salvage(connection, &config.worker, settle)).await?;
-        if salvaged.parked_whole {
-            self.parked_whole = Some(true);
-        }
         self.unsettled.pop();
         self.unsettled.extend(salvaged.left.into_iter().map(|left| (left, file)));
         match salvaged.error {
@@ -151,18 +140,10 @@ impl Turn {
             schema::require_fit(&mut connection).await?;
             self.fits(connection.file);
         }
-        let parked_whole = match self.parked_whole {
-            Some(known) => known,
-            None => {
-                let look = sqlx::query_scalar(IS_PARKED_WHOLE).fetch_one(&mut *connection);
-                run_query("look for parked events", look).await?
-            }
-        };
-        self.parked_whole = Some(parked_whole);
         let batch = run_query("claim events", async {
             self.traffic.look(&mut connection).await?;
             let max_events = self.traffic.events(request.max_events);
-            batch::read(&mut connection, &mut self.large, parked_whole, ClaimRequest { max_events, ..request }).await
+            batch::read(&mut connection, &mut self.large, ClaimRequest { max_events, ..request }).await
         })
         .await?;
         self.connection = Some(connection);

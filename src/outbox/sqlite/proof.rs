@@ -73,8 +73,6 @@ pub(super) struct Salvaged {
     pub(super) left: Vec<SettleScript>,
     /// The error that prevented that.
     pub(super) error: Option<sqlx::Error>,
-    /// An event was parked in one row for all its destinations.
-    pub(super) parked_whole: bool,
 }
 
 /// Settles what can be settled of `settle`, and parks the events that cannot.
@@ -86,7 +84,7 @@ pub(super) async fn salvage(
     worker: &str,
     settle: &SettleScript,
 ) -> Result<Salvaged, sqlx::Error> {
-    let mut salvaged = Salvaged { left: Vec::new(), error: None, parked_whole: false };
+    let mut salvaged = Salvaged { left: Vec::new(), error: None };
     let mut parts = vec![settle.clone()];
     while let Some(part) = parts.pop() {
         let Err(error) = write(connection, worker, &part).await else { continue };
@@ -104,7 +102,7 @@ pub(super) async fn salvage(
             Ok(()) => {}
             Err(error) if !is_content(&error) => return Err(error),
             Err(_) => match write(connection, worker, &whole).await {
-                Ok(()) => salvaged.parked_whole = true,
+                Ok(()) => {}
                 Err(error) if !is_content(&error) => return Err(error),
                 Err(_) => {
                     salvaged.left.push(part);

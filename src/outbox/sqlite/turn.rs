@@ -14,9 +14,6 @@ pub(super) struct Turn {
     /// The settles of the last claim that could not be recorded, each with its file.
     pub(super) unsettled: Vec<(SettleScript, FileId)>,
     pub(super) traffic: Traffic,
-    /// Whether a row may be parked that stands for all its destinations, and blocks its key at each. `None` if this has not
-    /// been checked.
-    pub(super) parked_whole: Option<bool>,
     /// The last batch had an event that is not small.
     pub(super) large: bool,
 }
@@ -24,6 +21,6 @@ pub(super) struct Turn {
 impl Turn {
     /// Records that the file's schema fits. It is not checked again, so a later migration does not end a running relay.
     pub(super) fn fits(&mut self, file: FileId) {
-        (self.fits, self.parked_whole) = (Some(file), None);
+        self.fits = Some(file);
     }
 }

@@ -465,32 +465,3 @@ async fn f67_an_event_that_cannot_even_be_parked_stops_the_relay_on_sqlite() {
     )
     .await;
 }
-
-/// One destination took it, another is still owed it, and neither could be recorded but in the row itself.
-async fn a_row_that_is_parked_for_all_destinations_holds_back_its_key<S: Store>(forever: &str) {
-    let store = S::new().await;
-    let mut connection = store.connect().await;
-    emit(&mut connection, "parked", "k").await;
-    let park = format!(
-        "update event_outbox set status = 'scheduled', available_at = '{forever}', last_error =
-         'settle_failed: retry, delivered to a, which cannot be recorded: not today'"
-    );
-    sql(&mut connection, park).await;
-    emit(&mut connection, "behind", "k").await;
-    emit(&mut connection, "other key", "l").await;
-    let (a, b) = (ScriptedSink::accepting(), ScriptedSink::accepting());
-    let setup = || Setup::new(&store, vec![("a", a.clone()), ("b", b.clone())]);
-    assert!(setup().drain().await.undelivered);
-    assert_eq!((a.names(), b.names()), (vec!["other key".to_owned()], vec!["other key".to_owned()]));
-    // Somebody lets it go, and what is behind it asks again.
-    sql(&mut connection, format!("update event_outbox set available_at = {}", S::in_ms(-1000))).await;
-    assert!(!setup().drain().await.undelivered);
-    assert_eq!(a.names(), ["other key", "parked", "behind"]);
-    assert_eq!(b.names(), a.names());
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn f67_a_row_that_is_parked_for_all_destinations_holds_back_its_key() {
-    a_row_that_is_parked_for_all_destinations_holds_back_its_key::<Postgres>("infinity").await;
-    a_row_that_is_parked_for_all_destinations_holds_back_its_key::<Sqlite>("9999-12-31 23:59:59").await;
-}
