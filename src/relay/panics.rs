@@ -101,10 +101,12 @@ impl Panics {
         Some((known.alone, known.since))
     }
 
-    /// Records that the event was answered.
-    pub(super) fn answered(&mut self, event: &Event) {
+    /// Records that these events were answered.
+    pub(super) fn answered<'a>(&mut self, events: impl Iterator<Item = &'a Event>) {
         if !self.0.is_empty() {
-            self.0.remove(&event.event_id);
+            for event in events {
+                self.0.remove(&event.event_id);
+            }
         }
     }
 }
@@ -129,10 +131,10 @@ mod tests {
         // The event that was alone already waits until each of the others of its group was alone.
         assert_eq!(panics.panicked(&refs[..1], Instant::now()).unwrap().0, 1);
         assert_eq!(panics.split(&refs).unwrap().suspects, [1]);
-        panics.answered(refs[1]);
+        panics.answered(std::iter::once(refs[1]));
         assert_eq!(panics.split(&refs[..1]).unwrap().suspects, [0]);
         assert_eq!(panics.panicked(&refs[..1], Instant::now()).unwrap().0, 2);
-        panics.answered(refs[0]);
+        panics.answered(std::iter::once(refs[0]));
         assert_eq!(panics.split(&refs[..2]), None);
     }
 

@@ -359,17 +359,19 @@ impl Batch {
                 (row.try_get(column::EPOCH)?, Some(both & ((1 << REINSERTIONS_BITS) - 1)));
             self.changes = both >> REINSERTIONS_BITS & ((1 << CHANGES_BITS) - 1);
         }
-        let claimed = row::claimed(row, request.max_payload, within_bytes)?;
-        self.bytes += claimed.event.bytes().max(to_usize(row.try_get(column::SIZE)?));
+        let (claimed, attempts) = row::claimed(row, request.max_payload, within_bytes)?;
+        self.bytes += claimed.event.bytes();
+        if claimed.defect.is_some() {
+            // A payload that is too large was read and is not kept.
+            self.bytes += to_usize(row.try_get(column::SIZE)?);
+        }
         let RowKey { partition, id, .. } = claimed.event.row;
         let given = self.given.entry(partition).or_default();
         given.events += 1;
         given.last_id = given.last_id.max(id);
         self.last = Some(partition);
-        // NULL, where somebody has allowed that, is no mark.
-        let attempts: Option<i32> = row.try_get(column::ATTEMPTS)?;
-        if attempts.is_some_and(|attempts| attempts <= LEFT_OUT) {
-            let holds = if attempts == Some(LEFT_OUT_AND_OWED) { key(&claimed.event) } else { None };
+        if attempts <= LEFT_OUT {
+            let holds = if attempts == LEFT_OUT_AND_OWED { key(&claimed.event) } else { None };
             self.marked.push(Marked { row: claimed.event.row, holds });
             return Ok(());
         }

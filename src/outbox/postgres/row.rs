@@ -60,8 +60,9 @@ pub(super) const REINSERTIONS_BITS: u32 = 40;
 /// How many of the bits above them have the number of changes of the register of relays.
 pub(super) const CHANGES_BITS: u32 = 23;
 
-/// Decodes a row. Fails only if the driver disagrees with our own statement.
-pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<Claimed, sqlx::Error> {
+/// Decodes a row, and returns its attempts as they are stored. NULL, where somebody has allowed that, counts as 0. Fails only if
+/// the driver disagrees with our own statement.
+pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Result<(Claimed, i32), sqlx::Error> {
     let mut payload = jsonb_text(row, column::PAYLOAD)?.unwrap_or_default();
     // Of a small value the statement measures the size in the database, not the text.
     let mut defect = decode::too_large(payload.len(), max_payload);
@@ -147,7 +148,7 @@ pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Re
         blocked_before: attempts < 0,
         blocked_by: behind.into_iter().map(remaining).collect(),
     };
-    Ok(claimed)
+    Ok((claimed, attempts))
 }
 
 /// Returns a text column, and whether it is UTF-8. In a database without an encoding (SQL_ASCII) nobody guarantees that. A text

@@ -363,7 +363,7 @@ pub(super) fn answer(
     }
     let Value::BulkString(replies) = value else { return Err(unexpected_reply()) };
     let replies = String::from_utf8_lossy(&replies).into_owned();
-    if replies.split('\n').count() == event_count {
+    if replies.bytes().filter(|byte| *byte == b'\n').count() + 1 == event_count {
         Ok(ScriptAnswer::Replies(replies))
     } else {
         Err(unexpected_reply())
