@@ -18,6 +18,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
+use crate::config::file::ConfigFile;
 use crate::config::settings::{LogFormat, Settings};
 use crate::config::{self, ConfigError, secret};
 use crate::outbox::database::Database;
@@ -121,7 +122,7 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let matches = match command.try_get_matches_from_mut(&args) {
         Ok(matches) => matches,
         Err(error) => {
-            let error = with_variable(&command, error);
+            let error = with_place(&command, &file, error);
             if !error.use_stderr() {
                 error.exit(); // help and version
             }
@@ -169,7 +170,7 @@ fn unshowable(error: &clap::Error) -> Option<String> {
     }
     let named = error.get(ContextKind::InvalidArg).map(ToString::to_string);
     let named = named.filter(|name| !may_hold_password(name)).unwrap_or_else(|| "an argument".to_owned());
-    // What with_variable found.
+    // What with_place found.
     let variable = match error.get(ContextKind::Suggested) {
         Some(ContextValue::StyledStrs(tips)) => tips.iter().map(|tip| format!(" ({tip})")).collect(),
         _ => String::new(),
@@ -177,19 +178,23 @@ fn unshowable(error: &clap::Error) -> Option<String> {
     Some(format!("{named}{variable}"))
 }
 
-/// Adds the variable that a refused value stands in; by itself clap names the option only.
-fn with_variable(command: &clap::Command, mut error: clap::Error) -> clap::Error {
+/// Adds the variable or the line of the file that a refused value stands in; by itself clap names the option only.
+fn with_place(command: &clap::Command, file: &ConfigFile, mut error: clap::Error) -> clap::Error {
     let text = |kind| error.get(kind).map(ToString::to_string);
     let (Some(option), Some(value)) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue)) else {
         return error;
     };
     let argument = command.get_arguments().find(|argument| argument.to_string() == option);
-    if let Some(variable) = argument.and_then(clap::Arg::get_env)
-        && std::env::var_os(variable).is_some_and(|set| set == value.as_str())
-    {
-        let tip = format!("it stands in the variable {}", variable.display());
-        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
-    }
+    let Some(argument) = argument else { return error };
+    let set = |variable: &&std::ffi::OsStr| std::env::var_os(variable).is_some_and(|set| set == value.as_str());
+    let in_file = || argument.get_default_values().iter().any(|default| *default == value.as_str());
+    let place = match (argument.get_env().filter(set), file.lines.get(argument.get_id().as_str())) {
+        (Some(variable), _) => format!("the variable {}", variable.display()),
+        (None, Some(line)) if in_file() => format!("line {line} of {}", file.path.display()),
+        _ => return error,
+    };
+    let tip = format!("it stands in {place}");
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     error
 }
 
@@ -208,10 +213,14 @@ fn database(settings: &Settings) -> Result<Database, ConfigError> {
 
 /// Logs go to standard error; standard output is for data.
 fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
-    let filter: Targets = settings
-        .log
-        .parse()
-        .map_err(|error| ConfigError::Invalid { setting: "RELAY_LOG".to_owned(), reason: format!("{error}") })?;
+    let invalid = |reason| ConfigError::Invalid { setting: "RELAY_LOG".to_owned(), reason };
+    // A word alone would be taken for a target whose lines are all logged, and every other line would be missing.
+    let words = settings.log.split(',').map(str::trim).filter(|word| !word.is_empty());
+    if let Some(word) = words.into_iter().find(|word| !word.contains('=') && word.parse::<LevelFilter>().is_err()) {
+        let levels = "off, error, warn, info, debug and trace";
+        return Err(invalid(format!("{word:?} is no level; there are {levels}, alone or as TARGET=LEVEL")));
+    }
+    let filter: Targets = settings.log.parse().map_err(|error| invalid(format!("{error}")))?;
     // At lower levels sqlx logs statements, which hold payloads; and a parameter of the URL that it does not know, such as
     // sslpassword, it logs with its value, as a warning.
     let filter = filter

@@ -71,7 +71,7 @@ const OUR_PREFIX: &str = "RELAY_";
 /// The prefixes of variables that may be misspelt variables of relay, or another program's.
 const SHARED_PREFIXES: [&str; 4] = ["EVENT_", "REDIS_", "AWS_EVENTBRIDGE_", "DATABASE_"];
 
-/// A variable that relay does not know, and the most similar variables that it knows.
+/// A variable or setting that relay does not know, and the most similar ones that it knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unknown {
     name: String,
@@ -109,7 +109,13 @@ pub fn prepare(command: Command, args: &[OsString]) -> Result<(Command, ConfigFi
     });
     if !defaults.is_empty() {
         let place = |name: &String| file.lines.get(name).map(|line| format!("line {line}: ")).unwrap_or_default();
-        let names: Vec<_> = defaults.keys().map(|name| format!("{}unknown setting {name:?}", place(name))).collect();
+        let known: Vec<String> = command.get_arguments().map(|arg| arg.get_id().as_str().to_owned()).collect();
+        let names: Vec<_> = defaults
+            .into_keys()
+            .map(|name| {
+                format!("{}unknown setting {}", place(&name), Unknown { nearest: nearest(&name, &known), name })
+            })
+            .collect();
         let reason =
             format!("{}; settings are named as the options of `relay run --help`, with _ for -", names.join("; "));
         return Err(ConfigError::File { path: file.path, reason });

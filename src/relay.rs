@@ -59,7 +59,7 @@ use crash_guard::CrashGuard;
 use destination::{Destination, Observers};
 pub use health::{Health, Readiness};
 use health::{HealthBoard, State};
-use lane::Lane;
+use lane::LaneLoop;
 use maintenance::Tasks;
 pub use metrics::Metrics;
 use poll::Poller;
@@ -253,7 +253,7 @@ impl<O: Outbox> Relay<O> {
         // A lane that fails finally stops the other lanes, but nothing else that uses the caller's token.
         let stop = stop.child_token();
         let spawn = |lanes: &mut JoinSet<_>| {
-            let lane = Lane::new(Arc::clone(self), Arc::clone(&shared), Arc::clone(&poller), stop.clone());
+            let lane = LaneLoop::new(Arc::clone(self), Arc::clone(&shared), Arc::clone(&poller), stop.clone());
             lanes.spawn(lane.run());
         };
         let life = self.supervise("crash guard", &stop, Self::watch_life);

@@ -49,7 +49,7 @@ pub struct Entry<'a> {
 
 /// A fact from the database about one event at the audited destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Known {
+pub enum Fact {
     /// The event is in the outbox, owed to this destination or not routed yet.
     Pending,
     /// The log says that the event was published as this entry.

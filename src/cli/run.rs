@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::{UNDELIVERED, database, runtime};
 use crate::config::ConfigError;
-use crate::config::destinations::{Destination, destinations, longest_timeout};
+use crate::config::destinations::{ConfiguredDestination, destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::outbox::database::WithOutbox;
@@ -29,7 +29,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         return Ok(ExitCode::SUCCESS);
     }
     let (destinations, router) = destinations(settings, file)?;
-    if let Some(reason) = destinations.iter().find_map(Destination::obstacle) {
+    if let Some(reason) = destinations.iter().find_map(ConfiguredDestination::obstacle) {
         return Err(ConfigError::Contradiction(reason.to_owned()).into());
     }
     let database = database(settings)?;
@@ -89,7 +89,7 @@ fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceL
 }
 
 /// Opens the destinations. Checks each in the background, so that a destination that hangs does not delay the work.
-async fn open_all(destinations: Vec<Destination>, settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
+async fn open_all(destinations: Vec<ConfiguredDestination>, settings: &Settings) -> Result<Vec<Endpoint>, ConfigError> {
     let mut endpoints = Vec::new();
     for destination in destinations {
         let endpoint = destination.open(settings).await?;

@@ -17,7 +17,7 @@ use crate::sink::redis::RedisAddress;
 use crate::sink::spec::{self, Invalid, Kind, Opening, Spec};
 
 /// A destination that is configured and not opened yet.
-pub struct Destination {
+pub struct ConfiguredDestination {
     /// The name, as it appears in `destination` columns.
     pub name: String,
     /// The variable or the table of the file that it is configured by, for errors.
@@ -31,8 +31,11 @@ pub struct Destination {
 ///
 /// # Errors
 /// No destination at all, two with one name, a route to a destination that does not exist, or a value that cannot be used.
-pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Destination>, Router), ConfigError> {
-    let mut destinations: Vec<Destination> = Vec::new();
+pub fn destinations(
+    settings: &Settings,
+    file: &ConfigFile,
+) -> Result<(Vec<ConfiguredDestination>, Router), ConfigError> {
+    let mut destinations: Vec<ConfiguredDestination> = Vec::new();
     for Fixed { name, kind, mut fields } in variables::fixed(settings)? {
         let setting = |field: &str| variables::variable(name, field);
         let kind = spec::of_type(kind).map_err(|reason| ConfigError::Invalid { setting: setting(""), reason })?;
@@ -52,7 +55,7 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
         let destination = configured(name, spec, &configured_in_file.policy, settings, setting)?;
         add(
             &mut destinations,
-            Destination { place: format!("{} ({})", destination.place, file.path.display()), ..destination },
+            ConfiguredDestination { place: format!("{} ({})", destination.place, file.path.display()), ..destination },
         )?;
     }
     if destinations.is_empty() {
@@ -67,7 +70,7 @@ pub fn destinations(settings: &Settings, file: &ConfigFile) -> Result<(Vec<Desti
     Ok((destinations, Router::new(routes, count)))
 }
 
-fn add(destinations: &mut Vec<Destination>, destination: Destination) -> Result<(), ConfigError> {
+fn add(destinations: &mut Vec<ConfiguredDestination>, destination: ConfiguredDestination) -> Result<(), ConfigError> {
     let (name, place) = (&destination.name, &destination.place);
     if name.is_empty() {
         return Err(ConfigError::Contradiction(format!("the destination of {place} has no name; give it one")));
@@ -76,6 +79,15 @@ fn add(destinations: &mut Vec<Destination>, destination: Destination) -> Result<
         let other = &other.place;
         return Err(ConfigError::Contradiction(format!(
             "there are two destinations {name:?}, of {other} and of {place}; rename one of them"
+        )));
+    }
+    let used = destination.spec.exclusive();
+    if let Some(used) = used
+        && let Some(other) = destinations.iter().find(|other| other.spec.exclusive().as_deref() == Some(&used))
+    {
+        let other = &other.place;
+        return Err(ConfigError::Contradiction(format!(
+            "two destinations use {used}, of {other} and of {place}, and only one can; give one of them another"
         )));
     }
     destinations.push(destination);
@@ -92,7 +104,7 @@ fn fill(fields: &mut Table, kind: Kind, settings: &Settings) {
 fn of_url(
     variables::ByUrl { variable, name, url }: &variables::ByUrl,
     settings: &Settings,
-) -> Result<Destination, ConfigError> {
+) -> Result<ConfiguredDestination, ConfigError> {
     let refused = |reason: String| ConfigError::Invalid { setting: variable.clone(), reason };
     let url = url.read().map_err(|error| refused(error.to_string()))?;
     let (kind, parts) = spec::of_url(&url).map_err(refused)?;
@@ -125,7 +137,7 @@ fn configured(
     policy: &PolicyFields,
     settings: &Settings,
     setting: impl Fn(&str) -> String,
-) -> Result<Destination, ConfigError> {
+) -> Result<ConfiguredDestination, ConfigError> {
     let invalid = |Invalid { field, reason }| {
         let is_variable = field.starts_with(char::is_uppercase);
         let setting = if is_variable { field.to_owned() } else { setting(field) };
@@ -133,7 +145,7 @@ fn configured(
     };
     let spec = spec.map_err(|reason| invalid(Invalid { field: "", reason }))?;
     spec.validate().map_err(invalid)?;
-    Ok(Destination {
+    Ok(ConfiguredDestination {
         name: name.to_owned(),
         place: setting(""),
         spec,
@@ -141,7 +153,7 @@ fn configured(
     })
 }
 
-impl Destination {
+impl ConfiguredDestination {
     /// Returns the address and the name of the stream that all events go to, if this is a stream with a fixed name.
     #[cfg(feature = "redis")]
     pub fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
@@ -173,11 +185,11 @@ impl Destination {
 }
 
 /// Returns the longest time that a publish call may take. The longest time of a claim follows from it.
-pub fn longest_timeout(destinations: &[Destination]) -> Duration {
-    destinations.iter().map(Destination::timeout).max().unwrap_or_default()
+pub fn longest_timeout(destinations: &[ConfiguredDestination]) -> Duration {
+    destinations.iter().map(ConfiguredDestination::timeout).max().unwrap_or_default()
 }
 
-fn route(spec: &RouteSpec, destinations: &[Destination]) -> Result<Route, ConfigError> {
+fn route(spec: &RouteSpec, destinations: &[ConfiguredDestination]) -> Result<Route, ConfigError> {
     let index = |name: &String| {
         destinations.iter().position(|destination| destination.name == *name).ok_or_else(|| ConfigError::Invalid {
             setting: "routes".to_owned(),

@@ -43,7 +43,7 @@ impl FileDestination {
         let name = match fields.remove("type") {
             Some(toml::Value::String(name)) => name,
             Some(_) => return Err("`type` is a text".to_owned()),
-            None => return Err("missing field `type`".to_owned()),
+            None => return Err(format!("missing field `type`; there are {}", spec::types())),
         };
         if fields.contains_key("password") {
             return Err(
@@ -124,6 +124,10 @@ impl ConfigFile {
                 (_, toml::Value::String(text)) => text,
                 (_, toml::Value::Integer(number)) => number.to_string(),
                 (_, toml::Value::Boolean(flag)) => flag.to_string(),
+                (_, toml::Value::Table(_)) => {
+                    let reason = format!("unknown table {name:?}; there are [destinations.NAME] and [[routes]]");
+                    return Err(fail(format!("{}{reason}", at(line))));
+                }
                 _ => {
                     let reason = format!("setting {name:?} must be a string, an integer or a boolean");
                     return Err(fail(format!("{}{reason}", at(line))));

@@ -13,14 +13,14 @@ use crate::secret::Secret;
 /// A database that is not connected yet.
 #[derive(Debug, Clone)]
 pub struct Database {
-    kind: Kind,
+    kind: Store,
     url: Secret,
     pooled: bool,
 }
 
 /// The kinds of databases that this library is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum Store {
     /// `postgres://...`
     #[cfg(feature = "postgres")]
     Postgres,
@@ -29,7 +29,7 @@ enum Kind {
     Sqlite,
 }
 
-impl Kind {
+impl Store {
     /// Returns the kind that a URL names.
     ///
     /// # Errors
@@ -59,14 +59,14 @@ impl Database {
         if !["postgres://", "postgresql://", "sqlite:"].iter().any(|scheme| text.starts_with(scheme)) {
             return Err(OutboxError::Url { reason: "it must begin with postgres://, postgresql:// or sqlite:".into() });
         }
-        let kind = Kind::of(&text).map_err(|feature| OutboxError::Url {
+        let kind = Store::of(&text).map_err(|feature| OutboxError::Url {
             reason: format!("this relay was built without the feature `{feature}`; use one that was built with it"),
         })?;
         match kind {
             #[cfg(feature = "postgres")]
-            Kind::Postgres => postgres::validate(&url, pooled)?,
+            Store::Postgres => postgres::validate(&url, pooled)?,
             #[cfg(feature = "sqlite")]
-            Kind::Sqlite => sqlite::validate(&url, pooled)?,
+            Store::Sqlite => sqlite::validate(&url, pooled)?,
         }
         Ok(Self { kind, url, pooled })
     }
@@ -76,9 +76,9 @@ impl Database {
         match (self.url.read(), self.kind) {
             (Err(error), _) => error.to_string(),
             #[cfg(feature = "postgres")]
-            (Ok(url), Kind::Postgres) => crate::redact::hide(&url),
+            (Ok(url), Store::Postgres) => crate::redact::hide(&url),
             #[cfg(feature = "sqlite")]
-            (Ok(url), Kind::Sqlite) => crate::redact::setting(url.split('?').next().unwrap_or_default()).into_owned(),
+            (Ok(url), Store::Sqlite) => crate::redact::setting(url.split('?').next().unwrap_or_default()).into_owned(),
         }
     }
 
@@ -91,9 +91,9 @@ impl Database {
     pub fn operate(&self) -> Box<dyn Operate> {
         match self.kind {
             #[cfg(feature = "postgres")]
-            Kind::Postgres => Box::new(postgres::PgOutbox::new(self.config())),
+            Store::Postgres => Box::new(postgres::PgOutbox::new(self.config())),
             #[cfg(feature = "sqlite")]
-            Kind::Sqlite => Box::new(sqlite::SqliteOutbox::new(self.config())),
+            Store::Sqlite => Box::new(sqlite::SqliteOutbox::new(self.config())),
         }
     }
 
@@ -101,9 +101,9 @@ impl Database {
     pub async fn with_outbox<W: WithOutbox>(&self, config: OutboxConfig, work: W) -> W::Output {
         match self.kind {
             #[cfg(feature = "postgres")]
-            Kind::Postgres => work.run(postgres::PgOutbox::new(config)).await,
+            Store::Postgres => work.run(postgres::PgOutbox::new(config)).await,
             #[cfg(feature = "sqlite")]
-            Kind::Sqlite => work.run(sqlite::SqliteOutbox::new(config)).await,
+            Store::Sqlite => work.run(sqlite::SqliteOutbox::new(config)).await,
         }
     }
 }

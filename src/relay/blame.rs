@@ -57,7 +57,7 @@ pub(super) struct Blame {
 
 /// The state of a destination, as one call shows it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Health<'a> {
+pub(super) enum CallHealth<'a> {
     /// The destination answered.
     Answered,
     /// The destination works, and needs a short pause.
@@ -73,7 +73,7 @@ pub(super) enum Health<'a> {
 /// The judgement on one call.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Judgement<'a> {
-    pub(super) health: Health<'a>,
+    pub(super) health: CallHealth<'a>,
     /// The places of the events whose keys wait. All other events that failed uncharged stay in place.
     pub(super) blocked: Vec<usize>,
 }
@@ -104,15 +104,18 @@ impl Blame {
         let answered = delivered
             || outcomes.iter().any(|outcome| matches!(outcome, Outcome::Failed(error) if error.fault == Fault::Event));
         let Some(&(_, first)) = failed.first() else {
-            return Judgement { health: if answered { Health::Answered } else { Health::Silent }, blocked: Vec::new() };
+            return Judgement {
+                health: if answered { CallHealth::Answered } else { CallHealth::Silent },
+                blocked: Vec::new(),
+            };
         };
         // An error of the destination itself, such as a wrong password, is not caused by events, even if others were taken a
         // moment ago.
         if let Some(&(_, error)) = failed.iter().find(|(_, error)| error.of_destination) {
             let health = match error.fault {
-                Fault::Misconfigured => Health::Misconfigured(error),
-                _ if delivered => Health::Strained(error),
-                _ => Health::Failed(error),
+                Fault::Misconfigured => CallHealth::Misconfigured(error),
+                _ if delivered => CallHealth::Strained(error),
+                _ => CallHealth::Failed(error),
             };
             return Judgement { health, blocked: Vec::new() };
         }
@@ -142,9 +145,9 @@ impl Blame {
         let blocked = candidates.iter().filter(|(_, error, candidate)| out_of_the_way(error, candidate));
         Judgement {
             health: match refused {
-                Some(error) => Health::Misconfigured(error),
-                None if answered => Health::Strained(first),
-                None => Health::Failed(first),
+                Some(error) => CallHealth::Misconfigured(error),
+                None if answered => CallHealth::Strained(first),
+                None => CallHealth::Failed(first),
             },
             blocked: blocked.map(|(place, _, _)| *place).collect(),
         }
@@ -172,14 +175,14 @@ impl Blame {
         delivered: bool,
         now: Instant,
     ) -> Judgement<'a> {
-        let mut health = if delivered { Health::Answered } else { Health::Silent };
+        let mut health = if delivered { CallHealth::Answered } else { CallHealth::Silent };
         let mut blocked = Vec::new();
         for (place, error, candidate) in candidates {
             let again = candidate.blocked_before || self.failed_once.contains_key(&candidate.event_id);
             if error.fault == Fault::Misconfigured || again {
                 blocked.push(*place);
             } else {
-                health = Health::Strained(error);
+                health = CallHealth::Strained(error);
             }
             if error.fault != Fault::Misconfigured {
                 self.remember(candidate.event_id, now);
@@ -218,13 +221,13 @@ mod tests {
         Outcome::Failed(PublishError::new(fault, "CODE", ""))
     }
 
-    fn label(health: &Health<'_>) -> &'static str {
+    fn label(health: &CallHealth<'_>) -> &'static str {
         match health {
-            Health::Answered => "answered",
-            Health::Strained(_) => "strained",
-            Health::Failed(_) => "failed",
-            Health::Misconfigured(_) => "misconfigured",
-            Health::Silent => "silent",
+            CallHealth::Answered => "answered",
+            CallHealth::Strained(_) => "strained",
+            CallHealth::Failed(_) => "failed",
+            CallHealth::Misconfigured(_) => "misconfigured",
+            CallHealth::Silent => "silent",
         }
     }
 

@@ -16,7 +16,7 @@ use crate::outbox::{self, Peek};
 use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
 use crate::relay::guard::Busy;
 use crate::relay::shared::{Ending, Shared};
-use crate::relay::standstills::Answer;
+use crate::relay::standstills::ClaimAnswer;
 use crate::relay::{Relay, sleep};
 use crate::sink::ClaimCheck;
 
@@ -96,9 +96,9 @@ impl<O: Outbox> Claimer<O> {
         let claim = self.store.claim(request).instrument(tracing::debug_span!("claim")).await;
         drop(asking);
         relay.standstills.answered(match &claim {
-            Ok(Claim::Batch { .. } | Claim::Empty | Claim::Superseded) => Answer::Moving,
-            Ok(Claim::Busy) => Answer::Busy,
-            Err(_) => Answer::Failed,
+            Ok(Claim::Batch { .. } | Claim::Empty | Claim::Superseded) => ClaimAnswer::Moving,
+            Ok(Claim::Busy) => ClaimAnswer::Busy,
+            Err(_) => ClaimAnswer::Failed,
         });
         let claim = claim?;
         self.eager = matches!(claim, Claim::Batch { full: true, .. });

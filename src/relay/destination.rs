@@ -13,7 +13,7 @@ use crate::breaker::{Admission, Breaker, Ticket};
 use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
-use crate::relay::blame::{Blame, Call, Candidate, Health, Judgement};
+use crate::relay::blame::{Blame, Call, CallHealth, Candidate, Judgement};
 use crate::relay::echo::cut_content;
 use crate::relay::guard::Counted;
 use crate::relay::health::{HealthBoard, State};
@@ -200,7 +200,7 @@ impl Destination {
         let Published { mut outcomes, after_settle } = published;
         cut_content(&events, &mut outcomes);
         let answered = events.iter().zip(&outcomes).filter(|(_, outcome)| **outcome != Outcome::Held);
-        answered.for_each(|(event, _)| self.panics().answered(event));
+        self.panics().answered(answered.map(|(event, _)| *event));
         let candidate = |place: usize| {
             let claimed: &Claimed = &batch[indexes[place]];
             Candidate { event_id: claimed.event.event_id, blocked_before: claimed.blocked_before }
@@ -293,11 +293,11 @@ impl Destination {
         let Judgement { health, blocked } = blame.judge(candidate, outcomes, call);
         let delivered = outcomes.iter().any(|outcome| matches!(outcome, Outcome::Delivered { .. }));
         self.observers.metrics.called(now - begun, delivered);
-        if let Health::Misconfigured(error) | Health::Failed(error) | Health::Strained(error) = health {
-            self.observers.metrics.failed(&error.code, matches!(health, Health::Misconfigured(_)));
+        if let CallHealth::Misconfigured(error) | CallHealth::Failed(error) | CallHealth::Strained(error) = health {
+            self.observers.metrics.failed(&error.code, matches!(health, CallHealth::Misconfigured(_)));
         }
         let closed = match health {
-            Health::Misconfigured(error) => {
+            CallHealth::Misconfigured(error) => {
                 breaker.misconfigured(ticket, now);
                 if current {
                     let message = "destination misconfigured, a human must act; its events wait, none is charged";
@@ -305,7 +305,7 @@ impl Destination {
                 }
                 false
             }
-            Health::Failed(error) => {
+            CallHealth::Failed(error) => {
                 if breaker.failed(ticket, now) {
                     self.log_outage(error, now, "destination down, breaker open; its events wait, none is charged");
                 } else if current {
@@ -320,18 +320,18 @@ impl Destination {
                 }
                 false
             }
-            Health::Strained(error) => {
+            CallHealth::Strained(error) => {
                 tracing::debug!(destination = name, %error, "destination took a part only; pausing");
                 breaker.strained(ticket, now)
             }
-            Health::Answered => {
+            CallHealth::Answered => {
                 let closed = breaker.succeeded(ticket);
                 if !closed && current {
                     self.outage().take();
                 }
                 closed
             }
-            Health::Silent => {
+            CallHealth::Silent => {
                 breaker.unused(ticket, now);
                 false
             }
@@ -339,13 +339,13 @@ impl Destination {
         self.observers.metrics.breaker(breaker.state());
         let place = self.observers.place;
         match health {
-            Health::Misconfigured(error) if breaker.is_open() => {
+            CallHealth::Misconfigured(error) if breaker.is_open() => {
                 self.observers.health.destination(place, State::Misconfigured, Some(&error.to_string()));
             }
-            Health::Failed(error) if breaker.is_open() => {
+            CallHealth::Failed(error) if breaker.is_open() => {
                 self.observers.health.destination(place, State::Down, Some(&error.to_string()));
             }
-            Health::Answered | Health::Strained(_) if !breaker.is_open() => {
+            CallHealth::Answered | CallHealth::Strained(_) if !breaker.is_open() => {
                 self.observers.health.destination(place, State::Up, None);
             }
             _ => {}

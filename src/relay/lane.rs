@@ -27,14 +27,14 @@ use crate::relay::{Backoff, Relay, sleep};
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A loop that claims, publishes and settles on one connection.
-pub(super) struct Lane<O: Outbox> {
+pub(super) struct LaneLoop<O: Outbox> {
     claimer: Claimer<O>,
     poller: Arc<Mutex<Poller<O::Wakeup>>>,
     /// The cleanups that destinations run once their events are settled. They are waited for only when the lane ends.
     cleanups: JoinSet<()>,
 }
 
-impl<O: Outbox> Lane<O> {
+impl<O: Outbox> LaneLoop<O> {
     pub(super) fn new(
         relay: Arc<Relay<O>>,
         shared: Arc<Shared>,

@@ -23,13 +23,13 @@ const MAX_KINDS: usize = 200;
 
 /// Decides which lines about single events are logged. All code that logs such lines shares it.
 pub(super) struct Report {
-    kinds: Mutex<HashMap<Kind, Seen>>,
+    kinds: Mutex<HashMap<LineKind, Seen>>,
     work: Mutex<Work>,
 }
 
 /// A kind of line. Lines of one kind differ only in their event.
 #[derive(Clone, PartialEq, Eq, Hash)]
-struct Kind {
+struct LineKind {
     what: &'static str,
     destination: String,
     code: String,
@@ -65,7 +65,7 @@ impl Report {
     pub(super) fn admits(&self, what: &'static str, destination: &str, code: &str) -> bool {
         let now = Instant::now();
         let mut kinds = self.kinds();
-        let mut kind = Kind { what, destination: destination.to_owned(), code: code.to_owned() };
+        let mut kind = LineKind { what, destination: destination.to_owned(), code: code.to_owned() };
         if kinds.len() >= MAX_KINDS && !kinds.contains_key(&kind) {
             kind.code = "various codes".to_owned();
         }
@@ -99,7 +99,7 @@ impl Report {
             }
             now - seen.last < FORGET_AFTER
         });
-        for (Kind { what, destination, code }, count, time) in sums {
+        for (LineKind { what, destination, code }, count, time) in sums {
             let seconds = time.as_secs();
             tracing::warn!(destination, code, count, seconds, "{count} more {what}");
         }
@@ -122,7 +122,7 @@ impl Report {
         }
     }
 
-    fn kinds(&self) -> MutexGuard<'_, HashMap<Kind, Seen>> {
+    fn kinds(&self) -> MutexGuard<'_, HashMap<LineKind, Seen>> {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -36,7 +36,7 @@ pub(super) struct Standstills {
 
 #[derive(Default)]
 struct State {
-    known: BTreeMap<(&'static str, String), Known>,
+    known: BTreeMap<(&'static str, String), Reported>,
     /// The start times of the queries that the store has not answered yet.
     asking: BTreeMap<u64, Instant>,
     last_question: u64,
@@ -46,7 +46,7 @@ struct State {
     failed: bool,
 }
 
-struct Known {
+struct Reported {
     text: String,
     source: Source,
     since: OffsetDateTime,
@@ -75,7 +75,7 @@ impl Drop for Asking<'_> {
 
 /// The last answer of the store to a claim, reduced to whether events move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum ClaimAnswer {
     /// Events were claimed, or none is pending.
     Moving,
     /// Events are pending, and others hold all of them.
@@ -105,15 +105,15 @@ impl Standstills {
     }
 
     /// Records an answer of the store.
-    pub(super) fn answered(&self, answer: Answer) {
+    pub(super) fn answered(&self, answer: ClaimAnswer) {
         let mut state = self.state();
-        state.failed = answer == Answer::Failed;
+        state.failed = answer == ClaimAnswer::Failed;
         match answer {
-            Answer::Moving => state.busy_since = None,
-            Answer::Busy => {
+            ClaimAnswer::Moving => state.busy_since = None,
+            ClaimAnswer::Busy => {
                 state.busy_since.get_or_insert_with(Instant::now);
             }
-            Answer::Failed => {}
+            ClaimAnswer::Failed => {}
         }
     }
 
@@ -134,7 +134,7 @@ impl Standstills {
 
     /// Ends a standstill or a condition that was reported or noted. Does nothing if it was neither.
     pub(super) fn clear(&self, cause: &'static str, about: &str) {
-        let ended = |key: &(&'static str, String), known: &Known| {
+        let ended = |key: &(&'static str, String), known: &Reported| {
             key.0 == cause && key.1 == about && known.source != Source::Store
         };
         self.end(ended);
@@ -155,14 +155,14 @@ impl Standstills {
                 if log {
                     tracing::error!(cause, about, "{text}");
                 }
-                let known = Known { text, source, since: OffsetDateTime::now_utc(), logged: Instant::now() };
+                let known = Reported { text, source, since: OffsetDateTime::now_utc(), logged: Instant::now() };
                 state.known.insert((cause, about), known);
             }
         }
         self.show(&state);
     }
 
-    fn end(&self, ended: impl Fn(&(&'static str, String), &Known) -> bool) {
+    fn end(&self, ended: impl Fn(&(&'static str, String), &Reported) -> bool) {
         let mut state = self.state();
         state.known.retain(|key, known| {
             let over = ended(key, known);
@@ -327,12 +327,12 @@ mod tests {
     #[test]
     fn a_failed_claim_looks_stuck_at_once_and_an_unanswered_question_after_a_while() {
         let standstills = Standstills::new();
-        standstills.answered(Answer::Busy);
+        standstills.answered(ClaimAnswer::Busy);
         let asking = standstills.asking();
         assert!(!standstills.looks_stuck());
-        standstills.answered(Answer::Failed);
+        standstills.answered(ClaimAnswer::Failed);
         assert!(standstills.looks_stuck());
-        standstills.answered(Answer::Moving);
+        standstills.answered(ClaimAnswer::Moving);
         standstills.state().asking.values_mut().for_each(|begun| *begun -= PATIENCE);
         assert!(standstills.looks_stuck());
         drop(asking);

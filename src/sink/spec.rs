@@ -50,6 +50,11 @@ pub trait Spec: Send + Sync {
         None
     }
 
+    /// Returns what only one destination can use, such as the path of a file that it writes.
+    fn exclusive(&self) -> Option<String> {
+        None
+    }
+
     /// Returns the stream to which all events go, if its name has no placeholder.
     #[cfg(feature = "redis")]
     fn fixed_stream(&self) -> Option<(RedisAddress, String)> {
@@ -196,10 +201,16 @@ fn left_out(name: &str) -> Option<String> {
 /// # Errors
 /// There is no such kind. The message names the existing ones.
 pub fn of_type(name: &str) -> Result<Kind, String> {
-    KINDS.iter().copied().find(|kind| kind.name == name).ok_or_else(|| {
-        let names: Vec<&str> = KINDS.iter().map(|kind| kind.name).collect();
-        left_out(name).unwrap_or_else(|| format!("there is no such type; there are {}", names.join(", ")))
-    })
+    KINDS
+        .iter()
+        .copied()
+        .find(|kind| kind.name == name)
+        .ok_or_else(|| left_out(name).unwrap_or_else(|| format!("there is no such type; there are {}", types())))
+}
+
+/// The names of all kinds, for people.
+pub fn types() -> String {
+    KINDS.iter().map(|kind| kind.name).collect::<Vec<_>>().join(", ")
 }
 
 /// Returns the kind of a URL, and the URL's parts.

@@ -5,7 +5,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{Executor, Row};
 use uuid::Uuid;
 
-use crate::audit::{Audit, Checksum, EntryId, Known};
+use crate::audit::{Audit, Checksum, EntryId, Fact};
 use crate::outbox::OutboxError;
 use crate::outbox::postgres::connection::{connect, connect_options, query_failed};
 use crate::outbox::postgres::sql::{Schema, Sql};
@@ -62,11 +62,11 @@ async fn feed(connection: &mut PgConnection, destination: &str, audit: &mut Audi
         let (event_id, sequence): (Uuid, i64) = (row.try_get("event_id")?, row.try_get("sequence")?);
         let message: Option<&str> = row.try_get("message")?;
         let known = match row.try_get::<i32, _>("known")? {
-            0 => Known::Pending,
-            1 => Known::Published(message.and_then(|message| message.parse().ok())),
-            2 => Known::DeadLetter,
-            4 => Known::Redriven,
-            _ => Known::Kept,
+            0 => Fact::Pending,
+            1 => Fact::Published(message.and_then(|message| message.parse().ok())),
+            2 => Fact::DeadLetter,
+            4 => Fact::Redriven,
+            _ => Fact::Kept,
         };
         let checksum = row.try_get::<Option<&[u8]>, _>("digest")?.and_then(Checksum::from_sha256);
         audit.known(event_id, sequence, known, checksum);

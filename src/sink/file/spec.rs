@@ -6,6 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::Deserialize;
 use tracing::level_filters::LevelFilter;
+use url::Url;
 
 use crate::sink::file::{FileConfig, FileSink};
 use crate::sink::spec::{self, Configured, Field, Invalid, Opening, UrlParts};
@@ -48,10 +49,13 @@ impl Configured for Spec {
     const LOG_TARGETS: &'static [(&'static str, LevelFilter)] = &[];
 
     fn address(url: &mut UrlParts<'_>) -> Result<Vec<Field>, String> {
-        if !url.address.starts_with('/') {
-            return Err("it is written file:///path/of/the/file".to_owned());
-        }
-        Ok(vec![("path".to_owned(), url.address.to_owned())])
+        let path = match url.address.starts_with('/') {
+            true => Url::parse(&format!("file://{}", url.address)).ok().and_then(|url| url.to_file_path().ok()),
+            false => None,
+        };
+        let path = path.and_then(|path| path.into_os_string().into_string().ok());
+        let path = path.ok_or("it is written file:///path/of/the/file, with %20 for a space and %25 for a %")?;
+        Ok(vec![("path".to_owned(), path)])
     }
 }
 
@@ -64,6 +68,11 @@ impl spec::Spec for Spec {
         self.max_size().map(drop)
     }
 
+    fn exclusive(&self) -> Option<String> {
+        let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+        Some(format!("the file {}", path.display()))
+    }
+
     async fn open(&self, with: &Opening) -> Result<Arc<dyn Sink>, Invalid> {
         Ok(Arc::new(FileSink::new(FileConfig {
             path: self.path.clone(),
@@ -73,5 +82,21 @@ impl spec::Spec for Spec {
             daily: self.daily,
             fsync: self.fsync,
         })))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::sink::spec::of_url;
+
+    #[test]
+    fn a_url_names_its_path_as_urls_do() {
+        let path = |url: &str| {
+            let (kind, parts) = of_url(url).expect("the kind is known");
+            kind.fields(parts).map(|fields| fields[0].1.clone())
+        };
+        assert_eq!(path("file:///var/my%20events.jsonl?fsync=false").as_deref(), Ok("/var/my events.jsonl"));
+        assert_eq!(path("file:///var/100%25").as_deref(), Ok("/var/100%"));
+        assert!(path("file://events.jsonl").is_err(), "a host is no folder");
     }
 }

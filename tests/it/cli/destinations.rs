@@ -64,7 +64,7 @@ async fn a_url_in_a_file_is_read_and_none_is_shown() {
 
 #[test]
 fn a_url_that_cannot_be_used_is_refused_with_the_reason_and_without_its_secrets() {
-    let cases: [(String, &[&str]); 13] = [
+    let cases: [(String, &[&str]); 14] = [
         ("kafkaesque://h".to_owned(), &["no known scheme", "redis+stream", "eventbridge", "stdout"]),
         (format!("redis://:{PASSWORD}@h"), &["no known scheme"]),
         (format!(":{PASSWORD}@h"), &["no known scheme"]),
@@ -78,6 +78,7 @@ fn a_url_that_cannot_be_used_is_refused_with_the_reason_and_without_its_secrets(
         (format!("redis+stream://:{PASSWORD}@h/0?timeout=5s&timeout_ms=5000"), &["both set"]),
         (format!("redis+stream://:{PASSWORD}@h/0?max_retries=1001"), &["max_retries", "0 to 1000"]),
         ("stdout://x".to_owned(), &["stdout://"]),
+        ("file://events.jsonl".to_owned(), &["file:///path"]),
     ];
     for (url, parts) in cases {
         let refused = refused(&[("RELAY_DESTINATION_A", &url)]);
