@@ -43,7 +43,7 @@ impl Standstill {
 pub(super) fn not_taken(count: usize, id: i64, event_type: &str, due: Duration, who: &str) -> Standstill {
     let due = due.as_secs();
     let text = format!(
-        "event {id} (type {event_type:?}) has been due for {due} s and nobody takes it, nor what is behind it ({count} such \
+        "event {id} (type {event_type:?}) has been due for {due} s and nobody takes it, nor the events behind it ({count} such \
          partitions){who}: look whether another relay hangs, and at the log of each"
     );
     Standstill::new(NOT_TAKEN, text)

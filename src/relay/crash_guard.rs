@@ -97,7 +97,7 @@ impl CrashGuard {
         if others > 0 {
             self.claim.store(first_claim(batch_events, others), Ordering::SeqCst);
             tracing::info!(
-                "another relay crashed lately, or has just started: this one is cautious for a minute, and marks events before it publishes them"
+                "another relay crashed lately, or has just started: for a minute this relay marks events before it publishes them"
             );
         }
         Ok(())
@@ -136,11 +136,11 @@ impl CrashGuard {
             match suspicion.judge() {
                 Judgement::Kills => {
                     let count = suspicion.crashes_alone;
-                    let message = format!("{count} relays died while they published this event and no other");
+                    let message = format!("{count} relays crashed while they published this event and no other");
                     claimed.defect = Some(PublishError::new(Fault::Unfit, "relay_crashed", message));
                 }
                 Judgement::MayKill => {
-                    let message = "relays died some time after they began to publish this event and no other; whether it \
+                    let message = "relays crashed some time after they began to publish this event and no other; whether it \
                                    is the cause is not known, so it waits, and is not charged";
                     claimed.defect = Some(PublishError::new(Fault::Unknown, "relay_died", message));
                     parked.push(claimed.event.event_id);
@@ -209,7 +209,7 @@ impl CrashGuard {
             self.set(Stage::Proven);
             self.claim.store(usize::MAX, Ordering::SeqCst);
             if let Err(error) = outbox.end_run(self.run()).await {
-                tracing::debug!(error = error.explain(), "that this relay lives was not noted");
+                tracing::debug!(error = error.explain(), "the note that this relay is at work was not written");
             }
         }
     }
@@ -240,7 +240,7 @@ impl<O: Outbox> Relay<O> {
             if tokio::time::timeout(AT_ONCE, ended.cancelled()).await.is_err()
                 && let Err(error) = relay.outbox.outlived(run, &noted).await
             {
-                tracing::debug!(error = error.explain(), "that this relay lives was not noted");
+                tracing::debug!(error = error.explain(), "the note that this relay is at work was not written");
             }
             drop(lanes);
         });

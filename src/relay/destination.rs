@@ -300,7 +300,7 @@ impl Destination {
             CallHealth::Misconfigured(error) => {
                 breaker.misconfigured(ticket, now);
                 if current {
-                    let message = "destination misconfigured, a human must act; its events wait, none is charged";
+                    let message = "destination misconfigured, a person must act; its events wait, none is charged";
                     self.log_outage(error, now, message);
                 }
                 false

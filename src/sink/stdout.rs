@@ -167,6 +167,6 @@ impl Sink for StdoutSink {
 
     async fn ended(&self) -> String {
         self.gone.cancelled().await;
-        "whoever read standard output is gone; what it did not get is pending".to_owned()
+        "the reader of standard output has gone; what it did not read is pending".to_owned()
     }
 }

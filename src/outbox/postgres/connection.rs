@@ -100,7 +100,7 @@ fn advice(error: &sqlx::Error) -> Option<&'static str> {
         sqlx::Error::Database(error) => error.code()?,
         sqlx::Error::Io(error) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
             return Some(
-                "is its certificate signed by whom sslrootcert in DATABASE_URL names, and for the host there?",
+                "is the server's certificate signed by the authority in sslrootcert, and issued for the host in DATABASE_URL?",
             );
         }
         sqlx::Error::Io(_) => {

@@ -42,7 +42,7 @@ pub(super) async fn prove(first: &mut impl LockSession, second: &mut impl LockSe
             // The second session still waits for its transaction: it is of no use any more.
             (_, None) => {
                 tracing::warn!(
-                    "not tried whether advisory locks exclude each other: no two connections were to be had at once"
+                    "not tried whether advisory locks exclude each other: two connections could not be opened at once"
                 );
                 return Ok(());
             }

@@ -344,7 +344,7 @@ impl Lane for PgLane {
         }
         if self.outbox.config.ghost_barrier
             && matches!(claim, Claim::Batch { .. })
-            && !with_timeout("look whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
+            && !with_timeout("ask whether commits are flushed", STATEMENT_TIMEOUT, flushed(&mut connection)).await?
         {
             self.outbox.flush().await?;
         }
@@ -437,7 +437,7 @@ impl Lane for PgLane {
         let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
         let passed = self.outbox.refused_writes.left_out.passed();
         let (known, Peeked { mut pending, next_due_ms, reinsertions, drawn }) =
-            with_timeout("look whether there are events", STATEMENT_TIMEOUT, async {
+            with_timeout("ask whether there are events", STATEMENT_TIMEOUT, async {
                 self.outbox.begin_pooled(&mut connection).await?;
                 self.search(&mut connection).await?;
                 let known = self.outbox.bounds.known().0.behind(&passed);

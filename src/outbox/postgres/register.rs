@@ -144,7 +144,7 @@ impl Register for PgOutbox {
     }
 
     async fn beat(&self, id: i64, idle: Duration) -> Result<(), OutboxError> {
-        self.on_side_connection("write that this relay lives", async |connection| {
+        self.on_side_connection("note that this relay is at work", async |connection| {
             let query = self.sql().query(BEAT).persistent(false).bind(id).bind(idle.as_secs_f64());
             query.execute(connection).await.map(drop)
         })

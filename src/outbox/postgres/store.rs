@@ -81,7 +81,7 @@ impl PgOutbox {
                        when 'SQL_ASCII' then pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)
                    end";
         let (read_only, _): (bool, Option<String>) =
-            with_timeout("look whether the database is read-only", STATEMENT_TIMEOUT, async {
+            with_timeout("ask whether the database is read-only", STATEMENT_TIMEOUT, async {
                 sqlx::query_as(look).persistent(false).fetch_one(&mut connection).await
             })
             .await?;

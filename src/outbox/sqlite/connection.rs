@@ -44,8 +44,7 @@ impl DerefMut for Connected {
 /// The reason why it cannot be used.
 pub(in crate::outbox) fn validate(url: &Secret, pooled: bool) -> Result<(), OutboxError> {
     if pooled {
-        let reason =
-            "it names a SQLite file, and RELAY_DATABASE_POOLED is for a pooler before PostgreSQL: take that away";
+        let reason = "it names a SQLite file, and RELAY_DATABASE_POOLED is for a pooler before PostgreSQL: unset it";
         return Err(OutboxError::Url { reason: reason.into() });
     }
     connect_options(url).map(drop)

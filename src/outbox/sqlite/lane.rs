@@ -280,7 +280,7 @@ impl Lane for SqliteLane {
     async fn peek(&mut self, destinations: &[&str]) -> Result<Peek, OutboxError> {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
-        let (pending, next_due_ms): (bool, Option<i64>) = run_query("look whether there are events", async {
+        let (pending, next_due_ms): (bool, Option<i64>) = run_query("ask whether there are events", async {
             sqlx::query_as(PEEK).bind(json_text(&destinations)).fetch_one(&mut *connection).await
         })
         .await?;

@@ -92,7 +92,9 @@ impl Register for SqliteOutbox {
     async fn beat(&self, id: i64, _: Duration) -> Result<(), OutboxError> {
         let mut connection = self.connect().await?;
         let query = "update event_relay set seen_at = strftime('%Y-%m-%d %H:%M:%f', 'now') where id = ?1";
-        run_query("write that this relay lives", sqlx::query(query).bind(id).execute(&mut *connection)).await.map(drop)
+        run_query("note that this relay is at work", sqlx::query(query).bind(id).execute(&mut *connection))
+            .await
+            .map(drop)
     }
 
     async fn remove(&self, ids: &[i64]) -> Result<(), OutboxError> {

@@ -62,7 +62,8 @@ async fn a_database_is_read_over_tls_when_its_certificate_is_signed_by_whom_one_
         finished(command, &variables)
     };
     let refused = relay(&["--once"], "localhost", server.other_ca()).exited(1);
-    let advice = "is its certificate signed by whom sslrootcert in DATABASE_URL names, and for the host there?";
+    let advice =
+        "is the server's certificate signed by the authority in sslrootcert, and issued for the host in DATABASE_URL?";
     assert!(refused.complaint().ends_with(&format!("UnknownIssuer; {advice}")), "{}", refused.complaint());
     let checked = relay(&["check"], "localhost", server.other_ca()).exited(1);
     assert!(checked.stdout.contains("FAIL  database: "), "{}", checked.stdout);

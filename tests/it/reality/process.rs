@@ -245,7 +245,7 @@ async fn f88_a_daemon_whose_reader_is_gone_says_so_and_loses_nothing() {
     running.until_log("\"message\":\"ready\"");
     drop(reader);
     sql(&mut connection, "select emit_event('a')").await;
-    running.finish().exited(1).says(&["destination stdout: whoever read standard output is gone"]);
+    running.finish().exited(1).says(&["destination stdout: the reader of standard output has gone"]);
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 1);
 }
 

@@ -132,7 +132,7 @@ async fn a_key_that_nobody_charges_is_told<S: Store>() {
     emit(&mut connection, "blocking", "k").await;
     let block = format!(
         "update event_outbox set status = 'scheduled', destination = 'stdout', available_at = {}, first_failed_at = {},
-         last_error = 'relay_died: relays died some time after they began to publish this event'",
+         last_error = 'relay_died: relays crashed some time after they began to publish this event'",
         S::in_ms(3_600_000),
         S::in_ms(-300_000)
     );

@@ -22,7 +22,7 @@ impl PgLane {
     pub(super) async fn claim_left(&mut self, request: ClaimRequest<'_>) -> Result<Option<Claim>, OutboxError> {
         let look =
             async |sql: Sql, connection: &mut PgConnection| sql.query_scalar(CHANGES).fetch_one(connection).await;
-        let changes = self.ask("look whether this relay routes", look).await?;
+        let changes = self.ask("ask whether this relay routes", look).await?;
         let Role::Superseded { left } = self.outbox.role_at(changes).await? else { return Ok(None) };
         let left = self.outbox.membership.ready(&left);
         if left.is_empty() {
