@@ -55,12 +55,12 @@ $$;
 
 -- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
 revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq, event_relay_changes
     from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter,
-    move_owed, give_up_owed
+    redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed
     from relay_app, relay_worker, relay_operator;
 
 -- Applications add events and see nothing of any but these two columns, which tell nobody anything: an ORM that inserts with
@@ -94,10 +94,12 @@ grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, rela
     relay_schema_needs
     to relay_worker;
 
--- People look at everything, and put dead letters back.
+-- People look at everything, put dead letters back, discard and delete them. Functions do it, and write down who did.
 grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action
     to relay_operator;
-grant execute on function redrive_dead_letter, move_owed, give_up_owed, relay_schema_version, relay_schema_needs to relay_operator;
+grant execute on function redrive_dead_letter, redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed,
+    give_up_owed, relay_schema_version, relay_schema_needs
+    to relay_operator;
 
 commit;

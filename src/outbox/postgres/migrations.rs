@@ -1,7 +1,7 @@
 //! The list of migrations.
 
 /// All migrations, the first with version 1. Never edited once released.
-pub(super) const MIGRATIONS: [(&str, &str); 21] = [
+pub(super) const MIGRATIONS: [(&str, &str); 23] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -23,6 +23,8 @@ pub(super) const MIGRATIONS: [(&str, &str); 21] = [
     ("0019_owed", include_str!("../../../migrations/postgres/0019_owed.sql")),
     ("0020_redriven_formats", include_str!("../../../migrations/postgres/0020_redriven_formats.sql")),
     ("0021_header_spaces", include_str!("../../../migrations/postgres/0021_header_spaces.sql")),
+    ("0022_operator_actions", include_str!("../../../migrations/postgres/0022_operator_actions.sql")),
+    ("0023_operator_functions", include_str!("../../../migrations/postgres/0023_operator_functions.sql")),
 ];
 
 /// The schema version this binary needs.

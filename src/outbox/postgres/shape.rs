@@ -28,7 +28,9 @@ const TABLES: [(&str, &str); 7] = [
          aggregate_id text, payload jsonb, headers jsonb, correlation_id text, causation_id text, \
          schema_version integer, priority smallint, created_at timestamp with time zone, destination text, \
          attempts integer, error_code text, error text, first_failed_at timestamp with time zone, \
-         failed_at timestamp with time zone, redriven_at timestamp with time zone, format smallint",
+         failed_at timestamp with time zone, redriven_at timestamp with time zone, format smallint, \
+         redriven_by text, redriven_to text, discarded_at timestamp with time zone, discarded_by text, \
+         discard_reason text",
     ),
     (
         "event_history",

@@ -26,7 +26,8 @@ const TABLES: [(&str, &str); 9] = [
         "event_dead_letter",
         "id, outbox_id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, \
          correlation_id, causation_id, schema_version, priority, created_at, destination, attempts, error_code, \
-         error, first_failed_at, failed_at, redriven_at, format",
+         error, first_failed_at, failed_at, redriven_at, format, redriven_by, redriven_to, discarded_at, \
+         discarded_by, discard_reason",
     ),
     (
         "event_history",
