@@ -49,8 +49,9 @@ const UNDELIVERED: u8 = 3;
 Settings: `relay run --help` lists them. Each is an option, a variable, or a line of the file of --config.
 RELAY_DESTINATION_<NAME> sets up a destination by a URL, such as redis+stream://host?stream=orders.
 
-Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration; 3 --once ended with something due still
-undelivered (waiting for a retry, dead-lettered in this run, or its destination down)."
+Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration;
+3 --once ended with something due still undelivered (it waits for a retry, was dead-lettered in this run, or its destination is
+down)."
 )]
 struct Cli {
     /// Publish what is due, then exit. Safe beside other relays, and twice at a time.

@@ -16,7 +16,7 @@ pub(crate) fn milliseconds(text: &str, range: RangeInclusive<u64>) -> Result<Dur
         Ok(number) => Some(Duration::from_millis(number)),
         Err(_) => humantime::parse_duration(text).ok(),
     };
-    let shown = |ms: u64| humantime::format_duration(Duration::from_millis(ms)).to_string().replace(' ', "");
+    let shown = |ms: u64| shown(Duration::from_millis(ms));
     let fits = |time: &Duration| u64::try_from(time.as_millis()).is_ok_and(|ms| range.contains(&ms));
     time.filter(fits).ok_or_else(|| {
         format!(
@@ -33,10 +33,18 @@ pub(crate) fn milliseconds(text: &str, range: RangeInclusive<u64>) -> Result<Dur
 /// What would do, with `example` as the example.
 pub(crate) fn time(text: &str, range: RangeInclusive<Duration>, example: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text.trim()).ok().filter(|time| range.contains(time));
-    let shown = |time: &Duration| humantime::format_duration(*time).to_string().replace(' ', "");
     time.ok_or_else(|| {
-        format!("a time with its unit, such as {example}, from {} to {}", shown(range.start()), shown(range.end()))
+        format!("a time with its unit, such as {example}, from {} to {}", shown(*range.start()), shown(*range.end()))
     })
+}
+
+/// Writes a time as people do. Long ones are in days, because a year of humantime has 365.25 of them.
+fn shown(time: Duration) -> String {
+    const DAY: u64 = 24 * 60 * 60;
+    match time.as_secs() {
+        seconds if seconds > 30 * DAY && seconds % DAY == 0 => format!("{}d", seconds / DAY),
+        _ => humantime::format_duration(time).to_string().replace(' ', ""),
+    }
 }
 
 /// A size with its unit, or a plain number of bytes. `KB` is 1,000 bytes, `KiB` is 1,024.

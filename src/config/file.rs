@@ -39,7 +39,8 @@ pub struct FileDestination {
 
 impl FileDestination {
     fn of(mut fields: toml::Table) -> Result<Self, String> {
-        let said = |error: toml::de::Error| error.message().to_owned();
+        // As in `Kind::table`: the last line names the field.
+        let said = |error: toml::de::Error| error.to_string();
         let name = match fields.remove("type") {
             Some(toml::Value::String(name)) => name,
             Some(_) => return Err("`type` is a text".to_owned()),
@@ -50,7 +51,7 @@ impl FileDestination {
                 "unknown field `password`: the password stands in a file of its own, by password_file".to_owned()
             );
         }
-        let kind = spec::of_type(&name).map_err(|reason| format!("unknown type `{name}`: {reason}"))?;
+        let kind = spec::of_type(&name).map_err(|reason| format!("type = `{name}`: {reason}"))?;
         let (policy, fields): (toml::Table, toml::Table) =
             fields.into_iter().partition(|(field, _)| FIELDS.contains(&field.as_str()));
         // The fields are checked here without those that settings add later, because the latter are always valid.
@@ -113,7 +114,8 @@ impl ConfigFile {
                 ("routes", toml::Value::Array(routes)) => {
                     for (index, value) in routes.into_iter().enumerate() {
                         let spec = RouteSpec::deserialize(value);
-                        file.routes.push(spec.map_err(|error| fail(misfit(text, "routes", index, error.message())))?);
+                        let spec = spec.map_err(|error| fail(misfit(text, "routes", index, &error.to_string())))?;
+                        file.routes.push(spec);
                     }
                     continue;
                 }
@@ -124,9 +126,11 @@ impl ConfigFile {
                 (_, toml::Value::String(text)) => text,
                 (_, toml::Value::Integer(number)) => number.to_string(),
                 (_, toml::Value::Boolean(flag)) => flag.to_string(),
-                (_, toml::Value::Table(_)) => {
-                    let reason = format!("unknown table {name:?}; there are [destinations.NAME] and [[routes]]");
-                    return Err(fail(format!("{}{reason}", at(line))));
+                (_, value) if value.is_table() || value.get(0).is_some_and(toml::Value::is_table) => {
+                    let reason = format!("unknown table [{name}]; there are [destinations.NAME] and [[routes]]");
+                    let is_header = |line: &str| line.trim_start_matches(['[', ' ']).starts_with(&name);
+                    let line = text.lines().position(|line| line.trim().starts_with('[') && is_header(line.trim()));
+                    return Err(fail(format!("{}{reason}", at(line.map(|line| line + 1)))));
                 }
                 _ => {
                     let reason = format!("setting {name:?} must be a string, an integer or a boolean");
@@ -144,10 +148,14 @@ impl ConfigFile {
 /// Returns the error text for a table that does not fit, with its line. The table is below the `index`-th header of this
 /// name.
 fn misfit(text: &str, header: &str, index: usize, message: &str) -> String {
-    let field = message.split('`').nth(1).unwrap_or_default();
+    // The last line of a message names the field.
+    let (message, inside) = message.trim_end().split_once("\nin `").unwrap_or((message, ""));
+    let inside = inside.trim_end_matches('`');
+    let field = if inside.is_empty() { message.split('`').nth(1).unwrap_or_default() } else { inside };
     let line = line_of(text, Some(header), index, field).or_else(|| line_of(text, Some(header), index, ""));
     let place = line.map(|line| format!("line {line}: ")).unwrap_or_default();
-    format!("{place}{header}: {}", without_value(message))
+    let dot = if inside.is_empty() { "" } else { "." };
+    format!("{place}{header}{dot}{inside}: {}", without_value(message))
 }
 
 /// Returns the line, from 1, where `key` is set: before all tables, or below the `index`-th header of this name. For an empty
@@ -243,7 +251,7 @@ mod tests {
         let text = "lanes = 1\n\n[destinations.\"a\"]\ntype = \"stdout\"\n[destinations.b]\ntype = \"redis-stream\"\nurl = \"x\"\n";
         for (more, place) in [
             ("straem = \"x\"", "line 8: destinations.b: "),
-            ("port = \"redis://:secret@host\"", "line 5: destinations.b: "),
+            ("port = \"redis://:secret@host\"", "line 8: destinations.b.port: "),
             ("[destinations.c]\ntype = \"kafka\"", "line 8: destinations.c: "),
             ("[destinations.c]\ntype = \"redis://:secret@host\"", "line 8: destinations.c: "),
             ("[[routes]]\ndestinations = []\n[[routes]]\ndestination = []", "line 11: routes: "),

@@ -1,5 +1,6 @@
-//! Polling for work, and sleeping between polls. At most one lane of a relay polls at a time; a lane that finds work lets the
-//! next lane poll. A drain is a run of `relay --once`, which ends when nothing is due.
+//! Polling for work, and sleeping between polls. One lane of a relay at a time waits for work here; when it finds some, the next
+//! lane waits. A lane whose last batch was full claims again by itself, see `lane`. A drain is a run of `relay --once`, which
+//! ends when nothing is due.
 //!
 //! - `schedule`: when to poll next.
 //! - `sleeper`: sleeping until a producer notifies.
@@ -32,7 +33,7 @@ const HELD_INTERVAL: Duration = Duration::from_millis(50);
 /// The time between two polls of a drain while others hold all pending events.
 const DRAIN_HELD_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Finds work and hands it out to the lane that holds the poller.
+/// Finds work and hands it out to the lane that holds the poller, which is behind a mutex of all lanes.
 pub(super) struct Poller<W> {
     schedule: Schedule,
     sleeper: Sleeper<W>,
@@ -77,7 +78,7 @@ impl<W: crate::outbox::Wakeup> Poller<W> {
                     drain::give_up(claimer).await?;
                     return Ok(None);
                 }
-                claimer.sleep(until - now).await;
+                claimer.sleep(until - now).await; // a batch that is settled meanwhile does not end the pause
                 continue;
             }
             self.schedule.last_poll = now;

@@ -142,8 +142,8 @@ impl Kind {
             address: T::address,
             of_table: |table| match T::deserialize(table) {
                 Ok(spec) => Ok(Box::new(spec)),
-                // The `Display` of the error would quote the line.
-                Err(error) => Err(error.message().to_owned()),
+                // A table that is read already has no lines to quote. The last line of the text is "in `field`".
+                Err(error) => Err(error.to_string()),
             },
             of_query: |fields| fields_of::<T>(fields).map(|spec| Box::new(spec) as Box<dyn Spec>),
         }

@@ -203,6 +203,19 @@ async fn nothing_is_begun_after_the_deadline<P: Place>() {
     assert!(place.arrived().is_empty());
 }
 
+async fn a_payload_with_line_breaks_is_one_event<P: Place>() {
+    let mut place = P::start().await;
+    let payload = "{\r\n  \"a\": [1,\n2]\n}";
+    let events: Vec<Event> = (1..=3).map(|id| Event { payload: payload.into(), ..keyed(id, "42") }).collect();
+    assert_all_delivered(&publish(place.sink(), &events).await);
+    let arrived = place.arrived();
+    assert_eq!(arrived.iter().map(Arrival::sequence).collect::<Vec<_>>(), [1, 2, 3]);
+    for arrival in arrived {
+        let data: serde_json::Value = serde_json::from_str(arrival.data.get()).unwrap();
+        assert_eq!(data, serde_json::json!({"a": [1, 2]}));
+    }
+}
+
 async fn a_check_publishes_nothing<P: Place>() {
     let mut place = P::start().await;
     assert!(!place.sink().check().await.unwrap().is_empty());
@@ -246,6 +259,7 @@ macro_rules! contract {
                 a_mixture_arrives_whole
                 an_empty_batch_has_no_answers
                 nothing_is_begun_after_the_deadline
+                a_payload_with_line_breaks_is_one_event
                 a_check_publishes_nothing
                 $($more)*);
         }

@@ -59,12 +59,13 @@ impl Schedule {
         now.duration_since(self.last_work) < self.linger
     }
 
-    /// Records that a producer has notified a sleeper that fell asleep at `begun`.
+    /// Records that a sleeper that fell asleep at `begun` was woken.
     pub(super) fn notified(&mut self, begun: Instant, now: Instant) {
         let short = now.duration_since(begun) < SHORT_SLEEP;
         self.linger = if short { (self.linger * 2).min(LINGER.1) } else { LINGER.0 };
         self.worked(now);
-        // The notification may be about a delayed event. Other events come first.
+        // The notification may be about a delayed event, which a promotion makes pending. Events that are due come first: a poll
+        // for them takes place before that.
         self.next_promotion = self.next_promotion.min(now + LINGER.0 / 2);
     }
 

@@ -27,7 +27,7 @@ impl<W: Wakeup> Sleeper<W> {
     }
 
     /// Sleeps until there may be work: a polling interval at the longest, and less if an event is due, a paused destination
-    /// accepts events again, or a producer notifies. If the last poll found work, returns it without sleeping.
+    /// accepts events again, or a producer notifies. If the poll after arming finds work, returns it without sleeping.
     pub(super) async fn sleep_until_notified<O: Outbox<Wakeup = W>>(
         &mut self,
         schedule: &mut Schedule,
@@ -92,7 +92,8 @@ async fn sleep_once<O: Outbox>(
 }
 
 /// Sleeps until notified or until there may be work. It peeks after `at_most`, and then once a polling interval, because not
-/// every insert notifies. Returns whether it was notified, or must assume so.
+/// every insert notifies. Returns whether to poll at once: it was notified, a lane has settled, the relay stops, or the
+/// wake-up was lost.
 async fn sleep_armed<O: Outbox>(
     wakeup: &mut O::Wakeup,
     mut armed: Armed,

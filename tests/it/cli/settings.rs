@@ -79,12 +79,17 @@ fn what_contradicts_or_lacks_something_is_named() {
 fn what_is_wrong_in_the_file_is_named() {
     let redis = "[destinations.r]\ntype = \"redis-stream\"\nurl = \"redis://127.0.0.1:1\"\n";
     let stdout = "[destinations.out]\ntype = \"stdout\"\n";
-    let cases: [(&str, &[&str]); 18] = [
+    let cases: [(&str, &[&str]); 20] = [
         ("batch_size = ", &["line 1"]),
         ("batch_size = 5\nbatch_size = 6", &["line 2", "duplicate key"]),
         ("\nbatch_sise = 5", &["line 2: unknown setting batch_sise; did you mean batch_size?"]),
         ("batch_size = 0", &["--batch-size", "0", "it stands in line 1 of "]),
-        ("[destination.a]\ntype = \"stdout\"", &["unknown table \"destination\"", "[destinations.NAME]"]),
+        ("[destination.a]\ntype = \"stdout\"", &["line 1: unknown table [destination]", "[destinations.NAME]"]),
+        ("log = \"info\"\n[[route]]\ndestinations = []", &["line 2: unknown table [route]", "[[routes]]"]),
+        (
+            "[destinations.f]\ntype = \"file\"\npath = \"/x\"\nformat = \"json\"",
+            &["line 4: destinations.f.format: unknown variant", "`payload`"],
+        ),
         ("[destinations.a]\npath = \"/x\"", &["line 1: destinations.a: missing field `type`", "redis-stream"]),
         (
             "[destinations.a]\ntype = \"file\"\npath = \"/tmp/x\"\n[destinations.b]\ntype = \"file\"\npath = \"/tmp/./x\"",
