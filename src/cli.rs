@@ -143,9 +143,10 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         tracing::warn!("ignored: unknown variable {variable}");
     }
     let settings = &cli.settings;
+    let has_http_address = config::is_set("http_addr", &matches, &file);
     match cli.command {
-        None => run::run(settings, &file, cli.once),
-        Some(Command::Run { once }) => run::run(settings, &file, cli.once || once),
+        None => run::run(settings, &file, cli.once, has_http_address),
+        Some(Command::Run { once }) => run::run(settings, &file, cli.once || once, has_http_address),
         Some(Command::Migrate) => migrate::migrate(settings),
         Some(Command::Check { json }) => {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)

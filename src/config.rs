@@ -204,6 +204,11 @@ pub fn secret(
     }
 }
 
+/// Returns whether somebody has set the setting with this id, and be it to its default.
+pub fn is_set(id: &str, matches: &ArgMatches, file: &ConfigFile) -> bool {
+    matches.value_source(id).is_some_and(|source| source != ValueSource::DefaultValue) || file.names.contains(id)
+}
+
 /// Returns every setting in force: its variable, its value with secrets hidden, and the source of the value.
 pub fn in_force(command: &Command, matches: &ArgMatches, file: &ConfigFile) -> Vec<(String, String, &'static str)> {
     let mut rows = BTreeMap::new();

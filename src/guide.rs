@@ -29,6 +29,7 @@ chapter!(destinations, "guide/destinations.md", {
     chapter!(file, "guide/destinations/file.md");
 });
 chapter!(operating, "guide/operating.md");
+chapter!(monitoring, "guide/monitoring.md");
 chapter!(failures, "guide/failures.md");
 chapter!(tables, "guide/tables.md");
 chapter!(postgresql, "guide/postgresql.md");

@@ -28,7 +28,7 @@
 //! - [`sink`]: the contract of a destination, and its kinds.
 //! - [`relay`](mod@relay): the engine.
 //! - [`audit`]: compares the events that arrived with those that were emitted.
-//! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], `stderr`: the program around it.
+//! - [`config`], [`secret`], [`redact`], [`shutdown`], [`cli`], [`http`], `stderr`: the program around it.
 //! - `text`: escapes and cuts foreign text for a log or an error.
 //! - `units`: times and sizes as people write them.
 //!
@@ -61,6 +61,8 @@ mod failpoint;
 pub mod guide;
 #[cfg(feature = "relay")]
 mod hosts;
+#[cfg(feature = "cli")]
+pub mod http;
 #[cfg(feature = "relay")]
 pub mod outbox;
 #[cfg(feature = "relay")]

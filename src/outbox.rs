@@ -148,6 +148,23 @@ pub struct Promoted {
     pub next_due: Option<Duration>,
 }
 
+/// The part of a relay among the relays of one store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// It takes all events.
+    Works,
+    /// Another relay works, and this one takes over when that one ends.
+    StandsBy {
+        /// Who works, as text for people.
+        behind: String,
+    },
+    /// Another configuration routes new events. This relay delivers what is owed to these destinations, which that one lacks.
+    Superseded {
+        /// Destinations that the routing configuration does not have.
+        left: Vec<String>,
+    },
+}
+
 /// What a sleeping relay finds when it checks for work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peek {
@@ -252,6 +269,9 @@ pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
     /// # Errors
     /// It is to be called again soon.
     fn attend(&self, idle: Duration) -> impl Future<Output = Result<Duration, OutboxError>> + Send;
+
+    /// Returns the part of this relay among the relays of the store, as far as it is known without a query.
+    fn standing(&self) -> Standing;
 
     /// Returns how the configurations of other relays differ, if such relays have been at work for at least `lasting`.
     fn differences(&self, lasting: Duration) -> Vec<String>;

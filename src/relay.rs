@@ -17,7 +17,7 @@
 //! - `guard`: states that are reverted whatever happens.
 //! - `ending`: how long a relay that is stopped waits for what is in flight.
 //! - `maintenance`: the tasks beside the lanes.
-//! - `health`, `metrics`: the state of the relay and its counts, for others to show.
+//! - `health`, `liveness`, `metrics`: the state of the relay and its counts. `overview` sums up the state, for others to show.
 //! - `standstills`, `blocked`, `report`: what is logged about events that do not move, and about the work.
 
 mod blame;
@@ -31,8 +31,10 @@ mod ending;
 mod guard;
 pub mod health;
 mod lane;
+mod liveness;
 mod maintenance;
 pub mod metrics;
+mod overview;
 mod panics;
 mod poll;
 mod publish;
@@ -60,8 +62,10 @@ use destination::{Destination, Observers};
 pub use health::{Health, Readiness};
 use health::{HealthBoard, State};
 use lane::LaneLoop;
+use liveness::Pulses;
 use maintenance::Tasks;
 pub use metrics::Metrics;
+pub use overview::{Condition, DestinationOverview, Overview};
 use poll::Poller;
 use report::Report;
 use shared::{Ending, Shared};
@@ -97,6 +101,7 @@ pub struct Relay<O: Outbox> {
     longest_timeout: Duration,
     health: Arc<HealthBoard>,
     metrics: Metrics,
+    pulses: Pulses,
     crash_guard: CrashGuard,
     report: Arc<Report>,
     named: Named,
@@ -113,7 +118,7 @@ impl<O: Outbox> Relay<O> {
         let names: Vec<String> = destinations.iter().map(|endpoint| endpoint.name.clone()).collect();
         let longest_timeout = destinations.iter().map(|endpoint| endpoint.policy.timeout).max().unwrap_or_default();
         let (report, metrics) = (Arc::new(Report::new()), Metrics::new(&names));
-        let health = Arc::new(HealthBoard::new(&names));
+        let health = Arc::new(HealthBoard::new(&names, metrics.ready()));
         let destinations = destinations.into_iter().enumerate().map(|(place, endpoint)| {
             let observers = Observers {
                 report: Arc::clone(&report),
@@ -133,6 +138,7 @@ impl<O: Outbox> Relay<O> {
             longest_timeout,
             health,
             metrics,
+            pulses: Pulses::new(),
             crash_guard: CrashGuard::new(),
             report,
             named: Named::default(),
@@ -200,7 +206,6 @@ impl<O: Outbox> Relay<O> {
             return Err(error);
         }
         self.health.store(State::Up, None);
-        self.metrics.ready(true);
         let mut tasks = Tasks::default();
         tasks.add(self.supervise("search for standstills", &stop, Self::look_for_standstills));
         tasks.add(self.supervise("register of relays", &stop, Self::attend));
@@ -222,8 +227,9 @@ impl<O: Outbox> Relay<O> {
 
     /// Waits until the store can be used. Returns false if `stop` came first.
     async fn prepare(&self, stop: &CancellationToken) -> Result<bool, OutboxError> {
-        let mut backoff = Backoff::default();
+        let (mut backoff, pulse) = (Backoff::default(), self.pulses.add());
         loop {
+            pulse.asks_store();
             let prepared = tokio::select! {
                 prepared = self.outbox.prepare() => prepared,
                 () = stop.cancelled() => return Ok(false),
@@ -240,7 +246,9 @@ impl<O: Outbox> Relay<O> {
                 Err(error) if error.is_final() => return Err(error),
                 Err(error) => self.not_ready(error.explain()),
             }
-            if !sleep(backoff.next(), stop).await {
+            let wait = backoff.next();
+            pulse.rests(wait);
+            if !sleep(wait, stop).await {
                 return Ok(false);
             }
         }
@@ -307,7 +315,6 @@ impl<O: Outbox> Relay<O> {
 
     fn ready(&self) {
         if self.health.store(State::Up, None) {
-            self.metrics.ready(true);
             tracing::info!("ready");
             self.standstills.clear("not_ready", "");
         }
@@ -316,7 +323,6 @@ impl<O: Outbox> Relay<O> {
     /// Logs the first of the failures in a row. The others would only repeat it.
     fn not_ready(&self, reason: String) {
         if self.health.store(State::Down, Some(&reason)) {
-            self.metrics.ready(false);
             tracing::error!(error = reason, "not ready; trying again");
             self.standstills.report_logged(Standstill::new("not_ready", format!("not ready: {reason}")));
         }

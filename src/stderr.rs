@@ -19,7 +19,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 static QUEUED: OnceLock<SyncSender<Queued>> = OnceLock::new();
+/// The lines that were dropped since the log last said so, and before that.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
+static DROPPED_BEFORE: AtomicU64 = AtomicU64::new(0);
 
 enum Queued {
     Line(Vec<u8>),
@@ -50,6 +52,7 @@ fn write_lines(lines: &Receiver<Queued>) {
                 }
                 let dropped = DROPPED.swap(0, Ordering::Relaxed);
                 if dropped > 0 {
+                    DROPPED_BEFORE.fetch_add(dropped, Ordering::Relaxed);
                     tracing::warn!(lines = dropped, "lines of this log were dropped: standard error was not read");
                 }
             }
@@ -92,6 +95,11 @@ pub(crate) fn say(text: &str) {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
     send(Queued::Line(format!("{}\n", text.trim_end()).into_bytes()), deadline);
     flush();
+}
+
+/// Returns how many lines were dropped since the process began.
+pub(crate) fn dropped() -> u64 {
+    DROPPED_BEFORE.load(Ordering::Relaxed) + DROPPED.load(Ordering::Relaxed)
 }
 
 /// Waits until all logged lines are written, at most a second.

@@ -82,6 +82,32 @@ def check_kubernetes():
     expect(len(images) == 1, DEPLOY / "kubernetes", f"the files name different images: {sorted(images)}")
 
 
+def check_probes():
+    """The probes ask paths and a port that the relay serves, from outside of the pod, and the policy lets Prometheus in."""
+    file, policy_file = DEPLOY / "kubernetes/deployment.yaml", DEPLOY / "kubernetes/networkpolicy.yaml"
+    text, policy_text = read(file), read(policy_file)
+    pages = (REPOSITORY / "src/http/page.rs").read_text()
+    if text is None or policy_text is None:
+        return
+    deployment, policy = yaml.safe_load(text), yaml.safe_load(policy_text)
+    template = deployment["spec"]["template"]
+    container = template["spec"]["containers"][0]
+    address = {variable["name"]: variable["value"] for variable in container["env"]}.get("RELAY_HTTP_ADDR", "")
+    host, _, port = address.rpartition(":")
+    expect(host == "0.0.0.0", file, f"probes do not reach RELAY_HTTP_ADDR={address}")
+    ports = {there["name"]: there["containerPort"] for there in container.get("ports", [])}
+    for probe, path in [("livenessProbe", "/livez"), ("readinessProbe", "/readyz")]:
+        asked = container.get(probe, {}).get("httpGet", {})
+        expect(asked.get("path") == path and f'"{path}" =>' in pages, file, f"{probe} asks {asked}, expected {path}")
+        expect(str(ports.get(asked.get("port"))) == port, file, f"{probe} asks port {asked.get('port')}, the relay has {port}")
+    expect(container.get("livenessProbe", {}).get("timeoutSeconds", 1) >= 3, file, "a busy machine would fail the livenessProbe")
+    expect(policy["kind"] == "NetworkPolicy" and policy["spec"]["policyTypes"] == ["Ingress"], policy_file, "limits no ingress")
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    expect(selected.items() <= template["metadata"]["labels"].items(), policy_file, "its selector does not match the pods")
+    allowed = [there["port"] for rule in policy["spec"]["ingress"] for there in rule["ports"]]
+    expect(allowed == [int(port or 0)], policy_file, f"allows ports {allowed}, expected {port}")
+
+
 def check_iam():
     file = DEPLOY / "aws" / "iam-policy.json"
     text = read(file)
@@ -129,6 +155,8 @@ def check_systemd():
         return re.search(r"^DynamicUser=.*?(?=\n\n|\Z)", units[name].strip(), re.M | re.S).group()
 
     expect(hardening("relay.service") == hardening("relay-once.service"), folder, "the two services are not hardened alike")
+    watchdog = re.search(r"^WatchdogSec=(\d+)$", units["relay.service"], re.M)
+    expect(watchdog and int(watchdog.group(1)) >= 30, folder / "relay.service", "WatchdogSec must be at least 30: a busy machine is no hang")
     for name in names[:2]:
         grace = re.search(r"^TimeoutStopSec=(\d+)$", units[name], re.M)
         expect(grace and int(grace.group(1)) >= SHORTEST_GRACE, folder / name, f"TimeoutStopSec must be at least {SHORTEST_GRACE}")
@@ -162,7 +190,7 @@ def check_systemd():
 
 
 def main():
-    for check in [check_kubernetes, check_iam, check_dockerfile, check_systemd]:
+    for check in [check_kubernetes, check_probes, check_iam, check_dockerfile, check_systemd]:
         check()
     for finding in findings:
         print(finding, file=sys.stderr)

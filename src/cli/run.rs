@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use sd_notify::NotifyState;
@@ -12,14 +13,26 @@ use crate::config::ConfigError;
 use crate::config::destinations::{ConfiguredDestination, destinations, longest_timeout};
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
+use crate::http::address::HttpAddress;
+use crate::http::page::{Identity, Shown};
+use crate::http::server::Server;
 use crate::outbox::database::WithOutbox;
 use crate::outbox::operate::Feature;
-use crate::outbox::{Outbox, OutboxConfig, OutboxError, Standstill, Usage};
-use crate::relay::{Endpoint, Readiness, Relay, RelayConfig};
+use crate::outbox::{Outbox, OutboxConfig, OutboxError, Usage};
+use crate::relay::{Endpoint, Overview, Readiness, Relay, RelayConfig};
 use crate::route::Router;
 use crate::shutdown;
 
-pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow::Result<ExitCode> {
+/// How often the state is looked at for systemd, where its watchdog does not say how often.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Runs the relay. `has_http_address` says that somebody has set the address of the HTTP server.
+pub(super) fn run(
+    settings: &Settings,
+    file: &ConfigFile,
+    once: bool,
+    has_http_address: bool,
+) -> anyhow::Result<ExitCode> {
     if !settings.enabled {
         tracing::info!("EVENT_SYSTEM_ENABLED is false: nothing is published");
         // If the process ended before this, systemd would take that for a failed start and restart it.
@@ -45,6 +58,7 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         ghost_barrier: settings.ghost_barrier,
         ..database.config()
     };
+    let http = if once { None } else { bind(settings.http_addr, has_http_address)? };
     let names: Vec<&str> = destinations.iter().map(|destination| destination.name.as_str()).collect();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -55,13 +69,15 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
         "relay starts{}",
         if once { ": it publishes what is due, then ends" } else { "" }
     );
+    let identity = Identity { worker: outbox.worker.clone(), database: database.shown(), started: SystemTime::now() };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(usize::try_from(settings.lanes)? + 1);
     let runtime = runtime(threads)?;
     let ended: anyhow::Result<ExitCode> = runtime.block_on(async {
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
-        let work = Work { sinks, router, settings: settings.relay(), once, stop };
+        let http = http.map(|server| (server, identity));
+        let work = Work { sinks, router, settings: settings.relay(), once, stop, http };
         let code = database.with_outbox(outbox, work).await?;
         match lost.and_then(|lost| lost.get().cloned()) {
             Some(reason) => anyhow::bail!(reason),
@@ -71,6 +87,27 @@ pub(super) fn run(settings: &Settings, file: &ConfigFile, once: bool) -> anyhow:
     // Everything is settled. A write to a standard output that nobody reads never ends, so it is not waited for.
     runtime.shutdown_background();
     ended
+}
+
+/// Takes the port of the HTTP server. If nobody has set the address, the relay goes on without the server where it cannot.
+fn bind(address: HttpAddress, is_set: bool) -> Result<Option<Server>, ConfigError> {
+    let HttpAddress::On(address) = address else { return Ok(None) };
+    match Server::bind(address) {
+        Ok(server) => Ok(Some(server)),
+        Err(error) if is_set => Err(ConfigError::Invalid {
+            setting: "RELAY_HTTP_ADDR".to_owned(),
+            reason: format!("cannot listen on {address}: {error}; choose another port, or off"),
+        }),
+        Err(error) => {
+            tracing::warn!(
+                %address,
+                %error,
+                "metrics and health are not served, because the relay cannot listen there; set RELAY_HTTP_ADDR to another \
+                 address, or to off"
+            );
+            Ok(None)
+        }
+    }
 }
 
 /// Stops the relay when a destination can never be published to again. Returns the cell that then holds the reason.
@@ -123,14 +160,21 @@ struct Work {
     settings: RelayConfig,
     once: bool,
     stop: CancellationToken,
+    http: Option<(Server, Identity)>,
 }
 
 impl WithOutbox for Work {
     type Output = anyhow::Result<ExitCode>;
 
     async fn run(self, outbox: impl Outbox) -> anyhow::Result<ExitCode> {
-        let Self { sinks, router, settings, once, stop } = self;
-        work(Relay::new(outbox, sinks, router, settings), once, stop).await
+        let Self { sinks, router, settings, once, stop, http } = self;
+        let relay = Relay::new(outbox, sinks, router, settings);
+        if let Some((server, identity)) = http {
+            tracing::info!(address = %server.address(), "metrics and health are served by HTTP");
+            let shown = Shown { relay: Arc::clone(&relay), identity };
+            server.serve(Arc::new(shown)).context("cannot start the thread of the HTTP server")?;
+        }
+        work(relay, once, stop).await
     }
 }
 
@@ -154,9 +198,8 @@ async fn work<O: Outbox>(relay: Arc<Relay<O>>, once: bool, stop: CancellationTok
         );
         return Ok(if drained.undelivered { UNDELIVERED.into() } else { ExitCode::SUCCESS });
     }
-    let watcher = tokio::spawn(tell_systemd(Arc::clone(&relay)));
+    let _told = Systemd::tell(&relay).context("cannot start the thread that tells systemd")?;
     let tally = relay.run(stop).await.map_err(explained)?;
-    watcher.abort();
     tracing::info!(published = tally.published, dead_lettered = tally.dead_lettered, "stopped");
     Ok(ExitCode::SUCCESS)
 }
@@ -166,21 +209,58 @@ pub(super) fn explained(error: OutboxError) -> anyhow::Error {
     anyhow::anyhow!(error.explain())
 }
 
-/// Reports readiness and standstills to systemd. Without systemd this has no effect.
+/// The thread that tells systemd of the relay, until this value is dropped. It has a runtime of its own, so that it goes on if
+/// something blocks the threads of the relay.
+struct Systemd(CancellationToken);
+
+impl Systemd {
+    fn tell<O: Outbox>(relay: &Arc<Relay<O>>) -> std::io::Result<Self> {
+        let (relay, ended) = (Arc::clone(relay), CancellationToken::new());
+        let this = Self(ended.clone());
+        if std::env::var_os("NOTIFY_SOCKET").is_some() {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+            let tell = move || runtime.block_on(ended.run_until_cancelled_owned(tell_systemd(relay)));
+            std::thread::Builder::new().name("systemd".to_owned()).spawn(tell)?;
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Reports the state to systemd, and feeds its watchdog while the relay is live. Without systemd this has no effect.
 async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
     let (mut health, mut standstills) = (relay.health(), relay.standstills());
+    let mut watchdog = tokio::time::interval(sd_notify::watchdog_enabled().map_or(LOOK_INTERVAL, |limit| limit / 3));
+    let has_watchdog = sd_notify::watchdog_enabled().is_some();
+    let mut last = String::new();
     loop {
-        let readiness = health.borrow_and_update().readiness();
-        let ready = readiness == Readiness::Ready;
-        let status = status(&readiness, &standstills.borrow_and_update());
-        let status = NotifyState::Status(&status);
-        let told = if ready { sd_notify::notify(&[NotifyState::Ready, status]) } else { sd_notify::notify(&[status]) };
-        if let Err(error) = told {
+        let ready = health.borrow_and_update().readiness() == Readiness::Ready;
+        standstills.borrow_and_update();
+        let overview = relay.overview();
+        let status = status(&overview);
+        let mut told = Vec::new();
+        if status != last {
+            told.extend(ready.then_some(NotifyState::Ready));
+            told.push(NotifyState::Status(&status));
+        }
+        if has_watchdog && overview.hung.is_none() {
+            told.push(NotifyState::Watchdog);
+        }
+        if !told.is_empty()
+            && let Err(error) = sd_notify::notify(&told)
+        {
             tracing::debug!(%error, "systemd was not told");
         }
+        last = status;
         let followed = tokio::select! {
             changed = health.changed() => changed,
             changed = standstills.changed() => changed,
+            _ = watchdog.tick() => Ok(()),
         };
         if followed.is_err() {
             return;
@@ -189,18 +269,9 @@ async fn tell_systemd<O: Outbox>(relay: Arc<Relay<O>>) {
 }
 
 /// One line for systemd, short enough for `systemctl status`.
-fn status(readiness: &Readiness, standstills: &[Standstill]) -> String {
+fn status(overview: &Overview) -> String {
     const LONGEST: usize = 2000;
-    let mut status = match readiness {
-        Readiness::Ready => "ready".to_owned(),
-        Readiness::NotReady(reason) => format!("not ready: {reason}"),
-    };
-    // The line already has the reason why the relay is not ready.
-    for standstill in standstills.iter().filter(|standstill| standstill.cause != "not_ready") {
-        status.push_str("; ");
-        status.push_str(&standstill.text);
-    }
-    let mut status = status.replace('\n', " ");
+    let mut status = overview.sentence();
     status.truncate(status.floor_char_boundary(LONGEST));
     status
 }

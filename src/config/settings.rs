@@ -9,6 +9,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser, ValueEnum};
 use secrecy::SecretString;
 
 use crate::breaker::BreakerPolicy;
+use crate::http::address::HttpAddress;
 use crate::relay::{Policy, RelayConfig};
 use crate::retry::RetryPolicy;
 use crate::route::Unrouted;
@@ -56,6 +57,15 @@ pub struct Settings {
     /// Of logs; auto: text on a terminal, else JSON.
     #[arg(long, env = "RELAY_LOG_FORMAT", value_name = "FORMAT", default_value = "auto", help_heading = "General")]
     pub log_format: LogFormat,
+    /// Serves metrics and health by HTTP; off: not. To all: 0.0.0.0:9464.
+    #[arg(
+        long,
+        env = "RELAY_HTTP_ADDR",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:9464",
+        help_heading = "General"
+    )]
+    pub http_addr: HttpAddress,
 
     /// postgres://... or sqlite:PATH. Others can see options: use the variable.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, help_heading = "Database")]
@@ -239,10 +249,20 @@ pub struct Settings {
     pub redis_format: Format,
 
     /// Name or ARN of the bus; region and credentials are the AWS SDK's own.
-    #[arg(long, env = "AWS_EVENTBRIDGE_BUS_NAME", value_name = "BUS", help_heading = "Destination eventbridge")]
+    #[arg(
+        long,
+        env = "AWS_EVENTBRIDGE_BUS_NAME",
+        value_name = "BUS",
+        help_heading = "Destinations eventbridge and stdout"
+    )]
     pub eventbridge_bus_name: Option<String>,
     /// Source of events that have none; otherwise RELAY_DEFAULT_SOURCE.
-    #[arg(long, env = "AWS_EVENTBRIDGE_SOURCE", value_name = "SOURCE", help_heading = "Destination eventbridge")]
+    #[arg(
+        long,
+        env = "AWS_EVENTBRIDGE_SOURCE",
+        value_name = "SOURCE",
+        help_heading = "Destinations eventbridge and stdout"
+    )]
     pub eventbridge_source: Option<String>,
     /// What Detail is.
     #[arg(
@@ -250,18 +270,18 @@ pub struct Settings {
         env = "RELAY_EVENTBRIDGE_FORMAT",
         value_name = "FORMAT",
         default_value = "cloudevents",
-        help_heading = "Destination eventbridge"
+        help_heading = "Destinations eventbridge and stdout"
     )]
     pub eventbridge_format: Format,
     /// Largest entry and request; on some AWS 256KiB.
     #[arg(long, env = "RELAY_EVENTBRIDGE_MAX_ENTRY_SIZE", value_name = "SIZE", default_value = "1048576",
-          value_parser = bytes(1024..=1 << 30), help_heading = "Destination eventbridge")]
+          value_parser = bytes(1024..=1 << 30), help_heading = "Destinations eventbridge and stdout")]
     pub eventbridge_max_entry_size: u64,
 
     /// Print each event to standard output as a line of JSON.
     #[arg(long, env = "RELAY_STDOUT", value_name = "BOOL", default_value = "false", action = ArgAction::Set,
           num_args = 0..=1, default_missing_value = "true", require_equals = true,
-          value_parser = BoolishValueParser::new(), help_heading = "Destination stdout")]
+          value_parser = BoolishValueParser::new(), help_heading = "Destinations eventbridge and stdout")]
     pub stdout: bool,
 }
 

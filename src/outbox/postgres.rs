@@ -66,11 +66,11 @@ use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgConnection;
 
-use crate::outbox::Outbox;
 use crate::outbox::error::OutboxError;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::register::Configuration;
+use crate::outbox::{Outbox, Standing};
 pub use connection::{open, validate};
 pub use store::PgOutbox;
 
@@ -119,6 +119,10 @@ impl Outbox for PgOutbox {
         // For as long as a claim may last.
         let patience = self.config.publish_timeout + Duration::from_secs(15);
         self.membership.attend(self, idle, patience, Instant::now()).await
+    }
+
+    fn standing(&self) -> Standing {
+        self.membership.standing()
     }
 
     fn differences(&self, lasting: Duration) -> Vec<String> {

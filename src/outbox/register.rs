@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use ring::digest::{SHA256, digest};
 
+use crate::outbox::Standing;
 use crate::outbox::error::OutboxError;
 
 /// How often a relay reads the register while there is one configuration.
@@ -290,6 +291,14 @@ impl Membership {
     /// Returns the last known role.
     pub(super) fn role(&self) -> Role {
         self.state().role.clone().unwrap_or(Role::Routes)
+    }
+
+    /// Returns the last known role, for people.
+    pub(super) fn standing(&self) -> Standing {
+        match self.role() {
+            Role::Routes => Standing::Works,
+            Role::Superseded { left } => Standing::Superseded { left: left.to_vec() },
+        }
     }
 
     /// Records the destinations that accept events now.

@@ -46,9 +46,9 @@ pub mod wake;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::outbox::Outbox;
 use crate::outbox::error::OutboxError;
 use crate::outbox::register::Configuration;
+use crate::outbox::{Outbox, Standing};
 pub use connection::open;
 pub(in crate::outbox) use connection::validate;
 pub use store::SqliteOutbox;
@@ -80,6 +80,14 @@ impl Outbox for SqliteOutbox {
 
     async fn attend(&self, idle: Duration) -> Result<Duration, OutboxError> {
         self.membership.attend(self, idle, Duration::MAX, Instant::now()).await
+    }
+
+    fn standing(&self) -> Standing {
+        if !self.owner.is_standing_by() {
+            return Standing::Works;
+        }
+        let holder = self.holder().ok().flatten();
+        Standing::StandsBy { behind: holder.unwrap_or_else(|| "another relay".to_owned()) }
     }
 
     fn differences(&self, lasting: Duration) -> Vec<String> {

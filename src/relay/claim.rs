@@ -15,6 +15,7 @@ use crate::failpoint::{crash_on_many, failpoint};
 use crate::outbox::{self, Peek};
 use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
 use crate::relay::guard::Busy;
+use crate::relay::liveness::Pulse;
 use crate::relay::shared::{Ending, Shared};
 use crate::relay::standstills::ClaimAnswer;
 use crate::relay::{Relay, sleep};
@@ -34,6 +35,8 @@ pub(super) struct Claimer<O: Outbox> {
     pub(super) stop: CancellationToken,
     /// The last batch was full, so more events are likely pending.
     pub(super) eager: bool,
+    /// The present step of the lane.
+    pub(super) pulse: Arc<Pulse>,
 }
 
 /// A claimed batch that is not settled yet.
@@ -68,14 +71,15 @@ pub(super) struct Promotion {
 
 impl<O: Outbox> Claimer<O> {
     pub(super) fn new(relay: Arc<Relay<O>>, shared: Arc<Shared>, stop: CancellationToken) -> Self {
-        let store = relay.outbox.lane();
-        Self { relay, shared, store, stop, eager: false }
+        let (store, pulse) = (relay.outbox.lane(), relay.pulses.add());
+        Self { relay, shared, store, stop, eager: false, pulse }
     }
 
     /// Tries to claim a batch.
     pub(super) async fn poll(&mut self) -> Result<Polled, OutboxError> {
         let relay = Arc::clone(&self.relay);
         relay.polled();
+        self.pulse.asks_store();
         relay.metrics.polls.inc();
         if !relay.crash_guard.has_begun() {
             if !self.store.peek(&[]).await?.pending {
@@ -127,6 +131,7 @@ impl<O: Outbox> Claimer<O> {
 
     /// Gives up a claim. Its events stay pending.
     pub(super) async fn hand_back(&mut self, work: Work) -> Result<(), OutboxError> {
+        self.pulse.asks_store();
         let settled = self.store.settle(&Deliveries::default()).await;
         drop(work);
         settled
@@ -137,6 +142,7 @@ impl<O: Outbox> Claimer<O> {
         let relay = Arc::clone(&self.relay);
         let now = Instant::now();
         let limit = relay.batch_events(now);
+        self.pulse.asks_store();
         failpoint("promote")?;
         let _asking = relay.standstills.asking();
         let promoted = self.store.promote(&relay.ready_destinations(now), limit).await?;
@@ -148,6 +154,7 @@ impl<O: Outbox> Claimer<O> {
     pub(super) async fn peek(&mut self) -> Result<Peek, OutboxError> {
         let relay = Arc::clone(&self.relay);
         relay.polled();
+        self.pulse.asks_store();
         relay.metrics.polls.inc();
         let _asking = relay.standstills.asking();
         self.store.peek(&relay.ready_destinations(Instant::now())).await
@@ -165,6 +172,7 @@ impl<O: Outbox> Claimer<O> {
 
     /// Waits until something may have changed, for `at_most` at the longest.
     pub(super) async fn rest(&mut self, at_most: Duration) {
+        self.pulse.rests(at_most);
         tokio::select! {
             () = tokio::time::sleep(at_most) => {}
             () = self.shared.settled.notified() => {}
@@ -174,6 +182,7 @@ impl<O: Outbox> Claimer<O> {
 
     /// Sleeps. Returns false at once when the relay is stopped.
     pub(super) async fn sleep(&mut self, duration: Duration) -> bool {
+        self.pulse.rests(duration);
         sleep(duration, &self.stop).await
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
-use crate::breaker::{Admission, Breaker, Ticket};
+use crate::breaker::{Admission, Breaker, BreakerState, Ticket};
 use crate::event::{ClaimId, Event, Fault, Outcome, PublishError};
 use crate::failpoint::{crash_late_on, crash_on};
 use crate::outbox::Claimed;
@@ -32,7 +32,7 @@ const REMINDER_INTERVAL: Duration = Duration::from_secs(60);
 const MAX_PLACE_CHARS: usize = 200;
 
 /// How long past its deadline a call may last before it is abandoned.
-const GRACE: Duration = Duration::from_secs(1);
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 
 pub(super) struct Destination {
     pub(super) name: String,
@@ -113,6 +113,11 @@ impl Destination {
     /// Returns whether the destination is down, and not only paused for a moment.
     pub(super) fn is_down(&self) -> bool {
         self.breaker().is_open()
+    }
+
+    /// Returns the state of the breaker.
+    pub(super) fn state(&self) -> BreakerState {
+        self.breaker().state()
     }
 
     /// Publishes the events at `indexes` of `batch` and reports the result to the breaker. While the destination is paused, all of

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::watch;
 
 /// The health of a relay.
@@ -56,8 +57,8 @@ pub enum Readiness {
 }
 
 impl Health {
-    /// Returns whether the relay is ready, with the reason if not. A relay is ready while its store can be used: events for a
-    /// destination that is down wait there.
+    /// Returns whether the relay can work at all, with the reason if not: whether its store can be used. Events for a destination
+    /// that is down wait there. [`Self::condition`] counts the destinations too.
     pub fn readiness(&self) -> Readiness {
         match self.store.state {
             State::Up => Readiness::Ready,
@@ -85,29 +86,48 @@ impl Status {
 }
 
 /// The place where the parts of a relay record their health, and from which others follow it.
-pub(super) struct HealthBoard(watch::Sender<Health>);
+pub(super) struct HealthBoard {
+    health: watch::Sender<Health>,
+    /// The metric that says whether the relay is ready.
+    ready: Gauge,
+}
 
 impl HealthBoard {
     /// Creates a board for these destinations, all in the state `Unknown`.
-    pub(super) fn new(destinations: &[String]) -> Self {
+    pub(super) fn new(destinations: &[String], ready: Gauge) -> Self {
         let destination = |name: &String| DestinationHealth { name: name.clone(), status: Status::unknown() };
         let destinations = destinations.iter().map(destination).collect();
-        Self(watch::Sender::new(Health { store: Status::unknown(), destinations }))
+        Self { health: watch::Sender::new(Health { store: Status::unknown(), destinations }), ready }
     }
 
     /// Returns a receiver that follows the health.
     pub(super) fn follow(&self) -> watch::Receiver<Health> {
-        self.0.subscribe()
+        self.health.subscribe()
+    }
+
+    /// Returns the present health.
+    pub(super) fn now(&self) -> Health {
+        self.health.borrow().clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Health) -> bool) -> bool {
+        self.health.send_if_modified(|health| {
+            let changed = change(health);
+            if changed {
+                self.ready.set(health.condition().0.is_ready().into());
+            }
+            changed
+        })
     }
 
     /// Records the health of the store. Returns whether it is new.
     pub(super) fn store(&self, state: State, reason: Option<&str>) -> bool {
-        self.0.send_if_modified(|health| health.store.change_to(state, reason))
+        self.change(|health| health.store.change_to(state, reason))
     }
 
     /// Records the health of the destination at this place.
     pub(super) fn destination(&self, place: usize, state: State, reason: Option<&str>) {
-        self.0.send_if_modified(|health| {
+        self.change(|health| {
             let destination = health.destinations.get_mut(place);
             destination.is_some_and(|destination| destination.status.change_to(state, reason))
         });
@@ -120,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_state_keeps_its_beginning_while_its_reason_changes() {
-        let board = HealthBoard::new(&["a".to_owned(), "b".to_owned()]);
+        let board = HealthBoard::new(&["a".to_owned(), "b".to_owned()], Gauge::default());
         let mut health = board.follow();
         assert_eq!(health.borrow_and_update().readiness(), Readiness::NotReady("starting".to_owned()));
         board.destination(1, State::Down, Some("refused"));
@@ -135,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_relay_is_ready_while_its_store_can_be_used() {
-        let board = HealthBoard::new(&["a".to_owned()]);
+        let board = HealthBoard::new(&["a".to_owned()], Gauge::default());
         board.destination(0, State::Misconfigured, Some("wrong password"));
         assert!(board.store(State::Up, None) && !board.store(State::Up, None));
         assert_eq!(board.follow().borrow().readiness(), Readiness::Ready);

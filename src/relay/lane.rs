@@ -19,6 +19,7 @@ use crate::event::Tally;
 use crate::failpoint::failpoint;
 use crate::outbox::{Deliveries, Lane as _, Outbox, OutboxError};
 use crate::relay::claim::{Claimer, HeldClaim, Polled, Work};
+use crate::relay::destination::GRACE;
 use crate::relay::poll::Poller;
 use crate::relay::shared::Shared;
 use crate::relay::{Backoff, Relay, sleep};
@@ -69,7 +70,9 @@ impl<O: Outbox> LaneLoop<O> {
                 Err(error) => {
                     self.claimer.eager = false;
                     self.claimer.relay.not_ready(error.explain());
-                    if !sleep(backoff.next(), &self.claimer.stop).await {
+                    let wait = backoff.next();
+                    self.claimer.pulse.rests(wait);
+                    if !sleep(wait, &self.claimer.stop).await {
                         return Ok(());
                     }
                 }
@@ -91,6 +94,7 @@ impl<O: Outbox> LaneLoop<O> {
         let Work { batch, claim_id, begun, busy } = work;
         let publishing = Instant::now();
         relay.watch_call(&mut marks);
+        self.claimer.pulse.publishes(relay.longest_timeout + GRACE);
         failpoint("before_publish")?;
         let held = HeldClaim::new(&mut self.claimer.store);
         let give_up = &self.claimer.shared.give_up;
@@ -98,6 +102,7 @@ impl<O: Outbox> LaneLoop<O> {
         if held.is_asking() && give_up.is_cancelled() {
             return Ok(false);
         }
+        self.claimer.pulse.asks_store();
         failpoint("acked")?;
         let published = publishing.elapsed();
         let asking = relay.standstills.asking();
@@ -165,6 +170,7 @@ impl<O: Outbox> LaneLoop<O> {
                 return Ok(Some(work));
             }
         }
+        claimer.pulse.queued();
         let mut poller = tokio::select! {
             poller = poller.lock() => poller,
             () = claimer.stop.cancelled() => return Ok(None),

@@ -65,6 +65,7 @@ pub struct Metrics {
     pub(super) wake_ups: Counter,
     pub(super) lane_panics: Counter,
     pub(super) task_failures: Counter,
+    log_lines_dropped: Counter,
     destinations: Vec<DestinationMetrics>,
 }
 
@@ -142,7 +143,11 @@ impl Metrics {
         let wake_ups = Counter::default();
         registry.register("wake_ups", "Sleeps that a producer's notification ended", wake_ups.clone());
         let ready = Gauge::default();
-        registry.register("ready", "1 while the database can be used", ready.clone());
+        registry.register(
+            "ready",
+            "1 while the database can be used and at least one destination takes events, as `/readyz` says it",
+            ready.clone(),
+        );
         let lane_panics = Counter::default();
         registry.register("lane_panics", "Lanes that panicked and were replaced", lane_panics.clone());
         let task_failures = Counter::default();
@@ -151,6 +156,9 @@ impl Metrics {
             "Background tasks, such as the maintenance of the store, that failed and were restarted",
             task_failures.clone(),
         );
+        let log_lines_dropped = Counter::default();
+        let help = "Lines of the log that were dropped because nobody read standard error";
+        registry.register("log_lines_dropped", help, log_lines_dropped.clone());
         let codes = Codes::default();
         for destination in destinations.iter().map(String::as_str).chain([""]) {
             for verdict in VERDICTS {
@@ -182,6 +190,7 @@ impl Metrics {
             wake_ups,
             lane_panics,
             task_failures,
+            log_lines_dropped,
             destinations,
         }
     }
@@ -199,14 +208,19 @@ impl Metrics {
         text
     }
 
+    /// Sets how many lines of the log were dropped since the process began. The program counts them.
+    pub fn set_log_lines_dropped(&self, lines: u64) {
+        self.log_lines_dropped.inner().store(lines, Ordering::Relaxed);
+    }
+
     /// Returns the metrics of the destination at this place.
     pub(super) fn destination(&self, place: usize) -> DestinationMetrics {
         self.destinations[place].clone()
     }
 
-    /// Records whether the store can be used.
-    pub(super) fn ready(&self, ready: bool) {
-        self.ready.set(ready.into());
+    /// The gauge that says whether the relay is ready.
+    pub(super) fn ready(&self) -> Gauge {
+        self.ready.clone()
     }
 
     /// Records that a batch of `events` events was claimed.
@@ -333,6 +347,7 @@ mod tests {
             "outbox_relay_ready 0",
             "outbox_relay_lane_panics_total 0",
             "outbox_relay_task_failures_total 0",
+            "outbox_relay_log_lines_dropped_total 0",
         ] {
             assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
         }

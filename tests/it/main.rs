@@ -21,6 +21,7 @@ mod ghost;
 mod harness;
 mod model;
 mod moto;
+mod observe;
 mod proxy;
 mod pubsub;
 mod readback;

@@ -72,7 +72,7 @@ impl Operate for SqliteOutbox {
 
 impl SqliteOutbox {
     /// Returns the relay that works on the file, as text for people.
-    fn holder(&self) -> Result<Option<String>, OutboxError> {
+    pub(super) fn holder(&self) -> Result<Option<String>, OutboxError> {
         owner::holder(&self.path()?)
     }
 }

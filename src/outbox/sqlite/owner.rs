@@ -61,6 +61,14 @@ impl Owner {
     }
 }
 
+impl Owner {
+    /// Returns whether another relay worked on the file when this one last tried to.
+    pub(super) fn is_standing_by(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.as_ref().is_some_and(|share| share.standing_by)
+    }
+}
+
 impl Share {
     fn new(path: &Path, database: FileId) -> Result<Self, OutboxError> {
         Ok(Self { database, beside: open(path)?, beside_locked: false, itself: None, standing_by: false })

@@ -39,6 +39,7 @@ impl<W: Wakeup> Sleeper<W> {
             claimer.rest(at_most).await;
             return Ok(None);
         };
+        claimer.pulse.asks_store();
         let mut guard = ArmedWakeup::new(wakeup, || relay.outbox.wakeup());
         match guard.arm().await {
             Ok(Armed::No) => {
@@ -49,6 +50,7 @@ impl<W: Wakeup> Sleeper<W> {
                 self.warned = false;
                 relay.standstills.clear(NOT_WOKEN, "");
                 let found = sleep_once(guard.wakeup(), armed, schedule, claimer).await;
+                claimer.pulse.asks_store();
                 guard.disarm().await;
                 found
             }
@@ -114,6 +116,7 @@ async fn sleep_armed<O: Outbox>(
         }
         let rest = until.saturating_duration_since(now);
         let slice = if armed == Armed::Standby { rest.min(STANDBY_INTERVAL) } else { rest };
+        claimer.pulse.rests(slice);
         let waited = tokio::select! {
             waited = wakeup.wait(slice) => {
                 if matches!(waited, Ok(true)) {
@@ -137,6 +140,7 @@ async fn sleep_armed<O: Outbox>(
             }
         }
         if armed == Armed::Standby {
+            claimer.pulse.asks_store();
             armed = wakeup.arm().await.unwrap_or(Armed::No);
             if armed != Armed::Standby {
                 return Ok(true);
