@@ -7,6 +7,7 @@ mod emit;
 mod help;
 mod migrate;
 mod run;
+mod status;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -79,6 +80,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show each destination, the relays, and what keeps events from moving.
+    Status(status::StatusArgs),
     /// Compare a stream with the database: nothing lost, no ghost, in order, bytes unchanged, the log true. Safe beside running
     /// relays.
     #[cfg(all(feature = "postgres", feature = "redis"))]
@@ -151,6 +154,7 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::Check { json }) => {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
         }
+        Some(Command::Status(args)) => status::status(settings, &args),
         #[cfg(all(feature = "postgres", feature = "redis"))]
         Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),

@@ -6,7 +6,7 @@
 //!
 //! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] finds out which of them a URL names, and is the
 //! only place that matches on it. [`error`] has the errors with advice, [`standstill`] the causes that keep events from
-//! moving, and [`register`] decides which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
+//! moving, [`status`] what `relay status` shows, and [`register`] decides which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
 //! `records` turns them into rows.
 
 mod config;
@@ -27,6 +27,7 @@ mod shape;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 pub mod standstill;
+pub mod status;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -19,6 +19,7 @@
 //! - `maintenance`: the tasks beside the lanes.
 //! - `health`, `liveness`, `metrics`: the state of the relay and its counts. `overview` sums up the state, for others to show.
 //! - `standstills`, `blocked`, `report`: what is logged about events that do not move, and about the work.
+//! - `tallies`: what is written for `relay status`.
 
 mod blame;
 mod blocked;
@@ -41,6 +42,7 @@ mod publish;
 mod report;
 mod shared;
 mod standstills;
+mod tallies;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -70,6 +72,7 @@ use poll::Poller;
 use report::Report;
 use shared::{Ending, Shared};
 use standstills::Standstills;
+use tallies::Tallies;
 
 /// How often the relay checks whether something is to be logged.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
@@ -106,6 +109,7 @@ pub struct Relay<O: Outbox> {
     report: Arc<Report>,
     named: Named,
     standstills: Standstills,
+    tallies: Tallies,
     configuration: Arc<Configuration>,
     /// When any lane last polled for events.
     last_poll: Mutex<Instant>,
@@ -119,6 +123,7 @@ impl<O: Outbox> Relay<O> {
         let longest_timeout = destinations.iter().map(|endpoint| endpoint.policy.timeout).max().unwrap_or_default();
         let (report, metrics) = (Arc::new(Report::new()), Metrics::new(&names));
         let health = Arc::new(HealthBoard::new(&names, metrics.ready()));
+        let tallies = Tallies::new(&names);
         let destinations = destinations.into_iter().enumerate().map(|(place, endpoint)| {
             let observers = Observers {
                 report: Arc::clone(&report),
@@ -143,6 +148,7 @@ impl<O: Outbox> Relay<O> {
             report,
             named: Named::default(),
             standstills: Standstills::new(),
+            tallies,
             configuration,
             last_poll: Mutex::new(Instant::now()),
         })
@@ -178,8 +184,10 @@ impl<O: Outbox> Relay<O> {
         }
         tasks.add(self.supervise("maintenance of the store", &stop, Self::maintain));
         tasks.add(self.supervise("register of relays", &stop, Self::attend));
+        tasks.add(self.supervise("status", &stop, Self::keep_status));
         let worked = self.work(Ending::Stop, stop).await;
         tasks.end().await;
+        self.write_last_tallies().await;
         self.deregister().await;
         worked.map(|worked| worked.tally)
     }
@@ -209,8 +217,10 @@ impl<O: Outbox> Relay<O> {
         let mut tasks = Tasks::default();
         tasks.add(self.supervise("search for standstills", &stop, Self::look_for_standstills));
         tasks.add(self.supervise("register of relays", &stop, Self::attend));
+        tasks.add(self.supervise("status", &stop, Self::keep_status));
         let worked = self.work(Ending::Drained, stop.clone()).await;
         tasks.end().await;
+        self.write_last_tallies().await;
         if !matches!(worked, Ok(Drained { undelivered: false, .. })) && !stop.is_cancelled() {
             self.find_standstills().await;
         }

@@ -55,7 +55,7 @@ $$;
 
 -- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
 revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq, event_relay_changes
     from relay_app, relay_worker, relay_operator;
@@ -87,7 +87,7 @@ $$;
 -- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
 grant select, insert, update, delete on event_outbox to relay_worker;
 grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
-grant select, insert, update, delete on event_relay_run, event_crash_suspect, event_relay to relay_worker;
+grant select, insert, update, delete on event_relay_run, event_crash_suspect, event_relay, event_tally to relay_worker;
 grant select, update on sequence event_outbox_epoch, event_relay_changes to relay_worker;
 grant select on sequence event_outbox_moves, event_outbox_id_seq to relay_worker;
 grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version,
@@ -96,7 +96,7 @@ grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, rela
 
 -- People look at everything, put dead letters back, discard and delete them. Functions do it, and write down who did.
 grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
     to relay_operator;
 grant execute on function redrive_dead_letter, redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed,
     give_up_owed, relay_schema_version, relay_schema_needs

@@ -14,6 +14,7 @@ use crate::outbox::config::Usage;
 use crate::outbox::error::OutboxError;
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Standstill;
+use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
 /// The result of a migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -144,4 +145,24 @@ pub trait Operate: Send + Sync {
     /// # Errors
     /// The store cannot be searched.
     fn standstills<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Vec<Standstill>, OutboxError>>;
+
+    /// Returns the state of the outbox, its destinations and its relays. A part that cannot be read is left out and named. It
+    /// never waits for a lock for long, and reads no whole table.
+    ///
+    /// # Errors
+    /// The database cannot be used, or its schema does not fit.
+    fn status(&self, request: StatusRequest) -> BoxFuture<'_, Result<Status, OutboxError>>;
+
+    /// Adds to the tallies of the present minute, and deletes those that are older than the minutes that are kept.
+    ///
+    /// # Errors
+    /// The counts may be added or not.
+    fn add_tally<'a>(&'a self, counts: &'a [TallyCount]) -> BoxFuture<'a, Result<(), OutboxError>>;
+
+    /// Writes into the register which destinations this relay finds down, in place of what it wrote before. Does nothing if
+    /// this relay is not registered.
+    ///
+    /// # Errors
+    /// It may be written or not.
+    fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>>;
 }

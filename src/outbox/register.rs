@@ -20,6 +20,7 @@ use ring::digest::{SHA256, digest};
 
 use crate::outbox::Standing;
 use crate::outbox::error::OutboxError;
+use crate::outbox::status::Trouble;
 
 /// How often a relay reads the register while there is one configuration.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -142,6 +143,8 @@ pub struct Registration {
     pub silent: Duration,
     /// How long ago the relay last polled for events, according to what it has written.
     pub idle: Duration,
+    /// The destinations that it finds down or misconfigured.
+    pub trouble: BTreeMap<String, Trouble>,
 }
 
 impl Registration {
@@ -189,7 +192,7 @@ pub enum Role {
 
 /// Returns the row whose configuration routes: of daemons the row of the last start, of runs of `--once` the row of the
 /// first.
-fn routing(rows: &[Registration]) -> Option<&Registration> {
+pub(super) fn routing(rows: &[Registration]) -> Option<&Registration> {
     let daemons = || rows.iter().filter(|row| !row.once);
     daemons()
         .filter(|row| !row.hung)

@@ -37,6 +37,7 @@ mod schema;
 mod settle;
 mod shape;
 mod standstill;
+mod status;
 mod store;
 mod traffic;
 mod turn;

@@ -113,6 +113,7 @@ impl<O: Outbox> LaneLoop<O> {
         let settle = publishing.elapsed() - published;
         self.spawn_cleanup(after_settle);
         relay.metrics.settled(&deliveries, settle);
+        relay.tallies.settled(&deliveries);
         let tally = self.record(&deliveries, begun.elapsed().saturating_sub(published));
         tracing::debug!(
             event_count = batch.len(),

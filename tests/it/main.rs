@@ -34,6 +34,7 @@ mod servers;
 mod shop;
 mod sinks;
 mod sqlite;
+mod status;
 mod stores;
 mod stream;
 mod stub;

@@ -20,7 +20,7 @@ use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
 use crate::secret::Secret;
 
 /// The privileges that the relay needs: the words for a missing one, and the SQL condition for it.
-const PRIVILEGES: [(&str, &str); 15] = [
+const PRIVILEGES: [(&str, &str); 16] = [
     (
         "select, insert, update and delete on event_outbox",
         "select pg_catalog.has_table_privilege('{schema}.event_outbox', 'select') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'insert') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'update') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'delete')",
@@ -58,6 +58,10 @@ const PRIVILEGES: [(&str, &str); 15] = [
     (
         "select, insert, update and delete on event_relay",
         "select pg_catalog.has_table_privilege('{schema}.event_relay', 'select') and pg_catalog.has_table_privilege('{schema}.event_relay', 'insert') and pg_catalog.has_table_privilege('{schema}.event_relay', 'update') and pg_catalog.has_table_privilege('{schema}.event_relay', 'delete')",
+    ),
+    (
+        "select, insert, update and delete on event_tally",
+        "select pg_catalog.has_table_privilege('{schema}.event_tally', 'select') and pg_catalog.has_table_privilege('{schema}.event_tally', 'insert') and pg_catalog.has_table_privilege('{schema}.event_tally', 'update') and pg_catalog.has_table_privilege('{schema}.event_tally', 'delete')",
     ),
     (
         "select and update on event_relay_changes",
@@ -231,8 +235,16 @@ async fn standstills(
         let (bounds, behind_unknown_format) =
             (vec![i64::MIN; usize::from(PENDING.unsigned_abs())], &AtomicBool::default());
         let history = usage.history;
-        let question =
-            Question { sql, destinations, publish_timeout, history, memory: &memory, bounds, behind_unknown_format };
+        let question = Question {
+            sql,
+            destinations,
+            publish_timeout,
+            history,
+            brief: standstill::BRIEF,
+            memory: &memory,
+            bounds,
+            behind_unknown_format,
+        };
         let first = memory.is_empty();
         let (found, brief) =
             with_timeout("look for what stands still", STATEMENT_TIMEOUT, standstill::find(connection, &question))

@@ -25,7 +25,7 @@ select h.name, h.identifier,
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves,event_relay,event_relay_changes}'::text[]) w(name)
+        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves,event_relay,event_relay_changes,event_tally}'::text[]) w(name)
         where pg_catalog.to_regclass(pg_catalog.format('%I.%I', h.name, w.name)) is null
     ),
     array(

@@ -101,7 +101,10 @@ impl PgLane {
             None => {
                 // This may be another server, whose ids start lower.
                 self.outbox.bounds.forget();
-                self.outbox.connect().await?
+                let mut connection = self.outbox.connect().await?;
+                with_timeout("name the relay of a lane", STATEMENT_TIMEOUT, self.outbox.name_lane(&mut connection))
+                    .await?;
+                connection
             }
         };
         if self.unproven || self.outbox.refused_writes.is_set() {

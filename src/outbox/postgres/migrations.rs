@@ -1,7 +1,7 @@
 //! The list of migrations.
 
 /// All migrations, the first with version 1. Never edited once released.
-pub(super) const MIGRATIONS: [(&str, &str); 23] = [
+pub(super) const MIGRATIONS: [(&str, &str); 24] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -25,6 +25,7 @@ pub(super) const MIGRATIONS: [(&str, &str); 23] = [
     ("0021_header_spaces", include_str!("../../../migrations/postgres/0021_header_spaces.sql")),
     ("0022_operator_actions", include_str!("../../../migrations/postgres/0022_operator_actions.sql")),
     ("0023_operator_functions", include_str!("../../../migrations/postgres/0023_operator_functions.sql")),
+    ("0024_status", include_str!("../../../migrations/postgres/0024_status.sql")),
 ];
 
 /// The schema version this binary needs.

@@ -16,8 +16,9 @@ use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
-use crate::outbox::postgres::{audit, check, emit, formats, migrate, standstill};
+use crate::outbox::postgres::{audit, check, emit, formats, migrate, standstill, status, tally};
 use crate::outbox::standstill::Standstill;
+use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
 impl Operate for PgOutbox {
     fn require(&self, _: Feature) -> Result<(), OutboxError> {
@@ -72,6 +73,18 @@ impl Operate for PgOutbox {
         }
         .boxed()
     }
+
+    fn status(&self, request: StatusRequest) -> BoxFuture<'_, Result<Status, OutboxError>> {
+        async move { status::read(&mut self.connect().await?, self, request).await }.boxed()
+    }
+
+    fn add_tally<'a>(&'a self, counts: &'a [TallyCount]) -> BoxFuture<'a, Result<(), OutboxError>> {
+        tally::add(self, counts).boxed()
+    }
+
+    fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>> {
+        tally::note_trouble(self, found).boxed()
+    }
 }
 
 impl PgOutbox {
@@ -84,7 +97,16 @@ impl PgOutbox {
         let bounds = self.bounds.known().0.bounds_of(&(0..PENDING).collect::<Vec<_>>());
         let (memory, history, behind_unknown_format) =
             (&self.memory, self.config.usage.history, &*self.behind_unknown_format);
-        let question = Question { sql, destinations, publish_timeout, history, memory, bounds, behind_unknown_format };
+        let question = Question {
+            sql,
+            destinations,
+            publish_timeout,
+            history,
+            brief: standstill::BRIEF,
+            memory,
+            bounds,
+            behind_unknown_format,
+        };
         let (mut found, brief) = standstill::find(connection, &question).await?;
         found.extend(self.refused_writes.left_out.told());
         Ok((found, brief))

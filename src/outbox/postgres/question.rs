@@ -16,6 +16,8 @@ pub(super) struct Question<'a> {
     pub(super) publish_timeout: Duration,
     /// Whether published events are copied to `event_history`. If they are not, a lock on that table does not matter.
     pub(super) history: bool,
+    /// A state that lasts shorter than this is left out.
+    pub(super) brief: Duration,
     /// What earlier searches have seen.
     pub(super) memory: &'a Memory,
     /// For each partition, the id above which it may have pending events.

@@ -29,7 +29,8 @@ select r.id, r.worker, r.version, r.once, r.hung, r.fingerprint, r.destinations:
        ) end as session,
        extract(epoch from pg_catalog.clock_timestamp() - r.since)::float8 as age,
        extract(epoch from pg_catalog.clock_timestamp() - r.seen_at)::float8 as silent,
-       extract(epoch from pg_catalog.clock_timestamp() - r.looked_at)::float8 as idle
+       extract(epoch from pg_catalog.clock_timestamp() - r.looked_at)::float8 as idle,
+       r.trouble::text as trouble
 from {schema}.event_relay r
 order by r.id";
 
@@ -49,6 +50,25 @@ update {schema}.event_relay
 set seen_at = pg_catalog.clock_timestamp(), looked_at = pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $2)
 where id = $1";
 
+/// Takes the lock by which others see to which relay this session belongs. All lanes of a relay share it.
+const LANE: &str = "
+select pg_catalog.pg_try_advisory_lock_shared(
+    '{schema}.event_outbox'::regclass::oid::int, (-2000000::bigint - $1 % 2000000000::bigint)::int
+)";
+
+/// The key of that lock for each relay, with how many of its sessions hold partitions, and how many partitions these are.
+const LANES: &str = "
+with locks as materialized (
+    select l.pid, l.objid::bigint as key from pg_catalog.pg_locks l
+    where l.locktype = 'advisory' and l.granted and l.objsubid = 2
+      and l.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+      and l.classid = '{schema}.event_outbox'::regclass::oid
+)
+select lane.key, pg_catalog.count(distinct held.pid), pg_catalog.count(held.pid)
+from locks lane left join locks held on held.pid = lane.pid and held.key < 640::bigint
+where lane.key between 2292967296::bigint and 4292967296::bigint
+group by lane.key";
+
 /// Marks a relay as hung, but only if an event that is not routed has been due for longer than `$2` seconds.
 const DEPOSE: &str = "
 update {schema}.event_relay set hung = true
@@ -66,6 +86,34 @@ impl PgOutbox {
             None => self.membership.look(self, Instant::now()).await,
         }
     }
+
+    /// Shows others that this session, of a lane, belongs to this relay.
+    pub(super) async fn name_lane(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        if let Some(member) = self.membership.member().filter(|_| !self.config.pooled) {
+            self.sql().query(LANE).persistent(false).bind(member.id).execute(connection).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the lanes of a relay hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    /// The key of the lock of its lanes, see [`lanes_key`].
+    pub(super) key: i64,
+    pub(super) batches: i64,
+    pub(super) partitions: i64,
+}
+
+/// Returns the key of the lock that the lanes of this relay hold, as `pg_locks` shows it.
+pub(super) fn lanes_key(id: i64) -> i64 {
+    (1 << 32) - 2_000_000 - id % 2_000_000_000
+}
+
+/// Reads what the lanes of each relay hold.
+pub(super) async fn lanes(sql: Sql, connection: &mut PgConnection) -> Result<Vec<Held>, sqlx::Error> {
+    let rows: Vec<(i64, i64, i64)> = sql.query_as(LANES).persistent(false).fetch_all(connection).await?;
+    Ok(rows.into_iter().map(|(key, batches, partitions)| Held { key, batches, partitions }).collect())
 }
 
 fn registration(row: &PgRow) -> Result<Registration, sqlx::Error> {
@@ -86,6 +134,7 @@ fn registration(row: &PgRow) -> Result<Registration, sqlx::Error> {
         age: duration("age")?,
         silent: duration("silent")?,
         idle: duration("idle")?,
+        trouble: serde_json::from_str(row.try_get("trouble")?).map_err(json)?,
     })
 }
 

@@ -8,7 +8,7 @@ use crate::outbox::shape::{Column, differences};
 use crate::outbox::{OutboxError, Usage};
 
 /// Each table with its columns and their types.
-const TABLES: [(&str, &str); 7] = [
+const TABLES: [(&str, &str); 8] = [
     (
         "event_outbox",
         "id bigint, event_id uuid, event_type text, source text, aggregate_type text, aggregate_id text, \
@@ -43,7 +43,11 @@ const TABLES: [(&str, &str); 7] = [
         "event_relay",
         "id bigint, worker text, version text, schema_version integer, once boolean, \
          since timestamp with time zone, fingerprint text, destinations jsonb, routes jsonb, pid integer, \
-         seen_at timestamp with time zone, looked_at timestamp with time zone, hung boolean",
+         seen_at timestamp with time zone, looked_at timestamp with time zone, hung boolean, trouble jsonb",
+    ),
+    (
+        "event_tally",
+        "minute timestamp with time zone, destination text, published bigint, retried bigint, dead_lettered bigint",
     ),
     ("event_relay_run", "run_id uuid, worker text, begun_at timestamp with time zone"),
     ("event_crash_suspect", "event_id uuid, run_id uuid, together integer, noted_at timestamp with time zone"),

@@ -54,6 +54,18 @@ pub(super) async fn find(
     Ok((found, question.memory.forget_unseen()))
 }
 
+/// Returns who holds locks that keep events from moving, also if it did not last long yet, and undecided prepared transactions.
+/// Reads catalogues only.
+pub(super) async fn lock_holders(
+    connection: &mut PgConnection,
+    question: &Question<'_>,
+) -> Result<Vec<Standstill>, sqlx::Error> {
+    let mut found = table_locked(connection, question).await?;
+    found.extend(partitions_held(connection, question).await?);
+    found.extend(undecided::find(connection, question).await?);
+    Ok(found)
+}
+
 /// Returns the sessions that hold partitions now.
 pub(super) async fn holders(connection: &mut PgConnection, sql: Sql) -> Result<Vec<String>, sqlx::Error> {
     let rows = sql.query(PARTITIONS_HELD).fetch_all(connection).await?;
@@ -230,7 +242,7 @@ async fn table_locked(connection: &mut PgConnection, question: &Question<'_>) ->
         let behind: Vec<i32> = row.try_get("behind")?;
         let who = format!("{relation} {}", session.key());
         let seen = question.memory.seen(&(who.clone() + &session.transaction));
-        if session.held(seen) < BRIEF {
+        if session.held(seen) < question.brief {
             question.memory.is_brief(&(who + &session.transaction));
             continue;
         }
@@ -282,7 +294,7 @@ async fn partitions_held(
         let seen = question.memory.seen(&(who.clone() + &session.transaction));
         let stranger: bool = row.try_get("stranger")?;
         // A claim lasts no longer than it takes to publish and then to settle, and a settle may wait for others.
-        let patience = if stranger { BRIEF } else { question.publish_timeout + Duration::from_secs(75) };
+        let patience = if stranger { question.brief } else { question.publish_timeout + Duration::from_secs(75) };
         if session.held(seen) < patience {
             if stranger {
                 question.memory.is_brief(&(who + &session.transaction));

@@ -72,6 +72,7 @@ impl Register for Memory {
                 age: *now - row.since,
                 silent: *now - row.seen,
                 idle: *now - row.looked,
+                trouble: BTreeMap::new(),
             };
             rows.iter().map(registration).collect()
         }))

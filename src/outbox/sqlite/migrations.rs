@@ -1,7 +1,7 @@
 //! The list of migrations.
 
 /// All migrations. The first has version 1. A migration is never edited once it is released.
-pub(super) const MIGRATIONS: [(&str, &str); 14] = [
+pub(super) const MIGRATIONS: [(&str, &str); 15] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -16,6 +16,7 @@ pub(super) const MIGRATIONS: [(&str, &str); 14] = [
     ("0012_several_configurations", include_str!("../../../migrations/sqlite/0012_several_configurations.sql")),
     ("0013_redriven_formats", include_str!("../../../migrations/sqlite/0013_redriven_formats.sql")),
     ("0014_operator_actions", include_str!("../../../migrations/sqlite/0014_operator_actions.sql")),
+    ("0015_status", include_str!("../../../migrations/sqlite/0015_status.sql")),
 ];
 
 /// The schema version this binary needs.

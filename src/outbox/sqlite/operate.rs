@@ -13,6 +13,7 @@ use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::{check, emit, migrate, owner, retention, standstill};
 use crate::outbox::standstill::{Standstill, TAKEN_AFTER};
+use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
 impl Operate for SqliteOutbox {
     fn require(&self, feature: Feature) -> Result<(), OutboxError> {
@@ -67,6 +68,18 @@ impl Operate for SqliteOutbox {
             run_query("look for what stands still", standstill::find(&mut connection, &question)).await
         }
         .boxed()
+    }
+
+    fn status(&self, request: StatusRequest) -> BoxFuture<'_, Result<Status, OutboxError>> {
+        self.read_status(request).boxed()
+    }
+
+    fn add_tally<'a>(&'a self, counts: &'a [TallyCount]) -> BoxFuture<'a, Result<(), OutboxError>> {
+        self.write_tally(counts).boxed()
+    }
+
+    fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>> {
+        self.write_trouble(found).boxed()
     }
 }
 

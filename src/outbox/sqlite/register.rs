@@ -13,7 +13,8 @@ use crate::outbox::sqlite::store::SqliteOutbox;
 
 const ROWS: &str = "
 select id, worker, version, once, fingerprint, destinations, routes,
-    (julianday('now') - julianday(since)) * 86400.0 as age, (julianday('now') - julianday(seen_at)) * 86400.0 as silent
+    (julianday('now') - julianday(since)) * 86400.0 as age, (julianday('now') - julianday(seen_at)) * 86400.0 as silent,
+    trouble
 from event_relay
 order by id";
 
@@ -40,6 +41,7 @@ fn registration(row: &SqliteRow) -> Result<Registration, sqlx::Error> {
         age: duration("age")?,
         silent: duration("silent")?,
         idle: Duration::ZERO,
+        trouble: serde_json::from_str(row.try_get("trouble")?).map_err(json)?,
     })
 }
 

@@ -37,7 +37,7 @@ async fn with_roles(database: &Database) -> PgConnection {
 }
 
 /// The URL of a login of its own that has been given `role`.
-async fn login(database: &Database, owner: &mut PgConnection, role: &str) -> String {
+pub(crate) async fn login(database: &Database, owner: &mut PgConnection, role: &str) -> String {
     let (_, place) = database.url().rsplit_once('@').unwrap();
     let (_, name) = place.rsplit_once('/').unwrap();
     let user = format!("{name}_{role}");
