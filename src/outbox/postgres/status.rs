@@ -72,7 +72,7 @@ from pg_catalog.unnest($1::text[]) n(destination)
 cross join lateral (
     select pg_catalog.count(*) as events, pg_catalog.count(c.last_error) as retrying,
            extract(epoch from pg_catalog.clock_timestamp()
-               - greatest(pg_catalog.min(c.created_at), '0001-01-01Z'::timestamptz))::float8 as oldest
+               - pg_catalog.min(greatest(c.created_at, '0001-01-01Z'::timestamptz)))::float8 as oldest
     from (
         select e.created_at, e.last_error from {schema}.event_outbox e
         where e.status = 'scheduled' and e.destination = n.destination

@@ -26,14 +26,13 @@ on conflict (minute, destination) do update
 set published = t.published + excluded.published, retried = t.retried + excluded.retried,
     dead_lettered = t.dead_lettered + excluded.dead_lettered";
 
-/// Rows that another relay is deleting are left to it.
 const FORGET: &str = "
 delete from {schema}.event_tally t
-where (t.minute, t.destination) in (
-    select o.minute, o.destination from {schema}.event_tally o
+where t.ctid = any (array(
+    select o.ctid from {schema}.event_tally o
     where o.minute < pg_catalog.statement_timestamp() - interval '16 minutes'
-    order by o.minute, o.destination limit 1000 for update skip locked
-)";
+    order by o.minute, o.destination limit 1000
+))";
 
 /// `$1` is the id of the relay. For each destination: its name, its state, for how many seconds it lasts, and why.
 const TROUBLE: &str = "
