@@ -1,4 +1,4 @@
-//! Input that PostgreSQL takes differently from other stores, or not at all.
+//! Input that PostgreSQL handles differently from other stores, or refuses.
 
 use outbox_relay::{EmitError, NewEvent, NewEventError, emit};
 
@@ -6,7 +6,7 @@ use crate::contract::bad_input::{Scene, deep, healthy};
 use crate::harness::{column, sql};
 use crate::stores::{Client, Postgres};
 
-/// How PostgreSQL calls it that it refuses a payload.
+/// Returns the error with which PostgreSQL refuses a payload.
 async fn sqlstate(scene: &mut Scene<Postgres>, payload: &str) -> String {
     let insert = format!("insert into event_outbox (event_type, payload) values ('sick', {payload})");
     let error = scene.connection.execute(&insert).await.unwrap_err();
@@ -16,7 +16,7 @@ async fn sqlstate(scene: &mut Scene<Postgres>, payload: &str) -> String {
 #[tokio::test]
 async fn f29_a_payload_is_as_large_as_its_text_however_small_it_is_stored() {
     let mut scene = Scene::<Postgres>::with(|config| config.max_payload = 100_000, vec![]).await;
-    // They need few bytes anywhere but in text.
+    // Such numbers take little space except when they are printed as text.
     let numbers = format!(r#"{{"a": [{}]}}"#, ["1e100000"; 10].join(", "));
     scene.emit_among_healthy(NewEvent::from_json("sick", numbers)).await;
     let printed =
@@ -44,7 +44,7 @@ async fn f49_nesting_has_the_limits_of_eventbridge_and_of_postgres() {
 #[tokio::test]
 async fn f29_a_payload_that_postgres_could_not_print_is_refused_at_insert() {
     let mut scene = Scene::<Postgres>::start().await;
-    // 1.2 GB of text: PostgreSQL makes no more than 1 GB.
+    // The text would be 1.2 GB; PostgreSQL makes no text longer than 1 GB.
     let numbers = format!("'[{}]'", ["1e131071"; 9000].join(","));
     assert_eq!(sqlstate(&mut scene, &numbers).await, "54000", "a limit of the program");
     scene.emit(healthy("healthy")).await;

@@ -1,4 +1,4 @@
-//! The built binary, run with nothing in its environment but what the test puts there.
+//! The built binary, run with no environment variables but those that the test sets.
 
 use std::fs::File;
 use std::process::{Child, Command, Stdio};
@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 
-/// How long anything may take that must happen; far more than it does, for machines that are busy with other things.
+/// The longest that a test waits for anything. It is far more than needed, because other tests keep the machine busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How often a condition is looked at.
+/// The time between two looks at a condition.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// `relay` with these arguments and, besides `PATH`, these variables only.
+/// `relay` with these arguments. Its environment has these variables and `PATH`, and no others.
 pub(crate) fn relay(args: &[&str], variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
     if ignores_sighup() {
@@ -24,7 +24,7 @@ pub(crate) fn relay(args: &[&str], variables: &[(&str, &str)]) -> Command {
     command
 }
 
-/// Whether these tests were started by `nohup` or the like, whose children ignore SIGHUP too.
+/// Whether these tests ignore SIGHUP because `nohup` or the like started them. Their child processes ignore it too.
 fn ignores_sighup() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
@@ -36,13 +36,13 @@ pub(crate) fn finished(args: &[&str], variables: &[(&str, &str)]) -> Finished {
     Running::start(relay(args, variables)).finish()
 }
 
-/// Publishes what is due to standard output; returns the lines.
+/// Publishes everything that is due to standard output. Returns the lines.
 pub(crate) fn drain(url: &str) -> Vec<serde_json::Value> {
     let drained = finished(&["--once"], &[("DATABASE_URL", url), ("RELAY_STDOUT", "true")]).exited(0);
     drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// `check` says ok on every line, and means it: `--once` publishes what is emitted now, and leaves nothing.
+/// `check` says ok on every line. `--once` then publishes an event and leaves nothing in the outbox.
 #[track_caller]
 pub(crate) fn works(url: &str) {
     let variables = [("DATABASE_URL", url), ("RELAY_STDOUT", "true")];
@@ -51,7 +51,8 @@ pub(crate) fn works(url: &str) {
     assert!(drain(url).iter().any(|event| event["type"] == "checked"));
 }
 
-/// `--once` and `check` end with 1 and say all these parts: the first in its one line, the second in the one that fails.
+/// `--once` and `check` exit with code 1. Both print all these parts: `--once` in its one line, `check` in the line of the
+/// first check that fails.
 #[track_caller]
 pub(crate) fn cannot_work(url: &str, parts: &[&str]) {
     let variables = [("DATABASE_URL", url), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "error")];
@@ -67,24 +68,24 @@ pub(crate) fn cannot_work(url: &str, parts: &[&str]) {
     }
 }
 
-/// What a process left behind.
+/// A process that has ended, and what it wrote.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    /// `None`: a signal ended it.
+    /// The exit code; `None` if a signal killed the process.
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
 impl Finished {
-    /// Fails the test, with everything the process said, unless it ended with this code.
+    /// Fails the test, and shows all that the process wrote, unless it exited with this code.
     #[track_caller]
     pub(crate) fn exited(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
         self
     }
 
-    /// Fails the test unless standard error has each of these parts.
+    /// Fails the test unless standard error contains each of these parts.
     #[track_caller]
     pub(crate) fn says(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -93,7 +94,7 @@ impl Finished {
         self
     }
 
-    /// Standard error, which must be one line that begins with `relay: `.
+    /// Returns standard error, which must be one line that begins with `relay: `.
     #[track_caller]
     pub(crate) fn complaint(&self) -> &str {
         let line = self.stderr.strip_prefix("relay: ").unwrap_or_else(|| panic!("not our own words:\n{}", self.stderr));
@@ -102,7 +103,7 @@ impl Finished {
     }
 }
 
-/// A process that is killed with this value, if it has not ended before.
+/// A running process. Dropping this value kills it.
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
@@ -113,31 +114,31 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) fn start(command: Command) -> Self {
         let stdout = NamedTempFile::new().unwrap();
-        // A file opened anew, so that reading it does not move the place where the process writes.
+        // The file is opened a second time, so that reading it does not move the offset at which the process writes.
         let writer = File::create(stdout.path()).unwrap();
         let mut running = Self::start_writing_to(command, writer);
         running.stdout = stdout;
         running
     }
 
-    /// The same with its standard output elsewhere.
+    /// Starts the process with its standard output going to `writer`.
     pub(crate) fn start_writing_to(mut command: Command, writer: impl Into<Stdio>) -> Self {
         let (stdout, stderr) = (NamedTempFile::new().unwrap(), NamedTempFile::new().unwrap());
         command.stdout(writer).stderr(File::create(stderr.path()).unwrap());
         Self { child: command.spawn().unwrap(), stdout, stderr }
     }
 
-    /// What it has written to standard error so far.
+    /// Returns what it has written to standard error so far.
     pub(crate) fn log(&self) -> String {
         String::from_utf8(std::fs::read(self.stderr.path()).unwrap()).unwrap()
     }
 
-    /// What it has written to standard output so far.
+    /// Returns what it has written to standard output so far.
     pub(crate) fn output(&self) -> String {
         String::from_utf8(std::fs::read(self.stdout.path()).unwrap()).unwrap()
     }
 
-    /// Waits until its log has this part; fails the test if it ends before.
+    /// Waits until its log contains this part. Fails the test if the process ends before.
     #[track_caller]
     pub(crate) fn until_log(&mut self, part: &str) {
         let deadline = Instant::now() + PATIENCE;
@@ -167,7 +168,7 @@ impl Running {
         assert!(sent.success(), "kill -{name}");
     }
 
-    /// Waits for its end.
+    /// Waits until it ends.
     #[track_caller]
     pub(crate) fn finish(mut self) -> Finished {
         let deadline = Instant::now() + PATIENCE;
@@ -184,13 +185,13 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Refused only where it has ended already.
+        // Killing fails only if the process has ended already.
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
-/// Looks until the condition holds.
+/// Waits until the condition holds; fails the test after [`PATIENCE`].
 #[track_caller]
 pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;

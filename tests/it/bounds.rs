@@ -1,5 +1,5 @@
-//! Bounds, which leave out the dead rows at the left of a partition: beside an old snapshot they spare claims most of what
-//! they would walk over, and whatever comes with an old id is delivered in its place all the same.
+//! The bounds with which claims skip the dead rows at the low ids of a partition. While an old snapshot is open, they spare
+//! claims most of these rows. A row that appears with an old id is nevertheless delivered in its order.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +11,13 @@ use crate::scripted::ScriptedSink;
 use crate::servers::{Database, Server, database, database_on};
 use crate::stores::Client;
 
-/// Enough for several questions for the horizon, over all partitions.
+/// So many events that the relay asks for the horizon several times, counted over all partitions.
 const EVENTS: i64 = 6000;
 
-/// Enough that to walk over them takes a while.
+/// So many dead rows that scanning them takes a while.
 const DEAD: i64 = 30_000;
 
-/// A relay that has bounds: events of all partitions have come and gone.
+/// A relay that has computed bounds, because events of all partitions were inserted and delivered.
 struct Warm {
     connection: PgConnection,
     sink: Arc<ScriptedSink>,
@@ -47,7 +47,7 @@ impl Warm {
         eventually("all is delivered", async || count(&mut self.connection, pending).await == 0).await;
     }
 
-    /// The events that are not [`Self::pass_events`]', as they came.
+    /// Stops the relay. Returns the names of the delivered events in order, without those of [`Self::pass_events`].
     async fn stop(mut self) -> Vec<String> {
         self.until_empty().await;
         self.running.stop().await;
@@ -55,7 +55,7 @@ impl Warm {
     }
 }
 
-/// How many entries of the primary key the relays' scans have met.
+/// Returns how many entries of the primary key's index the relay's scans have read.
 async fn index_entries(database: &Database, pooled: bool) -> i64 {
     let mut connection = database.connect().await;
     sql(&mut connection, "set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off")
@@ -72,7 +72,7 @@ async fn index_entries(database: &Database, pooled: bool) -> i64 {
         eventually("all is delivered", async || count(&mut connection, "event_outbox").await == 0).await;
     }
     assert_eq!(running.stop().await.published, DEAD as u64 + 100);
-    // A session that ends says what it has counted.
+    // A session reports its last counts when it ends.
     let scans = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes where indexrelname = 'event_outbox_pkey'";
     let mut counted = 0;
     eventually("the counts stand still", async || {
@@ -102,7 +102,7 @@ async fn what_commits_late_comes_before_what_follows_it() {
     for (round, commit) in ["commit", "prepare transaction 'late'; commit prepared 'late'"].into_iter().enumerate() {
         let (late, next) = (format!("late {round}"), format!("next {round}"));
         let mut application = database.connect().await;
-        // Without the trigger: a transaction that notifies cannot be prepared.
+        // Triggers are off, because a transaction that notifies cannot be prepared.
         sql(&mut application, "begin; set local session_replication_role = replica").await;
         emit(&mut application, &late, "k").await;
         warm.pass_events().await;
@@ -165,7 +165,7 @@ async fn what_is_put_back_with_its_old_id_comes_before_what_follows_it() {
 async fn an_id_of_somebodys_own_is_found_within_a_minute() {
     let database = database().await;
     let mut warm = Warm::start(&database).await;
-    // The relay searches a minute after it started.
+    // The relay searches for such ids once a minute.
     tokio::time::sleep(Duration::from_secs(20)).await;
     let insert = "insert into event_outbox (id, event_type) overriding system value values (1, 'own id')";
     sql(&mut warm.connection, insert).await;

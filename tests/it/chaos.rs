@@ -1,8 +1,10 @@
-//! Everything goes wrong at once, for a while; then it is calm, and what arrived is compared with what was promised.
+//! Random faults happen all at once for a while. Then no more faults happen, and what arrived is compared with what was
+//! promised.
 //!
-//! Three relays and a `--once` now and then, producers, PostgreSQL and Redis, and proxies: each relay has its own on each of
-//! its links. Whatever ends by itself is started again, as by a process manager. One event in a hundred is poison. A seed gives what goes wrong and when, what the producers do and where relays fail by themselves; it does not give what
-//! runs at the same time by chance.
+//! A run has three relays and a `--once` now and then, producers, PostgreSQL, Redis, and proxies: each relay reaches each
+//! server through a proxy of its own. A process that ends by itself is started again, as by a process manager. One event in a
+//! hundred is poison. The seed decides which faults happen and when, what the producers do, and where relays fail by
+//! themselves. It does not decide how processes that run at the same time interleave.
 //!
 //! `make chaos` runs [`a_long_run`] with SECONDS, SEED and SEEDS.
 
@@ -36,22 +38,22 @@ use crate::servers::{Database, Server, database_on};
 
 const STREAM: &str = "chaos";
 
-/// A type of event whose stream is none in a run: Redis refuses each.
+/// The type of the poison events. Their stream is a key that is no stream in Redis, so that Redis refuses each of them.
 const POISON: &str = "poison";
 
-/// Servers with a proxy before each.
+/// PostgreSQL and Redis, with a proxy before each.
 pub(crate) struct World {
     postgres: Mutex<Server>,
     redis: Mutex<Server>,
     database: Database,
     to_postgres: Proxy,
     to_redis: Proxy,
-    /// For relays: by way of the proxies.
+    /// What relays connect to: it leads through the proxies.
     database_url: String,
     redis_url: String,
-    /// As the relays' role, and not by way of a proxy.
+    /// The database as the relays' role, without a proxy.
     worker_direct: String,
-    /// For everybody else.
+    /// Redis without a proxy, for everything but relays.
     redis_direct: String,
     pub(crate) exactly_once: bool,
     batch: usize,
@@ -63,7 +65,7 @@ impl World {
         let postgres = Server::start("postgres", &["--fast", "--set", "log_min_messages=panic"]);
         let redis = Server::start("redis", &["--set", "appendonly=yes", "--set", "appendfsync=always"]);
         let database = database_on(&postgres).await;
-        // As in production: a superuser would pass row-level security.
+        // As in production: a superuser would bypass row-level security.
         crate::schema::roles::apply(&mut database.connect().await).await;
         let login = "create role worker login password 'known' in role relay_worker";
         sql(&mut database.connect().await, login).await;
@@ -86,7 +88,7 @@ impl World {
         }
     }
 
-    /// A relay behind the proxies.
+    /// Starts a relay that connects through the proxies.
     fn relay(&self, args: &[&str], failpoints: &str) -> Running {
         self.relay_at(&self.database_url, &self.redis_url, args, failpoints)
     }
@@ -97,7 +99,7 @@ impl World {
         Running::start(command)
     }
 
-    /// A relay with further settings, and another stream.
+    /// Starts a relay with further settings, which publishes to another stream.
     fn relay_with(&self, variables: &[(&str, &str)], stream: &str) -> Running {
         let mut command = relay(&["run"], &[("DATABASE_URL", &self.database_url), ("REDIS_URL", &self.redis_url)]);
         command.envs(self.settings()).env("RELAY_REDIS_STREAM", stream).envs(variables.iter().copied());
@@ -116,7 +118,7 @@ impl World {
         ]
     }
 
-    /// Entries in the stream; `None` while Redis does not answer.
+    /// The length of the stream; `None` while Redis does not answer.
     fn length(&self) -> Option<u64> {
         let client = redis::Client::open(self.redis_direct.as_str()).unwrap();
         let mut connection = client.get_connection_with_timeout(Duration::from_millis(200)).ok()?;
@@ -128,7 +130,7 @@ impl World {
         let client = redis::Client::open(self.redis_direct.as_str()).unwrap();
         if let Ok(mut connection) = client.get_connection_with_timeout(Duration::from_millis(200)) {
             connection.set_read_timeout(Some(Duration::from_millis(500))).ok();
-            // While it is frozen there is nobody to tell.
+            // The command may fail, because Redis may be frozen.
             redis::cmd(words[0]).arg(&words[1..]).exec(&mut connection).ok();
         }
     }
@@ -140,7 +142,7 @@ impl World {
             .unwrap()
     }
 
-    /// `relay audit` with what was promised.
+    /// Runs `relay audit` with what was promised; returns its report.
     pub(crate) fn audit(&self, obligations: &[Obligation]) -> Value {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         for obligation in obligations {
@@ -153,7 +155,7 @@ impl World {
         serde_json::from_str(&audited.stdout).unwrap_or_else(|_| panic!("no report: {}", audited.stderr))
     }
 
-    /// Fails unless what arrived is what was promised. Returns the report.
+    /// Fails the test unless all that was promised arrived, and nothing else did. Returns the report.
     pub(crate) fn require_clean(&self, obligations: &[Obligation], seed: u64) -> Value {
         let report = self.audit(obligations);
         assert_eq!(report["counts"], serde_json::json!({}), "seed {seed}: {report:#}");
@@ -171,7 +173,7 @@ fn terminate_backends(url: &str) {
     runtime.block_on(async {
         use sqlx::Connection;
         if let Ok(mut connection) = sqlx::PgConnection::connect(url).await {
-            // One of them, as an impatient operator or a failing network does.
+            // It ends one connection, as an operator or a failing network does.
             let one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'relay'
                        order by random() limit 1";
             sqlx::query(one).execute(&mut connection).await.ok();
@@ -179,7 +181,7 @@ fn terminate_backends(url: &str) {
     });
 }
 
-/// One seed; prints its scorecard.
+/// Runs one seed and prints its scorecard.
 async fn run(seed: u64, duration: Duration, exactly_once: bool) {
     println!("chaos: seed {seed}, {} s, exactly once: {exactly_once}", duration.as_secs());
     let world = World::new(exactly_once).await;
@@ -199,7 +201,7 @@ async fn run(seed: u64, duration: Duration, exactly_once: bool) {
     .await
     .unwrap();
     let promised = producers.finish();
-    // Calm: nothing fails any more, and all must arrive.
+    // From here on nothing fails any more, and everything must arrive.
     let relays = tokio::task::block_in_place(|| course.calm());
     let calm = Instant::now();
     while course.world.pending().await > 0 {
@@ -225,11 +227,11 @@ async fn run(seed: u64, duration: Duration, exactly_once: bool) {
     );
 }
 
-/// Seeds of the short run, and whether it is with exactly-once. The same faults each time, so that a failure can be repeated;
-/// `make chaos` takes new ones.
+/// The seeds of the short run, and whether exactly-once is on. They are fixed, so that a failure can be repeated; `make
+/// chaos` takes new ones.
 const SHORT: [(u64, bool); 3] = [(14, true), (15, true), (16, false)];
 
-/// How long one of them lasts.
+/// How long one seed of the short run lasts.
 const SHORT_SECONDS: u64 = 35;
 
 fn parameter(name: &str, default: u64) -> u64 {

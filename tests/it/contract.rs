@@ -1,4 +1,4 @@
-//! What holds on every store. Each test is written once, and run on all of them.
+//! What every store guarantees. Each test is written once and runs on every store.
 
 pub(crate) mod bad_input;
 mod blame;
@@ -15,7 +15,7 @@ use std::collections::HashMap;
 
 use outbox_relay::event::Event;
 
-/// The tests of a store, by the file they are in.
+/// Defines the tests of one store, grouped by the file that they are in.
 macro_rules! contract {
     ($name:ident on $store:ident: $($file:ident::$test:ident)*) => {
         mod $name {
@@ -95,7 +95,7 @@ contract! {
         f63_an_event_on_which_routing_panics_is_given_up_alone;
 }
 
-/// The log as `type destination status attempt`, in the order of events and attempts.
+/// Selects the log as `type destination status attempt`, ordered by event and attempt.
 const LOG: &str = "select concat_ws(' ', event_type, destination, status, attempt) from event_processing_log
                    order by outbox_id, destination, attempt";
 

@@ -1,4 +1,4 @@
-//! F08: an event that kills the relay each time it is published.
+//! F08: an event that crashes the relay each time it is published.
 
 use crate::binary::{Running, relay, until};
 use crate::harness::{column, count, sql};
@@ -8,7 +8,7 @@ use crate::stream;
 
 const POISON: &str = "kills.the.relay";
 
-/// Starts relays, one after the other as a process manager does, until one lives.
+/// Starts relays one after the other, as a process manager does, until one exits by itself. Returns how many crashed.
 fn restart_until_one_lives(variables: &[(&str, &str)]) -> usize {
     let failpoint = format!("crash_on_event=return({POISON})");
     let mut variables = variables.to_vec();
@@ -78,7 +78,7 @@ async fn f08_relays_that_end_in_good_order_note_nothing_of_their_events() {
     let database = database().await;
     let mut connection = database.connect().await;
     sql(&mut connection, "insert into event_outbox (event_type) select 'ok' from generate_series(1, 10)").await;
-    // Whoever notes an event fails.
+    // An insert into event_crash_suspect fails.
     sql(
         &mut connection,
         "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'noted'; end $$;

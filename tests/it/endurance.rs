@@ -1,4 +1,4 @@
-//! Many events, several relays, and faults in between: what arrives at a Redis Stream is judged as its consumer would.
+//! Many events, several relays, and faults in between. What arrives at a Redis Stream is judged as a consumer would judge it.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +9,8 @@ use crate::stream::{self, Entry};
 
 const KEYS: i64 = 1000;
 
-/// Events of [`KEYS`] keys in turn; the payload's `n` counts within the key, from 1. `before` were emitted earlier.
+/// Emits events of [`KEYS`] keys in turn. The payload's `n` counts from 1 within a key. `before` is the number of events
+/// emitted earlier.
 async fn emit(database: &Database, before: i64, events: i64) {
     let insert = format!(
         "insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -19,7 +20,8 @@ async fn emit(database: &Database, before: i64, events: i64) {
     sql(&mut database.connect().await, insert).await;
 }
 
-/// Every event has arrived, and those of each key for the first time in their order. Returns how many came again.
+/// Every event has arrived, and the first copies of each key's events arrived in order. Returns how many events arrived
+/// again.
 #[track_caller]
 fn assert_complete_and_in_order(entries: &[Entry], events: i64) -> usize {
     let mut last: HashMap<&str, i64> = HashMap::new();
@@ -36,7 +38,7 @@ fn assert_complete_and_in_order(entries: &[Entry], events: i64) -> usize {
     entries.len() - ids.len()
 }
 
-/// Nothing is owed, nothing dead, and the log tells of each event once that it was published.
+/// The outbox has no rows, nothing was dead-lettered, and the log says `published` once for each event.
 async fn assert_settled(database: &Database, events: i64) {
     let mut connection = database.connect().await;
     assert_eq!(count(&mut connection, "event_outbox").await, 0);
@@ -69,7 +71,7 @@ async fn f12_a_drain_beside_three_relays_delivers_100000_events_once_and_in_orde
     let repeats = assert_complete_and_in_order(&entries, EVENTS);
     assert_eq!(repeats, 0);
     assert_settled(&database, EVENTS).await;
-    // The log knows each entry by the name that Redis gave it.
+    // The log has, for each event, the id that Redis gave its entry.
     let logged = column(&mut database.connect().await, "select message_id from event_processing_log").await;
     let logged: HashSet<String> = logged.into_iter().collect();
     assert!(entries.iter().all(|entry| logged.contains(&entry.id)));
@@ -113,7 +115,7 @@ async fn f02_of_three_relays_one_is_killed_and_at_most_what_it_had_in_flight_is_
 
 #[tokio::test]
 async fn servers_that_restart_under_three_relays_cost_time_and_nothing_else() {
-    const EVENTS: i64 = 10_000; // at a time
+    const EVENTS: i64 = 10_000; // in one insert
     const BATCH: usize = 200;
     let mut database_server = Server::start("postgres", &[]);
     let mut redis_server = Server::start("redis", &["--set", "appendonly=yes", "--set", "appendfsync=always"]);

@@ -1,4 +1,4 @@
-//! The engine on PostgreSQL, where that is another: transactions that commit late, and a pooler in front.
+//! What only PostgreSQL has: transactions that commit late, and a pooler before the database.
 
 use crate::harness::{Setup, emit, eventually, sql};
 use crate::scripted::ScriptedSink;

@@ -1,4 +1,4 @@
-//! The EventBridge sink by itself, against a stub that can fail in every way EventBridge and the network can.
+//! The EventBridge sink alone, against a stub that fails in every way in which EventBridge and the network can fail.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::support::{
     assert_all_failed, error, event, eventbridge_config as config, keyed, publish, publish_until, sdk,
 };
 
-/// In every payload that must not show up in an error.
+/// A text that is in every payload and must not appear in an error.
 const CANARY: &str = "4929-1234";
 
 fn sink(stub: &EventBridgeStub) -> EventBridge {
@@ -38,7 +38,7 @@ fn delivered(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Delivered { message_id: Some(_) })
 }
 
-/// What `outcomes` are when every request is answered with `reply`.
+/// Returns the outcomes when every request is answered with `reply`.
 async fn publish_three(reply: Reply) -> Vec<Outcome> {
     let stub = EventBridgeStub::start().await;
     stub.script([reply]);

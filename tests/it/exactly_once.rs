@@ -1,7 +1,7 @@
-//! Exactly once into Redis: whatever makes a relay publish an event again, it arrives once.
+//! Exactly once into Redis: whatever makes a relay publish an event again, the event arrives once.
 //!
-//! The tests make of a relay what a fault would: a zombie that lost its claim, an answer that was lost, a settle whose
-//! commit was lost, a mark that never came.
+//! The tests bring a relay into the states that faults cause: a zombie that lost its claim, a lost answer, a settle whose
+//! commit was lost, a missing mark.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -25,15 +25,15 @@ use crate::stream;
 /// What happens to a sink's answers.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Trouble {
-    /// Nothing; but the mark is lost.
+    /// Every answer arrives, but the mark of the claim is lost.
     NoMark,
-    /// They are lost: nobody knows.
+    /// All answers are lost, so that every outcome is unknown.
     Unknown,
-    /// As `Unknown` for all but the first so many.
+    /// The first so many answers arrive, the others are lost.
     UnknownAfter(usize),
 }
 
-/// A real sink between which and the relay answers get lost, call by call.
+/// A real sink whose answers get lost on the way to the relay, call by call.
 pub(crate) struct Lossy {
     sink: RedisStream,
     troubles: Mutex<VecDeque<Trouble>>,
@@ -94,7 +94,7 @@ pub(crate) fn sink(server: &Server, stream: &str) -> RedisStream {
     })
 }
 
-/// The types of the events in a stream, in order.
+/// Returns the types of the events in a stream, in order.
 pub(crate) fn arrived(stream: &str) -> Vec<String> {
     stream::entries(&mut stream::connect(redis().url()), stream).into_iter().map(|e| e.fields["type"].clone()).collect()
 }
@@ -105,7 +105,7 @@ async fn emit_all(connection: &mut PgConnection, names: &[&str]) {
     }
 }
 
-/// One pass of a relay of its own; how often it looked into what others had left behind.
+/// Runs one pass of a new relay.
 async fn drain(database: &Database, sink: Arc<dyn Sink>, batch: usize) {
     let mut setup = Setup::new(database, vec![("redis", sink)]);
     setup.relay.batch_events = batch;
@@ -119,12 +119,12 @@ async fn lost_answers_add_nothing_twice_though_the_events_come_back_in_smaller_p
     let (database, name) = (database().await, "once:pieces");
     let mut connection = database.connect().await;
     emit_all(&mut connection, &["e1", "e2", "e3", "e4"]).await;
-    // Two answers of four arrive; the relay that asked is not asked again.
+    // Two of four answers arrive, and this relay does not publish the others again.
     drain(&database, Lossy::new(name, &[Trouble::UnknownAfter(2), Trouble::Unknown]), 4).await;
     assert_eq!(count(&mut connection, "event_outbox").await, 2);
     assert_eq!(arrived(name), ["e1", "e2", "e3", "e4"]);
     emit_all(&mut connection, &["e5", "e6"]).await;
-    // Another relay, one at a time, whose own answers get lost as well.
+    // Another relay claims one event at a time, and its answers get lost too.
     drain(&database, Lossy::new(name, &[Trouble::Unknown]), 1).await;
     drain(&database, Lossy::new(name, &[Trouble::Unknown]), 3).await;
     drain(&database, Lossy::new(name, &[Trouble::NoMark]), 2).await;
@@ -143,7 +143,7 @@ async fn a_settle_whose_commit_is_lost_repeats_nothing() {
     emit_all(&mut connection, &["e1", "e2", "e3"]).await;
     sql(
         &mut connection,
-        // Not what a relay tries before it publishes anything.
+        // `relay.proof` is excepted: a relay tries its statements with such an event before it publishes anything.
         "create function refuse() returns trigger language plpgsql as $$ begin
              if new.event_type <> 'relay.proof' then raise exception 'no' using errcode = '53100'; end if; return null;
          end $$;
@@ -192,10 +192,10 @@ async fn a_zombie_that_published_first_is_followed_without_a_repeat() {
     let (database, name) = (database().await, "once:first");
     let mut connection = database.connect().await;
     emit_all(&mut connection, &["e1", "e2"]).await;
-    // It publishes, and is gone before it settles: `Unknown` leaves everything as a crash does.
+    // It publishes and stops before it settles: `Unknown` leaves the same state as a crash.
     drain(&database, Lossy::new(name, &[Trouble::Unknown]), 10).await;
     assert_eq!(count(&mut connection, "event_outbox").await, 2);
-    // Meanwhile one that is older commits, of another key in the same partition.
+    // Meanwhile an event with a lower id commits, of another key in the same partition.
     sql(
         &mut connection,
         "insert into event_outbox (id, event_type, aggregate_type, aggregate_id) overriding system value

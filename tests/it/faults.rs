@@ -1,5 +1,5 @@
-//! What can go wrong, provoked one by one. A test is named after its fault in the catalogue, `FAULTS.md`, as in `f03_`; those
-//! that hold on every store are among the contract's, those of one sink beside the sink's others.
+//! One test or more for each fault. A test is named after its fault's number in the catalogue, `FAULTS.md`, as in `f03_`.
+//! Faults that concern every store are tested in `contract`, those of one sink beside that sink's other tests.
 
 mod clock;
 mod database;
@@ -21,7 +21,7 @@ use crate::servers::{Database, database, redis};
 use crate::stream;
 use crate::support::unique;
 
-/// Partitions that some lane holds.
+/// Counts the partitions that are claimed by a lane.
 const CLAIMED: &str = "pg_locks where locktype = 'advisory' and classid = 'event_outbox'::regclass and objid < 640
                        and objsubid = 2 and database = (select oid from pg_database where datname = current_database())";
 
@@ -42,7 +42,7 @@ async fn until_empty(connection: &mut PgConnection) {
     eventually("the outbox is empty", async || count(connection, "event_outbox").await == 0).await;
 }
 
-/// The log tells of each event once that it was published, by its first attempt, and nothing else.
+/// The log says `published` once for each event, with attempt 1, and has no other rows.
 async fn assert_logged_once(connection: &mut PgConnection, events: i64) {
     let log = "select concat_ws(' ', count(*), count(distinct event_id), status, attempt)
                from event_processing_log group by status, attempt";
@@ -51,8 +51,8 @@ async fn assert_logged_once(connection: &mut PgConnection, events: i64) {
     assert_eq!(count(connection, "event_dead_letter").await, 0);
 }
 
-/// Of what arrived, as keys with ids: how many events there were, and how many came again. Those of each key came for the
-/// first time in their order.
+/// Checks events, given as keys with ids, in order of arrival: the first copies of each key's events must come in order.
+/// Returns how many different events arrived, and how many arrived again.
 #[track_caller]
 fn assert_first_in_order(arrived: impl IntoIterator<Item = (String, i64)>) -> (usize, usize) {
     let (mut last, mut seen, mut repeats) = (HashMap::new(), HashSet::new(), 0);
@@ -67,7 +67,7 @@ fn assert_first_in_order(arrived: impl IntoIterator<Item = (String, i64)>) -> (u
     (seen.len(), repeats)
 }
 
-/// A database, and a stream of a Redis that it is relayed to.
+/// A database, a stream in Redis, and the variables of a relay between them.
 struct Line {
     database: Database,
     redis_url: String,
@@ -75,7 +75,7 @@ struct Line {
 }
 
 impl Line {
-    /// Between shared servers.
+    /// On the shared servers.
     async fn new() -> Self {
         Self::from(database().await)
     }
@@ -88,7 +88,7 @@ impl Line {
         self.database.connect().await
     }
 
-    /// Runs the program between them.
+    /// Starts the relay, with more variables.
     fn start(&self, more: &[(&str, &str)]) -> Running {
         self.start_with(&["run"], more)
     }
@@ -99,7 +99,7 @@ impl Line {
             ("REDIS_URL", &self.redis_url),
             ("RELAY_REDIS_STREAM", &self.stream),
         ];
-        // The last one counts.
+        // A later variable overrides an earlier one.
         variables.extend(more);
         Running::start(program(args, &variables))
     }
@@ -108,7 +108,7 @@ impl Line {
         stream::length(&mut stream::connect(&self.redis_url), &self.stream)
     }
 
-    /// All of `events` arrived, each key's in order, and are recorded. Returns how many came again.
+    /// All events arrived, each key's in order, and are logged. Returns how many arrived again.
     async fn assert_delivered(&self, events: i64) -> usize {
         let entries = stream::entries(&mut stream::connect(&self.redis_url), &self.stream);
         let arrived = entries.iter().map(|entry| (entry.fields["subject"].clone(), entry.sequence()));
@@ -119,7 +119,7 @@ impl Line {
     }
 }
 
-/// Stops it in good order.
+/// Stops the relay with SIGTERM.
 #[track_caller]
 fn stop(running: Running) {
     running.signal("TERM");

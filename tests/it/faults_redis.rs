@@ -1,5 +1,5 @@
-//! What Redis, and what lies before it, does wrong: one test at least for each fault, named by its number in the catalogue.
-//! Those that need a relay and a load have both here.
+//! Faults of Redis and of the servers before it. Each fault has at least one test, named after its number in the catalogue.
+//! The helpers for tests that need a relay and a load are here.
 
 mod cluster;
 mod cut;
@@ -34,10 +34,10 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Keys of a [`Load`]. Event `n` has the key `n % KEYS`.
 const KEYS: i64 = 60;
 
-/// Event types of a [`Load`]: each key's events are all of one.
+/// Event types of a [`Load`]. All events of a key have the same type.
 const TYPES: i64 = 30;
 
-/// A sink that publishes exactly once.
+/// A sink with exactly-once on.
 fn sink(url: &str, stream: &str) -> Arc<RedisStream> {
     at(RedisAddress::Url(Secret::inline(url)), stream)
 }
@@ -53,7 +53,7 @@ fn at(address: RedisAddress, stream: &str) -> Arc<RedisStream> {
     }))
 }
 
-/// A relay to `sink`, at work.
+/// Starts a relay with this sink.
 fn relay(database: &Database, sink: Arc<dyn Sink>) -> Running {
     let mut setup = Setup::new(database, vec![("redis", sink)]);
     setup.relay.batch_events = 300;
@@ -89,8 +89,8 @@ impl Load {
         Self { stop, task }
     }
 
-    /// Stops it, and waits until the relay has nothing left to do. Returns how many events there were; nobody paid for
-    /// any of them.
+    /// Stops the load and waits until the relay has settled everything. No event was charged an attempt. Returns how many
+    /// events were emitted.
     async fn drained(self, database: &Database) -> i64 {
         self.stop.cancel();
         let events = self.task.await.unwrap();
@@ -103,7 +103,7 @@ impl Load {
     }
 }
 
-/// The numbers of a load's events, as they stand in a stream.
+/// The numbers of a load's events, in the order of the stream.
 fn numbers(entries: &[Entry]) -> Vec<i64> {
     let number = |entry: &Entry| {
         let data: serde_json::Value = serde_json::from_str(&entry.fields["data"]).unwrap();
@@ -112,7 +112,7 @@ fn numbers(entries: &[Entry]) -> Vec<i64> {
     entries.iter().map(number).collect()
 }
 
-/// Every event from 1 to `events` is there, once, and those of each key are in order.
+/// Every event from 1 to `events` is there exactly once, and those of each key are in order.
 #[track_caller]
 fn assert_once_and_in_order(mut numbers: Vec<i64>, events: i64) {
     assert_in_order(&numbers);
@@ -123,7 +123,7 @@ fn assert_once_and_in_order(mut numbers: Vec<i64>, events: i64) {
     assert_eq!(i64::try_from(numbers.len()).unwrap(), events);
 }
 
-/// What of each key's events is missing is one piece: what Redis forgot at one time, and none that was left out.
+/// The missing events of each key are consecutive: Redis lost them at one time, and none was skipped by itself.
 #[track_caller]
 fn assert_at_most_one_gap_in_each_key(numbers: &[i64], events: i64) {
     let arrived: HashSet<i64> = numbers.iter().copied().collect();
@@ -136,7 +136,7 @@ fn assert_at_most_one_gap_in_each_key(numbers: &[i64], events: i64) {
     }
 }
 
-/// What arrived first of each event is in order, for each key.
+/// For each key, the first copies of its events are in order.
 #[track_caller]
 fn assert_in_order(numbers: &[i64]) {
     let (mut seen, mut last) = (HashSet::new(), HashMap::new());

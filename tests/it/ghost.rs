@@ -1,11 +1,11 @@
-//! F30: an event of a transaction that a crash of the server takes back.
+//! F30: an event is published whose transaction is lost in a crash of the server.
 
 use crate::binary::{Running, relay, until};
 use crate::harness::sql;
 use crate::servers::{Server, database_on};
 
-/// Commits that nobody waits for, and a server that flushes them late; then, as soon as the events are published, its crash.
-/// Returns how many were published of transactions that are gone.
+/// Commits asynchronously on a server that flushes late. As soon as the events are published, the server crashes. Returns how
+/// many published events belong to transactions that were lost.
 async fn ghosts(barrier: &str) -> usize {
     let options = ["synchronous_commit=off", "wal_writer_delay=10s", "wal_buffers=16MB"];
     let options: Vec<&str> = options.into_iter().flat_map(|setting| ["--set", setting]).collect();
@@ -15,7 +15,7 @@ async fn ghosts(barrier: &str) -> usize {
     let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true"), ("RELAY_GHOST_BARRIER", barrier)];
     let running = Running::start(relay(&["run"], &variables));
     let mut connection = database.connect().await;
-    sql(&mut connection, "checkpoint").await; // else the crash may take back the tables
+    sql(&mut connection, "checkpoint").await; // else the crash may lose the tables
     sql(&mut connection, "select emit_event('first')").await;
     until("the first is published", || running.output().lines().count() == 1);
     sql(&mut connection, "select emit_event('async')").await;
@@ -43,7 +43,8 @@ async fn f30_with_the_barrier_no_event_is_published_of_a_commit_that_a_crash_tak
 
 #[tokio::test]
 async fn f30_without_the_barrier_such_an_event_can_be_published() {
-    // Not a promise: it shows that the test above can fail. Every ten seconds the server flushes, and there is none then.
+    // This promises nothing; it shows that the test above can fail. The server flushes every ten seconds. If a flush comes in
+    // between, no event is lost, so the test tries five times.
     for _ in 0..5 {
         if ghosts("false").await > 0 {
             return;

@@ -1,4 +1,4 @@
-//! A relay in this process, on a store of its own, with sinks that the test gives it.
+//! A relay in this process, with a store of its own and with the test's sinks.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::stores::{Client, Store};
 
-/// What a test changes before it starts a relay. Waits are milliseconds, so that tests need not be patient.
+/// What a test can change before it starts a relay. Waits are milliseconds, so that tests are quick.
 pub(crate) struct Setup<S> {
     pub(crate) relay: RelayConfig,
-    /// Of every destination.
+    /// The policy of every destination.
     pub(crate) policy: Policy,
     pub(crate) outbox: OutboxConfig,
     pub(crate) router: Router,
@@ -73,7 +73,7 @@ impl<S: Store> Setup<S> {
     }
 }
 
-/// As by default, but that waits are short.
+/// The default configuration with short waits.
 pub(crate) fn relay_config() -> RelayConfig {
     RelayConfig {
         lanes: 3,
@@ -86,7 +86,7 @@ pub(crate) fn relay_config() -> RelayConfig {
     }
 }
 
-/// As by default, but that waits are short.
+/// The default policy with short waits.
 pub(crate) fn policy() -> Policy {
     Policy {
         timeout: Duration::from_secs(10),
@@ -95,7 +95,7 @@ pub(crate) fn policy() -> Policy {
     }
 }
 
-/// A relay at work.
+/// A running relay.
 pub(crate) struct Running {
     stop: CancellationToken,
     task: JoinHandle<Result<Tally, OutboxError>>,
@@ -103,20 +103,20 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Stops it as SIGTERM does.
+    /// Stops the relay in the same way as SIGTERM.
     pub(crate) async fn stop(self) -> Tally {
         self.stop.cancel();
         self.task.await.unwrap().unwrap()
     }
 
-    /// Waits until it has trouble that is told in these words.
+    /// Waits until the relay is not ready and its reason contains these words.
     pub(crate) async fn until_not_ready(&mut self, words: &str) {
         let told = |now: &Health| matches!(now.readiness(), Readiness::NotReady(reason) if reason.contains(words));
         let waited = tokio::time::timeout(Duration::from_secs(60), self.health.wait_for(told)).await;
         assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.health.borrow());
     }
 
-    /// Waits until it can do its work.
+    /// Waits until the relay is ready.
     pub(crate) async fn until_ready(&mut self) {
         let waited = tokio::time::timeout(
             Duration::from_secs(60),
@@ -126,7 +126,7 @@ impl Running {
         assert!(waited.is_ok_and(|told| told.is_ok()), "not ready; now it is {:?}", *self.health.borrow());
     }
 
-    /// Begins to stop it.
+    /// Asks the relay to stop, and does not wait.
     pub(crate) fn ask_to_stop(&self) {
         self.stop.cancel();
     }
@@ -138,7 +138,7 @@ pub(crate) async fn sql(connection: &mut impl Client, statement: impl AsRef<str>
     connection.execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
 }
 
-/// Runs a statement that is refused; returns in what words.
+/// Runs a statement that must be refused. Returns the error.
 pub(crate) async fn refused(connection: &mut impl Client, statement: impl AsRef<str>) -> String {
     match connection.execute(statement.as_ref()).await {
         Ok(_) => panic!("it was taken: {}", statement.as_ref()),
@@ -146,7 +146,7 @@ pub(crate) async fn refused(connection: &mut impl Client, statement: impl AsRef<
     }
 }
 
-/// One number.
+/// Returns `select count(*)` from a table, with or without a condition.
 pub(crate) async fn count(connection: &mut impl Client, from: &str) -> i64 {
     connection.number(&format!("select count(*) from {from}")).await
 }
@@ -156,14 +156,14 @@ pub(crate) async fn column(connection: &mut impl Client, query: &str) -> Vec<Str
     connection.texts(query).await
 }
 
-/// Emits an event named `name`; `key` empty: no key.
+/// Emits an event named `name`; an empty `key` means no key.
 pub(crate) async fn emit(connection: &mut impl Client, name: &str, key: &str) {
     let values = format!("'{name}', 'test', nullif('{key}', '')");
     sql(connection, format!("insert into event_outbox (event_type, aggregate_type, aggregate_id) values ({values})"))
         .await;
 }
 
-/// Waits until `condition` holds; the deadline is for tests that fail.
+/// Waits until `condition` holds. Only a test that fails reaches the deadline.
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !condition().await {

@@ -1,4 +1,4 @@
-//! The integration tests: one binary, so that it links once and its tests share their throwaway servers.
+//! The integration tests. They are one binary, so that linking happens once and the tests share throwaway servers.
 #![allow(clippy::unwrap_used)]
 
 #[cfg(not(feature = "failpoints"))]

@@ -1,4 +1,4 @@
-//! EventBridge and SQS as moto has them: a bus whose events can be read back from a queue.
+//! EventBridge and SQS as moto emulates them: a bus whose events can be read from a queue.
 
 use outbox_relay::sink::Format;
 use outbox_relay::sink::eventbridge::{EventBridge, EventBridgeConfig};
@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use crate::servers::Server;
 use crate::support::{eventbridge_config, sdk};
 
-/// A bus and its queues, and a rule for each that sends events from the one to the other. For some hundred events: moto's
-/// queue looks at every message that it holds for each one that comes or goes.
+/// A bus, its queues, and one rule a queue that sends events from the bus to the queue. It is meant for a few hundred events:
+/// whenever a message comes or goes, moto's queue looks at every message that it holds.
 pub(crate) struct MotoBus {
     url: String,
     name: String,
@@ -16,13 +16,14 @@ pub(crate) struct MotoBus {
 }
 
 impl MotoBus {
-    /// With one queue, which keeps the order.
+    /// Creates a bus with one queue, which keeps the order.
     pub(crate) fn create(server: &Server, name: &str) -> Self {
         let everything = json!({ "source": [{ "prefix": "" }] });
         Self::with_queues(server, name, vec![everything])
     }
 
-    /// With four queues, among which events are spread by the first digit of their ids: quicker, and without an order.
+    /// Creates a bus with four queues. The first digit of an event's id chooses the queue. This is quicker, and keeps no
+    /// order.
     pub(crate) fn with_4_queues(server: &Server, name: &str) -> Self {
         let patterns = ["0123", "4567", "89ab", "cdef"].map(|digits| {
             let prefixes: Vec<Value> = digits.chars().map(|digit| json!({ "prefix": digit.to_string() })).collect();
@@ -43,7 +44,8 @@ impl MotoBus {
             let attributes = call(&url, "sqs", "AmazonSQS.GetQueueAttributes", wanted);
             let rule = json!({ "Name": name_of_both, "EventBusName": name, "EventPattern": pattern.to_string() });
             call(&url, "events", "AWSEvents.PutRule", rule);
-            // The whole event, as without a transformer; but moto takes 20 ms to put its default one together.
+            // Like a rule without a transformer, this one sends the whole event. moto takes 20 ms to build its default
+            // transformer.
             let whole = json!({ "InputPathsMap": { "event": "$" }, "InputTemplate": "<event>" });
             let target =
                 json!({ "Id": "queue", "Arn": attributes["Attributes"]["QueueArn"], "InputTransformer": whole });
@@ -53,14 +55,14 @@ impl MotoBus {
         Self { url, name: name.to_owned(), queue_urls }
     }
 
-    /// A sink for the bus.
+    /// Returns a sink for the bus.
     pub(crate) fn sink(&self, format: Format) -> EventBridge {
         let config = EventBridgeConfig { bus: self.name.clone(), format, ..eventbridge_config(&self.url) };
         EventBridge::with_sdk_config(&sdk(), config)
     }
 
-    /// The events that came since the last call, in order, as the rule sent them on: moto has parsed `detail` and printed
-    /// it anew.
+    /// Returns the events that came since the last call, in order, as the rule forwarded them: moto has parsed `detail` and
+    /// serialised it again.
     pub(crate) fn events(&self) -> Vec<Value> {
         self.queue_urls.iter().flat_map(|queue| self.events_of(queue)).collect()
     }

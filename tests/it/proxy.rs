@@ -1,6 +1,6 @@
-//! A TCP proxy that does wrong on purpose: between a relay and its database or destination.
+//! A TCP proxy with faults, between a relay and its database or destination.
 //!
-//! It runs in a thread of its own until it is dropped. What it does wrong can be changed while connections are open.
+//! It runs in a thread of its own until it is dropped. Its faults can be changed while connections are open.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -12,14 +12,13 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// No limit.
 const NONE: i64 = i64::MAX;
 
-/// See the module.
+/// Forwards connections, with faults that tests switch on and off.
 pub(crate) struct Proxy {
     port: u16,
     faults: Arc<Faults>,
-    /// Its change cuts every connection; its end ends the proxy.
+    /// A change of the value cuts every connection. Dropping the sender ends the proxy.
     cut: watch::Sender<u64>,
 }
 
@@ -30,13 +29,13 @@ struct Faults {
     delay_ms: AtomicU64,
     /// Bytes a second, each way; 0: no limit.
     rate: AtomicU64,
-    /// Bytes of answers that still go through, over all connections.
+    /// How many more bytes of answers go through, counted over all connections.
     bytes_left: AtomicI64,
-    /// The same in replies of Redis.
+    /// How many more replies of Redis go through, counted over all connections.
     replies_left: AtomicI64,
-    /// Answers that are swallowed, each together with its connection.
+    /// How many more answers are dropped, each together with its connection.
     drop_answers: AtomicI64,
-    /// Only answers to requests with this in them are swallowed; empty: all.
+    /// Only answers to requests that contain this are dropped; empty: to all requests.
     drop_after: std::sync::Mutex<Vec<u8>>,
     fired: AtomicU64,
     held: AtomicU64,
@@ -71,7 +70,7 @@ impl Proxy {
         Self { port: receiver.recv().unwrap(), faults, cut }
     }
 
-    /// The URL of the server behind it, by way of the proxy.
+    /// Returns the URL with which clients reach the server through the proxy.
     pub(crate) fn url(&self, direct: &str, port: u16) -> String {
         let through = direct.replacen(&format!(":{port}"), &format!(":{}", self.port), 1);
         assert_ne!(direct, through, "port {port} is in the URL");
@@ -84,45 +83,45 @@ impl Proxy {
         self.cut.send_modify(|cuts| *cuts += 1);
     }
 
-    /// Whether new connections are closed at once; open ones live on.
+    /// Whether new connections are closed at once. Open connections are left alone.
     pub(crate) fn refuse(&self, refuse: bool) {
         self.faults.refuse.store(refuse, Ordering::SeqCst);
     }
 
-    /// Whether nothing goes through, and everything stays open: as a host that vanished, or a stalled network, after
-    /// which what was held goes on.
+    /// Whether nothing goes through while connections stay open, as with a host that vanished or a stalled network. What was
+    /// held goes on when the stall ends.
     pub(crate) fn stall(&self, stall: bool) {
         self.faults.stall.store(stall, Ordering::SeqCst);
     }
 
-    /// Holds each piece back for so long.
+    /// Delays each chunk by this much.
     pub(crate) fn delay(&self, delay: Duration) {
         self.faults.delay_ms.store(u64::try_from(delay.as_millis()).unwrap(), Ordering::SeqCst);
     }
 
-    /// Lets so many bytes a second through each way; 0: as many as come.
+    /// Lets this many bytes a second through each way; 0: no limit.
     pub(crate) fn slow_to(&self, bytes_a_second: u64) {
         self.faults.rate.store(bytes_a_second, Ordering::SeqCst);
     }
 
-    /// Cuts the connection in which this many more bytes of answers have gone through, in the middle of whatever it is.
+    /// Cuts the connection after this many more bytes of answers, even in the middle of an answer.
     pub(crate) fn cut_after_bytes(&self, bytes: i64) {
         self.faults.bytes_left.store(bytes, Ordering::SeqCst);
     }
 
-    /// Cuts the connection in which this many more replies of Redis have gone through.
+    /// Cuts the connection after this many more replies of Redis.
     pub(crate) fn cut_after_replies(&self, replies: i64) {
         self.faults.replies_left.store(replies, Ordering::SeqCst);
     }
 
-    /// Swallows the next so many answers to requests that contain `to`, and cuts their connections: the request went
-    /// through, and nobody knows.
+    /// Drops the next so many answers to requests that contain `to`, and cuts their connections. The server has handled the
+    /// request, but the client does not know.
     pub(crate) fn drop_answers(&self, count: i64, to: &str) {
         *self.faults.drop_after.lock().unwrap() = to.as_bytes().to_vec();
         self.faults.drop_answers.store(count, Ordering::SeqCst);
     }
 
-    /// Does no more wrong.
+    /// Switches off all faults.
     pub(crate) fn heal(&self) {
         self.refuse(false);
         self.stall(false);
@@ -133,12 +132,12 @@ impl Proxy {
         self.drop_answers(0, "");
     }
 
-    /// How often it refused, cut or swallowed something.
+    /// How often the proxy refused a connection, cut one, or dropped an answer.
     pub(crate) fn count(&self) -> u64 {
         self.faults.fired.load(Ordering::SeqCst)
     }
 
-    /// How many pieces a stall has held, or holds.
+    /// How many chunks a stall has held, or holds.
     pub(crate) fn held(&self) -> u64 {
         self.faults.held.load(Ordering::SeqCst)
     }
@@ -153,7 +152,7 @@ impl Faults {
         self.fired.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Waits as long as it takes for `bytes`, and while everything stalls.
+    /// Waits for the delay and the rate that apply to `bytes`, and as long as a stall lasts.
     async fn hold(&self, bytes: usize) {
         let delay = self.delay_ms.load(Ordering::SeqCst);
         if delay > 0 {
@@ -192,7 +191,7 @@ async fn connection(client: TcpStream, target: u16, faults: Arc<Faults>, mut cut
     let requests = requests(from_client, to_server, &faults, &marked);
     let answers = answers(from_server, to_client, &faults, &marked);
     tokio::pin!(requests, answers);
-    // Whichever way ends first, or is cut, ends both. In a stalled network nobody hears of an end.
+    // When one direction ends or is cut, both end. While the network is stalled, no end is passed on.
     let ended = async {
         tokio::select! {
             () = &mut requests => {}
@@ -241,7 +240,7 @@ async fn answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: &Fault
             reply.extend_from_slice(answer);
             while let Some(end) = resp_end(&reply, 0) {
                 if faults.replies_left.fetch_sub(1, Ordering::SeqCst) <= 0 {
-                    // This reply, and what follows, is not for the client.
+                    // The client does not get this reply, nor what follows it.
                     allowed = allowed.min(count.saturating_sub(reply.len()));
                     break;
                 }
@@ -259,7 +258,7 @@ async fn answers(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, faults: &Fault
     }
 }
 
-/// Where the reply of Redis ends that begins at `start`, if it is complete.
+/// The offset after the reply of Redis that begins at `start`; `None` if it is incomplete.
 fn resp_end(bytes: &[u8], start: usize) -> Option<usize> {
     let line = bytes.get(start..)?.windows(2).position(|window| window == b"\r\n")?;
     let end = start + line + 2;
@@ -300,7 +299,7 @@ mod tests {
         assert!(connect(&proxy).is_err());
         proxy.heal();
 
-        // The request goes through, the answer does not.
+        // The server gets the request; the client does not get the answer.
         let mut connection = connect(&proxy).unwrap();
         proxy.drop_answers(1, "INCR");
         assert_eq!(get(&mut connection).unwrap(), 1);
@@ -308,7 +307,7 @@ mod tests {
         let mut connection = connect(&proxy).unwrap();
         assert_eq!(get(&mut connection).unwrap(), 2);
 
-        // Of three replies in one pipeline, two arrive.
+        // Of three replies in one pipeline, two go through.
         proxy.cut_after_replies(2);
         assert_eq!(get(&mut connection).unwrap(), 2);
         let all: redis::RedisResult<(i64, i64)> = redis::pipe().get("proxy:n").get("proxy:n").query(&mut connection);

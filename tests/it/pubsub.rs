@@ -1,4 +1,4 @@
-//! What is particular to Redis Pub/Sub: messages, channels, and that nobody need listen.
+//! What only Redis Pub/Sub has: messages, channels, and publishing without subscribers.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Reading back what a destination was given.
+//! Reads back what a destination has stored.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use redis::{Connection, FromRedisValue};
 
 use crate::servers::Server;
 
-/// A client of a Redis that has nothing to do with the relay's.
+/// A client of Redis that shares no code with the relay's.
 pub(crate) struct RedisClient(Connection);
 
-/// One entry of a stream: its id and its fields, in order.
+/// An entry of a stream: its id, and its fields in order.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Entry {
     pub(crate) id: String,
@@ -21,19 +21,19 @@ impl RedisClient {
         Self::open(server.url())
     }
 
-    /// To the server on this port of this host.
+    /// Connects to this port of this host.
     pub(crate) fn at(port: u16) -> Self {
         Self::open(&format!("redis://127.0.0.1:{port}"))
     }
 
     fn open(url: &str) -> Self {
         let connection = redis::Client::open(url).unwrap().get_connection().unwrap();
-        // Long enough for any answer, so that a test that waits in vain ends.
+        // Longer than any answer takes, so that a test that waits for nothing ends.
         connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         Self(connection)
     }
 
-    /// Runs a command, written with blanks between its words.
+    /// Runs a command whose words are separated by blanks.
     #[track_caller]
     pub(crate) fn ask<T: FromRedisValue>(&mut self, command: &str) -> T {
         let mut words = command.split(' ');
@@ -47,20 +47,20 @@ impl RedisClient {
         self.ask::<redis::Value>(command);
     }
 
-    /// All of a stream.
+    /// All entries of a stream.
     #[track_caller]
     pub(crate) fn entries(&mut self, stream: &str) -> Vec<Entry> {
         let entries: Vec<(String, Vec<(String, String)>)> = self.ask(&format!("XRANGE {stream} - +"));
         entries.into_iter().map(|(id, fields)| Entry { id, fields }).collect()
     }
 
-    /// The `sequence`s of a stream, in its order.
+    /// The `sequence` of every entry of a stream, in order.
     #[track_caller]
     pub(crate) fn sequences(&mut self, stream: &str) -> Vec<i64> {
         self.entries(stream).iter().map(|entry| entry.field("sequence").parse().unwrap()).collect()
     }
 
-    /// One number out of `INFO`.
+    /// Returns one number of `INFO`.
     #[track_caller]
     pub(crate) fn info(&mut self, name: &str) -> u64 {
         let info: String = self.ask("INFO");
@@ -80,7 +80,7 @@ impl Entry {
     }
 }
 
-/// Hears every message on the channels whose names begin with its prefix.
+/// Receives every message on the channels whose names begin with its prefix.
 pub(crate) struct Subscriber {
     connection: Connection,
     client: RedisClient,
@@ -97,7 +97,7 @@ impl Subscriber {
         Self { connection, client: RedisClient::connect(server), prefix: prefix.into() }
     }
 
-    /// The messages since the last call, each with its channel; none that was published before this call is missing.
+    /// Returns the messages since the last call, each with its channel. None that was published before this call is missing.
     pub(crate) fn messages(&mut self) -> Vec<(String, String)> {
         let last = format!("{}-last", self.prefix);
         self.client.tell(&format!("PUBLISH {last} x"));

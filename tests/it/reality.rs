@@ -1,4 +1,4 @@
-//! What applications, operators, servers and platforms really do, and what the relay makes of it: from F62 on in `FAULTS.md`.
+//! What applications, operators, servers and platforms do in practice, and how the relay reacts: F62 onwards in `FAULTS.md`.
 
 mod additions;
 mod blame;

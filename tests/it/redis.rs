@@ -1,4 +1,4 @@
-//! What is particular to Redis Streams: the server's own troubles, credentials, and what an entry looks like.
+//! What only Redis Streams have: faults of the server, credentials, and the fields of an entry.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::readback::RedisClient;
 use crate::servers::{Server, redis};
 use crate::support::{assert_all_delivered, assert_all_failed, error, event, keyed, publish, unique};
 
-/// Longer than any answer takes, shorter than a test's patience.
+/// Longer than any answer takes, and shorter than a test waits.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) fn sink(url: &str, stream: &str) -> RedisStream {
@@ -30,7 +30,7 @@ pub(crate) fn at(address: RedisAddress, stream: &str) -> RedisStream {
     })
 }
 
-/// `redis://` with a user and a password.
+/// Returns a `redis://` URL with a user and a password.
 pub(crate) fn url_as(server: &Server, user: &str, password: &str) -> String {
     format!("redis://{user}:{password}@127.0.0.1:{}/0", server.port())
 }

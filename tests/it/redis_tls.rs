@@ -1,4 +1,4 @@
-//! Redis over TLS, with a certificate authority that only the test knows.
+//! Redis over TLS, with a certificate authority that only the test trusts.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,11 +15,11 @@ use crate::readback::RedisClient;
 use crate::servers::{Server, database};
 use crate::support::{assert_all_failed, error, event, publish};
 
-/// A Redis that speaks nothing but TLS, its certificate signed by `ca.pem`.
+/// A Redis that accepts only TLS. `ca.pem` signed its certificate.
 pub(crate) struct TlsRedis {
     folder: tempfile::TempDir,
     server: Server,
-    /// Connected before it stopped speaking anything else.
+    /// It connected without TLS before the server stopped accepting that.
     client: RedisClient,
 }
 
@@ -73,7 +73,7 @@ async fn the_binary_publishes_over_tls_to_a_server_that_its_host_trusts() {
             .unwrap();
         (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
     };
-    // A certificate that is nobody's authority, in place of the system's.
+    // The host trusts only this certificate, which signed no other.
     let (code, log) = relay("redis.pem");
     assert_eq!(code, 3, "{log}");
     assert!(log.contains("UnknownIssuer"), "{log}");
@@ -84,7 +84,7 @@ async fn the_binary_publishes_over_tls_to_a_server_that_its_host_trusts() {
 
 #[tokio::test]
 async fn a_certificate_of_an_unknown_authority_is_the_destinations_fault_and_says_so() {
-    rustls::crypto::ring::default_provider().install_default().ok(); // another test may have been first
+    rustls::crypto::ring::default_provider().install_default().ok(); // another test may have installed it
     let redis = TlsRedis::start();
     let address = RedisAddress::Url(Secret::inline(redis.url()));
     let sink = RedisStream::new(RedisStreamConfig {

@@ -1,4 +1,4 @@
-//! A sink that does as told, event by event, so that crash windows are exact.
+//! A sink whose answer to each event is scripted, so that a test can choose exactly where a crash happens.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -8,26 +8,26 @@ use outbox_relay::event::{Event, Fault, Outcome, PublishError};
 use outbox_relay::sink::{Batch, Published, Sink};
 use tokio::sync::Semaphore;
 
-/// What to do with one event.
+/// What the sink does with an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Act {
-    /// Take it.
+    /// Accepts it.
     Accept,
-    /// Judge it bad.
+    /// Refuses it because of its content.
     Refuse,
-    /// Fail as a destination that is down.
+    /// Fails like a destination that is down.
     Unreachable,
-    /// Fail as a destination that is set up wrongly.
+    /// Fails like a destination with a wrong configuration.
     Misconfigured,
-    /// Take it, and lose the answer.
+    /// Accepts it, and loses the answer.
     AcceptThenFail,
-    /// Panic; what stands before it in the call was taken.
+    /// Panics. The events before it in the call were accepted.
     Panic,
-    /// Never answer, whatever the deadline.
+    /// Never answers, even after the deadline.
     Hang,
 }
 
-/// Holds publish calls until a test lets them go.
+/// Blocks publish calls until a test lets them go on.
 pub(crate) struct Gate {
     entered: Semaphore,
     open: Semaphore,
@@ -38,12 +38,12 @@ impl Gate {
         Arc::new(Self { entered: Semaphore::new(0), open: Semaphore::new(0) })
     }
 
-    /// Waits until a call is held.
+    /// Waits until a call is blocked.
     pub(crate) async fn entered(&self) {
         self.entered.acquire().await.unwrap().forget();
     }
 
-    /// Lets this many calls go.
+    /// Lets this many calls go on.
     pub(crate) fn open(&self, calls: usize) {
         self.open.add_permits(calls);
     }
@@ -56,7 +56,7 @@ impl Gate {
 
 type Script = Arc<dyn Fn(&Event) -> Act + Send + Sync>;
 
-/// See the module.
+/// A sink with a scripted answer for each event.
 pub(crate) struct ScriptedSink {
     script: Mutex<Script>,
     gate: Mutex<Option<Arc<Gate>>>,
@@ -78,7 +78,7 @@ impl ScriptedSink {
         Self::new(|_| Act::Accept)
     }
 
-    /// Holds every call from now on at `gate`.
+    /// From now on `gate` blocks every call.
     pub(crate) fn hold_at(&self, gate: &Arc<Gate>) {
         *self.gate.lock().unwrap() = Some(Arc::clone(gate));
     }
@@ -87,12 +87,12 @@ impl ScriptedSink {
         *self.script.lock().unwrap() = Arc::new(script);
     }
 
-    /// The events it took, in order, repeats included.
+    /// Returns the events that it accepted, in order, with repeats.
     pub(crate) fn accepted(&self) -> Vec<Event> {
         self.accepted.lock().unwrap().clone()
     }
 
-    /// Their types, which the tests use as names.
+    /// Returns the types of the accepted events, which the tests use as names.
     pub(crate) fn names(&self) -> Vec<String> {
         self.accepted().into_iter().map(|event| event.event_type).collect()
     }
@@ -101,7 +101,7 @@ impl ScriptedSink {
         self.calls.lock().unwrap().len()
     }
 
-    /// With how many events each call came.
+    /// Returns the number of events of each call.
     pub(crate) fn sizes(&self) -> Vec<usize> {
         self.calls.lock().unwrap().clone()
     }

@@ -1,4 +1,4 @@
-//! Throwaway servers: tests/servers runs each one, and ends it when this process closes its pipe or is gone.
+//! Throwaway servers. tests/servers runs each one, and ends it when this process closes the pipe or exits.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -13,12 +13,12 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{OnceCell, oneshot};
 
-/// A server on a port of its own, or a group of them. Its calls block until the server has done as told; one that
-/// fails panics with the server's log. Dropping it ends the server and removes its folder.
+/// A server on a port of its own, or a group of them. Its methods block until the server has done what they ask for. If one
+/// fails, it panics with the server's log. Dropping this value ends the server and removes its folder.
 #[derive(Debug)]
 pub(crate) struct Server {
     child: Child,
-    /// `None` only while it is dropped: closing it is what tells the supervisor to end.
+    /// `None` only while this value is dropped. Closing the pipe makes the supervisor end the server.
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
     info: Box<Info>,
@@ -44,7 +44,7 @@ struct Answer {
 }
 
 impl Server {
-    /// Starts a server of this kind; kinds and options are those of tests/servers.
+    /// Starts a server of this kind. tests/servers lists the kinds and options.
     pub(crate) fn start(kind: &str, options: &[&str]) -> Self {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/servers");
         let mut child = Command::new("python3")
@@ -69,12 +69,12 @@ impl Server {
         Self { child, stdin, stdout, info }
     }
 
-    /// Where clients connect, with user and password.
+    /// The URL for clients, with user and password.
     pub(crate) fn url(&self) -> &str {
         &self.info.url
     }
 
-    /// Its port on 127.0.0.1; the same after every restart.
+    /// Its port on 127.0.0.1, which stays the same after a restart.
     pub(crate) fn port(&self) -> u16 {
         self.info.port
     }
@@ -84,17 +84,17 @@ impl Server {
         &self.info.ports
     }
 
-    /// The file of the authority that signed the certificate of a server with `--tls`.
+    /// The certificate authority of a server with `--tls`, as a file.
     pub(crate) fn ca(&self) -> &str {
         self.info.ca.as_deref().expect("started with --tls")
     }
 
-    /// That of one that did not.
+    /// A certificate authority that signed no certificate of the server, as a file.
     pub(crate) fn other_ca(&self) -> &str {
         self.info.other_ca.as_deref().expect("started with --tls")
     }
 
-    /// One of the programs that came with the server, or else Debian's: the other versions of the matrix come without `psql`.
+    /// A program that came with the server, or else Debian's: other versions of the matrix come without `psql`.
     pub(crate) fn program(&self, name: &str) -> PathBuf {
         let own = Path::new(&self.info.bin).join(name);
         let debian = || {
@@ -104,39 +104,39 @@ impl Server {
         if own.exists() { own } else { debian().unwrap_or(own) }
     }
 
-    /// The server's own process, not the supervisor's.
+    /// The process id of the server itself, not of the supervisor.
     pub(crate) fn pid(&self) -> u32 {
         self.info.pid
     }
 
-    /// Ends it in good order: connections are closed, data kept.
+    /// Stops it in an orderly way: it closes connections and keeps its data.
     pub(crate) fn stop(&mut self) {
         self.tell("stop");
     }
 
-    /// SIGKILL for all its processes.
+    /// Kills all its processes with SIGKILL.
     pub(crate) fn kill(&mut self) {
         self.tell("kill");
     }
 
-    /// Starts it after [`Self::stop`] or [`Self::kill`], on the same port and data.
+    /// Starts it after [`Self::stop`] or [`Self::kill`], on the same port with the same data.
     pub(crate) fn start_again(&mut self) {
         self.tell("start");
     }
 
-    /// [`Self::stop`], [`Self::start_again`].
+    /// Calls [`Self::stop`] and [`Self::start_again`].
     pub(crate) fn restart(&mut self) {
         self.tell("restart");
     }
 
-    /// The same for a server that may be too busy to stop in time: it is killed then, as a process manager does.
+    /// Restarts a server that may be too busy to stop in time. It is killed then, as a process manager does.
     pub(crate) fn restart_or_kill(&mut self) {
         if self.try_tell("restart").is_err() {
             self.tell("start");
         }
     }
 
-    /// Freezes all its processes: connections stay open, nothing answers.
+    /// Freezes all its processes: connections stay open, and nothing answers.
     pub(crate) fn pause(&mut self) {
         self.tell("pause");
     }
@@ -146,22 +146,22 @@ impl Server {
         self.tell("resume");
     }
 
-    /// [`Self::kill`] for one node of a group.
+    /// As [`Self::kill`], for one node of a group.
     pub(crate) fn kill_node(&mut self, node: usize) {
         self.tell(&format!("kill {node}"));
     }
 
-    /// [`Self::start_again`] for one node of a group.
+    /// As [`Self::start_again`], for one node of a group.
     pub(crate) fn start_node(&mut self, node: usize) {
         self.tell(&format!("start {node}"));
     }
 
-    /// [`Self::pause`] for one node of a group.
+    /// As [`Self::pause`], for one node of a group.
     pub(crate) fn pause_node(&mut self, node: usize) {
         self.tell(&format!("pause {node}"));
     }
 
-    /// [`Self::resume`] for one node of a group.
+    /// As [`Self::resume`], for one node of a group.
     pub(crate) fn resume_node(&mut self, node: usize) {
         self.tell(&format!("resume {node}"));
     }
@@ -192,36 +192,36 @@ impl Drop for Server {
     }
 }
 
-/// A PgBouncer of two connections before `server`, in transaction mode.
+/// Starts a PgBouncer with two server connections before `server`, in transaction mode.
 pub(crate) fn pgbouncer(server: &Server) -> Server {
     pgbouncer_with(server, &[])
 }
 
-/// The same with these options besides.
+/// As [`pgbouncer`], with more options.
 pub(crate) fn pgbouncer_with(server: &Server, options: &[&str]) -> Server {
     Server::start("pgbouncer", &[&["--server", server.url()], options].concat())
 }
 
-/// The server that tests share. Being shared, it cannot be stopped: a test that wants to starts one of its own.
+/// The PostgreSQL that tests share. No test may stop it: a test that stops a server starts one of its own.
 pub(crate) fn postgres() -> &'static Server {
     static POSTGRES: OnceLock<Server> = OnceLock::new();
     POSTGRES.get_or_init(|| Server::start("postgres", &["--fast"]))
 }
 
-/// As [`postgres`].
+/// The Redis that tests share; see [`postgres`].
 pub(crate) fn redis() -> &'static Server {
     static REDIS: OnceLock<Server> = OnceLock::new();
     REDIS.get_or_init(|| Server::start("redis", &[]))
 }
 
-/// As [`postgres`].
+/// The moto that tests share; see [`postgres`].
 pub(crate) fn moto() -> &'static Server {
     static MOTO: OnceLock<Server> = OnceLock::new();
     MOTO.get_or_init(|| Server::start("moto", &[]))
 }
 
-/// A database of its own, with every migration applied. One on the shared server is dropped with the value, whoever is
-/// still connected.
+/// A database of its own with every migration applied. If it is on the shared server, dropping this value drops the database,
+/// even while clients are connected.
 #[derive(Debug)]
 pub(crate) struct Database {
     name: String,
@@ -229,14 +229,14 @@ pub(crate) struct Database {
     shared: bool,
 }
 
-/// A fresh [`Database`] on the shared server.
+/// Creates a [`Database`] on the shared server.
 pub(crate) async fn database() -> Database {
     static TEMPLATE: OnceCell<()> = OnceCell::const_new();
     TEMPLATE
         .get_or_init(|| async {
             administer("create database template_migrated").await;
             migrate(&url_of(postgres(), "template_migrated")).await;
-            // A connection to it would keep others from copying it.
+            // A database that has connections cannot be copied.
             administer("alter database template_migrated with allow_connections false").await;
         })
         .await;
@@ -245,21 +245,21 @@ pub(crate) async fn database() -> Database {
     Database { url: url_of(postgres(), &name), name, shared: true }
 }
 
-/// A fresh [`Database`] on the shared server, without a single table.
+/// Creates a [`Database`] without tables on the shared server.
 pub(crate) async fn empty_database() -> Database {
     let name = new_name();
     administer(&format!("create database {name}")).await;
     Database { url: url_of(postgres(), &name), name, shared: true }
 }
 
-/// A fresh [`Database`] on a server of the test's own.
+/// Creates a [`Database`] on a server of the test's own.
 pub(crate) async fn database_on(server: &Server) -> Database {
     let database = database_on_unmigrated(server).await;
     migrate(&database.url).await;
     database
 }
 
-/// The same without a single table.
+/// Creates a [`Database`] without tables on a server of the test's own.
 pub(crate) async fn database_on_unmigrated(server: &Server) -> Database {
     let name = new_name();
     execute(server.url(), &format!("create database {name}")).await;
@@ -267,17 +267,17 @@ pub(crate) async fn database_on_unmigrated(server: &Server) -> Database {
 }
 
 impl Database {
-    /// One that the test has made by itself, and that goes with its server.
+    /// A database that the test created itself. Dropping this value does not drop the database.
     pub(crate) fn at(url: &str) -> Self {
         Self { name: String::new(), url: url.to_owned(), shared: false }
     }
 
-    /// For whoever connects by itself: the relay, psql.
+    /// The URL, for relay and psql.
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
-    /// A new connection, as superuser.
+    /// Opens a connection as superuser.
     pub(crate) async fn connect(&self) -> PgConnection {
         PgConnection::connect(&self.url).await.unwrap()
     }
@@ -294,9 +294,9 @@ impl Drop for Database {
 
 type Job = (String, oneshot::Sender<Result<PgQueryResult, sqlx::Error>>);
 
-/// The one connection that creates and drops databases on the shared server, in order. In a thread with a runtime of its
-/// own: a connection cannot outlive the runtime of the test that opened it, and opening one takes longer than the
-/// statement.
+/// The one connection that creates and drops databases on the shared server, one after the other. It has a thread with a
+/// runtime of its own: a connection cannot outlive the runtime of the test that opened it, and opening a connection takes
+/// longer than the statement.
 fn administrator() -> &'static UnboundedSender<Job> {
     static ADMINISTRATOR: OnceLock<UnboundedSender<Job>> = OnceLock::new();
     ADMINISTRATOR.get_or_init(|| {
@@ -307,7 +307,7 @@ fn administrator() -> &'static UnboundedSender<Job> {
             runtime.block_on(async {
                 let mut connection = PgConnection::connect(url).await.unwrap();
                 while let Some((statement, done)) = jobs.recv().await {
-                    // Whoever dropped a database does not wait to hear of it.
+                    // A test that drops a database does not wait for the result.
                     done.send(sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut connection).await).ok();
                 }
             });

@@ -1,4 +1,4 @@
-//! The examples that README.md and the guide name, run as a user would.
+//! The examples that README.md and the guide name, run in the same way as a user runs them.
 
 use std::process::Command;
 
@@ -70,7 +70,7 @@ async fn handlers_of_the_application_take_all_events_in_the_order_of_their_keys(
     assert_eq!(handled.lines().count(), 8);
 }
 
-/// What `relay --once` prints in README.md's example, and what the processing log has then.
+/// README.md shows what `relay --once` prints, and what the processing log has afterwards.
 #[tokio::test]
 async fn the_example_of_the_front_page_prints_what_it_shows() {
     let readme = include_str!("../../README.md");

@@ -1,4 +1,5 @@
-//! One contract for every sink. Each runs it under its own name, as in `sinks::redis_stream::an_empty_batch_has_no_answers`.
+//! What every sink guarantees. Each sink runs the tests under its own name, as in
+//! `sinks::redis_stream::an_empty_batch_has_no_answers`.
 
 mod places;
 
@@ -17,31 +18,31 @@ use crate::support::{
 };
 use places::{BusPlace, ChannelPlace, FilePlace, HandlerPlace, PagePlace, StreamPlace, StubPlace};
 
-/// A destination and its sink, and what has arrived there.
+/// A destination, its sink, and a reader of what has arrived.
 trait Place {
-    /// How many events are many.
+    /// The number of events of a test with many events.
     const MANY: i64 = 800;
-    /// On the shared server, under a name of its own.
+    /// Uses the shared server, under a name of its own.
     async fn start() -> Self;
     fn sink(&self) -> &dyn Sink;
-    /// Everything since the last call, in order of arrival.
+    /// Returns all that arrived since the last call, in order of arrival.
     fn arrived(&mut self) -> Vec<Arrival>;
 }
 
-/// A destination on a server of its own, which can go down. What it held until then may be gone.
+/// A destination on a server of its own, which can stop. It may lose what it has stored.
 trait Mortal: Place {
     async fn start_alone() -> Self;
     fn go_down(&mut self);
     async fn come_back(&mut self);
 }
 
-/// A destination with a limit.
+/// A destination that limits the size of an event.
 trait Limited: Place {
     const REFUSAL: &str;
     fn over_the_limit(event: Event) -> Event;
 }
 
-/// An event as a consumer sees it.
+/// An event as a consumer reads it.
 #[derive(Debug, Deserialize)]
 struct Arrival {
     id: String,
@@ -63,7 +64,7 @@ impl Arrival {
     }
 }
 
-/// The sequences of each key, in order of arrival; of events without a key under the empty one, ascending.
+/// The sequences of each key, in order of arrival. Events without a key are under the empty key, in ascending order.
 fn by_key(arrivals: &[Arrival]) -> BTreeMap<String, Vec<i64>> {
     let mut keys: BTreeMap<String, Vec<i64>> = BTreeMap::new();
     for arrival in arrivals {
@@ -82,7 +83,7 @@ fn expected_by_key<'a>(events: impl IntoIterator<Item = &'a Event>) -> BTreeMap<
     keys
 }
 
-/// Seven keys in turn, and every eighth event without one.
+/// Events of seven keys in turn; every eighth event has no key.
 fn several_keys(ids: std::ops::RangeInclusive<i64>) -> Vec<Event> {
     ids.map(|id| if id % 8 == 0 { event(id) } else { keyed(id, &(id % 8).to_string()) }).collect()
 }
@@ -171,7 +172,7 @@ async fn payloads_arrive_byte_for_byte<P: Place>() {
     assert_all_delivered(&publish(place.sink(), &events).await);
     let arrived = place.arrived();
     let data: Vec<&str> = arrived.iter().map(|arrival| arrival.data.get()).collect();
-    // A JSON value does not end in blanks, so its reader here leaves them out.
+    // The reader leaves out blanks after a JSON value.
     assert_eq!(data, payloads.map(str::trim_ascii));
 }
 
@@ -249,7 +250,7 @@ macro_rules! run {
     };
 }
 
-/// What every sink keeps, and more.
+/// Defines the tests that every sink runs, and those that only some run.
 macro_rules! contract {
     ($name:ident, $place:ident: $($more:ident)*) => {
         mod $name {
@@ -276,7 +277,7 @@ contract!(redis_pubsub, ChannelPlace:
     payloads_arrive_byte_for_byte
     an_event_over_the_limit_is_refused_alone
     nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back);
-// moto parses what it is given, and is slow: the bytes and the thousand are the stub's to show.
+// moto parses events and is slow, so the stub runs the tests of exact bytes and of a thousand events.
 contract!(eventbridge_moto, BusPlace:
     an_event_over_the_limit_is_refused_alone
     nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back);

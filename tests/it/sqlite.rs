@@ -1,4 +1,4 @@
-//! What is particular to SQLite: one file, shared with its application.
+//! What only SQLite has: one file, which the application uses too.
 
 mod arrival;
 mod commands;

@@ -1,4 +1,4 @@
-//! The stores that the contract is tested on, and the few words in which their SQL differs.
+//! The stores that the contract runs on, and the SQL in which they differ.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -17,10 +17,10 @@ use crate::harness::{count, eventually};
 pub(crate) use crate::servers::Database as Postgres;
 use crate::servers::database;
 
-/// The file as applications should have it.
+/// SQLite with the write-ahead log, as recommended to applications.
 pub(crate) type Sqlite = SqliteFile<true>;
 
-/// The file as SQLite makes it by itself.
+/// SQLite with its default journal.
 pub(crate) type SqliteRollbackJournal = SqliteFile<false>;
 
 /// A throwaway store with every migration applied.
@@ -30,51 +30,51 @@ pub(crate) trait Store: Sized {
 
     async fn new() -> Self;
 
-    /// For whoever connects by itself: the relay.
+    /// The URL for relay.
     fn url(&self) -> &str;
 
-    /// A new connection, as an application opens it.
+    /// Opens a connection in the same way as an application.
     async fn connect(&self) -> Self::Connection;
 
     fn outbox(config: OutboxConfig) -> Self::Outbox;
 
-    /// Waits until a relay in this process sleeps and trusts in being woken.
+    /// Waits until a relay in this process sleeps and relies on being woken.
     async fn until_asleep(&self);
 
-    /// SQL: the time in so many milliseconds.
+    /// SQL: the time that is so many milliseconds from now.
     fn in_ms(ms: i64) -> String;
 
-    /// SQL: a table of one column `i` with 1 to `last`.
+    /// SQL: a table with one column `i`, from 1 to `last`.
     fn numbers(last: i64) -> String;
 
     /// SQL: a text as a payload.
     fn json(text: &str) -> String;
 
-    /// SQL: puts the dead letters back for which `condition` holds.
+    /// SQL: redrives the dead letters for which `condition` holds.
     fn redrive(condition: &str) -> String;
 
-    /// SQL: lets every `delete on event_outbox`, or the like, fail.
+    /// SQL: makes every `delete on event_outbox`, or whatever `what` names, fail.
     fn refuse(what: &str) -> String;
 
     /// SQL: ends a [`Self::refuse`] on `table`.
     fn allow(table: &str) -> String;
 
-    /// Runs statements while nothing asks for the rules that a trigger holds: what they insert is as old as can be.
+    /// Runs statements while the triggers that check rules are off, to insert rows like those of old versions.
     async fn unruled(connection: &mut Self::Connection, statements: &str);
 }
 
-/// A connection of a test.
+/// A test's connection.
 pub(crate) trait Client {
-    /// Runs statements; returns how many rows they changed.
+    /// Runs statements. Returns how many rows they changed.
     async fn execute(&mut self, statements: &str) -> Result<u64, sqlx::Error>;
 
-    /// The one number of a query.
+    /// Returns the one number of a query.
     async fn number(&mut self, query: &str) -> i64;
 
-    /// The first column of every row.
+    /// Returns the first column of every row.
     async fn texts(&mut self, query: &str) -> Vec<String>;
 
-    /// Emits as an application that uses the library does.
+    /// Emits in the same way as an application that uses the library.
     async fn emit(&mut self, event: NewEvent) -> Result<uuid::Uuid, EmitError>;
 }
 
@@ -131,7 +131,7 @@ impl Store for Postgres {
     }
 
     fn in_ms(ms: i64) -> String {
-        // Not `interval '... milliseconds'`, which PostgreSQL 13 reads into 32 bits.
+        // Not `interval '... milliseconds'`: PostgreSQL 13 reads its number into 32 bits.
         format!("clock_timestamp() + {ms} * interval '1 millisecond'")
     }
 
@@ -164,16 +164,16 @@ impl Store for Postgres {
     }
 }
 
-/// Waits until something in this process is told of writes to the file.
+/// Waits until something in this process watches for writes to the file.
 pub(crate) async fn until_watched(file: &Path) {
     let watched = format!(" ino:{:x} ", std::fs::metadata(file).unwrap().ino());
-    // The list changes while it is read: other tests open and close files.
+    // The list changes while it is read, because other tests open and close files.
     let watches = || std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten().map(|entry| entry.path());
     let told = || watches().any(|fd| std::fs::read_to_string(fd).is_ok_and(|info| info.contains(&watched)));
     eventually(&format!("{} is watched", file.display()), async || told()).await;
 }
 
-/// A database file in a folder of its own, removed with the value.
+/// A database file in a folder of its own. Dropping this value removes the folder.
 #[derive(Debug)]
 pub(crate) struct SqliteFile<const WAL: bool> {
     folder: TempDir,
@@ -181,7 +181,7 @@ pub(crate) struct SqliteFile<const WAL: bool> {
 }
 
 impl<const WAL: bool> SqliteFile<WAL> {
-    /// The application's file, without a single table of relay's.
+    /// A file of an application, without relay's tables.
     pub(crate) async fn unmigrated() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let url = format!("sqlite:{}", folder.path().join("app.db").display());
@@ -198,10 +198,10 @@ impl<const WAL: bool> SqliteFile<WAL> {
         self.folder.path().join("app.db")
     }
 
-    /// A connection that waits so long for the write lock.
+    /// Opens a connection that waits so long for the write lock.
     pub(crate) async fn connect_patiently(&self, busy_timeout: Duration) -> SqliteConnection {
         let options = SqliteConnectOptions::new().filename(self.path()).busy_timeout(busy_timeout);
-        // No test loses power.
+        // Tests need not survive a loss of power.
         SqliteConnection::connect_with(&options.synchronous(sqlx::sqlite::SqliteSynchronous::Off)).await.unwrap()
     }
 }

@@ -1,13 +1,12 @@
-//! A Redis Stream as its consumers read it.
+//! Reads a Redis Stream in the same way as its consumers.
 
 use std::collections::HashMap;
 
-/// One entry.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    /// What Redis calls it.
+    /// The id that Redis gave it.
     pub(crate) id: String,
-    /// Its attributes, and `data`.
+    /// The event's attributes, and `data`.
     pub(crate) fields: HashMap<String, String>,
 }
 
@@ -18,17 +17,17 @@ impl Entry {
     }
 }
 
-/// A connection that blocks.
+/// Opens a blocking connection.
 pub(crate) fn connect(url: &str) -> redis::Connection {
     redis::Client::open(url).unwrap().get_connection().unwrap()
 }
 
-/// How many entries there are.
+/// Returns the number of entries.
 pub(crate) fn length(connection: &mut impl redis::ConnectionLike, stream: &str) -> usize {
     redis::cmd("XLEN").arg(stream).query(connection).unwrap()
 }
 
-/// All of them, in order.
+/// Returns all entries, in order.
 pub(crate) fn entries(connection: &mut impl redis::ConnectionLike, stream: &str) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     loop {

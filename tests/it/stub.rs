@@ -1,4 +1,4 @@
-//! EventBridge's HTTP interface with scripted answers: what moto cannot do, such as throttling, or losing an answer.
+//! EventBridge's HTTP interface with scripted answers, for what moto cannot do: throttling, lost answers and the like.
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,17 +25,17 @@ use tokio::sync::Barrier;
 /// The answer to one request.
 #[derive(Clone)]
 pub(crate) enum Reply {
-    /// Every entry is accepted; `DescribeEventBus` tells the truth.
+    /// Every entry is accepted. `DescribeEventBus` describes the bus.
     Ok,
-    /// The same, once as many requests as the barrier counts are there together.
+    /// As `Ok`, but no request is answered before as many have come as the barrier counts.
     OkTogether(Arc<Barrier>),
-    /// The same, after a while.
+    /// As `Ok`, after this time.
     Slow(Duration),
     ThrottleRequest,
     AccessDenied,
     /// The request is refused with this code and message.
     Refused(&'static str, &'static str),
-    /// Refused as expired while it is signed with this access key, else accepted.
+    /// Requests signed with this access key are refused as expired, others are accepted.
     Expired(&'static str),
     /// `ValidationException` with this message.
     Invalid(&'static str),
@@ -44,17 +44,17 @@ pub(crate) enum Reply {
     Entries(Vec<EntryReply>),
     /// The entry at this index fails with this code, the others are accepted.
     FailEntry(usize, &'static str),
-    /// An answer fewer than there were entries.
+    /// The answer has one entry fewer than the request.
     WrongCount,
-    /// 200 with broken JSON that quotes the request.
+    /// Status 200 with broken JSON that quotes the request.
     Garbled,
-    /// 200 with this body.
+    /// Status 200 with this body.
     Body(String),
-    /// 200 that ends before its `Content-Length`.
+    /// Status 200 with fewer bytes than its `Content-Length`.
     Truncated,
-    /// The request is read, and the connection closed without an answer.
+    /// The request is read, then the connection is closed without an answer.
     CutAfterRequest,
-    /// The same with a reset.
+    /// The request is read, then the connection is reset.
     ResetAfterRequest,
 }
 
@@ -63,11 +63,11 @@ pub(crate) enum Reply {
 pub(crate) enum EntryReply {
     Accepted,
     Failed(&'static str),
-    /// Neither an `EventId` nor an `ErrorCode`.
+    /// It has neither an `EventId` nor an `ErrorCode`.
     Blank,
 }
 
-/// A server on a port of its own, gone with its connections when it is dropped. Its one bus is called `orders`.
+/// A server on a port of its own, with one bus, `orders`. Dropping this value closes its connections too.
 pub(crate) struct EventBridgeStub {
     url: String,
     script: Arc<Script>,
@@ -82,7 +82,7 @@ struct Inner {
     replies: VecDeque<Reply>,
     descriptions: VecDeque<Reply>,
     requests: Vec<Vec<Value>>,
-    /// Entries of this source fail with this code, whatever else is scripted.
+    /// Entries of this source fail with this code, whatever is scripted.
     refused: Option<(&'static str, &'static str)>,
     event_count: usize,
     in_flight: usize,
@@ -92,7 +92,7 @@ struct Inner {
 impl EventBridgeStub {
     pub(crate) async fn start() -> Self {
         let script = Arc::new(Script::default());
-        // On a runtime of its own, which takes every connection along when it goes.
+        // It has a runtime of its own, which closes every connection when it is dropped.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let app = Router::new().route("/", post(serve)).layer(DefaultBodyLimit::disable()).with_state(script.clone());
         let listener = runtime.spawn(TcpListener::bind("127.0.0.1:0")).await.unwrap().unwrap();
@@ -106,17 +106,17 @@ impl EventBridgeStub {
         &self.url
     }
 
-    /// Queues the answers to the next requests to describe the bus; after them comes [`Reply::Ok`].
+    /// Queues answers to the next requests to describe the bus. When the queue is empty, [`Reply::Ok`] is the answer.
     pub(crate) fn script_descriptions(&self, replies: impl IntoIterator<Item = Reply>) {
         self.script.lock().descriptions.extend(replies);
     }
 
-    /// Queues the answers to the next `PutEvents`; after them comes [`Reply::Ok`].
+    /// Queues answers to the next `PutEvents`. When the queue is empty, [`Reply::Ok`] is the answer.
     pub(crate) fn script(&self, replies: impl IntoIterator<Item = Reply>) {
         self.script.lock().replies.extend(replies);
     }
 
-    /// From now on entries of this source fail with this code; `None`: no longer.
+    /// From now on entries of this source fail with this code; `None` ends that.
     pub(crate) fn refuse_source(&self, refused: Option<(&'static str, &'static str)>) {
         self.script.lock().refused = refused;
     }
@@ -126,7 +126,7 @@ impl EventBridgeStub {
         self.script.lock().requests.clone()
     }
 
-    /// The most requests that were being answered at a time.
+    /// The highest number of requests that were in progress at the same time.
     pub(crate) fn peak(&self) -> usize {
         self.script.lock().peak
     }
@@ -135,7 +135,7 @@ impl EventBridgeStub {
 impl Drop for EventBridgeStub {
     fn drop(&mut self) {
         let runtime = self.runtime.take();
-        // A runtime waits for its threads when it is dropped, and tokio allows that outside of async code only.
+        // Dropping a runtime waits for its threads, which tokio allows only outside of async code.
         std::thread::spawn(move || drop(runtime)).join().unwrap();
     }
 }
@@ -176,7 +176,7 @@ async fn serve(
         let replies = if entries.is_some() { &mut script.replies } else { &mut script.descriptions };
         replies.pop_front().unwrap_or(Reply::Ok)
     };
-    // A connection that the client gives up drops this future at its await.
+    // If the client closes the connection, this future is dropped at its await.
     let _in_flight = InFlight(&script);
     match &reply {
         Reply::OkTogether(barrier) => _ = barrier.wait().await,
@@ -244,7 +244,7 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// What a handler may do to the connection that its request came on, when the answer is about to be written.
+/// The connection of a request, which a handler may cut when the answer is about to be written.
 #[derive(Clone, Default)]
 struct Connection {
     cut: Arc<AtomicBool>,

@@ -1,4 +1,4 @@
-//! What the tests share.
+//! Helpers that tests of several modules use.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,18 +36,18 @@ pub(crate) fn event(id: i64) -> Event {
     }
 }
 
-/// The same with the key `order:<key>`.
+/// A small event with the key `order:<key>`.
 pub(crate) fn keyed(id: i64, key: &str) -> Event {
     Event { aggregate_type: Some("order".into()), aggregate_id: Some(key.into()), ..event(id) }
 }
 
-/// A name that no other test of this process uses: of a stream, a channel, a bus.
+/// A name that no other test of this process uses, for a stream, a channel or a bus.
 pub(crate) fn unique(name: &str) -> String {
     static LAST: AtomicU64 = AtomicU64::new(0);
     format!("{name}-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1)
 }
 
-/// Credentials and a region, as every AWS client wants them.
+/// Credentials and a region, which every AWS client needs.
 pub(crate) fn sdk() -> SdkConfig {
     SdkConfig::builder()
         .behavior_version(BehaviorVersion::latest())
@@ -56,7 +56,7 @@ pub(crate) fn sdk() -> SdkConfig {
         .build()
 }
 
-/// The bus `orders` at a stub's or moto's address.
+/// The bus `orders` at the address of a stub or of moto.
 pub(crate) fn eventbridge_config(url: &str) -> EventBridgeConfig {
     EventBridgeConfig {
         bus: "orders".into(),
@@ -70,7 +70,7 @@ pub(crate) fn eventbridge_config(url: &str) -> EventBridgeConfig {
     }
 }
 
-/// Publishes with a deadline that never matters.
+/// Publishes with a deadline that is never reached.
 pub(crate) async fn publish(sink: &dyn Sink, events: &[Event]) -> Vec<Outcome> {
     publish_until(sink, events, Instant::now() + Duration::from_secs(60)).await
 }
@@ -82,7 +82,7 @@ pub(crate) async fn publish_until(sink: &dyn Sink, events: &[Event], deadline: I
     outcomes
 }
 
-/// What was not delivered is published again until all is, or for a minute.
+/// Publishes again what was not delivered, until everything is delivered or a minute has passed.
 pub(crate) async fn publish_until_delivered(sink: &dyn Sink, events: &[Event]) {
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut left = events.to_vec();
@@ -101,7 +101,7 @@ pub(crate) fn is_delivered(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Delivered { .. })
 }
 
-/// Nobody pays: the destination's failure, or not sent at all.
+/// No event is charged an attempt: the destination failed, or the event was not sent.
 pub(crate) fn is_uncharged(outcome: &Outcome) -> bool {
     match outcome {
         Outcome::Delivered { .. } => false,
@@ -133,7 +133,7 @@ pub(crate) fn assert_all_failed(outcomes: &[Outcome], fault: Fault, code: &str) 
     }
 }
 
-/// A relay from `database` to all of `destinations`, for everything.
+/// A relay from `database` to all of `destinations`; each destination gets every event.
 pub(crate) fn relay_to(database: &Database, destinations: &[(&str, Arc<dyn Sink>)]) -> Arc<Relay<PgOutbox>> {
     relay_with(database, destinations, Router::new(vec![], destinations.len()), relay_config())
 }

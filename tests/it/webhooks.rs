@@ -1,4 +1,4 @@
-//! Real input: every kind of webhook that GitHub sends, through one relay to Redis and EventBridge.
+//! Real input: a webhook of every kind that GitHub sends, through one relay to Redis and EventBridge.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -30,7 +30,7 @@ struct Kind {
     examples: Vec<Box<RawValue>>,
 }
 
-/// An event as the database holds it before it is published.
+/// An event as it is stored before it is published.
 struct Stored {
     id: i64,
     event_id: String,
@@ -64,7 +64,7 @@ fn webhooks() -> Vec<NewEvent> {
     events
 }
 
-/// Emits all of them in one transaction; returns them as they lie there.
+/// Emits all webhooks in one transaction. Returns the events as stored.
 async fn emit_all(connection: &mut PgConnection) -> Vec<Stored> {
     let mut transaction = connection.begin().await.unwrap();
     for event in webhooks() {
@@ -79,7 +79,7 @@ async fn emit_all(connection: &mut PgConnection) -> Vec<Stored> {
     rows.into_iter().map(stored).collect()
 }
 
-/// The ids of each key, in order; the events without one are left out.
+/// The ids of each key, in order, without the events that have no key.
 fn by_key<'a>(ids: impl IntoIterator<Item = (Option<&'a str>, i64)>) -> BTreeMap<&'a str, Vec<i64>> {
     let mut keys: BTreeMap<&str, Vec<i64>> = BTreeMap::new();
     for (key, id) in ids {
@@ -90,7 +90,7 @@ fn by_key<'a>(ids: impl IntoIterator<Item = (Option<&'a str>, i64)>) -> BTreeMap
     keys
 }
 
-/// An event in EventBridge's `Detail`.
+/// An event as EventBridge's `Detail`.
 #[derive(Deserialize)]
 struct Detail<'a> {
     id: &'a str,
@@ -119,7 +119,7 @@ async fn every_webhook_reaches_redis_and_eventbridge_whole_and_in_order() {
         exactly_once: true,
     });
     let bus = MotoBus::with_4_queues(moto(), &stream);
-    // The same sink once more, to an EventBridge that keeps the bytes it was sent.
+    // The same sink, but to a stub that keeps the bytes it was sent.
     let stub = EventBridgeStub::start().await;
     let to_stub = EventBridge::with_sdk_config(&sdk(), eventbridge_config(stub.url()));
     let destinations: [(&str, Arc<dyn Sink>); 3] = [
@@ -131,7 +131,7 @@ async fn every_webhook_reaches_redis_and_eventbridge_whole_and_in_order() {
     assert!(!drained.undelivered);
     assert_eq!(drained.tally, Tally { published: 3 * 329, ..Tally::default() });
 
-    // What a destination calls each event, as it says itself.
+    // The message ids that the destinations assigned.
     let mut message_ids: BTreeMap<(&str, String), String> = BTreeMap::new();
 
     let entries = RedisClient::connect(redis()).entries(&stream);
@@ -184,7 +184,7 @@ async fn every_webhook_reaches_redis_and_eventbridge_whole_and_in_order() {
     assert_settled(&mut connection, &stored, &message_ids).await;
 }
 
-/// The outbox is empty, and the processing log says `published` once for each event and destination, with the message id.
+/// The outbox is empty, and the log says `published` once for each event and destination, with the message id.
 async fn assert_settled(
     connection: &mut PgConnection,
     stored: &[Stored],
@@ -212,7 +212,7 @@ async fn assert_settled(
         assert_eq!((destination.as_str(), &event_id, outbox_id), (name, &event.event_id, event.id));
         assert_eq!((&event_type, status.as_str(), attempt), (&event.event_type, "published", 1));
         if name != "stub" {
-            assert_eq!(message_id, message_ids[&(name, event_id)]); // the stub's numbers tell nothing of the event
+            assert_eq!(message_id, message_ids[&(name, event_id)]); // the stub's ids say nothing about the event
         }
     }
 }
