@@ -1,4 +1,4 @@
-//! The course of a run: relays, what befalls them, and whoever starts them again.
+//! The course of a run: its relays, the faults that are inflicted on them, and the restart of relays that ended.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,32 +12,31 @@ use super::{World, meddling, terminate_backends};
 use crate::binary::Running;
 use crate::proxy::Proxy;
 
-/// The ways of one relay to its servers.
+/// The proxies through which one relay reaches its servers.
 pub(super) struct Ways {
     pub(super) postgres: Proxy,
     pub(super) redis: Proxy,
 }
 
-/// One run.
 pub(super) struct Course {
     pub(super) world: World,
     ways: Vec<Ways>,
     relays: Vec<Option<Running>>,
-    /// The failpoints of each.
+    /// The failpoints of each relay.
     failpoints: [&'static str; RELAYS],
-    /// Told to end.
+    /// Relays that got a signal to stop.
     ending: Vec<Running>,
     frozen: [bool; RELAYS],
     redis_frozen: bool,
     random: fastrand::Rng,
     pub(super) visitors: Visitors,
     scorecard: Scorecard,
-    /// Meddlers and visitors at work.
+    /// Meddlers and visitors that are still running.
     beside: Vec<JoinHandle<()>>,
 }
 
 impl Course {
-    /// With three relays at work.
+    /// Starts a run with three relays.
     pub(super) fn new(world: World, random: fastrand::Rng, visitors: Visitors, scorecard: Scorecard) -> Self {
         let mut course = Self {
             ways: (0..RELAYS).map(|_| visitors.ways()).collect(),
@@ -64,7 +63,7 @@ impl Course {
         self.frozen[index] = false;
     }
 
-    /// A relay that ended by itself, as failpoints make it, is started again as its process manager would.
+    /// Restarts each relay that ended by itself, because of a failpoint for example, as a process manager would.
     fn look_after_relays(&mut self) {
         for index in 0..RELAYS {
             if self.relays[index].as_mut().is_some_and(|relay| !relay.is_running()) {
@@ -90,7 +89,7 @@ impl Course {
             self.scorecard.count(fault.name());
         }
         match fault {
-            Fault::KillRelay(index) => drop(self.relays[index].take()), // which kills it
+            Fault::KillRelay(index) => drop(self.relays[index].take()), // dropping it kills it
             Fault::StopRelay(index, signal) => {
                 if let Some(mut relay) = self.relays[index].take() {
                     if self.frozen[index] {
@@ -99,7 +98,7 @@ impl Course {
                     if relay.is_running() {
                         relay.signal(signal);
                     }
-                    // It may have to wait for what is broken just now, and its successor need not wait for it.
+                    // It may take long to stop, because a server is down. Its successor does not wait for it.
                     self.ending.push(relay);
                 }
             }
@@ -111,7 +110,7 @@ impl Course {
                     self.frozen[index] = true;
                 }
             }
-            // These take effect a little later, or not at all, and count themselves.
+            // The following faults start later or not at all, so they count themselves.
             Fault::StopHangingRelay => {
                 let visitors = self.visitors.clone();
                 self.beside.push(std::thread::spawn(move || visitors.stop_hanging_relay(fault.name())));
@@ -127,7 +126,8 @@ impl Course {
             }
             Fault::TerminateBackends => terminate_backends(self.world.database.url()),
             Fault::RestartPostgres => {
-                // A server that stops waits for whoever has just connected and says nothing, for longer than a run.
+                // A server that stops waits for clients that have connected and sent nothing, which can take longer than a
+                // run.
                 self.proxies(Whose::All, Link::Postgres).for_each(|proxy| proxy.stall(false));
                 self.world.postgres.lock().unwrap().restart_or_kill();
             }
@@ -152,7 +152,7 @@ impl Course {
         }
     }
 
-    /// The proxies that a fault concerns. Those that `--once` and visitors go by are everybody's.
+    /// The proxies that a fault concerns. `--once` and visitors share one pair of proxies.
     fn proxies(&self, whose: Whose, link: Link) -> impl Iterator<Item = &Proxy> {
         let (ways, shared) = match whose {
             Whose::All => (&self.ways[..], true),
@@ -189,8 +189,8 @@ impl Course {
         }
     }
 
-    /// Begins and ends faults in the order of time. Faults that stop a server last as long as they are planned with nothing
-    /// else beginning: so it is there for the next that wants to stop it.
+    /// Begins and ends faults in the order of time. A fault that stops a server is ended before the next fault begins,
+    /// because the next fault may stop the same server.
     pub(super) fn go_through(&mut self, planned: &[Planned]) {
         let cron = self.visitors.clone();
         let cron_ends = Arc::new(AtomicBool::new(false));
@@ -215,7 +215,7 @@ impl Course {
             }
         }
         self.end_due(&mut ends, Duration::MAX);
-        // What others do takes as long as it takes; meanwhile relays are looked after.
+        // Meddlers and visitors take as long as they need. Meanwhile relays that end are restarted.
         while self.beside.iter().any(|other| !other.is_finished()) {
             self.look_after_relays();
             std::thread::sleep(Duration::from_millis(5));
@@ -225,12 +225,12 @@ impl Course {
         cron.join().unwrap();
     }
 
-    /// Ends all relays, and starts others in a world where nothing fails. They have all destinations that any had.
+    /// Ends all relays, and starts others without faults. They have every destination that any relay of the run had.
     pub(super) fn calm(&mut self) -> Vec<Running> {
         self.relays.clear();
         for relay in std::mem::take(&mut self.ending) {
             let ended = relay.finish();
-            // By a failpoint, perhaps, or by the signal before it was listened for.
+            // `None`: a failpoint ended it, or the signal came before it listened for signals.
             assert!(matches!(ended.code, Some(0) | None), "after a signal to stop: {:?} {}", ended.code, ended.stderr);
         }
         let all = [self.visitors.other_configuration()];

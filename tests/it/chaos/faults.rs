@@ -1,23 +1,23 @@
-//! What goes wrong in a run, and when: all of it from the seed.
+//! The faults of a run and their times. The seed decides both.
 
 use std::time::Duration;
 
-/// How many relays there are.
+/// The number of relays.
 pub(super) const RELAYS: usize = 3;
 
-/// How long whoever stops a relay waits before it kills it.
+/// How long a relay may take to stop before it is killed.
 pub(super) const KILLED_AFTER: Duration = Duration::from_secs(10);
 
-/// Something that goes wrong, and what ends it.
+/// A fault.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Fault {
     KillRelay(usize),
-    /// By this signal.
+    /// The relay, and the signal.
     StopRelay(usize, &'static str),
     FreezeRelay(usize),
-    /// A relay whose destination hangs is told to stop, and killed.
+    /// A relay whose destination hangs gets a signal to stop, and is killed later.
     StopHangingRelay,
-    /// A relay with one more destination works beside the others.
+    /// A relay with one more destination runs beside the others.
     OtherConfiguration,
     TerminateBackends,
     RestartPostgres,
@@ -31,26 +31,26 @@ pub(super) enum Fault {
     Network(Whose, Link, Network),
 }
 
-/// What somebody else does to the tables.
+/// What another client does to the tables.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Meddling {
     SwallowDeletes,
     RowSecurity(&'static str),
-    /// Table and mode.
+    /// The table and the mode.
     Lock(&'static str, &'static str),
     HoldSnapshot,
     DropDays,
 }
 
-/// Between these and a server.
+/// Whose connections a network fault concerns.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Whose {
     All,
-    /// This relay alone.
+    /// Those of this relay.
     One(usize),
 }
 
-/// Between relays and this.
+/// The server to which the connections lead.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Link {
     Postgres,
@@ -70,7 +70,7 @@ pub(super) enum Network {
 }
 
 impl Fault {
-    /// Its line in the scorecard.
+    /// The fault's line in the scorecard.
     pub(super) fn name(self) -> &'static str {
         use Link::{Postgres, Redis};
         use Network::{Cut, CutAfterBytes, CutAfterReplies, Delay, DropAnswers, Refuse, Slow, Stall};
@@ -128,8 +128,8 @@ pub(super) struct Planned {
     pub(super) fault: Fault,
 }
 
-/// What goes wrong in a run of so long. Faults are dealt from a shuffled deck, and after its last from another one: so a run
-/// of a minute has each kind.
+/// Plans the faults of a run of this duration. Faults are dealt from a shuffled deck, which is replaced when it is empty. So
+/// a run of a minute has every kind of fault.
 pub(super) fn plan(random: &mut fastrand::Rng, duration: Duration) -> Vec<Planned> {
     let (mut planned, mut deck) = (Vec::new(), Vec::new());
     let mut at = Duration::from_millis(500);
@@ -139,7 +139,7 @@ pub(super) fn plan(random: &mut fastrand::Rng, duration: Duration) -> Vec<Planne
             random.shuffle(&mut deck);
         }
         let Some((fault, most_ms)) = deck.pop() else { break };
-        // One that would outlast the run is left out.
+        // This fault would outlast the run, so it is left out.
         if fault == Fault::StopHangingRelay && at + KILLED_AFTER > duration {
             continue;
         }
@@ -152,14 +152,14 @@ pub(super) fn plan(random: &mut fastrand::Rng, duration: Duration) -> Vec<Planne
 /// The name of every kind of fault.
 pub(super) fn kinds() -> Vec<&'static str> {
     let mut random = fastrand::Rng::with_seed(1);
-    // What a deck draws for each card is not always the same.
+    // A deck draws some faults at random, so many decks are needed to see all.
     let mut kinds: Vec<_> = (0..50).flat_map(|_| new_deck(&mut random)).map(|(fault, _)| fault.name()).collect();
     kinds.sort_unstable();
     kinds.dedup();
     kinds
 }
 
-/// Every kind of fault, the frequent ones several times, and how many milliseconds each lasts at most.
+/// Every kind of fault, frequent ones several times, each with its longest duration in milliseconds.
 fn new_deck(random: &mut fastrand::Rng) -> Vec<(Fault, u64)> {
     let mut deck = Vec::new();
     for index in 0..RELAYS {
@@ -171,7 +171,7 @@ fn new_deck(random: &mut fastrand::Rng) -> Vec<(Fault, u64)> {
     let others = [relay(), relay(), relay()];
     deck.push((Fault::StopRelay(others[0], "TERM"), 300));
     deck.push((Fault::FreezeRelay(others[1]), 1500));
-    // Now and then for longer than the server waits for a claim.
+    // Sometimes it lasts longer than the server allows for a claim's transaction.
     deck.push((Fault::FreezeRelay(others[2]), if random.bool() { 25_000 } else { 1500 }));
     deck.push((Fault::StopHangingRelay, 0));
     for _ in 0..2 {
@@ -184,7 +184,7 @@ fn new_deck(random: &mut fastrand::Rng) -> Vec<(Fault, u64)> {
         deck.push((Fault::KillPostgres, 500));
         deck.push((Fault::KillRedis, 500));
     }
-    // Now and then for longer than a claim waits.
+    // It can last longer than a claim waits for a lock.
     deck.push((Fault::Meddle(Meddling::Lock("event_outbox", "access exclusive")), 7000));
     let modes = [("event_outbox", "share row exclusive"), ("event_processing_log", "access exclusive")];
     let (table, mode) = modes[random.usize(0..2)];
@@ -219,7 +219,7 @@ fn network(which: usize, random: &mut fastrand::Rng) -> (Network, u64) {
     }
 }
 
-/// What a relay does wrong by itself; none in half of the starts.
+/// The failpoints of one start of a relay. Half of the starts have none.
 pub(super) fn failpoints(random: &mut fastrand::Rng) -> &'static str {
     const CHOICE: [&str; 10] = [
         "claimed=2%return(abort)",

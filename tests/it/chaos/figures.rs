@@ -1,6 +1,6 @@
-//! Figures of the scorecard: each run provokes one fault many times, prints one line, and fails where a promise is broken.
+//! The figures of the scorecard. Each run provokes one fault many times, prints one line, and fails if a promise is broken.
 //!
-//! `make figures` runs all of them; FIGURE names one, PERCENT makes them shorter.
+//! `make figures` runs all of them. FIGURE chooses one, and PERCENT scales them down.
 
 mod destinations;
 mod relays;
@@ -20,7 +20,7 @@ fn scaled(count: u64) -> u64 {
 }
 
 impl World {
-    /// A backlog of events of 1,000 keys, and what it promises.
+    /// Inserts events of 1,000 keys and adds them to the obligations.
     async fn backlog(&self, count: u64) {
         sql(
             &mut self.database.connect().await,
@@ -33,7 +33,7 @@ impl World {
         .await;
     }
 
-    /// What the database promises of all that is in the outbox now.
+    /// Returns the obligations for all events that are in the outbox now.
     async fn promises(&self) -> Vec<Obligation> {
         let rows: Vec<(uuid::Uuid, Option<String>, i64, String)> = sqlx::query_as(
             "select event_id, aggregate_id, id, encode(sha256(convert_to(payload::text, 'UTF8')), 'hex') from event_outbox",
@@ -55,7 +55,7 @@ impl World {
         self.length().unwrap_or(0)
     }
 
-    /// Waits for more than so many entries; how long it took.
+    /// Waits until the stream has more than so many entries. Returns how long that took.
     fn until_entries(&self, more_than: u64) -> Duration {
         let begun = Instant::now();
         while self.entries() <= more_than {
@@ -79,7 +79,7 @@ impl World {
     }
 }
 
-/// Runs blocking code beside the runtime.
+/// Runs blocking code in a thread outside of the runtime.
 async fn blocking<T: Send + 'static>(code: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(code).await.unwrap()
 }

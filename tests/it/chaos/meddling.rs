@@ -1,4 +1,4 @@
-//! What somebody else does to the tables for a while, in sessions of their own.
+//! What another client does to the tables for a while, in a session of its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -8,18 +8,18 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use super::faults::Meddling;
 use super::scorecard::Scorecard;
 
-/// How long somebody tries to begin. They wait for a lock for half a second at a time, and let others through in between.
+/// How long it tries to begin. Each try waits half a second for its lock, and other sessions can get theirs between tries.
 const TRIES_FOR: Duration = Duration::from_secs(10);
 
-/// How long somebody may take to undo it; for machines that are busy with other things.
+/// How long it may take to undo it. It is far more than needed, because other tests keep the machine busy.
 const UNDOES_WITHIN: Duration = Duration::from_secs(180);
 
-/// What a run needs of it: the function of the trigger that swallows.
+/// What must exist before a run: the trigger function that swallows deletes.
 pub(super) const PREPARE: &str = "
 create schema chaos;
 create function chaos.swallow() returns trigger language plpgsql as $$ begin return null; end $$;";
 
-/// Puts back what was in the days that were dropped, for the audit: the log said the truth about it.
+/// Puts back the rows of dropped days for the audit, because these rows were correct.
 const PUT_BACK: &str = "
 do $$
 declare kept regclass;
@@ -34,7 +34,7 @@ $$";
 
 struct Doing {
     begin: String,
-    /// Whether it holds as long as its session.
+    /// Whether it ends with its session.
     session: bool,
     undo: Option<String>,
 }
@@ -64,7 +64,7 @@ impl Doing {
                 session: true,
                 undo: None,
             },
-            // What they said is kept elsewhere, so that the audit can hold it against what arrived.
+            // The rows are copied elsewhere, so that the audit can compare them with what arrived.
             Meddling::DropDays => Self {
                 begin: format!(
                     "begin;
@@ -87,13 +87,13 @@ impl Doing {
     }
 }
 
-/// Does it, for so long, and undoes it, whatever else happens to the server. Counts it where it took effect.
+/// Does it, waits, and undoes it, whatever else happens to the server. The scorecard counts it if it took effect.
 pub(super) fn meddle(url: &str, meddling: Meddling, lasts: Duration, name: &'static str, scorecard: &Scorecard) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let begun = Instant::now();
         let (doing, session) = loop {
-            // Where the answer to one was lost, the next is another: a trigger of another name, another table to keep.
+            // If the answer to a try was lost, the next try uses another name for its trigger or its copy.
             let doing = Doing::of(meddling);
             match execute(url, &doing.begin).await {
                 Ok(session) => {
@@ -120,7 +120,7 @@ pub(super) fn meddle(url: &str, meddling: Meddling, lasts: Duration, name: &'sta
     });
 }
 
-/// After the last fault, and the last relay.
+/// Runs after the last fault and the last relay.
 pub(super) async fn put_back(url: &str) {
     execute(url, PUT_BACK).await.unwrap();
 }

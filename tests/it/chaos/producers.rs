@@ -1,4 +1,4 @@
-//! Producers that write down what they have promised.
+//! Producers that record what they have committed.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,18 +11,18 @@ use uuid::Uuid;
 
 use super::{POISON, STREAM};
 
-/// A payload over this many bytes is too large.
+/// The relays' limit for payloads, in bytes.
 pub(super) const MAX_PAYLOAD: usize = 20_000;
 
-/// What producers have promised.
+/// What producers have committed.
 #[derive(Default)]
 pub(super) struct Promised {
     pub(super) obligations: Vec<Obligation>,
-    /// Of them those that no destination takes, and whether they were committed.
+    /// The poison events among them. The value says whether the event was committed; `None`: unknown.
     pub(super) poison: HashMap<Uuid, Option<bool>>,
 }
 
-/// Some producers at work, each with keys of its own.
+/// Running producers; each has its own keys.
 pub(super) struct Producers {
     stop: Arc<AtomicBool>,
     promised: Arc<Mutex<Promised>>,
@@ -30,7 +30,7 @@ pub(super) struct Producers {
 }
 
 impl Producers {
-    /// `pause_ms`: at most so long between two transactions of one of them.
+    /// `pause_ms` is the longest pause between two transactions of a producer.
     pub(super) fn start(url: &str, seed: u64, count: u64, pause_ms: u64, poison: bool) -> Self {
         let (stop, promised) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Promised>>::default());
         let threads = (0..count)
@@ -54,7 +54,7 @@ impl Producers {
         Self { stop, promised, threads }
     }
 
-    /// Ends them, and returns what they have promised.
+    /// Stops them, and returns what they have committed.
     pub(super) fn finish(self) -> Promised {
         self.stop.store(true, Ordering::SeqCst);
         self.threads.into_iter().for_each(|thread| thread.join().unwrap());
@@ -66,10 +66,9 @@ struct Producer {
     url: String,
     number: u64,
     random: fastrand::Rng,
-    /// Of all its events: an order that every key's is part of.
+    /// The number of the producer's last event. Numbers ascend within each key.
     sequence: i64,
     pause_ms: u64,
-    /// Whether one event in a hundred is poison.
     poison: bool,
     stop: Arc<AtomicBool>,
     promised: Arc<Mutex<Promised>>,
@@ -84,7 +83,7 @@ impl Producer {
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
             };
-            // After an error the connection is given up: the server may be gone.
+            // After an error the connection is dropped, because the server may be gone.
             if self.transaction(&mut open).await.is_ok() {
                 connection = Some(open);
             }
@@ -96,11 +95,11 @@ impl Producer {
         let mut transaction = connection.begin().await?;
         let mut promised = Vec::new();
         for _ in 0..self.random.usize(1..=5) {
-            // One in five has no key.
+            // One event in five has no key.
             let key =
                 self.random.u32(0..5).checked_sub(1).map(|_| format!("{}-{}", self.number, self.random.u32(0..20)));
             self.sequence += 1;
-            // Half of the poison has a stream that is none, the other half is too large.
+            // Half of the poison has a stream key that is no stream in Redis, the other half is too large.
             let poison = if self.poison { self.random.u32(0..200) } else { 2 };
             let event_type = if poison == 0 { POISON } else { STREAM };
             let padding = if poison == 1 { "x".repeat(MAX_PAYLOAD) } else { String::new() };
@@ -125,14 +124,14 @@ impl Producer {
             };
             promised.push((obligation, poison < 2));
         }
-        // Some commit late, so that others with higher ids come first.
+        // Some transactions commit late, so that events with higher ids are visible first.
         if self.random.u32(0..10) == 0 {
             tokio::time::sleep(Duration::from_millis(self.random.u64(0..200))).await;
         }
         let rolled_back = self.random.u32(0..10) == 0;
         let ended = if rolled_back { transaction.rollback().await } else { transaction.commit().await };
         let known = ended.is_ok();
-        // A rollback is one, whether the server heard of it or not.
+        // A rollback takes effect even if the server did not get the statement.
         let committed = if rolled_back { Some(false) } else { known.then_some(true) };
         let mut all = self.promised.lock().unwrap();
         for (obligation, poison) in promised {

@@ -1,21 +1,21 @@
-//! What went wrong in a run, how often.
+//! Counts which faults happened in a run.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::faults::kinds;
 
-/// Shared by all that counts.
+/// The counts, shared by all threads.
 #[derive(Clone, Default)]
 pub(super) struct Scorecard(Arc<Mutex<BTreeMap<&'static str, u64>>>);
 
 impl Scorecard {
-    /// It happened once more.
+    /// Counts one more.
     pub(super) fn count(&self, name: &'static str) {
         *self.0.lock().unwrap().entry(name).or_default() += 1;
     }
 
-    /// Prints it: what happened, and which faults did not.
+    /// Prints the counts, and the faults that did not happen.
     pub(super) fn print(&self) {
         let counts = self.0.lock().unwrap();
         for (name, count) in &*counts {

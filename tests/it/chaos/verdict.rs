@@ -1,4 +1,4 @@
-//! What arrived in a run, held against what was promised.
+//! Compares what arrived in a run with what was promised.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
@@ -15,8 +15,8 @@ use super::{POISON, meddling};
 use crate::binary::finished;
 
 impl Course {
-    /// Fails unless what arrived is what was promised: healthy events at their destination, poison among the dead letters.
-    /// Returns the report.
+    /// Fails the test unless healthy events are at their destination and poison is among the dead letters. Returns the
+    /// report.
     pub(super) async fn require_promised(&self, promised: &Promised, seed: u64) -> Value {
         meddling::put_back(self.world.database.url()).await;
         self.require_dead_letters(promised, seed).await;
@@ -26,8 +26,9 @@ impl Course {
         report
     }
 
-    /// Nobody promised which events a relay of the other configuration would see. Its stream and the log must agree, but for
-    /// one thing: what it has published and could not settle is routed anew, perhaps by a relay that knows no such destination.
+    /// No promise says which events a relay with the other configuration routes to its second stream. That stream and the log
+    /// must agree, with one exception: an event that was published and not settled is routed again, perhaps by a relay
+    /// without that destination.
     fn require_other_stream(&self, promised: &Promised, seed: u64) {
         let variables = [
             ("DATABASE_URL", self.world.database.url()),
@@ -86,11 +87,11 @@ impl Course {
             let lost = *committed == Some(true) && !times.contains_key(event_id);
             assert!(!lost, "seed {seed}: the poison event {event_id} is no dead letter");
         }
-        // No outage was taken for a fault of an event.
+        // No event was charged for an outage.
         let charged =
             format!("select count(*) from event_processing_log where status = 'failed' and event_type <> '{POISON}'");
         assert_eq!(self.number(&charged).await, 0, "seed {seed}: healthy events were charged");
-        // Later events, which the order of keys shows to be of other keys.
+        // Later events that were published while poison waited. They are of other keys, because keys keep their order.
         let passed = self
             .number(
                 "select count(*) from event_processing_log healthy where status = 'published' and destination = 'redis' and exists (

@@ -1,5 +1,5 @@
-//! Relays that are there for a while: `--once` from cron, one that is told to stop while its destination hangs, one of
-//! another configuration. And how any relay of a run is started.
+//! Relays that run for a while: `--once` from cron, one that gets a signal to stop while its destination hangs, and one with
+//! another configuration. Every relay of a run is started here.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -16,26 +16,26 @@ use super::scorecard::Scorecard;
 use crate::binary::{Running, relay};
 use crate::proxy::Proxy;
 
-/// Attempts of an event after its first.
+/// The number of retries of an event.
 pub(super) const RETRIES: i32 = 2;
 
-/// The other destination of relays of the other configuration.
+/// The second destination of relays with the other configuration.
 pub(super) const OTHER: &str = "other";
 
-/// How long a visitor waits for a state of affairs that faults may keep away.
+/// How long a visitor waits for a condition that faults may prevent.
 const WAITS_FOR: Duration = Duration::from_secs(20);
 
-/// See the module.
+/// Starts the visitors of a run.
 #[derive(Clone)]
 pub(super) struct Visitors {
-    /// Without proxies.
+    /// The URL without proxies, and the server's port.
     database: (String, u16),
     redis: (String, u16),
-    /// By way of the proxies that everybody shares.
+    /// The URL through the proxies that all visitors share.
     database_url: String,
     redis_url: String,
     settings: Vec<(&'static str, String)>,
-    /// Adds the other destination.
+    /// The file that adds the second destination.
     config: Arc<NamedTempFile>,
     scorecard: Scorecard,
 }
@@ -49,7 +49,7 @@ impl Visitors {
         let mut settings = world.settings().to_vec();
         settings.retain(|(name, _)| *name != "RELAY_REDIS_STREAM");
         settings.extend([
-            // So an event names its stream, and one whose stream is none is at fault by itself.
+            // The event's type chooses its stream. Redis refuses an event alone if its stream is no stream.
             ("RELAY_REDIS_STREAM", "{event_type}".to_owned()),
             ("EVENT_MAX_PAYLOAD_SIZE", MAX_PAYLOAD.to_string()),
             ("EVENT_DEFAULT_MAX_RETRIES", RETRIES.to_string()),
@@ -67,19 +67,19 @@ impl Visitors {
         }
     }
 
-    /// Proxies of its own for one relay.
+    /// Starts proxies for one relay.
     pub(super) fn ways(&self) -> Ways {
         Ways { postgres: Proxy::to(self.database.1), redis: Proxy::to(self.redis.1) }
     }
 
-    /// A relay by these ways, with more settings.
+    /// Starts a relay through these proxies, with more settings.
     pub(super) fn relay(&self, args: &[&str], ways: &Ways, more: &[(&str, &str)]) -> Running {
         let database_url = ways.postgres.url(&self.database.0, self.database.1);
         let redis_url = ways.redis.url(&self.redis.0, self.redis.1);
         self.relay_at(args, &database_url, &redis_url, more)
     }
 
-    /// One by the ways that everybody shares.
+    /// Starts a relay through the shared proxies.
     pub(super) fn shared(&self, args: &[&str], more: &[(&str, &str)]) -> Running {
         self.relay_at(args, &self.database_url, &self.redis_url, more)
     }
@@ -90,12 +90,12 @@ impl Visitors {
         Running::start(command)
     }
 
-    /// The setting that adds the other destination.
+    /// The setting that adds the second destination.
     pub(super) fn other_configuration(&self) -> (&'static str, &str) {
         ("RELAY_CONFIG", self.config.path().to_str().unwrap())
     }
 
-    /// A `relay --once` every few seconds, until the end.
+    /// Runs `relay --once` every few seconds, until the end.
     pub(super) fn drain_now_and_then(&self, ends: &AtomicBool) {
         while !ends.load(Ordering::SeqCst) {
             let ended =
@@ -106,9 +106,9 @@ impl Visitors {
         }
     }
 
-    /// A relay whose destination hangs for as long as it lives gets SIGTERM, and SIGKILL as somebody loses patience.
+    /// Runs a relay whose destination hangs. It gets SIGTERM, and after [`KILLED_AFTER`] SIGKILL.
     pub(super) fn stop_hanging_relay(&self, name: &'static str) {
-        // One that has nothing in flight, because others have taken all there was, ends at once.
+        // If other relays have taken all events, this relay has nothing in flight and stops at once. Then it is tried again.
         for _ in 0..5 {
             if self.is_killed_while_it_hangs() {
                 return self.scorecard.count(name);
@@ -118,14 +118,14 @@ impl Visitors {
 
     fn is_killed_while_it_hangs(&self) -> bool {
         let ways = self.ways();
-        // It would wait for longer than they do.
+        // The timeout is longer than the time until SIGKILL.
         let patient = [("EVENT_DEFAULT_TIMEOUT", "30000"), ("RELAY_LOG", "debug")];
         let mut hanging = self.relay(&["run"], &ways, &patient);
-        // A connection that is only being made keeps nobody from ending.
+        // A connection that is still being made does not delay the stop, so the connection must be in use.
         wait_until(|| hanging.log().contains("batch settled"));
         ways.redis.stall(true);
         wait_until(|| ways.redis.held() > 0);
-        // That may have been a word after a settle; what its lanes claim next hangs too.
+        // The held request may belong to a settled batch. The requests of the next claims hang too.
         std::thread::sleep(Duration::from_secs(1));
         hanging.signal("TERM");
         let told = Instant::now();
@@ -133,14 +133,14 @@ impl Visitors {
             std::thread::sleep(Duration::from_millis(20));
         }
         let killed = hanging.is_running();
-        drop(hanging); // which kills it
-        // What it had sent arrives now, when others have published it.
+        drop(hanging); // dropping it kills it
+        // What it had sent arrives now, after other relays have published the same events.
         ways.redis.heal();
         std::thread::sleep(Duration::from_millis(300));
         killed
     }
 
-    /// A relay with one more destination is at work beside the others.
+    /// Runs a relay with one more destination beside the others.
     pub(super) fn work_differently(&self, lasts: Duration, name: &'static str) {
         let ways = self.ways();
         let mut other = self.relay(&["run"], &ways, &[self.other_configuration(), ("RELAY_LOG", "info")]);
@@ -157,7 +157,7 @@ impl Visitors {
     }
 }
 
-/// As long as a visitor has patience.
+/// Waits until the condition holds, at most [`WAITS_FOR`].
 fn wait_until(mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() && begun.elapsed() < WAITS_FOR {

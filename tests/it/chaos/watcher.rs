@@ -1,4 +1,4 @@
-//! Watches the stream: the longest time without a new entry.
+//! Measures the longest time in which the stream got no new entry.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::STREAM;
 
-/// See the module.
+/// Reads the stream's length until it is dropped.
 pub(super) struct Watcher {
     stop: Arc<AtomicBool>,
     longest_ms: Arc<AtomicU64>,

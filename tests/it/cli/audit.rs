@@ -1,4 +1,4 @@
-//! `relay audit` on real servers: what is made wrong by hand is found, and nothing else.
+//! `relay audit` on real servers: it finds each error that a test makes, and no others.
 
 use serde_json::{Value, json};
 use sqlx::PgConnection;
@@ -16,7 +16,7 @@ struct Shop {
 }
 
 impl Shop {
-    /// Twenty events of four keys, published.
+    /// Publishes twenty events of four keys.
     async fn new(name: &'static str) -> Self {
         let database = database().await;
         let mut connection = database.connect().await;
@@ -42,7 +42,7 @@ impl Shop {
         redis::cmd("XDEL").arg(self.name).arg(&entries[place].id).exec(&mut self.redis).unwrap();
     }
 
-    /// Adds an entry once more, at the end, with one field changed.
+    /// Appends a copy of an entry with one field changed.
     fn add_again(&mut self, place: usize, field: &str, value: &str) {
         let entries = stream::entries(&mut self.redis, self.name);
         let mut fields = entries[place].fields.clone();
@@ -85,7 +85,7 @@ async fn a_ghost_a_changed_byte_a_repeat_and_an_inversion_are_found() {
     assert_eq!(shop.audit(0, &[])["repeats"], 1);
     shop.audit(1, &["--exactly-once"]);
     shop.add_again(0, "id", "00000000-0000-4000-8000-000000000000");
-    // Its sequence is that of a very early event of its key: an inversion too, unless nobody asks for the order.
+    // Its sequence is that of an early event of its key, so it is also an inversion unless the order is ignored.
     assert_eq!(shop.audit(1, &["--any-order"])["counts"], json!({ "ghost": 1 }));
     assert_eq!(shop.audit(1, &[])["counts"]["inversion"], 1);
 

@@ -1,8 +1,8 @@
-//! Colours: only on a terminal, and never with `NO_COLOR` (https://no-color.org).
+//! Colours appear only on a terminal, and never with `NO_COLOR` (https://no-color.org).
 
 use std::process::Command;
 
-/// Runs `relay` on a terminal of its own, and returns all that it prints there.
+/// Runs `relay` on a pseudo-terminal. Returns all that it prints there.
 fn on_a_terminal(args: &[&str], variables: &[(&str, &str)]) -> String {
     let spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
     let mut command = Command::new("python3");

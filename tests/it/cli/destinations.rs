@@ -1,4 +1,4 @@
-//! Destinations of `RELAY_DESTINATION_<NAME>`, and what a destination says of its own retries, timeout and breaker.
+//! Destinations of `RELAY_DESTINATION_<NAME>`, and a destination's own retries, timeout and breaker.
 
 use super::{NOWHERE, STDOUT, file};
 use crate::binary::{Finished, finished};
@@ -125,7 +125,7 @@ async fn each_destination_has_its_own_retries() {
     for name in [&at_once, &later] {
         redis::cmd("SET").arg(format!("{name}:sick")).arg("x").exec(&mut server).unwrap();
     }
-    // One event that both refuse, among others that both take.
+    // Both destinations refuse one event, and accept the other.
     sql(&mut connection, "select emit_event(t) from unnest(array['sick', 'fine']) t").await;
     let destination = |name: &str, stream: &str, more: &str| {
         format!(

@@ -99,7 +99,7 @@ async fn what_is_no_event_is_refused_with_2_and_one_clear_line() {
 async fn json_that_only_postgres_refuses_is_refused_in_its_words() {
     let database = database().await;
     let variables = [("DATABASE_URL", database.url())];
-    let number = "1e999999"; // JSON, and more digits than a numeric has
+    let number = "1e999999"; // JSON with more digits than the type numeric allows
     let refused = finished(&["emit", "a", number], &variables).exited(2);
     assert!(refused.complaint().contains("overflow"), "{}", refused.stderr);
     let refused = finished(&["emit", "a", "--delay", "1000000years"], &variables).exited(2);

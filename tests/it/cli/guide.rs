@@ -1,4 +1,4 @@
-//! README.md and the guide against the relay: every setting with its default, every type of destination with its fields.
+//! README.md and the guide agree with the program: every setting with its default, every destination with its fields.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn page(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md and the chapters, by path.
+/// README.md and the chapters, keyed by path.
 fn pages() -> BTreeMap<PathBuf, String> {
     let mut folders = vec![root().join("src/guide")];
     let mut paths = vec![root().join("README.md")];
@@ -30,7 +30,7 @@ fn pages() -> BTreeMap<PathBuf, String> {
     paths.into_iter().map(|path| (path.clone(), std::fs::read_to_string(path).unwrap())).collect()
 }
 
-/// The rows of a page's tables, as cells.
+/// The rows of a page's tables, split into cells.
 fn rows(page: &str) -> impl Iterator<Item = Vec<&str>> {
     page.lines().filter_map(|line| {
         let cells = line.strip_prefix("| ")?.strip_suffix('|')?;
@@ -38,7 +38,7 @@ fn rows(page: &str) -> impl Iterator<Item = Vec<&str>> {
     })
 }
 
-/// What stands in backticks.
+/// The texts in backticks.
 fn codes(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
@@ -52,7 +52,7 @@ fn every_variable_of_the_help_has_a_row_in_the_guide_and_no_page_has_another() {
     for variable in &in_help {
         assert!(with_row.contains(variable), "src/guide/configuration.md has no row of {variable}");
     }
-    // Those of destinations have no option; the help has them below the options.
+    // Variables of destinations have no option. The help lists them after the options.
     let of_destination = "RELAY_DESTINATION_";
     assert!(finished(&["--help"], &[]).exited(0).stdout.contains(&format!("{of_destination}<NAME>")));
     for (path, page) in pages() {
@@ -75,7 +75,8 @@ fn every_row_of_a_variable_ends_with_the_default_of_the_help() {
             let Some((variable, default)) = codes(row[0]).next().and_then(|code| defaults.get_key_value(code)) else {
                 continue;
             };
-            // Tables without a column for it, as that of the fields that stand in for variables, begin otherwise.
+            // The table of fields that stand for variables has no column for the variable, so its rows begin with something
+            // else.
             assert_eq!(codes(row.last().unwrap()).next(), Some(*default), "{}: {variable}", path.display());
             found.insert(*variable);
         }
@@ -103,7 +104,7 @@ fn every_type_of_destination_has_a_page_with_its_fields() {
         let said = refused(&format!("type = \"{name}\"\nno_such_field = 1"));
         assert!(said.contains("no_such_field"), "{said}");
         let (_, fields) = said.split_once("expected").unwrap_or_default();
-        // A password stands in a URL or in a file of its own.
+        // A password is part of a URL or has a file of its own.
         let fields: BTreeSet<&str> = codes(fields).filter(|field| *field != "password").collect();
         let page = page(&format!("src/guide/destinations/{name}.md"));
         let (_, table) = page.split_once("| field | meaning | default |").unwrap_or_default();

@@ -10,10 +10,10 @@ use crate::harness::{column, count, sql};
 use crate::servers::{database, redis};
 use crate::stream;
 
-/// Nobody listens there.
+/// No server listens there.
 const REFUSED: (&str, &str) = ("REDIS_URL", "redis://127.0.0.1:1");
 
-/// Events without a key.
+/// Emits events without a key.
 fn emit(count: usize) -> String {
     format!("select emit_event('a') from generate_series(1, {count})")
 }
@@ -47,7 +47,7 @@ async fn with_nothing_due_it_ends_with_0() {
     assert_eq!(finished(&["--once"], &variables).exited(0).stdout, "");
     sql(&mut database.connect().await, "select emit_event('later', delay => '1 hour')").await;
     assert_eq!(finished(&["run", "--once"], &variables).exited(0).stdout, "");
-    // Where nothing is due, it does not matter what is down.
+    // When nothing is due, it does not matter that a destination is down.
     finished(&["--once"], &[("DATABASE_URL", database.url()), REFUSED])
         .exited(0)
         .says(&["destination not reached yet"]);
@@ -95,11 +95,11 @@ async fn a_dead_letter_or_a_retry_to_come_ends_it_with_3() {
         ("EVENT_DEFAULT_BACKOFF_MS", "3600000"),
     ];
     finished(&["--once"], &variables).exited(3).says(&["it will be tried again", "WRONGTYPE"]);
-    finished(&["--once"], &variables).exited(3); // it waits still
+    finished(&["--once"], &variables).exited(3); // it still waits
     assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
     sql(&mut connection, "update event_outbox set available_at = now()").await;
     finished(&["--once"], &variables).exited(3).says(&["event dead-lettered", "WRONGTYPE"]);
-    finished(&["--once"], &variables).exited(0); // that was another run's
+    finished(&["--once"], &variables).exited(0); // the run before reported the dead letter
     assert_eq!(stream::length(&mut redis_connection, "cli:once:good"), 1);
     let log = "select concat_ws(' ', event_type, attempt, status) from event_processing_log order by 1";
     assert_eq!(column(&mut connection, log).await, ["bad 1 failed", "bad 2 dead_lettered", "good 1 published"]);

@@ -1,4 +1,4 @@
-//! `relay run`: signals, systemd, and a database that comes and goes.
+//! `relay run`: signals, systemd, and a database that stops and starts.
 
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::binary::{Running, relay, until};
 use crate::harness::{column, count, eventually, sql};
 use crate::servers::{Server, database, database_on};
 
-/// What systemd listens on.
+/// The socket on which systemd would listen.
 struct Systemd {
     socket: UnixDatagram,
     folder: tempfile::TempDir,
@@ -26,7 +26,7 @@ impl Systemd {
         self.folder.path().join("notify").to_str().unwrap().to_owned()
     }
 
-    /// The messages up to the first with this part.
+    /// Returns the messages up to the first that contains this part.
     #[track_caller]
     fn told_until(&self, part: &str) -> Vec<String> {
         let mut all: Vec<String> = Vec::new();
@@ -106,7 +106,7 @@ async fn a_secret_that_rotates_is_read_again_and_waited_for() {
     running.finish().exited(0);
 }
 
-/// How many connections this machine has to a port of its own.
+/// The number of this machine's connections to a port.
 fn connections_to(port: u16) -> usize {
     let (remote, established) = (format!("0100007F:{port:04X}"), "01");
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -150,7 +150,7 @@ async fn a_relay_whose_output_nobody_reads_stops_all_the_same() {
     assert_eq!(count(&mut connection, "event_outbox").await, 200);
 }
 
-/// Partitions that some lane holds.
+/// Counts the partitions that are claimed by a lane.
 const CLAIMED: &str = "pg_locks where locktype = 'advisory' and classid = 'event_outbox'::regclass and objid < 640
                        and objsubid = 2 and database = (select oid from pg_database where datname = current_database())";
 

@@ -1,9 +1,9 @@
-//! Settings that are refused, and what is said about them.
+//! Settings that are refused, and the errors.
 
 use super::{NOWHERE, STDOUT, file};
 use crate::binary::{Finished, finished};
 
-/// Refused before anybody connects to anything.
+/// Runs a command that must be refused before relay connects to anything.
 fn refused(variables: &[(&str, &str)]) -> Finished {
     let refused = finished(&["--once"], variables).exited(2);
     assert_eq!(refused.stdout, "");
@@ -46,7 +46,7 @@ fn a_value_out_of_range_is_refused_by_the_name_under_which_it_was_given() {
     assert!(!by_option.stderr.contains("RELAY_LANES"), "{}", by_option.stderr);
 }
 
-/// Variables, and what is said about them.
+/// Variables, and the parts of the error.
 type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
 
 #[test]
@@ -114,7 +114,7 @@ fn what_is_wrong_in_the_file_is_named() {
         let file = file(text);
         let path = file.path().to_str().unwrap();
         refused(&[NOWHERE, ("RELAY_CONFIG", path)]).says(parts);
-        // By option as by variable, which it overrides.
+        // As an option, which overrides the variable.
         for args in [&["--once", "--config", path][..], &["--once", &format!("--config={path}")]] {
             finished(args, &[NOWHERE, ("RELAY_CONFIG", "/nowhere")]).exited(2).says(parts);
         }
@@ -142,7 +142,7 @@ fn a_secret_file_that_cannot_be_read_is_named() {
 fn a_port_that_kubernetes_set_for_a_service_is_explained() {
     let link = [NOWHERE, ("REDIS_HOST", "cache"), ("REDIS_PORT", "tcp://10.0.0.9:6379")];
     refused(&link).says(&["REDIS_PORT", "set by Kubernetes", "enableServiceLinks: false"]);
-    // One that Kubernetes would not set is a typing error as any other.
+    // Kubernetes would not set this variable, so it is reported like any typing error.
     refused(&[NOWHERE, STDOUT, ("RELAY_PORT", "9464")]).says(&["unknown variable RELAY_PORT"]);
 }
 

@@ -1,4 +1,4 @@
-//! What is never said, whatever goes wrong and however much is logged: passwords and payloads.
+//! Passwords and payloads are never printed, whatever fails and at every log level.
 
 use std::fs::File;
 
@@ -19,7 +19,7 @@ fn assert_silent(finished: &Finished, what: &str, codes: &[i32]) {
     }
 }
 
-/// Runs the command, which must end with one of these codes.
+/// Runs the command, which must exit with one of these codes.
 fn silent(args: &[&str], variables: &[(&str, &str)], codes: &[i32]) {
     let finished = finished(args, &[variables, &[ALL]].concat());
     assert_silent(&finished, &format!("{args:?} {variables:?}"), codes);
@@ -156,7 +156,7 @@ async fn no_payload_and_no_header_of_an_event_however_it_fails() {
         silent(&["--once"], &variables, &[code]);
         silent(&["check"], &variables, &[0, 1]);
     }
-    // A row that the database refuses at the settle: its DETAIL quotes the row.
+    // The database refuses a row at the settle. The error's DETAIL quotes the row.
     let constraint = "alter table event_dead_letter add constraint no_card check (not payload ? 'card') not valid";
     sql(&mut connection, format!("{emit}; {constraint}")).await;
     silent(&["--once"], &[&base[..], &[up, small]].concat(), &[3]);

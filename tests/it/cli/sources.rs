@@ -1,4 +1,4 @@
-//! Where settings may come from, and which of them wins.
+//! The sources of settings, and their precedence.
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use super::{NOWHERE, STDOUT, file};
 use crate::binary::{Running, finished, relay};
 use crate::servers::{Server, database, redis};
 
-/// What `relay check --json` shows of a setting, as `value (from)`.
+/// Returns what `relay check --json` shows of a setting, as `value (from)`.
 fn in_force(args: &[&str], variables: &[(&str, &str)]) -> impl Fn(&str) -> String + use<> {
     let args = [&["check", "--json"], args].concat();
     let shown: Value = serde_json::from_str(&finished(&args, variables).exited(0).stdout).unwrap();
@@ -36,7 +36,7 @@ async fn options_win_over_variables_and_variables_over_the_file() {
     assert_eq!(shown("RELAY_LOG_RETENTION"), "2d (file)");
     assert_eq!(shown("EVENT_DEFAULT_MAX_RETRIES"), "3 (default)");
     assert_eq!(shown("REDIS_URL"), "not set");
-    // Options may stand before the command too.
+    // Options may also stand before the command.
     let text = finished(&["--lanes=3", "check"], &variables).exited(0).stdout;
     let shown: Vec<&str> = text.lines().filter(|line| line.starts_with("RELAY_LANES ")).collect();
     assert!(shown.len() == 1 && shown[0].ends_with("  3  (option)"), "{shown:?}");
@@ -50,14 +50,14 @@ async fn empty_variables_count_as_not_set() {
     let mut variables: Vec<(&str, &str)> = all.map(|variable| (variable, "")).collect();
     assert!(variables.len() > 35);
     variables.push(("CREDENTIALS_DIRECTORY", ""));
-    variables.extend([("DATABASE_URL", database.url()), STDOUT]); // of two the later one counts
+    variables.extend([("DATABASE_URL", database.url()), STDOUT]); // the later of two values counts
     let shown = in_force(&[], &variables);
     assert_eq!(shown("EVENT_OUTBOX_BATCH_SIZE"), "1000 (default)");
     assert_eq!(shown("RELAY_STDOUT"), "true (environment)");
     assert_eq!(shown("REDIS_HOST"), "not set");
     finished(&["--once"], &[("DATABASE_URL", ""), STDOUT]).exited(2).says(&["DATABASE_URL is not set"]);
 
-    // An empty CREDENTIALS_DIRECTORY is not the working directory.
+    // An empty CREDENTIALS_DIRECTORY does not mean the working directory.
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("database_url"), NOWHERE.1).unwrap();
     let mut command = relay(&["--once"], &[("CREDENTIALS_DIRECTORY", ""), STDOUT]);
@@ -80,7 +80,7 @@ async fn secrets_come_from_files_and_from_systemd_credentials() {
         let check = finished(&["check"], variables).exited(0).stdout;
         assert!(check.contains("\nok    privileges") && check.contains("\nok    destination redis: "), "{check}");
     }
-    // What is said directly wins over a credential that happens to be there.
+    // A variable overrides a credential.
     finished(&["--once"], &[credentials[0], NOWHERE]).exited(1).says(&["cannot connect"]);
 
     let server = Server::start("redis", &["--set", "requirepass=known"]);
@@ -100,7 +100,7 @@ async fn secrets_come_from_files_and_from_systemd_credentials() {
 #[tokio::test]
 async fn service_links_of_kubernetes_are_no_settings() {
     let database = database().await;
-    // What a Service called relay brings, and one called relay-http.
+    // The variables that Kubernetes sets for Services named relay and relay-http.
     let variables = [
         ("DATABASE_URL", database.url()),
         STDOUT,

@@ -1,9 +1,9 @@
-//! `--help`, `--version`, and what is no command.
+//! `--help`, `--version`, and commands that do not exist.
 
 use super::{NOWHERE, file};
 use crate::binary::finished;
 
-/// Options that are not set unless somebody sets them.
+/// Options that have no default.
 const WITHOUT_DEFAULT: [&str; 12] = [
     "--config",
     "--database-url",
@@ -19,7 +19,7 @@ const WITHOUT_DEFAULT: [&str; 12] = [
     "--eventbridge-source",
 ];
 
-/// The settings of `relay run --help`, each with all that is said about it, in one line.
+/// The settings of `relay run --help`, each with its whole text in one line.
 pub(super) fn options() -> Vec<(String, String)> {
     let help = finished(&["run", "--help"], &[]).exited(0).stdout;
     let mut options: Vec<(String, String)> = Vec::new();
@@ -37,13 +37,13 @@ pub(super) fn options() -> Vec<(String, String)> {
     options
 }
 
-/// What stands in `[name: ...]`.
+/// The text in `[name: ...]`.
 pub(super) fn bracketed<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let (_, rest) = text.split_once(&format!("[{name}: "))?;
     rest.split(']').next()
 }
 
-/// The variable of an option, by what is said about it.
+/// The variable of an option, read from its text.
 pub(super) fn variable(text: &str) -> Option<&str> {
     bracketed(text, "env").map(|variable| variable.trim_end_matches('='))
 }

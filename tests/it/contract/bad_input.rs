@@ -1,4 +1,4 @@
-//! Input that nobody expects: each has a defined outcome, and the healthy events beside it arrive.
+//! Unusual input: each kind has a defined outcome, and the healthy events beside it arrive.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::stores::{Client, Store};
 use crate::stub::EventBridgeStub;
 use crate::support::{eventbridge_config, sdk, unique};
 
-/// A store and a relay from it to `redis`, a stream, and `bus`, an EventBridge that gets the bare payload.
+/// A store and a relay to two destinations: `redis`, a stream, and `bus`, an EventBridge that gets bare payloads.
 pub(crate) struct Scene<S: Store> {
     pub(crate) connection: S::Connection,
     relay: Arc<Relay<S::Outbox>>,
@@ -62,8 +62,8 @@ impl<S: Store> Scene<S> {
         self.connection.emit(event).await.unwrap();
     }
 
-    /// Emits `sick` between events that are not: one before it and one after it of its key, one of another key and one
-    /// of none.
+    /// Emits `sick` among healthy events: one before it and one after it of its key, one of another key, and one without a
+    /// key.
     pub(crate) async fn emit_among_healthy(&mut self, sick: NewEvent) {
         self.emit(healthy("before").key("order", "42")).await;
         self.emit(sick.key("order", "42")).await;
@@ -80,18 +80,18 @@ impl<S: Store> Scene<S> {
         RedisClient::connect(redis()).entries(&self.stream)
     }
 
-    /// The types of the events in the stream, in its order.
+    /// The types of the stream's events, in order.
     fn in_stream(&self) -> Vec<String> {
         self.entries().iter().map(|entry| entry.field("type").to_owned()).collect()
     }
 
-    /// The types and payloads of the events that EventBridge was sent.
+    /// The types and payloads that EventBridge was sent.
     pub(crate) fn at_bus(&self) -> Vec<(String, String)> {
         let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
         self.bus.requests().iter().flatten().map(|entry| (text(&entry["DetailType"]), text(&entry["Detail"]))).collect()
     }
 
-    /// As `destination code attempts payload`.
+    /// The dead letters as `destination code attempts payload`.
     pub(crate) async fn dead_letters(&mut self) -> Vec<String> {
         let query =
             "select concat_ws(' ', destination, error_code, attempts, payload) from event_dead_letter order by id";
@@ -102,7 +102,7 @@ impl<S: Store> Scene<S> {
         count(&mut self.connection, table).await
     }
 
-    /// The healthy events of [`Self::emit_among_healthy`] arrived at both destinations, `sick` at those it is named for.
+    /// The healthy events of [`Self::emit_among_healthy`] arrived at both destinations, and `sick` at those given.
     #[track_caller]
     pub(crate) fn assert_arrived(&self, sick: &str, in_stream: bool, at_bus: bool) {
         let expected = |with_sick| {
@@ -150,7 +150,7 @@ pub(super) async fn f29_a_payload_over_the_limit_is_dead_lettered_whole_and_one_
     assert_eq!(scene.count("event_outbox").await, 0);
 }
 
-/// An object in an object, and so on.
+/// JSON with so many nested objects.
 pub(crate) fn deep(levels: usize) -> String {
     format!("{}1{}", r#"{"a": "#.repeat(levels), "}".repeat(levels))
 }
@@ -225,7 +225,7 @@ pub(super) async fn headers_are_a_flat_map_of_strings_without_reserved_names<S: 
 
 pub(super) async fn a_key_may_be_long_or_empty<S: Store>() {
     let mut scene = Scene::<S>::start().await;
-    // Ten kilobytes that do not compress: such a key would not fit into an index.
+    // Ten kilobytes that do not compress would not fit into an index.
     let long: String = (0..2500).map(|n: u64| format!("{:04x}", n.wrapping_mul(0x9E37_79B9) >> 7 & 0xFFFF)).collect();
     let keys = [("order", long.as_str()), ("", long.as_str()), ("order", ""), ("", "")];
     for n in 0..50 {
@@ -254,7 +254,7 @@ pub(super) async fn a_thousand_events_of_one_key_and_ten_thousand_keys_arrive_in
     let mut scene = Scene::<S>::with(|_| {}, vec![route("*", &[0])]).await;
     let insert = "insert into event_outbox (event_type, aggregate_type, aggregate_id)
                   select 'order.created', 'order', ";
-    // Every eleventh is the one key's.
+    // Every eleventh event has the key `one`.
     let key = "case when i % 11 = 0 then 'one' else cast(i as text) end";
     sql(&mut scene.connection, format!("{insert} {key} from {}", S::numbers(11_000))).await;
     sql(&mut scene.connection, format!("{insert} {key} from {} where i % 11 <> 0", S::numbers(11_000))).await;

@@ -1,4 +1,4 @@
-//! Who pays where a destination takes some events and fails others.
+//! Which events are charged when a destination accepts some events and fails others.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,19 +8,19 @@ use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Act, Gate, ScriptedSink};
 use crate::stores::Store;
 
-/// A relay whose destination would stay paused for longer than any test lasts.
+/// A relay whose destination stays paused longer than any test lasts, once it is paused.
 fn setup<S: Store>(store: &S, sink: &Arc<ScriptedSink>) -> Setup<S> {
     let mut setup = Setup::new(store, vec![("a", sink.clone() as Arc<_>)]);
     setup.policy.breaker.recovery = Duration::from_secs(3600);
     setup
 }
 
-/// Fails what is named `bad` in this way, and takes the rest.
+/// Fails events named `bad` in this way, and accepts the others.
 fn failing(act: Act) -> Arc<ScriptedSink> {
     ScriptedSink::new(move |event| if event.event_type == "bad" { act } else { Act::Accept })
 }
 
-/// What the relay shows of events that wait.
+/// Selects what the outbox shows of events that wait.
 const WAITING: &str = "select concat_ws(' ', event_type, status, destination, attempts, last_error) from event_outbox
                        order by id, destination";
 
@@ -38,12 +38,12 @@ async fn fails_one_key<S: Store>(act: Act) {
     emit(&mut connection, "bad", "").await;
     let running = setup(&store, &sink).run();
     eventually("both are blocked", async || {
-        // What may pass is held against an event only if others succeed between its failures.
+        // A temporary error counts against an event only if other events succeed between its failures.
         emit(&mut connection, "ok", "").await;
         count(&mut connection, BLOCKED).await == 2
     })
     .await;
-    // For as long as they are, others go on: beside them, after them, and while they are tried again.
+    // While they are blocked, other events are published: in the same batches, later, and between the retries.
     for index in 0..100 {
         emit(&mut connection, "ok", &format!("k{}", index % 5)).await;
         emit(&mut connection, "ok", "").await;
@@ -57,7 +57,7 @@ async fn fails_one_key<S: Store>(act: Act) {
     let waiting = column(&mut connection, WAITING).await;
     assert!(waiting.len() == 3 && waiting[1].starts_with("behind"), "{waiting:?}");
     for blocked in [&waiting[0], &waiting[2]] {
-        // It may be on its way just now.
+        // It may be claimed just now.
         let shown = ["scheduled", "pending"].map(|status| format!("bad {status} a 0 {error}"));
         assert!(shown.contains(blocked), "{waiting:?}");
     }
@@ -118,11 +118,11 @@ pub(super) async fn f64_a_blocked_event_waits_longer_each_time_and_a_restart_doe
     emit(&mut connection, "bad", "k").await;
     setup(&store, &sink).drain().await;
     assert_eq!(count(&mut connection, BLOCKED).await, 1);
-    // It failed for the first time a while ago, and is due now.
+    // Its first failure was a while ago, and it is due now.
     let ago = S::in_ms(-100_000);
     sql(&mut connection, format!("update event_outbox set first_failed_at = {ago}, available_at = {ago}")).await;
     let sooner = |ms| format!("{BLOCKED} and available_at < {}", S::in_ms(ms));
-    // No call of this run delivers anything, and the destination is not at fault all the same: it failed before.
+    // No call of this run delivers anything. The destination is nevertheless not at fault, because the event failed before.
     let mut again = setup(&store, &sink);
     again.relay.lanes = 1;
     let drained = again.drain().await;
@@ -148,7 +148,7 @@ pub(super) async fn f64_a_destination_that_refuses_everything_is_paused_although
     for _ in 0..10 {
         emit(&mut connection, "late", "").await;
     }
-    // One refused call may be held against its events, and no second.
+    // One refused call may count against its events, but not a second one.
     eventually("it is paused", async || {
         let calls = sink.calls();
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -168,10 +168,10 @@ pub(super) async fn f65_a_call_from_before_a_pause_does_not_end_it<S: Store>() {
     let running = setup(&store, &sink).run();
     emit(&mut connection, "bad", "a").await;
     gate.entered().await;
-    // The same relay has two calls under way, where its store gives two batches at a time; else the second comes after the first.
+    // A store that can have two batches in flight lets the relay make both calls at once; else the second follows the first.
     emit(&mut connection, "ok", "b").await;
     let both = tokio::time::timeout(Duration::from_secs(1), gate.entered()).await.is_ok();
-    gate.open(1); // the first to come is refused
+    gate.open(1); // the first call is refused
     if both {
         tokio::time::sleep(Duration::from_millis(300)).await;
     }

@@ -1,4 +1,4 @@
-//! Crash windows, and the real program killed and stopped in the middle of its work.
+//! Crash windows; and the real program, killed and stopped in the middle of its work.
 
 use std::collections::HashSet;
 
@@ -49,7 +49,7 @@ pub(super) async fn f61_rows_deleted_by_an_operator_during_a_publish_are_no_trou
     assert_eq!(sink.names().len(), 6);
 }
 
-/// Events of 100 keys in turn, each with its key as payload.
+/// Inserts events of 100 keys in turn. The payload is the key.
 fn insert<S: Store>(events: i64) -> String {
     format!(
         "insert into event_outbox (event_type, aggregate_id, payload)
@@ -59,13 +59,13 @@ fn insert<S: Store>(events: i64) -> String {
     )
 }
 
-/// What arrived first of each event, in order.
+/// The sequences of the first copies, in order of arrival.
 fn firsts(entries: &[Entry]) -> Vec<i64> {
     let mut seen = HashSet::new();
     entries.iter().map(Entry::sequence).filter(|sequence| seen.insert(*sequence)).collect()
 }
 
-/// Every event from 1 to `events` is there, and those of each key are in order.
+/// Every event from 1 to `events` arrived, each key's in order.
 #[track_caller]
 fn assert_complete_and_in_order(mut sequences: Vec<i64>, events: i64) {
     for key in 0..100 {
@@ -101,7 +101,7 @@ pub(super) async fn f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_bat
     sql(&mut connection, insert::<S>(EVENTS - 100)).await;
     let mut stream = stream::connect(&url);
     until("a part has arrived", || stream::length(&mut stream, name) > 5 * BATCH);
-    // Who waits for an answer is in the middle of a batch.
+    // A relay that waits for an answer is in the middle of a batch.
     redis.pause();
     killed.signal("KILL");
     assert_eq!(killed.finish().code, None, "it was at work until then");

@@ -1,4 +1,4 @@
-//! Several destinations: where an event goes, and each settled for itself.
+//! Several destinations: routing, and settling for each of them.
 
 use outbox_relay::route::{Route, Router, Unrouted};
 use wildmatch::WildMatch;

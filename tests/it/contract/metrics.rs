@@ -1,4 +1,4 @@
-//! What a relay says of itself: its metrics and its health.
+//! A relay's metrics and its health.
 
 use std::time::SystemTime;
 
@@ -9,7 +9,7 @@ use crate::harness::{Setup, emit, eventually};
 use crate::scripted::{Act, ScriptedSink};
 use crate::stores::Store;
 
-/// The figure of one line of the metrics.
+/// The value of one series of the metrics.
 fn figure(text: &str, series: &str) -> f64 {
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.and_then(|figure| figure.parse().ok()).unwrap_or_else(|| panic!("{series} is missing in\n{text}"))

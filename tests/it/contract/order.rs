@@ -1,4 +1,4 @@
-//! Order: within a key always, urgent before others, and nobody else waits.
+//! Order: always kept within a key; urgent events come first; other keys do not wait.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -22,7 +22,8 @@ pub(super) async fn ten_thousand_keys_arrive_complete_in_order_and_once_through_
     let sink = ScriptedSink::accepting();
     let relay = || {
         let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-        // A drain waits no longer than this for what others have; on SQLite one of the three does all the work.
+        // A drain waits at most this long for events that other relays have claimed. On SQLite one of the three does all the
+        // work.
         setup.policy.timeout = Duration::from_secs(300);
         setup.drain()
     };
@@ -73,14 +74,14 @@ pub(super) async fn a_key_waits_behind_its_failed_event_and_others_do_not<S: Sto
         ["bad scheduled a 1", "k2 scheduled a 0", "k3 scheduled a 0"]
     );
 
-    // A later event of the key waits too, whichever relay claims it.
+    // A later event of the key waits too, whichever relay could claim it.
     emit(&mut connection, "k4", "k").await;
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
     setup.policy.retry.base = Duration::from_secs(3600);
     assert!(setup.drain().await.undelivered);
     assert_eq!(HashSet::from_iter(sink.names()), through);
 
-    // When its head is let through, the key follows in order.
+    // When the first event is accepted, the others of its key follow in order.
     sink.then(|_| Act::Accept);
     sql(&mut connection, format!("update event_outbox set available_at = {}", S::in_ms(0))).await;
     assert!(!Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered);

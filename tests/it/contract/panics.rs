@@ -1,4 +1,4 @@
-//! Code of a destination that panics, or never ends.
+//! A destination whose code panics or never returns.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(super) async fn f63_an_event_that_panics_its_destination_is_found_and_given_
     assert_eq!(other.names().len(), 100, "another destination is not concerned");
     let mut accepted = panicking.accepted();
     let repeats = accepted.len() - 99;
-    // The first panic's batch may have arrived up to the event, and a part of its group of three.
+    // Two calls may have arrived in part: the first batch up to the event, and a part of its group of three.
     assert!(repeats <= 101, "{repeats} repeats");
     let mut seen = HashSet::new();
     accepted.retain(|event| seen.insert(event.event_id));

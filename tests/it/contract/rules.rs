@@ -1,4 +1,4 @@
-//! What applications and people may rely on in SQL.
+//! What applications and operators may rely on in SQL.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::binary::{drain, finished};
 use crate::harness::{column, count, emit, refused, sql};
 use crate::stores::{Client, Store};
 
-/// The statement for one dead letter; `n` tells them apart.
+/// The statement that inserts a dead letter; `n` makes its ids unique.
 fn dead_letter<S: Store>(n: u8, failed_at: &str, redriven_at: &str) -> String {
     format!(
         "insert into event_dead_letter (outbox_id, event_id, event_type, source, payload, headers, schema_version, priority,
@@ -117,7 +117,7 @@ pub(super) async fn f60_a_redriven_dead_letter_is_the_same_event_owed_to_its_des
         "select concat_ws('|', id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
                      correlation_id, causation_id, schema_version, priority, created_at) from event_outbox";
     let before = column(&mut connection, whole).await;
-    // A limit that it breaks is the quickest way into the dead letters.
+    // A payload limit that the event exceeds is the quickest way to a dead letter.
     let small = [("DATABASE_URL", store.url()), ("RELAY_STDOUT", "true"), ("EVENT_MAX_PAYLOAD_SIZE", "1")];
     finished(&["--once"], &small).exited(3).says(&["payload_too_large"]);
     sql(&mut connection, "update event_dead_letter set destination = 'stdout'").await;
@@ -152,7 +152,7 @@ pub(super) async fn the_views_count_and_show_no_payload<S: Store>() {
     let earlier = S::in_ms(-100_000);
     sql(&mut connection, format!("update event_outbox set available_at = {earlier} where event_type = 'b'")).await;
     for (n, redriven_at) in [(1, "null"), (2, "null"), (3, &S::in_ms(0))] {
-        // What is marked when it is inserted was never put back; it counts as if it had been.
+        // One that is inserted as redriven was never put back, but it counts as redriven.
         sql(&mut connection, dead_letter::<S>(n, &S::in_ms(0), redriven_at)).await;
     }
     let lag = "select concat_ws('|', status, priority, event_count, due_count, cast(lag_seconds / 90 as integer))

@@ -1,4 +1,4 @@
-//! Time: what is not due, sleeping, waking, and the end.
+//! Time: events that are not due, sleeping, waking, and stopping.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +49,7 @@ pub(super) async fn a_sleeping_relay_is_woken_by_a_commit<S: Store>() {
         emit(&mut connection, &format!("e{index}"), "k").await;
         eventually("the event arrived", async || sink.accepted().len() == index + 1).await;
     }
-    // Perhaps the one that is woken goes; the other must notice.
+    // The relay that stops may be the one that is woken. The other must notice that.
     let [one, two] = relays;
     one.stop().await;
     store.until_asleep().await;

@@ -1,4 +1,4 @@
-//! Trouble: what it costs an event when itself, its destination or the answer is bad.
+//! What an event is charged when its content, its destination or the answer is bad.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -44,7 +44,7 @@ pub(super) async fn f58_an_outage_costs_time_and_never_attempts<S: Store>() {
     }
     let sink = ScriptedSink::new(|_| Act::Unreachable);
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
-    // Five failures open the breaker; the sixth call is its probe.
+    // Five failures open the breaker. The sixth call is the probe.
     eventually("the breaker was open and probed", async || sink.calls() >= 7).await;
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0 and status = 'pending'").await, 20);
     assert_eq!(count(&mut connection, "event_processing_log").await, 0);

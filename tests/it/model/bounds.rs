@@ -1,58 +1,58 @@
-//! One relay, one partition, bounds: transactions that draw an id early and commit late, one of them prepared in two phases,
-//! an event that is moved there with an old id, and ids that begin anew.
+//! One relay, one partition, and its bounds. Transactions draw an id early and commit late, one of them in two phases. An
+//! event is moved into the partition with an old id. The ids are restarted.
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use super::{Set, has, in_order};
 
-/// Event 0 may commit after 1, which nothing orders it with; 2 is of the same key, begun once 0 is committed.
+/// Event 0 may commit after event 1, which has another key. Event 2 has the key of event 0 and begins after 0 is committed.
 const LATE: u8 = 0;
 const KEY_A: [u8; 2] = [0, 2];
 const WRITERS: u8 = 4;
-/// Scheduled at first, with the lowest id; 3 is of its key and waits behind it.
+/// This event is scheduled at first and has the lowest id. Event 3 has its key and waits behind it.
 const MOVED: u8 = 4;
 const KEY_B: [u8; 2] = [4, 3];
-/// How the late transaction is called once it is prepared.
+/// The name of the late transaction after it is prepared.
 const PREPARED: u8 = 5;
 const BATCH: usize = 2;
 
-/// What is done differently from how it should be.
+/// The right protocol, and wrong variants of it.
 #[derive(Clone, Copy, PartialEq)]
 enum Variant {
     Right,
-    /// A bound is the last id that was settled, whoever is in flight.
+    /// A bound is the last settled id, even if transactions with lower ids are in flight.
     LastId,
-    /// Asks who is writing, and then for the last id drawn.
+    /// Asks first for the transactions that are writing, and then for the last id drawn.
     WritersFirst,
-    /// Knows the transactions by their names only.
+    /// Knows transactions only by their names, and a prepared one has another name.
     PreparedIsGone,
-    /// Forgets bounds, but not the horizon, when an event was moved.
+    /// When an event was moved, the bounds are dropped, but the horizon is kept.
     KeepHorizon,
-    /// Looks only when it takes the partition whether an event was moved.
+    /// Checks for moved events only when it takes the partition, not when it reads.
     ReadUnchecked,
-    /// Who moves an event says so, and then takes the lock.
+    /// Moving an event raises the counter before it takes the lock.
     RaiseFirst,
-    /// Who truncates the table, and so takes the ids back, says nothing.
+    /// Truncating the table restarts the ids and does not raise the counter.
     RestartUntold,
 }
 
-/// Who takes part: in one scope there would be too much.
+/// Who takes part. With all of them in one scope there would be too many states.
 #[derive(Clone, Copy, PartialEq)]
 enum Scope {
     /// Transactions 0, 1 and 2.
     Late,
-    /// 1, 3, and an event that is moved.
+    /// Transactions 1 and 3, and an event that is moved.
     Moving,
-    /// 1, 3, and somebody who truncates the table and lets ids begin anew.
+    /// Transactions 1 and 3, and a truncate that restarts the ids.
     Restarting,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Writer {
     Idle,
-    /// Holds the table's lock.
+    /// It holds the table's lock.
     Locked,
-    /// Has drawn its id.
+    /// It has drawn its id.
     Drawn,
     Prepared,
     Committed,
@@ -61,7 +61,7 @@ enum Writer {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
     writers: [Writer; WRITERS as usize],
-    /// By event.
+    /// The id of each event.
     ids: [u8; 5],
     last_id: u8,
     move_locked: bool,
@@ -86,7 +86,7 @@ struct Relay {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     Idle,
-    /// Half of the question for the horizon is answered.
+    /// The first half of the horizon's question is answered.
     Asked {
         last_id: Option<u8>,
         writing: Option<Set>,
@@ -107,14 +107,14 @@ enum Action {
     LockToMove,
     Raise,
     CommitMove,
-    /// Waits for all who hold a lock on the table, a claim too.
+    /// Waits for everyone who holds a lock on the table, a claim included.
     Restart,
     Take {
         ask: bool,
     },
     Ask,
     Read,
-    /// Finds the partition empty.
+    /// The partition is found empty.
     Empty,
     Settle,
 }
@@ -125,7 +125,7 @@ struct Bounds {
 }
 
 impl State {
-    /// The transactions that hold the table's lock, by name.
+    /// The names of the transactions that hold the table's lock.
     fn writing(&self) -> Set {
         let writers =
             (0..WRITERS).filter(|writer| matches!(self.writers[usize::from(*writer)], Writer::Locked | Writer::Drawn));
@@ -138,7 +138,7 @@ impl State {
         self.ids[usize::from(event)]
     }
 
-    /// What is pending and committed, in order.
+    /// The committed pending events, in order.
     fn pending(&self) -> Vec<u8> {
         let mut pending: Vec<u8> = (0..5)
             .filter(|event| match *event {
@@ -160,7 +160,7 @@ impl Bounds {
             Relay { moves: state.moves, bound: 0, horizon: horizon.filter(|_| kept), next: next.filter(|_| kept) };
     }
 
-    /// As `State::wrote` of the relay's `bounds.rs`.
+    /// The same as `State::wrote` in the relay's `bounds.rs`.
     fn wrote(&self, relay: &mut Relay, last_id: u8, writing: Set) {
         let prepared = if self.variant == Variant::PreparedIsGone { 0 } else { 1 << PREPARED };
         match relay.next {
@@ -322,7 +322,7 @@ impl Model for Bounds {
                     || state.pending().iter().all(|event| state.id(*event) > state.relay.bound)
             }),
             Property::always("keys are in order", |model: &Self, state: &State| {
-                // What was truncated never arrives.
+                // Truncated events never arrive.
                 model.scope == Scope::Restarting || in_order(&state.arrived, &KEY_A) && in_order(&state.arrived, &KEY_B)
             }),
             Property::sometimes("all is settled", |model: &Self, state: &State| {
@@ -349,7 +349,7 @@ fn bounds_hide_nothing() {
     }
 }
 
-/// The property that a wrong variant breaks.
+/// Checks that a wrong variant violates this property.
 fn breaks(variant: Variant, scope: Scope, property: &'static str) {
     let checker = Bounds { variant, scope }.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     assert!(checker.discovery(property).is_some(), "{property} holds");

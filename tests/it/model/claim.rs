@@ -1,11 +1,11 @@
-//! Two relays, two keys, three events; crashes, zombies, unknown outcomes, failing events, and a commit that comes late with
-//! the lowest id.
+//! Two relays, two keys, three events: crashes, zombies, unknown outcomes, failing events, and a late commit with the lowest
+//! id.
 
 use stateright::{Checker, Model, Property};
 
 use super::{Set, has, in_order, members};
 
-/// Event 0 is of key B and commits late; 1 and 2 are of key A.
+/// Event 0 has key B and commits late. Events 1 and 2 have key A.
 const LATE: u8 = 0;
 const KEY_A: [u8; 2] = [1, 2];
 const FAULTS: u8 = 3;
@@ -14,31 +14,31 @@ fn key(event: u8) -> u8 {
     u8::from(event == LATE)
 }
 
-/// What a relay does differently from what it should.
+/// The right protocol, and wrong variants of it.
 #[derive(Clone, Copy, PartialEq)]
 enum Variant {
     Right,
-    /// Takes the lock and reads in one statement, with a snapshot from before the lock.
+    /// Takes the lock and reads in one statement, whose snapshot is older than the lock.
     OneStatement,
-    /// Deletes what it claimed up to the last event delivered, instead of each row by itself.
+    /// Deletes all claimed rows up to the last delivered event, instead of each delivered row.
     SettleByHighestId,
-    /// Goes on with a key after an error.
+    /// Continues with later events of a key after one has failed.
     ContinueKey,
 }
 
 struct Protocol {
     variant: Variant,
-    /// Whether both keys lie in one partition.
+    /// Whether both keys have the same partition.
     together: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
-    /// In the outbox.
+    /// The rows of the outbox.
     pending: Set,
     logged: Set,
     late_committed: bool,
-    /// Who holds each partition.
+    /// The relay that holds each partition.
     locks: [Option<u8>; 2],
     arrived: Vec<u8>,
     relays: [Relay; 2],
@@ -48,7 +48,7 @@ struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Relay {
     Idle,
-    /// Its statement has begun, and sees this.
+    /// Its statement has begun, and its snapshot contains these events.
     Snapshot(Set),
     Locked(u8),
     Publishing(Batch),
@@ -57,10 +57,10 @@ enum Relay {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Batch {
     partition: u8,
-    /// What is left to publish.
+    /// The events that are not published yet.
     left: Set,
     delivered: Set,
-    /// Keys that failed.
+    /// Keys of which an event failed.
     stopped: [bool; 2],
     holds_lock: bool,
 }
@@ -73,7 +73,7 @@ enum Action {
     Read(u8),
     Deliver(u8),
     Refuse(u8),
-    /// The answer is lost; whether it arrived.
+    /// The answer is lost; the flag says whether the event arrived.
     LoseAnswer(u8, bool),
     Settle(u8),
     Crash(u8),
@@ -89,7 +89,7 @@ impl Protocol {
         members(set).filter(|event| self.partition(*event) == partition).fold(0, |set, event| set | 1 << event)
     }
 
-    /// The next event that may be published.
+    /// The next event to publish.
     fn next(&self, batch: &Batch) -> Option<u8> {
         members(batch.left)
             .find(|event| self.variant == Variant::ContinueKey || !batch.stopped[usize::from(key(*event))])
@@ -200,7 +200,7 @@ impl Model for Protocol {
             }
             Action::Settle(index) => {
                 let Relay::Publishing(batch) = &state.relays[usize::from(index)] else { return None };
-                // Whoever lost the lock has lost the transaction that would settle.
+                // A relay that lost the lock lost the transaction that settles.
                 if batch.holds_lock {
                     let highest = members(batch.delivered).max();
                     let settled = match self.variant {
@@ -258,7 +258,7 @@ fn the_claim_protocol_keeps_its_promises() {
     }
 }
 
-/// The property that a wrong variant breaks.
+/// Checks that a wrong variant violates this property.
 fn breaks(variant: Variant, property: &'static str) {
     let checker = Protocol { variant, together: true }.checker().spawn_bfs().join();
     assert!(checker.discovery(property).is_some(), "{property} holds");

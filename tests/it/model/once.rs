@@ -1,5 +1,5 @@
-//! Exactly once into a stream: one partition, one stream, three events and one that commits late with the lowest id; two
-//! relays, crashes, zombies, answers that are lost, marks that are lost or come late, and an epoch that goes back.
+//! Exactly once into a stream: one partition, one stream, three events, and one more that commits late with the lowest id.
+//! There are two relays, crashes, zombies, lost answers, marks that are lost or late, and an epoch that goes back.
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
@@ -13,21 +13,21 @@ const CLAIMS: u8 = 3;
 #[derive(Clone, Copy, PartialEq)]
 enum Variant {
     Right,
-    /// Forgets a list that the batch does not overlap.
+    /// Drops a list that has no event of the batch.
     Overlap,
-    /// Empties the list, whoever owns it.
+    /// A mark empties the list even if another claim owns it.
     MarkWithoutOwner,
-    /// Takes over with all that is listed forgotten, not asked about.
+    /// Takes over and drops all listed events, without asking which are still pending.
     TakeOverListed,
-    /// Takes over what it looked into, though something was added since.
+    /// Takes over what it asked about, even if something was added since.
     BeginWithoutLooking,
-    /// Asks nobody whether it still holds its claim, and takes its own batch for what is pending.
+    /// Does not ask whether it still holds its claim, and treats its own batch as the pending events.
     BeginWithoutOutbox,
 }
 
 struct Protocol(Variant);
 
-/// The claim that owns the state: its epoch, and what tells it from others of the same.
+/// The claim that owns the state: its epoch, and a number that distinguishes claims of the same epoch.
 type Owner = (u8, u8);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -42,9 +42,9 @@ struct State {
     owner: Option<Owner>,
     chunks: Vec<Set>,
     carried: Set,
-    /// Marks on their way: the owner, and what stays carried.
+    /// Marks in flight: the owner, and the events that stay carried.
     marks: Vec<(Owner, Set)>,
-    /// A chunk whose relay waits for it no longer, and which has not arrived yet.
+    /// A chunk that has not arrived yet, and whose relay no longer waits for it.
     late: Option<(Owner, Set)>,
     relays: [Option<Claim>; 2],
     faults: u8,
@@ -54,7 +54,7 @@ struct State {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Claim {
     owner: Owner,
-    /// What is left to publish.
+    /// The events that are not published yet.
     left: Set,
     delivered: Set,
     holds_lock: bool,
@@ -62,9 +62,9 @@ struct Claim {
     unknown: bool,
     owned: bool,
     carried: Set,
-    /// What it was told when a chunk was refused: owner, number of chunks, listed events.
+    /// What the refusal of a chunk returned: owner, number of chunks, listed events.
     told: Option<(Owner, usize, Set)>,
-    /// What it knows from the outbox of that: the events still pending.
+    /// Whether it has asked the outbox which of these events are still pending.
     renewed: bool,
 }
 
@@ -72,11 +72,11 @@ struct Claim {
 enum Action {
     CommitLate,
     Claim(u8, u8),
-    /// Sends so many events; whether the answer comes.
+    /// Sends so many events; the flag says whether the answer arrives.
     Chunk(u8, u8, bool),
-    /// Sends so many events and gives up waiting before they arrive.
+    /// Sends so many events, and stops waiting before they arrive.
     GiveUp(u8, u8),
-    /// What was given up arrives after all.
+    /// The chunk that nobody waits for arrives.
     Arrive,
     Renew(u8),
     Begin(u8),
@@ -85,8 +85,8 @@ enum Action {
     LoseMark(usize),
     Crash(u8),
     LoseLock(u8),
-    /// The database fails over to one that is behind, no relay being in the middle of anything and nothing under way: what
-    /// comes from before could have a higher epoch than those after, which is the one thing that epochs cannot fence.
+    /// The database fails over to a server that is behind. No relay has a claim and nothing is in flight: an old claim could
+    /// have a higher epoch than later ones, and epochs cannot fence that.
     GoBack,
 }
 
@@ -115,7 +115,7 @@ impl State {
         self.chunks.iter().fold(self.carried, |all, chunk| all | chunk)
     }
 
-    /// The script of a chunk. `true`: it was added.
+    /// The script that adds a chunk. Returns whether it added it.
     fn add(&mut self, variant: Variant, claim: &mut Claim, chunk: Set) -> bool {
         if self.owner != Some(claim.owner) {
             let older = self.owner.is_none_or(|owner| owner.0 < claim.owner.0);
@@ -257,7 +257,7 @@ impl Model for Protocol {
                     claim.carried = listed & state.pending;
                     claim.renewed = true;
                 } else {
-                    // The question fails with its transaction: nothing more is published.
+                    // The question fails because its transaction is gone, so nothing more is published.
                     (claim.told, claim.left) = (None, 0);
                 }
             }

@@ -1,4 +1,4 @@
-//! What applications and people may rely on in the SQL of PostgreSQL, beyond what every store has.
+//! What applications and operators may rely on in PostgreSQL's SQL, besides what every store has.
 
 use super::{DEAD_LETTER, try_execute, value, values};
 use crate::binary::drain;
@@ -41,7 +41,7 @@ async fn every_check_has_a_name_that_says_what_holds() {
         named,
         ["attempts_start_at_1", "error_iff_not_delivered", "first_failure_is_not_after_last", "status_is_known",]
     );
-    // The days have those of their table, so that no row is refused under a name nobody chose.
+    // Tables of days have the same named constraints, so that an error names a rule.
     let of_days: Vec<String> = values(
         &mut connection,
         "select distinct conname from pg_constraint c join pg_class r on r.oid = c.conrelid

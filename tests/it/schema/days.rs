@@ -1,4 +1,4 @@
-//! Tables by day: made ahead, dropped whole.
+//! Tables by day: they are created ahead and dropped whole.
 
 use super::{try_execute, value, values};
 use crate::harness::sql;
@@ -6,7 +6,7 @@ use crate::servers::database;
 
 const PARENTS: [&str; 2] = ["event_processing_log", "event_history"];
 
-/// The days of a table as seen from today.
+/// Selects the days of a table, relative to today.
 fn days_of(parent: &str) -> String {
     format!(
         "select to_date(right(inhrelid::regclass::text, 8), 'YYYYMMDD') - (now() at time zone 'UTC')::date
@@ -14,7 +14,7 @@ fn days_of(parent: &str) -> String {
     )
 }
 
-/// A day long gone, with a row in it.
+/// Creates the table of a day in the past, with a row in it.
 fn old_day(ended_days_ago: u32) -> String {
     format!(
         "do $$ declare
@@ -34,7 +34,7 @@ fn old_day(ended_days_ago: u32) -> String {
 async fn days_are_made_ahead_once() {
     let database = database().await;
     let mut connection = database.connect().await;
-    // A day is a day of UTC, wherever the session believes itself to be.
+    // A day is a day in UTC, whatever the session's time zone is.
     sql(&mut connection, "set timezone = 'Pacific/Kiritimati'").await;
     for parent in PARENTS {
         let before: Vec<i32> = values(&mut connection, &days_of(parent)).await;
@@ -53,7 +53,7 @@ async fn days_are_made_ahead_once() {
     )
     .await;
     assert_eq!(bounds, ["14:00:00+14"], "midnight of UTC");
-    // The last of them takes rows, and its indexes are the table's.
+    // Its last day accepts rows and has the table's indexes.
     sql(
         &mut connection,
         "insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms,
@@ -82,7 +82,7 @@ async fn days_past_their_retention_are_dropped_whole() {
         "create table event_processing_log_archive partition of event_processing_log for values from ('2001-01-01') to ('2002-01-01')",
     )
     .await;
-    // The day that ended six midnights ago is kept up to its last row; of the one that ended seven ago nothing is.
+    // The day that ended seven midnights ago is dropped. The day after it is kept whole.
     let dropped: i32 = value(&mut connection, "select relay_drop_days('event_processing_log', '7 days')").await;
     assert_eq!(dropped, 2);
     let left: Vec<i32> = values(
@@ -128,7 +128,7 @@ async fn readers_and_writers_of_other_days_do_not_block_adding_one() {
     sql(&mut connection, "set lock_timeout = '100ms'; begin").await;
     let added: i32 = value(&mut connection, "select relay_add_days('event_processing_log', 8)").await;
     assert!(added >= 1);
-    // Nor does adding one hold up readers and writers before it is committed.
+    // Adding a day that is not committed yet does not block readers and writers either.
     sql(&mut reader, "set local lock_timeout = '100ms'; select count(*) from event_processing_log").await;
     sql(
         &mut writer,

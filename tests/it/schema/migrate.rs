@@ -1,4 +1,4 @@
-//! Migrations, however they are applied.
+//! Migrations, in each way of applying them.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-/// The names of all there are, in order.
+/// The names of all migrations, in order.
 fn names() -> Vec<String> {
     files().iter().map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned()).collect()
 }
@@ -123,14 +123,14 @@ fn in_schema(database: &Database, search_path: &str) -> String {
 
 #[tokio::test]
 async fn the_tables_may_lie_in_other_schemas_by_the_urls_search_path() {
-    let database = database().await; // with tables in public too, which stay apart
+    let database = database().await; // the tables in public stay independent
     let mut connection = database.connect().await;
     for (schema, search_path) in [("shop", "shop"), ("\"Other Shop\"", "%22Other%5C%20Shop%22")] {
         sql(&mut connection, &format!("create schema {schema}")).await;
         let url = in_schema(&database, search_path);
         assert!(migrate(&url).starts_with("applied 0001_event_outbox\n"));
 
-        // From here on from a session that does not have the schema on its path.
+        // From here on the session's search path does not have the schema.
         sql(&mut connection, &format!("insert into {schema}.event_outbox (event_type) values ('here')")).await;
         let published = drain(&url);
         assert_eq!(published.len(), 1);
@@ -204,7 +204,7 @@ async fn an_older_schema_asks_for_relay_migrate() {
     let once = finished(&["--once"], &variables).exited(1);
     let check = finished(&["check"], &variables).exited(1);
     let mut running = Running::start(relay(&["run", "--log", "info"], &variables));
-    running.until_log("run `relay migrate`"); // and does not end: the migration may come
+    running.until_log("run `relay migrate`"); // and does not exit, because the migration may still come
     for said in [once.complaint(), check.stdout.as_str(), &running.log()] {
         let found = format!("schema version {}, ", SCHEMA_VERSION - 1);
         let needed = format!("needs {SCHEMA_VERSION}: run `relay migrate`");

@@ -1,4 +1,4 @@
-//! The plans of the relay's own statements, as the server itself logged them while a relay drained.
+//! The plans of the relay's statements, as the server logged them while a relay drained.
 
 use super::value;
 use crate::binary::finished;
@@ -8,13 +8,13 @@ use crate::servers::{Server, database_on};
 const EVENTS: usize = 100_000;
 const BATCH: f64 = 1000.0;
 
-/// The plans that auto_explain logged, each with its statement, one text per plan.
+/// The plans that auto_explain logged, each with its statement.
 async fn logged_plans(connection: &mut sqlx::PgConnection) -> Vec<String> {
     let log: String = value(connection, "select pg_read_file(pg_current_logfile())").await;
     log.split("Query Text: ").skip(1).map(str::to_owned).collect()
 }
 
-/// How many rows the first node of this kind gave, over all its loops.
+/// How many rows the first node of this kind returned, over all its loops.
 fn rows_of(plan: &str, node: &str) -> f64 {
     let line = plan.lines().find(|line| line.contains(node)).unwrap();
     let (_, actual) = line.split_once("(actual ").unwrap();
@@ -64,7 +64,7 @@ async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
             ("RELAY_STDOUT", "true"),
             ("EVENT_OUTBOX_BATCH_SIZE", &BATCH.to_string()),
         ];
-        let drained = finished(&["--once"], &variables).exited(3); // 3: those that wait
+        let drained = finished(&["--once"], &variables).exited(3); // 3: some events wait
         assert_eq!(drained.stdout.lines().count(), EVENTS);
 
         let plans = logged_plans(&mut connection).await;

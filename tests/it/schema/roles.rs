@@ -1,4 +1,4 @@
-//! deploy/sql/roles.sql: each role has what it needs, and no more.
+//! deploy/sql/roles.sql: each role has the rights that it needs, and no others.
 
 use sqlx::Connection;
 use sqlx::postgres::PgConnection;
@@ -11,27 +11,27 @@ use crate::servers::{Database, database, redis};
 
 const ROLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/sql/roles.sql");
 
-/// The roles are the server's, not the database's: two tests must not create them at the same time.
+/// Roles belong to the server, not to a database, so two tests must not create them at the same time.
 static APPLYING: Mutex<()> = Mutex::const_new(());
 
-/// The file without what only psql understands.
+/// The file without psql's own commands.
 fn script() -> String {
     let script = std::fs::read_to_string(ROLES).unwrap();
     let is_sql = |line: &&str| !line.starts_with('\\') && !line.contains("relay.revoke_create = 'on'");
     script.lines().filter(is_sql).map(|line| format!("{line}\n")).collect()
 }
 
-/// Applies the file to the schema that the connection finds first.
+/// Applies the file to the first schema of the connection's search path.
 pub(crate) async fn apply(owner: &mut PgConnection) {
     let _alone = APPLYING.lock().await;
     sql(owner, script()).await;
 }
 
-/// Applies the file; the superuser's connection.
+/// Applies the file. Returns the superuser's connection.
 async fn with_roles(database: &Database) -> PgConnection {
     let mut owner = database.connect().await;
     apply(&mut owner).await;
-    // As the file says of PostgreSQL before 15; later ones have it so from the start.
+    // The file recommends this for PostgreSQL before 15. It is the default of later versions.
     sql(&mut owner, "revoke create on schema public from public").await;
     owner
 }
@@ -77,7 +77,7 @@ async fn the_relay_needs_no_more_than_relay_worker() {
          select emit_event('poison', aggregate_id => 'p'), emit_event('later', delay => '1 ms')",
     )
     .await;
-    // Every table is written to: published, tried again, dead-lettered, kept in the history; days are added and dropped.
+    // Every table is written: published, retried, dead-lettered, kept in the history; days are created and dropped.
     let variables = [
         ("DATABASE_URL", url.as_str()),
         ("REDIS_URL", redis().url()),
@@ -134,7 +134,7 @@ async fn relay_worker_has_no_more_than_the_relay_needs() {
         let refused = try_execute(&mut worker, statement).await.expect_err(statement);
         assert!(refused.contains("must be owner"), "{refused}");
     }
-    // Its functions run with their owner's rights, and must not be led to other tables by the caller's search path.
+    // Its functions run with their owner's rights. The caller's search path must not lead them to other tables.
     sql(&mut worker, "create temporary table event_processing_log (x int); set search_path = pg_temp, public").await;
     assert!(value::<i32>(&mut worker, "select relay_add_days('event_processing_log', 8)").await >= 1);
 }
@@ -156,7 +156,7 @@ async fn relay_app_adds_events_and_sees_none_but_their_ids() {
     sql(&mut app, "select emit_event('order.created', delay => '1 hour', priority => 3)").await;
     let variables = [("DATABASE_URL", url.as_str())];
     finished(&["emit", "order.created", "--delay", "1h", "--header", "tenant=acme"], &variables).exited(0);
-    // As an ORM does.
+    // This is the insert of an ORM.
     sql(&mut app, "insert into event_outbox (event_type) values ('order.created') returning id, event_id").await;
     assert_eq!(value::<i64>(&mut owner, "select count(*) from event_outbox").await, 5);
     let denials = [
@@ -235,7 +235,7 @@ async fn f28_a_check_names_each_grant_that_is_missing() {
     let mut owner = with_roles(&database).await;
     let url = login(&database, &mut owner, "relay_worker").await;
     let variables = [("DATABASE_URL", url.as_str()), ("RELAY_STDOUT", "true")];
-    // Everybody may execute a function unless told otherwise.
+    // By default every role may execute a function.
     sql(&mut owner, "revoke execute on function relay_schema_version from public").await;
     finished(&["check"], &variables).exited(0);
     for (privilege, object, named) in [
@@ -263,10 +263,10 @@ async fn f28_a_check_names_each_grant_that_is_missing() {
     assert!(check.stdout.contains("usage on schema"), "{}", check.stdout);
 }
 
-/// By psql, as people run it.
+/// Runs the file with psql, as operators do.
 #[tokio::test]
 async fn the_right_to_create_is_told_and_taken_away_where_that_is_asked_for() {
-    // A server of its own: the roles are the server's.
+    // The test has its own server, because roles belong to the server.
     let server = crate::servers::Server::start("postgres", &["--fast"]);
     let database = crate::servers::database_on(&server).await;
     let mut owner = database.connect().await;

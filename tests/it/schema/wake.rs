@@ -8,7 +8,7 @@ use crate::servers::database;
 
 const SLEEPERS_LOCK: &str = "'event_outbox'::regclass::oid::int, -1";
 
-/// What is heard until the producer's own marker, which is sent by the second connection after all else.
+/// Counts the notifications before the producer's marker, which the second connection sends last.
 async fn heard(listener: &mut PgListener, producer: &mut sqlx::PgConnection) -> usize {
     sql(producer, "notify event_outbox, 'marker'").await;
     let mut wake_ups = 0;
@@ -54,7 +54,7 @@ async fn f24_a_relay_cannot_fall_asleep_between_an_insert_and_its_commit() {
     sql(&mut producer, "begin; select emit_event('a')").await;
     assert!(!value::<bool>(&mut relay, &fall_asleep).await, "this producer will not notify");
     let other_producer = database.connect().await;
-    sql(&mut { other_producer }, "select emit_event('b')").await; // nor do producers hold up each other
+    sql(&mut { other_producer }, "select emit_event('b')").await; // producers do not block each other
     sql(&mut producer, "commit").await;
     assert!(value::<bool>(&mut relay, &fall_asleep).await);
 }

@@ -1,4 +1,4 @@
-//! Destinations that are down, slow, or refuse some events.
+//! Destinations that are down or slow, or that refuse some events.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -50,7 +50,7 @@ async fn s11_destinations_down() {
         let running = Running::start(relay(&["run"], &variables));
         runtime.block_on(world.backlog(20));
         world.until_entries(10);
-        // All three at the same time.
+        // All three are down at the same time.
         for proxy in [&world.to_redis, &to_eventbridge] {
             proxy.refuse(true);
             proxy.cut();
@@ -130,7 +130,7 @@ fn resident_mib(process: u32) -> u64 {
 async fn s15_poison() {
     let events = scaled(200_000);
     let mut rates = [Vec::new(), Vec::new()];
-    // In turn, because machines are not the same from minute to minute.
+    // The rounds alternate, because a machine's speed changes from minute to minute.
     for round in 0..6 {
         let poisoned = round % 2;
         let world = World { batch: 1000, ..World::new(true).await };

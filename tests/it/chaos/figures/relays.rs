@@ -1,4 +1,4 @@
-//! Relays that are killed, stopped or vanish.
+//! Relays that are killed, stopped or cut off.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use super::{blocking, scaled, summary};
 use crate::binary::Running;
 use crate::chaos::World;
 
-/// A relay is killed again and again while a backlog drains: `restart` says how one goes.
+/// A relay is killed again and again while a backlog drains.
 async fn killed(name: &'static str, exactly_once: bool, events: u64, kills: u64) {
     let world = World { batch: 1000, ..World::new(exactly_once).await };
     world.backlog(events).await;
@@ -16,13 +16,13 @@ async fn killed(name: &'static str, exactly_once: bool, events: u64, kills: u64)
         let mut random = fastrand::Rng::with_seed(7);
         let (mut done, each) = (0, events / (kills + 1));
         while done < kills {
-            // Spread over the whole backlog.
+            // The kills are spread over the whole backlog.
             if world.entries() < done * each {
                 std::thread::sleep(Duration::from_millis(random.u64(1..20)));
                 continue;
             }
             let index = random.usize(0..3);
-            relays[index] = world.relay(&["run"], ""); // the one before is killed as it is dropped
+            relays[index] = world.relay(&["run"], ""); // dropping the relay before it kills it
             done += 1;
         }
         world.drain_by(relays);
@@ -47,7 +47,7 @@ async fn s1_s2_kills() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "long: `make figures`"]
 async fn s4_restarts() {
-    // Without exactly-once: a restart in good order repeats nothing by itself.
+    // Without exactly-once: an orderly restart repeats nothing anyway.
     let world = World { batch: 500, ..World::new(false).await };
     let (events, restarts) = (scaled(400_000), scaled(100));
     world.backlog(events).await;
@@ -61,7 +61,7 @@ async fn s4_restarts() {
             }
             let next = world.relay(&["run"], "");
             let old = std::mem::replace(&mut relays[usize::try_from(number % 3).unwrap()], next);
-            std::thread::sleep(Duration::from_millis(300)); // before it listens, a signal is just the end
+            std::thread::sleep(Duration::from_millis(300)); // before it handles signals, a signal just ends it
             let begun = Instant::now();
             old.signal("TERM");
             old.finish().exited(0);
@@ -86,12 +86,12 @@ async fn s7_takeover() {
         let emit = |count: u64| runtime.block_on(world.backlog(count));
         let mut killed = Vec::new();
         for _ in 0..times {
-            // The owner holds its claim for as long as its failpoint sleeps.
+            // The owner holds its claim while its failpoint sleeps.
             let owner = world.relay(&["run"], "before_publish=sleep(60000)");
             emit(1);
             until_claimed(&runtime, &world);
             let heir = world.relay(&["run"], "");
-            std::thread::sleep(Duration::from_millis(300)); // it has found that there is nothing to take
+            std::thread::sleep(Duration::from_millis(300)); // by now it has found nothing to claim
             let before = world.entries();
             drop(owner); // kill -9
             killed.push(world.until_entries(before));

@@ -1,4 +1,4 @@
-//! Servers that restart, connections that are ended, answers that are lost.
+//! Servers that restart, connections that are cut, and answers that are lost.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ async fn s5_postgres_restarts() {
                     postgres.start_again();
                 }
             }
-            // From here on it accepts connections.
+            // From now on the server accepts connections.
             times.push(world.until_entries(world.entries()));
             std::thread::sleep(Duration::from_millis(200));
         }
@@ -74,7 +74,7 @@ async fn s6_backends_terminated() {
                     count
                 });
                 while begun.elapsed() < duration {
-                    // There is always something to do.
+                    // The relays always have events to publish.
                     if world.entries() + 30_000 > emitted {
                         runtime.block_on(world.backlog(20_000));
                         emitted += 20_000;
