@@ -1,4 +1,4 @@
-//! Clocks that are wrong: time is the database's, a relay's own decides nothing about events.
+//! Wrong clocks: time is the database's; a relay's own clock decides nothing about events.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,21 +9,21 @@ use crate::harness::{column, count, sql};
 use crate::stream;
 use crate::support::unique;
 
-/// What lies to a program about the time.
+/// The library that gives a program a wrong time.
 fn libfaketime() -> PathBuf {
     let folders = std::fs::read_dir("/usr/lib").unwrap().map(|folder| folder.unwrap().path());
     let mut found = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1")).filter(|file| file.exists());
     found.next().expect("libfaketime is not installed: run `make test`, or `tests/setup` once")
 }
 
-/// A relay whose clock is off by what the file says, from one moment to the next.
+/// A relay whose clock is off by the offset in the file, which may change at any moment.
 fn with_clock(line: &Line, offset: &Path, more: &[(&str, &str)]) -> Running {
     let library = libfaketime();
     let mut settings = vec![
         ("LD_PRELOAD", library.to_str().unwrap()),
         ("FAKETIME_TIMESTAMP_FILE", offset.to_str().unwrap()),
         ("FAKETIME_NO_CACHE", "1"),
-        // As with a real clock that is set, the monotonic one stays right.
+        // As when a real clock is set, the monotonic clock stays right.
         ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
     ];
     settings.extend(more);
@@ -44,7 +44,7 @@ async fn f09_clocks_an_hour_off_and_clocks_that_jump_change_nothing_about_events
     let mut redis = stream::connect(&line.redis_url);
     redis::cmd("SET").arg(of_type("poison")).arg("no stream").exec(&mut redis).unwrap();
     let (ahead, behind) = (offset("+3600"), offset("-3600"));
-    // That it works at all, and is not just ignored.
+    // Checks that the library works and is not ignored.
     let mut date = Command::new("date");
     date.arg("+%s").env("LD_PRELOAD", libfaketime()).env("FAKETIME_TIMESTAMP_FILE", ahead.path());
     let told: i64 = String::from_utf8(date.output().unwrap().stdout).unwrap().trim().parse().unwrap();
@@ -72,7 +72,7 @@ async fn f09_clocks_an_hour_off_and_clocks_that_jump_change_nothing_about_events
         );
         sql(&mut connection, insert).await;
         numbers += 506;
-        tokio::time::sleep(std::time::Duration::from_millis(300)).await; // a pace
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await; // the interval between two changes
         let (one, other) = if round % 2 == 0 { ("-3600", "+3600") } else { ("+3600", "-3600") };
         std::fs::write(ahead.path(), one).unwrap();
         std::fs::write(behind.path(), other).unwrap();
@@ -97,7 +97,8 @@ async fn f09_clocks_an_hour_off_and_clocks_that_jump_change_nothing_about_events
     ];
     assert_eq!(column(&mut connection, log).await, expected);
     assert_eq!(count(&mut connection, "event_processing_log").await, numbers + 36);
-    // 500 ms after the failure was recorded; the log is written last in a settle, which takes its time on a busy machine.
+    // An attempt is due 500 ms after the failure was recorded. The log row is written last in a settle, and a settle can take
+    // long on a busy machine, so half of the time must have passed.
     let early = "event_processing_log p join event_processing_log q using (outbox_id)
                  where p.attempt = q.attempt - 1 and q.processed_at < p.processed_at + interval '250 ms'";
     assert_eq!(count(&mut connection, early).await, 0, "attempts before their time");

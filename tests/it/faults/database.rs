@@ -1,4 +1,4 @@
-//! A database that is the wrong one, changes under the relay, takes rights away, or has nothing to do.
+//! A database that is the wrong one, is altered under the relay, or revokes rights; and one without work.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -72,7 +72,7 @@ async fn f22_a_table_that_is_changed_under_relays_at_work_costs_time_and_nothing
     let changes = [
         "alter table event_outbox add column note text",
         "alter table event_outbox add column more integer not null default 7",
-        // The types of what the relay's prepared statements return: 0A000, "cached plan must not change result type".
+        // It changes the types that prepared statements return: 0A000, "cached plan must not change result type".
         "alter table event_outbox alter column source type varchar(100)",
         "reindex table concurrently event_outbox",
         "create index concurrently event_outbox_note on event_outbox (note)",
@@ -87,7 +87,8 @@ async fn f22_a_table_that_is_changed_under_relays_at_work_costs_time_and_nothing
         let before = line.length();
         crate::binary::until("they publish", || line.length() > before);
         sql(&mut connection, change).await;
-        // A session whose trigger has seen a column of one type takes none of another: as an application, it connects anew.
+        // A session whose trigger function has a plan for the old column type fails, so it connects again, as an application
+        // does.
         connection = line.connect().await;
     }
     until_empty(&mut connection).await;
@@ -110,7 +111,7 @@ async fn f22_a_migration_killed_half_way_leaves_whole_steps_and_goes_on_there() 
     finished(&["check"], &[variables[0], ("RELAY_STDOUT", "true")]).exited(0);
 }
 
-/// A server of its own at rest: the next transaction id and the end of its WAL, neither of which asking moves.
+/// The next transaction id and the end of the WAL of a server of the test's own. Reading them changes neither.
 async fn footprint(connection: &mut sqlx::PgConnection) -> (i64, i64) {
     let xid = "select pg_snapshot_xmax(pg_current_snapshot())::text::bigint";
     (connection.number(xid).await, connection.number("select (pg_current_wal_insert_lsn() - '0/0')::bigint").await)
@@ -133,13 +134,13 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     let relays = [running(), running(), running()];
     load(&mut connection, 1, 1).await;
     until_empty(&mut connection).await;
-    // What the start wrote is behind us, and so are hint bits and the list of running transactions.
+    // The writes of the start are over, and so are hint bits and the list of running transactions.
     sql(&mut connection, "vacuum").await;
     sql(&mut connection, "checkpoint").await;
     let before = footprint(&mut connection).await;
     let asked = "select xact_commit from pg_stat_database where datname = current_database()";
     let commits = connection.number(asked).await;
-    tokio::time::sleep(Duration::from_secs(5)).await; // the idleness that is measured
+    tokio::time::sleep(Duration::from_secs(5)).await; // the idle time that is measured
     let after = footprint(&mut connection).await;
     assert_eq!(after, before, "transaction ids and bytes of WAL");
     eventually("they looked all the while", async || connection.number(asked).await > commits + 20).await;
@@ -151,7 +152,7 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     }
     let taken = footprint(&mut connection).await.0 - after.0;
     println!("F27: 20 inserts of 10 events: {taken} transaction ids, {} publish calls", sink.calls());
-    // Relays that began together publish with care in their first minute: a note before each batch, and one after it.
+    // Relays that start together are careful for their first minute: they write a note before each batch, and one after it.
     assert!(
         taken <= 20 + 3 * i64::try_from(sink.calls()).unwrap(),
         "{taken} for 20 inserts and {} batches",
@@ -162,7 +163,7 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     }
 }
 
-/// A login with the rights of `relay_worker` and no others.
+/// Creates a login with the rights of `relay_worker` and no others.
 async fn worker_of(database: &Database, connection: &mut sqlx::PgConnection) -> String {
     crate::schema::roles::apply(connection).await;
     sql(connection, "create role worker login password 'known' in role relay_worker").await;
@@ -172,7 +173,7 @@ async fn worker_of(database: &Database, connection: &mut sqlx::PgConnection) -> 
 
 #[tokio::test]
 async fn f28_a_right_taken_away_at_run_time_stops_the_relay_with_words_and_charges_nobody() {
-    // A server of its own: roles are the server's.
+    // The test has its own server, because roles belong to the server.
     let server = Server::start("postgres", &["--fast"]);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;

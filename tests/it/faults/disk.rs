@@ -1,4 +1,4 @@
-//! A PostgreSQL that is full, or refuses writes while it can be read.
+//! A PostgreSQL that is full, or that refuses writes while reads work.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::stores::Client;
 
 #[tokio::test]
 async fn f18_a_database_that_cannot_record_is_not_published_from_again_and_again() {
-    // Every settle fails, every read works: as with a full disk. A sequence counts what was tried.
+    // As with a full disk, every settle fails and every read works. A sequence counts the tries.
     const REFUSE: &str = "create sequence refusals;
         create function refuse() returns trigger language plpgsql as
         $$ begin perform nextval('refusals'); raise exception 'disk full' using errcode = '53100'; end $$;
@@ -23,12 +23,12 @@ async fn f18_a_database_that_cannot_record_is_not_published_from_again_and_again
         let mut connection = database.connect().await;
         load(&mut connection, 10, 1).await;
         let (sink, running) = if calls == 0 {
-            // From the start: the relay's proof of writability fails before anything is published.
+            // It refuses from the start: the relay's proof of writability fails before anything is published.
             sql(&mut connection, REFUSE).await;
             let sink = ScriptedSink::accepting();
             (sink.clone(), Setup::new(&database, vec![("a", sink)]).run())
         } else {
-            // While its events are published: the lane comes back, to be turned away by its proof.
+            // It refuses while events are published: the lane returns, and its proof fails.
             let (sink, gate, running) = publishing(&database, |_| {}).await;
             sql(&mut connection, REFUSE).await;
             gate.open(1000);
@@ -51,7 +51,7 @@ async fn f18_a_proof_that_fails_of_itself_leaves_none_of_its_rows() {
     let line = Line::new().await;
     let mut connection = line.connect().await;
     load(&mut connection, 10, 1).await;
-    // After it has inserted rows of its own, and without an error of the database.
+    // The proof fails after it has inserted its own rows, and without an error of the database.
     let mut running = line.start(&[("FAILPOINTS", "proof_inserted=1*return")]);
     running.until_log("failpoint proof_inserted");
     until_empty(&mut connection).await;
@@ -59,20 +59,20 @@ async fn f18_a_proof_that_fails_of_itself_leaves_none_of_its_rows() {
     assert_eq!(line.assert_delivered(10).await, 0, "repeats");
 }
 
-/// Files of the backends that this PostgreSQL starts from now on cannot grow past so many bytes; `unlimited`: they can.
+/// Limits the size of the files that new backends write, in bytes; `unlimited` removes the limit.
 async fn limit_files(server: &Server, connection: &mut PgConnection, bytes: &str) {
-    // By its own hands: nobody but root may do this to another user's process, and not in every container.
+    // The server's own user runs it: only root may do this to another user's process, and not in every container.
     let program = format!("prlimit --pid {} --fsize={bytes}:unlimited", server.pid());
     sql(connection, format!("copy (select 1) to program '{program}'")).await;
 }
 
 #[tokio::test]
 async fn f18_a_log_that_cannot_grow_stops_the_publishing_until_it_can() {
-    const LIMIT: i64 = 16 << 20; // as long as a WAL segment, which must fit
+    const LIMIT: i64 = 16 << 20; // a WAL segment's size, which must fit
     let server = Server::start("postgres", &["--fast", "--set", "autovacuum=off"]);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
-    // The log is full but for about a thousand entries.
+    // Fill the log until about a thousand more rows fit.
     let longest =
         "select max(pg_relation_size(inhrelid)) from pg_inherits where inhparent = 'event_processing_log'::regclass";
     let fill = "insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
@@ -81,7 +81,7 @@ async fn f18_a_log_that_cannot_grow_stops_the_publishing_until_it_can() {
         sql(&mut connection, fill).await;
     }
     load(&mut connection, 5000, 50).await;
-    // Half a page more: so the last write is cut short, as on a disk that is full.
+    // The limit is half a page more, so that the last write is cut short, as on a full disk.
     limit_files(&server, &mut connection, &(LIMIT + 4096).to_string()).await;
     let sink = ScriptedSink::accepting();
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);

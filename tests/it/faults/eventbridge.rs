@@ -1,4 +1,4 @@
-//! An EventBridge that throttles, refuses, answers nonsense or not at all: what that costs a relay and its events.
+//! An EventBridge that throttles, refuses, answers wrongly or not at all, and the effect on a relay and its events.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::support::{assert_all_failed, error, event, eventbridge_config, keyed,
 
 const EVENTS: i64 = 60;
 
-/// Of the entries that came to the stub, in order: their keys and ids.
+/// The keys and ids of the entries that the stub got, in order.
 fn arrivals(stub: &EventBridgeStub) -> Vec<(String, i64)> {
     let of_entry = |entry: &Value| {
         let detail: Value = serde_json::from_str(entry["Detail"].as_str().unwrap()).unwrap();
@@ -29,8 +29,8 @@ fn arrivals(stub: &EventBridgeStub) -> Vec<(String, i64)> {
     stub.requests().iter().flatten().map(of_entry).collect()
 }
 
-/// A relay to a bus at `url`, where `stub` answers, with events of some keys: all arrive, in order, nobody is charged.
-/// Returns how many entries came again.
+/// Relays events of some keys to a bus at `url`, where `stub` answers. All arrive in order, and none is charged. Returns how
+/// many entries arrived again.
 async fn delivered_to(stub: &EventBridgeStub, url: &str) -> usize {
     let database = database().await;
     let mut connection = database.connect().await;
@@ -49,7 +49,7 @@ async fn delivered_to(stub: &EventBridgeStub, url: &str) -> usize {
     repeats
 }
 
-/// The same with these answers first.
+/// As [`delivered_to`], with these answers first.
 async fn delivered_after(replies: impl IntoIterator<Item = Reply>) -> usize {
     let stub = EventBridgeStub::start().await;
     stub.script(replies);
@@ -70,7 +70,7 @@ async fn f09_a_clock_that_aws_takes_for_wrong_is_a_misconfiguration_told_in_its_
         assert_all_failed(&outcomes, Fault::Misconfigured, code);
         assert_eq!(error(&outcomes[0]).message, message);
     }
-    // Three entries, refused once, nobody charged.
+    // Three entries are refused once, and none is charged.
     delivered_after([Reply::Refused("InvalidSignatureException", "Signature not yet current")]).await;
 }
 
@@ -111,7 +111,7 @@ async fn f48_expired_or_unknown_credentials_are_a_misconfiguration_and_nobody_pa
     delivered_after([expired, Reply::AccessDenied]).await;
 }
 
-/// A credentials file as `aws configure` and many a rotating agent write it.
+/// A credentials file like those of `aws configure` and of agents that rotate keys.
 fn credentials(key: &str) -> String {
     format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = secret\n")
 }
@@ -143,7 +143,7 @@ async fn f48_credentials_that_rotate_in_their_file_are_taken_up_without_a_restar
     assert_logged_once(&mut connection, 20).await;
 }
 
-/// The size of an entry as AWS documents its calculation; `entry` as it went over the wire.
+/// The size of an entry as AWS documents it, for `entry` as it was sent.
 fn size_by_the_manual(entry: &Value) -> usize {
     let length = |name: &str| entry[name].as_str().map_or(0, str::len);
     let time = if entry["Time"].is_null() { 0 } else { 14 };
@@ -172,7 +172,7 @@ async fn f49_what_is_sent_and_what_is_refused_agree_with_the_size_that_aws_docum
     let sizes: Vec<(String, usize)> =
         unlimited.requests().iter().flatten().map(|entry| (id(entry), size_by_the_manual(entry))).collect();
     assert_eq!(sizes.len(), 400);
-    // The middle one fits to the byte.
+    // The middle one has exactly the largest size that fits.
     let mut sorted: Vec<usize> = sizes.iter().map(|(_, size)| *size).collect();
     sorted.sort_unstable();
     let max_entry_bytes = sorted[200];
@@ -198,7 +198,7 @@ async fn f50_an_endpoint_that_no_authority_vouches_for_or_that_has_no_name_costs
     let mut connection = database.connect().await;
     load(&mut connection, EVENTS, 6).await;
     let stub = EventBridgeStub::start().await;
-    // Whatever it speaks beneath: its certificate is signed by nobody we know.
+    // The server speaks Redis, but its certificate is refused before that matters.
     let stranger = TlsRedis::start();
     let strange = stranger.url().replace("rediss:", "https:");
     for url in ["https://events.nowhere.invalid", &strange] {
@@ -250,7 +250,7 @@ async fn f52_a_bus_that_does_not_exist_takes_no_event_at_moto_nor_at_the_stub() 
         assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 20);
     }
     assert!(stub.requests().is_empty());
-    // What a refused probe has put off.
+    // Makes events due that a refused probe has postponed.
     sql(&mut connection, "update event_outbox set available_at = now()").await;
     let right = there.sink(outbox_relay::sink::Format::CloudEvents);
     Setup::new(&database, vec![("bus", Arc::new(right))]).drain().await;
@@ -298,7 +298,7 @@ async fn f53_of_any_garbled_answer_only_what_it_clearly_says_is_believed() {
                 0 => body.truncate(at.max(1)),
                 1 => body[at] = fastrand::u8(b' '..127),
                 2 => _ = body.remove(at),
-                // No digit: the client's parser reads 01, which is no JSON, and is clear all the same.
+                // No digit, because the client's parser accepts 01, which is not JSON, as an unambiguous answer.
                 _ => body.insert(at, *fastrand::choice(b"{}[]\",:n").unwrap()),
             }
             if body.is_empty() {
@@ -338,7 +338,7 @@ async fn f46_a_relay_that_is_throttled_for_long_asks_ever_less_often() {
     tokio::time::sleep(Duration::from_secs(2)).await; // the duration of the fault
     let more = stub.requests().len() - before;
     running.stop().await;
-    // One probe in 200 ms, of at most 10 events of 10 keys: one request.
+    // Every 200 ms there is one probe with at most 10 events of 10 keys, which is one request.
     assert!((1..=25).contains(&more), "{more} requests in 2 s");
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0 and status = 'pending'").await, 1000);
 }

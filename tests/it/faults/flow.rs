@@ -1,4 +1,4 @@
-//! Poison, dead letters, destinations that are down or slow, and hands in the tables.
+//! Poison, dead letters, destinations that are down or slow, and operators who change the tables.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ async fn f54_what_no_route_takes_is_dead_lettered_before_anything_is_sent() {
     for (name, key) in [("known", "k"), ("strange", "k"), ("known", "k")] {
         emit(&mut connection, name, key).await;
     }
-    // The destination is down all the while: it is not needed to decide.
+    // The destination is down throughout, because it is not needed for the decision.
     let sink = ScriptedSink::new(|_| Act::Unreachable);
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     let known = wildmatch::WildMatch::new("known");
@@ -33,7 +33,7 @@ async fn f54_what_no_route_takes_is_dead_lettered_before_anything_is_sent() {
 
 #[tokio::test]
 async fn f56_poison_in_hot_keys_delays_those_keys_and_no_others() {
-    // A tenth is of ten hot keys; of those, one in a hundred is refused for ever.
+    // A tenth of the events have one of ten hot keys. One in a hundred of those is always refused.
     let insert = "insert into event_outbox (event_type, aggregate_id)
                   select case when i % 1010 = 500 then 'poison' else 'a' end,
                          case when i % 10 = 0 then 'hot' || i / 10 % 10 else (i % 990)::text end
@@ -63,7 +63,7 @@ async fn f56_poison_in_hot_keys_delays_those_keys_and_no_others() {
     assert_eq!(column(&mut connection, stuck).await, expected, "each hot key stands at its first poison");
     assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
 
-    // An hour later.
+    // This makes everything due.
     sql(&mut connection, "update event_outbox set available_at = now()").await;
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     setup.policy.retry.max_retries = 1;
@@ -134,12 +134,12 @@ async fn f58_while_a_destination_is_down_each_relay_probes_it_with_a_few_events_
     }
     assert_logged_once(&mut connection, 3000).await;
     assert_eq!(down.accepted().len(), 3000, "once each");
-    // The first that succeeded was a probe; only then came whole batches.
+    // The first successful call was a probe. Whole batches followed.
     let sizes = down.sizes().split_off(before);
     assert!(sizes[0] <= 10, "{sizes:?}");
 }
 
-/// Bytes that a process has in memory.
+/// The resident memory of a process, in bytes.
 fn resident(running: &Running) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{}/status", running.id())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -150,7 +150,7 @@ fn resident(running: &Running) -> usize {
 async fn f59_a_destination_slower_than_its_producers_bounds_memory_and_transactions() {
     let line = Line::new().await;
     let mut connection = line.connect().await;
-    // 60 MB, more than the relay may hold.
+    // 60 MB, which is more than the relay may hold.
     let large = "insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
                  select 'a', 'k', (i % 100)::text, to_jsonb(repeat(md5(i::text), 62)) from generate_series(1, 30000) i";
     sql(&mut connection, large).await;
@@ -169,7 +169,7 @@ async fn f59_a_destination_slower_than_its_producers_bounds_memory_and_transacti
     while since.elapsed() < Duration::from_secs(12) {
         longest = longest.max(crate::stores::Client::number(&mut connection, oldest).await);
         most = most.max(resident(&running));
-        tokio::time::sleep(Duration::from_millis(50)).await; // the pace of looking
+        tokio::time::sleep(Duration::from_millis(50)).await; // the interval between two looks
     }
     println!(
         "F59: at 10 kB/s at most {} MB in memory, the longest transaction {longest} ms with a timeout of 2000",
@@ -204,7 +204,7 @@ async fn f60_a_redrive_among_newer_events_of_its_key_is_marked_keeps_its_number_
     sql(&mut connection, "select redrive_dead_letter(id) from event_dead_letter").await;
     emit(&mut connection, "new3", "k").await;
     setup().drain().await;
-    // It comes late, which only a person can ask for; consumers see it by its `sequence`, which is the old one.
+    // It arrives late, because an operator redrove it. Its `sequence` is the old one, so consumers can see that.
     assert_eq!(sink.names(), ["new1", "new2", "old", "new3"]);
     let ids: Vec<i64> = sink.accepted().iter().map(|event| event.row.id).collect();
     assert_eq!(ids, [2, 3, 1, 4]);
@@ -226,7 +226,7 @@ async fn f61_a_truncate_during_a_publish_is_reported_and_the_relay_goes_on() {
     running.until_log("someone else deleted rows of event_outbox while they were being published");
     assert!(running.log().contains("\"expected\":100") && running.log().contains("\"gone\":50"), "{}", running.log());
     assert_eq!(count(&mut connection, "event_processing_log").await, 50, "what was there is recorded");
-    // A truncate waits for the claim, takes what was inserted meanwhile, and everybody goes on.
+    // A truncate waits for the claim and removes what was inserted meanwhile. Then everything goes on.
     load(&mut connection, 100, 10).await;
     sql(&mut connection, "truncate event_outbox").await;
     load(&mut connection, 100, 10).await;
@@ -246,7 +246,7 @@ async fn f61_rows_put_back_and_changed_during_a_publish_are_published_as_they_ar
     sink.hold_at(&gate);
     let running = Setup::new(&database, vec![("a", sink.clone())]).run();
     gate.entered().await;
-    // A row that was changed is another one: what was published of it is not what is there now.
+    // What was published of a changed row is not its present content, so the row must be published again.
     sql(&mut connection, r#"update event_outbox set payload = '"changed"' where id = 3"#).await;
     gate.open(1000);
     until_empty(&mut connection).await;

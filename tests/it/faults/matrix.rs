@@ -1,4 +1,4 @@
-//! Every place at which a relay can fail, failing in every way, before every kind of destination.
+//! Every failpoint, failing in every way, with every kind of destination.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -18,7 +18,7 @@ use crate::support::unique;
 const POINTS: [&str; 8] =
     ["connect", "claimed", "before_publish", "acked", "before_settle", "dlq_inserted", "before_commit", "committed"];
 
-/// As the crate `fail` writes them, with what each leaves in the log; an abort leaves nothing.
+/// Actions of the crate `fail`, and what each leaves in the log. An abort leaves nothing.
 const ACTIONS: [(&str, Option<&str>); 4] =
     [("return(abort)", None), ("return", Some("failpoint ")), ("panic", Some("panicked")), ("sleep(300)", Some(""))];
 
@@ -33,18 +33,18 @@ enum Kind {
 
 const KINDS: [Kind; 5] = [Kind::Stream, Kind::PubSub, Kind::EventBridge, Kind::Stdout, Kind::StreamAndStdout];
 
-/// Events of six keys.
+/// Their keys are six.
 const EVENTS: i64 = 60;
 const BATCH: usize = 10;
 const LANES: usize = 2;
 
-/// Where the events of one cell go.
+/// The destination of one cell.
 struct Place {
     kind: Kind,
     name: String,
     subscriber: Option<Subscriber>,
     bus: Option<EventBridgeStub>,
-    /// The lines of every process so far.
+    /// The lines that all processes of the cell have printed.
     stdout: String,
 }
 
@@ -103,14 +103,14 @@ impl Place {
     }
 }
 
-/// Runs one cell; returns how many events came again.
+/// Runs one cell. Returns how many events arrived again.
 async fn cell(point: &str, action: &str, trace: Option<&str>, kind: Kind) -> usize {
     let database = database().await;
     let mut connection = database.connect().await;
     load(&mut connection, EVENTS, 6).await;
     sql(&mut connection, "select emit_event('large', to_jsonb(repeat('x', 2000)), 'k', 'large')").await;
     let mut place = Place::new(kind).await;
-    // There is one dead letter, and two connections are the main thread's; anything else fails at its second time.
+    // There is only one dead letter, and the main thread opens two connections. All other points fail at the second time.
     let failpoints = match point {
         "dlq_inserted" => format!("{point}=1*{action}"),
         "connect" => format!("{point}=3*off->1*{action}"),

@@ -1,4 +1,4 @@
-//! A PostgreSQL that restarts, kills, refuses, is locked, or out of reach.
+//! A PostgreSQL that restarts, crashes, ends connections, is locked, or cannot be reached.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::stores::Client;
 
 #[tokio::test]
 async fn f13_restarts_fast_and_immediate_under_load_cost_time_and_nothing_else() {
-    const EVENTS: i64 = 2000; // at a time
+    const EVENTS: i64 = 2000; // in one insert
     const BATCH: usize = 50;
     const LANES: usize = 3;
     let mut server = Server::start("postgres", &[]);
@@ -92,7 +92,7 @@ async fn f15_another_relay_takes_over_at_once_and_the_zombie_settles_nothing() {
     let mut setup = Setup::new(&database, vec![("a", zombie.clone())]);
     setup.outbox.worker = "zombie".to_owned();
     setup.relay.lanes = 1;
-    // The drain below waits as long as its own timeout, and the zombie's call must not end before that.
+    // The drain below waits as long as its timeout. The zombie's call must not end before that.
     setup.policy.timeout = Duration::from_secs(300);
     let running = setup.run();
     gate.entered().await;
@@ -127,7 +127,7 @@ async fn f15_backends_terminated_over_and_over_lose_nothing_and_keep_order() {
     while count(&mut connection, "event_outbox").await > 0 {
         sql(&mut connection, TERMINATE).await;
         terminated += 1;
-        tokio::time::sleep(Duration::from_millis(100)).await; // the pace of the fault, not a wait for anything
+        tokio::time::sleep(Duration::from_millis(100)).await; // the interval between two faults, not a wait for a condition
     }
     for relay in relays {
         relay.stop().await;
@@ -137,12 +137,12 @@ async fn f15_backends_terminated_over_and_over_lose_nothing_and_keep_order() {
     assert_logged_once(&mut connection, 3000).await;
 }
 
-/// What a sink took, as keys with ids.
+/// The keys and ids of the events that a sink accepted.
 pub(super) fn arrivals(sink: &ScriptedSink) -> Vec<(String, i64)> {
     sink.accepted().into_iter().map(|event| (event.aggregate_id.unwrap_or_default(), event.row.id)).collect()
 }
 
-/// A relay of one lane whose first batch has been published, but for the gate.
+/// Starts a relay with one lane whose first call is blocked by the gate.
 pub(super) async fn publishing(
     database: &Database,
     change: impl FnOnce(&mut Setup<Database>),
@@ -162,7 +162,7 @@ async fn f16_the_victim_of_a_deadlock_repeats_its_batch_whole() {
     let database = database().await;
     let mut connection = database.connect().await;
     load(&mut connection, 10, 1).await;
-    // Whoever waits longer than this looks for a deadlock, and finds himself guilty: the administrator never does.
+    // A session that has waited this long checks for a deadlock and is the victim. The administrator never checks.
     let mut admin = database.connect().await;
     sql(&mut admin, "set deadlock_timeout = '1 h'; begin; update event_outbox set last_error = 'x' where id = 10")
         .await;
@@ -193,14 +193,14 @@ async fn f16_a_server_that_is_serializable_by_default_and_its_administrators_dis
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     setup.relay.batch_events = 20;
     let running = setup.run();
-    let mut admin = database.connect().await; // serializable itself
+    let mut admin = database.connect().await; // it is serializable too
     while count(&mut connection, "event_outbox").await > 0 {
-        // Rows that are being settled may be gone, or change under it; its own transaction may fail, which is its risk.
+        // The rows may be gone or be settled at the same time. This transaction may fail.
         let touch = "begin; select count(*) from event_outbox; update event_outbox set last_error = 'x' where id % 7 = 0; commit";
         if admin.execute(touch).await.is_err() {
             sql(&mut admin, "rollback").await;
         }
-        tokio::time::sleep(Duration::from_millis(5)).await; // a pace
+        tokio::time::sleep(Duration::from_millis(5)).await; // the interval between two transactions
     }
     running.stop().await;
     assert_eq!(assert_first_in_order(arrivals(&sink)).0, 2000);
@@ -210,14 +210,14 @@ async fn f16_a_server_that_is_serializable_by_default_and_its_administrators_dis
 
 #[tokio::test]
 async fn f16_whatever_a_settle_fails_with_it_is_repeated_whole_or_written_again_and_nobody_pays() {
-    // The batch is published again, unless it is what was written that the database refuses: then the claim is kept.
+    // The batch is published again, unless the error is about what the settle wrote: then the relay keeps the claim.
     let repeated = ["40001", "40P01", "55P03", "57014", "53100", "53200", "58030", "25P02", "42501", "XX000"];
     let kept = ["0A000", "22001", "23514", "P0001"];
     for (sqlstate, calls) in repeated.map(|state| (state, 2)).into_iter().chain(kept.map(|state| (state, 1))) {
         let database = database().await;
         let mut connection = database.connect().await;
         load(&mut connection, 10, 2).await;
-        // A sequence is not rolled back, so this fails once. The proof before the first claim is refused nothing.
+        // A sequence is not rolled back, so the failure happens once. The proof before the first claim is not refused.
         let refuse = format!(
             "create sequence failures;
              create function refuse() returns trigger language plpgsql as
@@ -248,7 +248,7 @@ async fn f17_a_locked_table_and_the_roles_timeouts_cost_time_and_nobody_pays() {
         let database = database().await;
         let mut connection = database.connect().await;
         let (_, name) = database.url().rsplit_once('/').unwrap();
-        // The relay's own are in force: a claim gives up after seconds, a settle waits.
+        // The relay overrides these settings: a claim gives up after seconds, and a settle waits.
         sql(&mut connection, format!("alter database {name} set {setting} = '200 ms'")).await;
         load(&mut connection, 20, 3).await;
         let sink = ScriptedSink::accepting();
@@ -329,7 +329,7 @@ async fn f21_too_many_connections_and_a_changed_password_are_waited_out_and_char
     let sink = ScriptedSink::accepting();
     let mut setup = Setup::new(&database, vec![("a", sink.clone())]);
     setup.outbox.url = Secret::File(url.path().to_owned());
-    setup.relay.lanes = 1; // another might just be connecting when the password changes
+    setup.relay.lanes = 1; // another lane might just be connecting when the password changes
     let mut running = setup.run();
     running.until_not_ready("raise max_connections, or lower RELAY_LANES").await;
     assert_eq!(sink.calls(), 0);
@@ -371,7 +371,7 @@ async fn f24_what_is_committed_late_with_a_low_id_is_picked_up() {
                 let mut connection = PgConnection::connect(&url).await.unwrap();
                 let mut committed = 0;
                 while !stopping.load(Ordering::Relaxed) {
-                    // Each commits after others that began later.
+                    // Each transaction commits after others that began later.
                     sql(&mut connection, "begin; insert into event_outbox (event_type) values ('a'), ('a')").await;
                     tokio::time::sleep(Duration::from_millis(fastrand::u64(0..30))).await;
                     sql(&mut connection, "commit").await;
@@ -418,7 +418,7 @@ async fn f31_a_host_that_vanished_without_a_word_is_replaced_after_the_servers_t
     println!("F31: taken over {:?} after the host vanished, by the server's timeout of 16 s", since.elapsed());
     let worker = format!("event_processing_log where worker like '%:{}'", vanished.id());
     assert_eq!(count(&mut connection, &worker).await, 0, "settled by whom nobody can reach");
-    // It is back, and finds its connections dead.
+    // The server is back, and the relay finds its connections closed.
     proxy.heal();
     load(&mut connection, 50, 5).await;
     until_empty(&mut connection).await;

@@ -1,4 +1,4 @@
-//! Relays that die, stall, stop or run side by side.
+//! Relays that crash, stall, stop or run side by side.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Server, database, postgres, redis};
 use crate::stream;
 
-/// A transaction that has written all of a settle and waits for its relay to commit.
+/// Counts transactions that have written a whole settle and wait for the relay to commit.
 const SETTLING: &str = "pg_stat_activity where application_name = 'relay' and datname = current_database()
                         and state = 'idle in transaction' and query ilike '%insert into%event_processing_log%'";
 
@@ -77,7 +77,7 @@ async fn f03_into_a_stream_at_most_the_batch_that_was_answered_is_repeated() {
     assert_eq!(line.start(&settings).finish().code, None, "SIGABRT");
     assert!(count(&mut connection, "event_outbox").await > 0, "all was done before, so this shows nothing");
     line.start_with(&["--once"], &[]).finish().exited(0);
-    // Other lanes may have been answered too.
+    // Calls of other lanes may have been answered too.
     let repeats = line.assert_delivered(1000).await;
     assert!(repeats <= 3 * 100, "{repeats} repeats");
 }
@@ -95,7 +95,7 @@ async fn f04_a_commit_whose_answer_is_lost_is_found_out_by_reading_again() {
     setup.outbox.url = outbox_relay::secret::Secret::inline(proxy.url(database.url(), postgres().port()));
     let mut running = setup.run();
     gate.entered().await;
-    // The next statement of this text is the settle's.
+    // The next statement with this text is the settle's commit.
     proxy.drop_answers(1, "commit\0");
     gate.open(1000);
     running.until_not_ready("settle").await;
@@ -116,7 +116,7 @@ async fn f04_a_commit_that_never_arrived_is_found_out_by_reading_again() {
     let through = proxy.url(line.database.url(), postgres().port());
     let settings = [("DATABASE_URL", through.as_str()), ("FAILPOINTS", "before_commit=1*sleep(2000)")];
     let mut running = line.start(&settings);
-    // At its start it proves that it can settle, which looks like a settle and is none.
+    // The proof at the start runs the statements of a settle, so the failpoint must come after it.
     running.until_log("\"message\":\"ready\"");
     load(&mut connection, 20, 3).await;
     eventually("it has written, and not committed", async || count(&mut connection, SETTLING).await > 0).await;
@@ -151,7 +151,7 @@ async fn f07_a_relay_that_was_frozen_is_replaced_and_settles_nothing_when_it_tha
     let settings = [("EVENT_DEFAULT_TIMEOUT", "1000"), ("RELAY_LANES", "1")];
     let mut zombie = line.start(&settings);
     zombie.until_log("\"message\":\"ready\"");
-    // It has connected to Redis, so that what it sends next arrives.
+    // The relay has a connection to Redis, so what it sends next arrives.
     load(&mut connection, 1, 1).await;
     until_empty(&mut connection).await;
     hangs.pause();
@@ -186,8 +186,8 @@ async fn f12_drains_in_a_loop_beside_a_relay_under_load_lose_and_repeat_nothing(
     daemon.until_log("\"message\":\"ready\"");
     let mut helped = 0;
     for _ in 0..8 {
-        load(&mut connection, 5000, 20).await; // so many that the daemon is at it for longer than a drain takes to start
-        // As cron may start them: two at a time.
+        load(&mut connection, 5000, 20).await; // so many that the daemon needs longer than a drain takes to start
+        // Cron may start two at a time.
         let drains = [line.start_with(&["--once"], &batch), line.start_with(&["--once"], &batch)];
         for drain in drains {
             let told = drain.finish().exited(0).stderr;

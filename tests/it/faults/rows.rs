@@ -1,4 +1,4 @@
-//! Rows that a relay cannot read as they are, and bytes that must arrive as they were.
+//! Rows that a relay cannot read, and bytes that must arrive unchanged.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ use crate::stores::{Client, Postgres, Sqlite, Store};
 use crate::stub::EventBridgeStub;
 use crate::support::{eventbridge_config, sdk, unique};
 
-/// Emits healthy events of the same keys around what `sick` inserts, and drains; only the sick ones are dead-lettered.
-/// Returns `event_type error_code` of those.
+/// Emits healthy events of the same keys before and after the rows that `sick` inserts, and drains. Only the sick rows are
+/// dead-lettered. Returns them as `event_type error_code`.
 async fn drained_around(database: &Database, sick: &[&str]) -> Vec<String> {
     let mut connection = database.connect().await;
     let healthy = "insert into event_outbox (event_type, aggregate_id) select 'healthy', (i % 3)::text from generate_series(1, 10) i";
@@ -65,7 +65,7 @@ async fn f29_an_event_that_is_never_due_waits_and_holds_up_nobody() {
     let sink = ScriptedSink::accepting();
     Setup::new(&database, vec![("a", sink.clone())]).drain().await;
     assert_eq!(sink.names(), ["retried"]);
-    // Owed to a destination, as a row that somebody put off for ever is, its key waits behind it.
+    // As a retry for a destination that somebody postponed for ever. The later events of its key wait behind it.
     sql(&mut connection, "update event_outbox set destination = 'a', status = 'scheduled'").await;
     sql(&mut connection, "select emit_event('behind', aggregate_id => '1'), emit_event('free', aggregate_id => '2')")
         .await;
@@ -92,7 +92,7 @@ async fn f29_headers_that_a_rule_no_longer_guards_are_dead_lettered_alone() {
     .map(|headers| {
         format!("insert into event_outbox (event_type, aggregate_id, headers) values ('sick', '1', '{headers}')")
     });
-    // As rows that are older than the rules.
+    // With triggers off, like rows that are older than the rules.
     let unruled = std::iter::once("set session_replication_role = replica").chain(sick.each_ref().map(String::as_str));
     let dead = drained_around(&database, &unruled.chain(["reset session_replication_role"]).collect::<Vec<_>>()).await;
     let expected = [
@@ -107,7 +107,7 @@ async fn f29_headers_that_a_rule_no_longer_guards_are_dead_lettered_alone() {
     assert_eq!(dead, expected.map(|code| format!("sick {code}")));
 }
 
-/// Around a row with a NULL in each of `columns` in turn, once somebody has allowed those, events of the same key.
+/// After `allow` permits NULLs, each of [`NULLABLE`] in turn is NULL in one row, between healthy events of the same key.
 async fn a_column_that_is_null_is_the_rows_defect<S: Store>(allow: &str) {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -128,13 +128,13 @@ async fn a_column_that_is_null_is_the_rows_defect<S: Store>(allow: &str) {
     tokio::time::timeout(Duration::from_secs(120), drain).await.expect("the relay goes round in circles");
     assert_eq!(sink.names(), vec!["healthy"; 2 * NULLABLE.len()]);
     let dead = column(&mut connection, "select error_code from event_dead_letter order by outbox_id").await;
-    // One that is NULL and one that no calendar has are read alike from PostgreSQL.
+    // From PostgreSQL, a NULL and a date that the relay cannot represent are read alike.
     let dead: Vec<String> = dead.iter().map(|code| code.replace("created_at_invalid", "created_at_missing")).collect();
     assert_eq!(dead, NULLABLE.map(|name| format!("{name}_missing")));
     assert_eq!(count(&mut connection, "event_outbox").await, 0);
 }
 
-/// All that the schema wants to be filled, but what is in the primary key.
+/// The columns that are `not null`, without those of the primary key.
 const NULLABLE: [&str; 9] = [
     "payload",
     "headers",
@@ -151,7 +151,7 @@ const NULLABLE: [&str; 9] = [
 async fn f29_a_column_that_is_null_because_somebody_allows_it_is_dead_lettered_alone() {
     let drop = NULLABLE.map(|name| format!("alter column {name} drop not null")).join(", ");
     a_column_that_is_null_is_the_rows_defect::<Postgres>(&format!("alter table event_outbox {drop}")).await;
-    // As if the table had been made anew.
+    // As if the table had been created without the constraints.
     let schema =
         "update sqlite_schema set sql = replace(sql, ' not null', '') where type = 'table' and name = 'event_outbox'";
     a_column_that_is_null_is_the_rows_defect::<Sqlite>(&format!(
@@ -160,7 +160,7 @@ async fn f29_a_column_that_is_null_because_somebody_allows_it_is_dead_lettered_a
     .await;
 }
 
-/// Without a priority a row lies in no partition, where no claim finds it: a check must.
+/// Without a priority a row has no partition, so no claim finds it. A check must find it.
 #[tokio::test]
 async fn f29_an_event_without_a_priority_on_sqlite_is_told_by_a_check_with_its_cure() {
     let store = Sqlite::new().await;
@@ -200,7 +200,7 @@ async fn f29_a_payload_of_200_megabytes_is_dead_lettered_alone_and_unread() {
     assert_eq!(count(&mut database.connect().await, kept).await, 1);
 }
 
-/// What is awkward in JSON text, as JSON.
+/// Unusual JSON texts.
 const CORPUS: [&str; 14] = [
     r#"{"n": 1e400}"#,
     r#"{"n": -0.0, "m": 1.10, "l": 123456789012345678901234567890.000}"#,
@@ -218,8 +218,7 @@ const CORPUS: [&str; 14] = [
     "0",
 ];
 
-/// A relay of `database` to a stream and to a bus that gets bare payloads; drains, and returns the payloads that arrived by
-/// outbox id.
+/// Relays events to a stream and to a bus with bare payloads, and drains. Returns the payloads that arrived, by outbox id.
 async fn arrived(database: &Database) -> (HashMap<i64, Vec<u8>>, HashMap<i64, Vec<u8>>) {
     let (stream, bus) = (unique("corpus"), EventBridgeStub::start().await);
     let address = RedisAddress::Url(Secret::inline(redis().url()));
@@ -291,7 +290,7 @@ async fn f55_of_a_database_without_an_encoding_any_bytes_reach_redis_and_bad_nam
     let mut connection = PgConnection::connect(&url).await.unwrap();
     sql(&mut connection, "set client_encoding = sql_ascii").await;
     let values = [
-        // Not UTF-8: a payload is nothing that Redis could mind; names and headers are.
+        // These are not UTF-8. Redis accepts any payload, but names and headers must be UTF-8.
         r#"('payload', '"\xff\xc3"', '1', '{}', '')"#,
         r#"('t\xff', '{}', '1', '{}', '')"#,
         r#"('key', '{}', 'k\xff', '{}', '')"#,
@@ -300,7 +299,7 @@ async fn f55_of_a_database_without_an_encoding_any_bytes_reach_redis_and_bad_nam
         r#"('healthy', '"\xc3\xa9"', '1', '{}', '')"#,
     ];
     for value in values {
-        // What is written as \xff above is that byte.
+        // Each \xff above stands for that byte.
         let literal =
             value.replace(r#"'""#, r#"E'""#).replace("'t\\", "E't\\").replace("'k\\", "E'k\\").replace("'s\\", "E's\\");
         let literal = literal.replace(r#"'{"a""#, r#"E'{"a""#);

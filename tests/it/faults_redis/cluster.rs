@@ -1,4 +1,4 @@
-//! F36: a Redis Cluster whose slots move and whose masters die.
+//! F36: a Redis Cluster whose slots move and whose masters fail.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use crate::support::{
     publish_until_delivered,
 };
 
-/// Of nodes 0 to 2, by which this cluster's slots are owned at first.
+/// Nodes 0 to 2 own the slots at first.
 const MASTERS: usize = 3;
 
 fn connect(server: &Server) -> ClusterConnection {
@@ -29,7 +29,7 @@ fn connect(server: &Server) -> ClusterConnection {
     redis::cluster::ClusterClient::new(nodes).unwrap().get_connection().unwrap()
 }
 
-/// All entries of a load's streams, those of each stream in its order.
+/// All entries of a load's streams; those of each stream are in order.
 fn load_entries(cluster: &mut ClusterConnection) -> Vec<Entry> {
     (0..TYPES).flat_map(|number| stream::entries(cluster, &format!("events:type{number}"))).collect()
 }
@@ -38,7 +38,7 @@ fn arrived(cluster: &mut ClusterConnection) -> usize {
     (0..TYPES).map(|number| stream::length(cluster, &format!("events:type{number}"))).sum()
 }
 
-/// Moves a slot with all its keys, as `redis-cli --cluster reshard` does.
+/// Moves a slot with its keys in the same way as `redis-cli --cluster reshard`.
 fn move_slot(server: &Server, slot: u16, from: usize, to: usize) {
     let mut nodes: Vec<RedisClient> = server.ports()[..MASTERS].iter().map(|port| RedisClient::at(*port)).collect();
     let (source, target): (String, String) = (nodes[from].ask("CLUSTER MYID"), nodes[to].ask("CLUSTER MYID"));
@@ -59,7 +59,7 @@ fn move_slot(server: &Server, slot: u16, from: usize, to: usize) {
     }
 }
 
-/// The port of a slot's master, as the node at `port` has heard.
+/// The port of a slot's master according to the node at `port`.
 fn master_heard_of(port: u16, slot: u16) -> Option<u16> {
     let rows: Vec<Vec<redis::Value>> = RedisClient::at(port).ask("CLUSTER SLOTS");
     let number = |value: &redis::Value| -> u16 { redis::from_redis_value(value.clone()).unwrap() };
@@ -89,7 +89,7 @@ async fn f36_streams_whose_slots_move_under_load_get_everything_once_and_in_orde
         let from = owner(&server, slot);
         let to = (from + 1) % MASTERS;
         tokio::task::block_in_place(|| move_slot(&server, slot, from, to));
-        // Our own client gives up where nodes send it to and fro.
+        // The test's own client fails when nodes redirect it in a circle.
         eventually("all nodes have heard of it", async || {
             server.ports().iter().all(|port| master_heard_of(*port, slot) == Some(server.ports()[to]))
         })
@@ -151,7 +151,7 @@ async fn f36_a_key_whose_events_go_to_several_slots_keeps_its_order_in_time() {
     for first in 1..=298 {
         assert!(times[&first] <= times[&(first + 2)], "{} overtook {first} of its key", first + 2);
     }
-    // What stands in braces alone decides where a stream lies: all in one slot, one request.
+    // The text in braces alone decides the slot. All streams have one slot, so there is one request.
     let tagged = at(RedisAddress::Url(Secret::inline(server.url())), "{{{source}}}:{event_type}");
     assert_all_delivered(&publish(&*tagged, &batch).await);
     let mut slots: Vec<u16> = (0..7)
@@ -180,7 +180,7 @@ async fn f36_a_message_reaches_subscribers_of_every_node_in_order() {
         redis::cmd("PSUBSCRIBE").arg("order.*").exec(&mut client).unwrap();
         client
     });
-    // The other nodes hear of subscribers through nobody: messages go to all of them.
+    // No node knows the subscribers of another one, so messages go to all nodes.
     for part in 0..4 {
         let events: Vec<Event> = (part * 50 + 1..=part * 50 + 50).map(|id| keyed(id, "a")).collect();
         assert_all_delivered(&publish(&sink, &events).await);
@@ -228,7 +228,7 @@ async fn f36_a_cluster_without_all_its_slots_is_waited_for() {
     let typed = |id| Event { event_type: format!("type{id}"), ..event(id) };
     let batch: Vec<Event> = (1..=20).map(typed).collect();
     assert_all_delivered(&publish(&*sink, &batch).await);
-    // A master and its replica: nobody is left to take over.
+    // When a master and its replica are down, nobody can take over.
     server.kill_node(0);
     server.kill_node(3);
     let begun = Instant::now();
@@ -253,7 +253,7 @@ async fn f40_a_frozen_node_of_a_cluster_holds_nobody_past_the_deadline() {
     let call = publish_until(&*sink, &batch, Instant::now() + Duration::from_millis(300));
     let outcomes = tokio::time::timeout(TIMEOUT / 2, call).await.expect("it ends at its deadline");
     assert!(outcomes.iter().any(is_uncharged) && !outcomes.iter().all(is_uncharged), "{outcomes:?}");
-    // By then its replica may have taken over, or the cluster be without some slots.
+    // By then its replica may have taken over, or the cluster may lack some slots.
     publish_until_delivered(&*sink, &batch).await;
     server.resume_node(1);
     publish_until_delivered(&*sink, &batch).await;
@@ -281,7 +281,7 @@ async fn f36_whoever_knows_of_no_cluster_publishes_to_a_node_that_has_all_slots_
     for number in 0..3 {
         let arrived = client.sequences(&format!("type{number}"));
         let expected: Vec<i64> = (1..=500).filter(|id| id % 3 == number).collect();
-        // Of each key in order; keys have no order among each other.
+        // Each key's events are in order. Different keys have no order.
         for key in 0..7 {
             let of_key = |ids: &[i64]| ids.iter().copied().filter(|id| id % 7 == key).collect::<Vec<_>>();
             assert_eq!(of_key(&arrived), of_key(&expected), "key {key} of type{number}");
@@ -312,7 +312,7 @@ async fn f36_streams_of_another_node_fail_in_order_for_whoever_knows_of_no_clust
     assert!(error(&outcomes[1]).message.contains("redis-cluster://"), "{outcomes:?}");
     assert_eq!(outcomes[2], Outcome::Held, "what follows in the key stays behind");
     assert!(matches!(outcomes[3], Outcome::Delivered { .. }), "{outcomes:?}");
-    // Where nothing can be published the destination is at fault.
+    // When no event can be published, the destination is at fault.
     let elsewhere = [to(&there[0], keyed(2, "42")), to(&there[1], event(5))];
     let outcomes = publish(&*sink, &elsewhere).await;
     assert!(outcomes.iter().any(is_uncharged), "{outcomes:?}");

@@ -1,4 +1,4 @@
-//! F39, F40: answers that are cut off, and answers that are late.
+//! F39, F40: answers that are cut off, and late answers.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::support::{
     publish_until_delivered,
 };
 
-/// Two events of each key: two rounds of five chunks in flight together.
+/// Each key has two events: two rounds of five chunks that are in flight together.
 const EVENTS: i64 = 1000;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -37,7 +37,7 @@ async fn f39_of_a_batch_whose_replies_are_cut_off_exactly_those_that_came_are_se
         for (event, outcome) in batch.iter().zip(&outcomes) {
             assert!(!is_delivered(outcome) || there.contains(&event.row.id), "{outcome:?}");
         }
-        // Chunks of a hundred, answered in the order in which they were sent.
+        // Chunks have a hundred events and are answered in the order in which they were sent.
         counts.push(outcomes.iter().filter(|outcome| is_delivered(outcome)).count());
         let unsettled = |(event, outcome): (&Event, &Outcome)| (!is_delivered(outcome)).then(|| event.clone());
         let left: Vec<Event> = batch.iter().zip(&outcomes).filter_map(unsettled).collect();
@@ -102,7 +102,7 @@ async fn f40_a_slow_answer_is_waited_for_until_the_deadline_and_then_its_connect
     let sink = sink(&proxy.url(server.url(), server.port()), "events");
     assert_all_delivered(&publish(&sink, &[event(1)]).await);
     let connected = client.info("total_connections_received");
-    // Longer than the client library would wait by itself.
+    // It is longer than the client library waits by default.
     proxy.delay(Duration::from_millis(700));
     assert_all_delivered(&publish(&sink, &[event(2)]).await);
     assert_eq!(client.info("total_connections_received"), connected, "on the same connection");
@@ -140,7 +140,7 @@ async fn f40_a_frozen_server_holds_nobody_past_the_deadline() {
     let mut server = Server::start("redis", &[]);
     let sink = sink(server.url(), "events");
     server.pause();
-    // Each lane would wait as long as connecting may take, one after the other.
+    // If lanes connected one after the other, each would wait for the connection timeout.
     let lanes = (1..=64).map(|id| {
         let sink = &sink;
         async move { publish_until(sink, &[event(id)], Instant::now() + Duration::from_millis(200)).await }

@@ -1,4 +1,4 @@
-//! F34: a master that becomes a replica, or is replaced by one.
+//! F34: a master that becomes a replica, or that a replica replaces.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::servers::{Server, database};
 use crate::stream;
 use crate::support::{assert_all_delivered, assert_all_failed, event, publish, unique};
 
-/// The node of a `redis-sentinel` that is its master now, as the Sentinels say.
+/// The node of a `redis-sentinel` that is the master now, according to the Sentinels.
 fn master(server: &Server) -> usize {
     let (_, port): (String, u16) = RedisClient::at(server.ports()[3]).ask("SENTINEL GET-MASTER-ADDR-BY-NAME main");
     server.ports().iter().position(|known| *known == port).unwrap()
@@ -24,7 +24,7 @@ fn connect(server: &Server, node: usize) -> redis::Connection {
     stream::connect(&format!("redis://127.0.0.1:{}", server.ports()[node]))
 }
 
-/// Stops all writes on this node and waits until its replicas have everything.
+/// Blocks writes on this node and waits until its replicas have everything.
 pub(super) async fn hold_until_replicated(port: u16) {
     let mut client = RedisClient::at(port);
     client.tell("CLIENT PAUSE 60000 WRITE");
@@ -55,14 +55,14 @@ async fn f34_a_sentinels_new_master_goes_on_where_the_killed_one_stopped() {
     let load = Load::start(&database).await;
     let mut old = connect(&server, 0);
     eventually("a part has arrived", async || stream::length(&mut old, "events") > 1000).await;
-    // Answers are outstanding, and the replicas have all that was answered: nothing may be missing afterwards.
+    // Some answers are outstanding. The replicas have everything that was answered, so no event may be missing later.
     hold_until_replicated(server.ports()[0]).await;
     server.kill_node(0);
     eventually("there is a new master", async || master(&server) != 0).await;
     let mut new = connect(&server, master(&server));
     let before = stream::length(&mut new, "events");
     eventually("it is published to", async || stream::length(&mut new, "events") > before + 500).await;
-    // The old one comes back as a replica.
+    // The old master returns as a replica.
     server.start_node(0);
     let events = load.drained(&database).await;
     running.stop().await;
@@ -91,7 +91,7 @@ async fn f34_a_failover_loses_only_what_redis_had_taken_and_not_passed_on() {
     arrived.dedup();
     assert_eq!(arrived.len(), count, "nothing twice");
     assert_at_most_one_gap_in_each_key(&arrived, events);
-    // Redis had answered for them: `drained` found all events published. A few chunks were on the way to the replicas.
+    // Redis had acknowledged all events, as `drained` found. A few chunks had not reached the replicas yet.
     let missing = usize::try_from(events).unwrap() - count;
     assert!(missing <= 1000, "{missing} are missing");
 }

@@ -1,4 +1,4 @@
-//! F35: a Redis that has no memory left, in the middle of a batch.
+//! F35: a Redis that runs out of memory in the middle of a batch.
 
 use outbox_relay::event::{Event, Fault, Outcome};
 
@@ -15,7 +15,7 @@ async fn f35_nothing_of_a_key_follows_its_first_failure_when_redis_is_out_of_mem
     assert_all_delivered(&publish(&sink, &[event(1)]).await);
     let used = client.info("used_memory");
     client.tell(&format!("CONFIG SET maxmemory {}", used + 6_000_000));
-    // Six keys in turn, in chunks that are in flight together: 16 MB in all.
+    // Events of six keys in turn. Their chunks are in flight together: 16 MB in all.
     let large = |id: i64| Event { payload: format!("\"{}\"", "x".repeat(8000)).into(), ..keyed(id, &key_of(id)) };
     fn key_of(id: i64) -> String {
         (id % 6).to_string()

@@ -1,4 +1,4 @@
-//! F38: passwords and permissions, wrong, missing and rotated.
+//! F38: wrong, missing and rotated passwords and permissions.
 
 use outbox_relay::event::Fault;
 use outbox_relay::secret::Secret;
@@ -80,7 +80,7 @@ async fn f38_a_password_that_changes_under_way_is_no_events_fault() {
     eventually("it takes events", async || count(&mut connection, "event_outbox").await == 0).await;
     client.tell("ACL SETUSER default resetpass >changed");
     client.tell("CLIENT KILL TYPE normal");
-    // Shortly after deliveries, one after the other.
+    // Soon after deliveries, one after the other.
     for _ in 0..5 {
         sql(&mut connection, emit).await;
     }
@@ -95,7 +95,7 @@ async fn f38_a_password_that_changes_under_way_is_no_events_fault() {
     assert!(!log.contains("keys_blocked"), "{log}");
 }
 
-/// A key that is blocked while its destination takes nothing is not told as one that others overtake.
+/// A key that is blocked while its destination accepts nothing is not reported as one that other keys overtake.
 #[tokio::test]
 async fn f38_no_event_is_to_be_deleted_while_the_password_is_wrong() {
     let (database, server) = (database().await, Server::start("redis", &["--set", "requirepass=s3cret"]));
@@ -124,7 +124,7 @@ async fn f38_a_user_without_permission_is_a_misconfiguration_until_it_is_granted
     assert_all_failed(&publish(&other, &[event(1)]).await, Fault::Misconfigured, "NOPERM");
     for command in ["xadd", "evalsha", "script"] {
         client.tell(&format!("ACL SETUSER relay -{command}"));
-        // A connection of its own, so that it needs the permission to load the script as well.
+        // It opens a new connection, so that it also needs the permission to load the script.
         let new = sink(&url_as(&server, "relay", "pw"), "events");
         let outcomes = publish(&new, &[event(2)]).await;
         assert_eq!(error(&outcomes[0]).fault, Fault::Misconfigured, "{command}: {}", error(&outcomes[0]));

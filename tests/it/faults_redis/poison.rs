@@ -1,4 +1,4 @@
-//! F41: events that Redis does not take, and keys that are no streams.
+//! F41: events that Redis refuses, and keys that are not streams.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::redis::{TIMEOUT, sink};
 use crate::servers::{Database, Server, database, redis};
 use crate::support::{assert_all_delivered, assert_all_failed, event, is_uncharged, keyed, publish, unique};
 
-/// Fifty small events of each of four keys; event 41, in the midst of one, is larger than the server takes.
+/// Fifty small events of each of four keys. Event 41, in the middle of a key's, is larger than the server accepts.
 async fn events_with_one_too_large(database: &Database) {
     let payload = "jsonb_build_object('n', i, 'pad', repeat('x', case i when 41 then 1500000 else 10 end))";
     let values = format!("select 'a', 'k' || i % 4, {payload} from generate_series(1, 200) i");
@@ -23,7 +23,7 @@ async fn events_with_one_too_large(database: &Database) {
     sql(&mut database.connect().await, insert).await;
 }
 
-/// Publishes them to `sink`; the large one alone ends as a dead letter.
+/// Publishes them to `sink`. Only the large one becomes a dead letter.
 async fn the_large_one_alone_is_dead_lettered(database: &Database, sink: Arc<dyn Sink>) {
     events_with_one_too_large(database).await;
     let mut setup = Setup::new(database, vec![("redis", sink)]);
@@ -72,7 +72,7 @@ async fn f41_so_it_is_on_a_channel() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f41_connections_that_are_lost_with_whatever_is_published_charge_nobody() {
-    // Once a server answers nothing at all, it is the server that is unwell, and not the event.
+    // If a server answers nothing at all, the server is at fault, not the event.
     let mut server = Server::start("redis", &[]);
     let sink = sink(server.url(), "events");
     let batch = [keyed(1, "a"), keyed(2, "a"), event(3)];
@@ -89,7 +89,7 @@ async fn f41_connections_that_are_lost_with_whatever_is_published_charge_nobody(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f41_a_network_that_loses_every_answer_about_an_event_does_not_charge_it() {
-    // The events are sent, their answers never come; what sends no event is answered.
+    // The events arrive, but their answers are lost. Commands without an event are answered.
     let proxy = Proxy::to(redis().port());
     let sink = sink(&proxy.url(redis().url(), redis().port()), &unique("deaf"));
     let batch = [keyed(1, "a"), keyed(2, "b")];

@@ -1,4 +1,4 @@
-//! F20: a PgBouncer that gives every transaction another connection.
+//! F20: a PgBouncer that gives each transaction another server connection.
 
 use sqlx::{Connection, PgConnection, Row};
 
@@ -50,7 +50,7 @@ async fn f20_eight_lanes_behind_two_pooled_connections_publish_everything_once_a
     all.sort_unstable();
     assert_eq!(all, (1..=EVENTS).collect::<Vec<_>>());
 
-    // The pool's connections go to others now. At most two were open, and nothing of the relay's is left in them.
+    // Other clients use the pool's connections now. At most two were open, and nothing of the relay's is left in them.
     let sessions = "pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()";
     assert!(count(&mut connection, sessions).await <= 2);
     assert_eq!(count(&mut connection, &format!("{sessions} and state <> 'idle'")).await, 0);
@@ -63,7 +63,7 @@ async fn f20_eight_lanes_behind_two_pooled_connections_publish_everything_once_a
                                   where source = 'session' and name not in ('application_name', 'client_encoding',
                                         'DateStyle', 'TimeZone', 'standard_conforming_strings')))";
     for _ in 0..4 {
-        // The simple protocol, so that the question prepares nothing itself.
+        // It uses the simple protocol, so that it prepares no statement itself.
         let mut client = PgConnection::connect(&pooled).await.unwrap();
         let found = sqlx::raw_sql(left).fetch_one(&mut client).await.unwrap();
         assert_eq!(found.get::<String, _>(0), "0 0 0 0");

@@ -1,4 +1,4 @@
-//! F32, F33: a Redis that is killed, and one that is not ready yet.
+//! F32, F33: a Redis that is killed, and one that is still loading.
 
 use crate::faults_redis::{
     Load, assert_at_most_one_gap_in_each_key, assert_in_order, assert_once_and_in_order, numbers, relay, sink,
@@ -9,7 +9,7 @@ use crate::servers::{Server, database};
 use crate::stream;
 use crate::support::{assert_all_delivered, event, is_uncharged, publish};
 
-/// Kills it so often, each time after some more events have arrived.
+/// Kills it several times, each time after some more events have arrived.
 async fn kill_again_and_again(server: &mut Server, stream: &str) {
     for _ in 0..8 {
         let mut client = stream::connect(server.url());
@@ -43,14 +43,14 @@ async fn f32_what_a_redis_that_keeps_nothing_has_forgotten_is_all_that_is_missin
     running.stop().await;
     let arrived = numbers(&stream::entries(&mut stream::connect(server.url()), "events"));
     assert_in_order(&arrived);
-    // Until its last end it has forgotten everything, and from then on there is everything.
+    // It lost everything at its last kill, and has everything since then.
     assert_at_most_one_gap_in_each_key(&arrived, events);
     assert!(arrived.len() < usize::try_from(events).unwrap(), "it forgot nothing, so this shows nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f33_a_redis_that_is_loading_its_data_is_waited_for() {
-    // It takes a millisecond for each key, and looks after its clients meanwhile.
+    // Loading takes a millisecond for each key, and clients are answered meanwhile.
     let slow = ["--set", "key-load-delay=1000", "--set", "loading-process-events-interval-bytes=1024"];
     let mut server = Server::start("redis", &slow);
     let mut client = RedisClient::connect(&server);

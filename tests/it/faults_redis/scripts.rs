@@ -1,4 +1,4 @@
-//! F42, F43: a Redis that forgets its scripts, and messages that nobody hears.
+//! F42, F43: a Redis that loses its scripts, and messages without subscribers.
 
 use outbox_relay::event::Outcome;
 use outbox_relay::sink::Format;

@@ -1,4 +1,4 @@
-//! Certificates, real ones: of PostgreSQL, of a cluster, and of Sentinels with their master.
+//! TLS with real certificates: of PostgreSQL, of a cluster, and of Sentinels with their master.
 
 use crate::binary::{Finished, finished};
 use crate::harness::{column, emit};
@@ -6,7 +6,7 @@ use crate::servers::{Database, Server, database, database_on, redis};
 use crate::stream;
 use crate::support::unique;
 
-/// `relay --once` to a Redis, for which `ca` vouches.
+/// Runs `relay --once` to a Redis whose certificate `ca` has signed.
 fn once(database: &Database, redis: &str, ca: &str) -> Finished {
     let variables = [
         ("DATABASE_URL", database.url()),
@@ -67,7 +67,7 @@ async fn a_database_is_read_over_tls_when_its_certificate_is_signed_by_whom_one_
     assert!(refused.complaint().ends_with(&format!("UnknownIssuer; {advice}")), "{}", refused.complaint());
     let checked = relay(&["check"], "localhost", server.other_ca()).exited(1);
     assert!(checked.stdout.contains("FAIL  database: "), "{}", checked.stdout);
-    // The certificate is for localhost and 127.0.0.1, and for no other name of this host.
+    // The certificate is valid for localhost and 127.0.0.1 only, not for another address of this host.
     let misnamed = relay(&["--once"], "127.0.0.2", server.ca()).exited(1);
     assert!(
         misnamed.complaint().contains("127.0.0.2") && misnamed.complaint().ends_with(advice),

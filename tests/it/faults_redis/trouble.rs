@@ -1,4 +1,4 @@
-//! F37: what a server says when it is unwell. Nobody pays for it, and when it passes everything is published.
+//! F37: errors of a server that is in trouble. No event is charged, and when the trouble is over everything is published.
 
 use std::time::Instant;
 
@@ -18,7 +18,7 @@ async fn f37_troubles_of_the_server_are_the_destinations_fault_and_pass() {
     let sink = sink(server.url(), "events");
     assert_all_failed(&publish(&sink, &[event(1)]).await, Fault::Destination, "CLUSTERDOWN");
     client.tell("CLUSTER ADDSLOTSRANGE 0 16383");
-    publish_until_delivered(&sink, &[event(1)]).await; // the cluster takes a moment to notice that it is whole
+    publish_until_delivered(&sink, &[event(1)]).await; // the cluster takes a moment to notice that it is complete
 
     client.tell("CONFIG SET min-replicas-to-write 1");
     assert_all_failed(&publish(&sink, &[event(2)]).await, Fault::Destination, "NOREPLICAS");

@@ -1,4 +1,4 @@
-//! What applications add to the relay's tables: it works, or is refused at the start and by `relay check`, with the reason.
+//! What applications add to the relay's tables: it works, or the start and `relay check` refuse it with the reason.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::stores::{Client, Postgres, Sqlite, Store};
 const ONE: Usage = Usage { several_destinations: false, history: false };
 const SEVERAL: Usage = Usage { several_destinations: true, history: false };
 
-/// An event that is refused once by `a`, while `b` takes none: so its row moves, and is copied.
+/// Emits an event that `a` refuses once while `b` is down, so that its row is moved and copied.
 async fn an_event_refused_by_two<S: Store>(store: &S, connection: &mut S::Connection) {
     let (a, b) = (ScriptedSink::new(|_| Act::Refuse), ScriptedSink::new(|_| Act::Refuse));
     let mut setup = Setup::new(store, vec![("a", Arc::clone(&a) as _), ("b", Arc::clone(&b) as _)]);
@@ -70,7 +70,7 @@ async fn f67_columns_of_the_application_travel_with_copies() {
     .await;
 }
 
-/// A row that moves is changed in place, so that one destination needs no second row.
+/// A row that is moved is updated in place, so that one destination needs no second row.
 async fn a_unique_event_id_works_with_one_destination_and_is_refused_with_two<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -102,7 +102,7 @@ async fn f67_a_unique_event_id_works_with_one_destination_and_is_refused_with_tw
     a_unique_event_id_works_with_one_destination_and_is_refused_with_two::<Sqlite>().await;
 }
 
-/// A plain insert is refused, so a proof goes by the rows that are there.
+/// The table refuses a plain insert, so the proof uses existing rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn f67_a_table_that_refuses_a_plain_insert_is_drained_and_swallowed_deletes_are_seen_all_the_same() {
     let store = Postgres::new().await;

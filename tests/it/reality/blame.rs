@@ -1,4 +1,4 @@
-//! Errors that a real destination gives to one event while it takes the others: their keys wait, the destination goes on.
+//! Errors that a real destination returns for one event while it accepts others: the key waits, the destination goes on.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +22,8 @@ use crate::support::{error, event, eventbridge_config, publish, sdk};
 
 const BLOCKED: &str = "event_outbox where status = 'scheduled' and attempts = 0 and last_error is not null";
 
-/// Events named `bad` fail at `sink` with an error that begins with `code` until `mend` is called; all others are taken.
-/// First in one call with others, then alone, and again and again while others come.
+/// Events named `bad` fail at `sink` with an error that begins with `code` until `mend` is called. All others are accepted.
+/// They fail first in a call with others, then alone, and again while other events are published.
 async fn blocks_one_key(database: &Postgres, sink: Arc<dyn Sink>, code: &str, mend: impl FnOnce()) {
     let mut connection = database.connect().await;
     let mut setup = Setup::new(database, vec![("a", sink)]);
@@ -111,7 +111,7 @@ async fn f64_a_stream_that_redis_does_not_allow_leaves_the_other_streams_of_many
             RedisClient::at(port).tell("ACL SETUSER relay on >pw ~*good* &* +@all");
         }
         let url = server.url().replace("://", "://relay:pw@");
-        // All in one slot.
+        // All streams have the same slot.
         let sink = sink(&url, "{{s}}:{event_type}");
         let named = |id: i64| Event { event_type: if id % 7 == 0 { "bad" } else { "good" }.into(), ..event(id) };
         let batch: Vec<Event> = (1..=600).map(named).collect();

@@ -1,4 +1,4 @@
-//! The bounds of texts and the names of headers, as the database holds them.
+//! The limits of texts and of header names, as the database enforces them.
 
 use outbox_relay::event::{MAX_HEADERS_BYTES, MAX_TEXT_BYTES};
 use outbox_relay::outbox::postgres::migrate::migrate;
@@ -14,7 +14,7 @@ use crate::stores::{Client, Postgres, Sqlite, Store};
 
 const TEXTS: [&str; 5] = ["source", "aggregate_type", "aggregate_id", "correlation_id", "causation_id"];
 
-/// So many bytes that hardly compress, of characters of two.
+/// A text of so many bytes that hardly compresses. Its characters have two bytes.
 fn text_of(bytes: usize) -> String {
     let mut numbers = fastrand::Rng::with_seed(7);
     let mut text: String = (0..bytes / 2).map(|_| numbers.char('\u{80}'..='\u{7ff}')).collect();
@@ -23,7 +23,7 @@ fn text_of(bytes: usize) -> String {
     text
 }
 
-/// Headers of so many bytes, as the database prints them.
+/// Headers whose printed JSON has so many bytes.
 fn headers_of(bytes: usize) -> String {
     let frame = r#"{"tenant": ""}"#.len();
     format!(r#"{{"tenant": "{}"}}"#, text_of(bytes - frame))
@@ -102,14 +102,14 @@ async fn f99_a_header_is_known_by_its_name_trimmed_and_in_any_case<S: Store>() {
     sql(&mut connection, insert("{}")).await;
     let words = refused(&mut connection, r#"update event_outbox set headers = '{"Time ": "x"}'"#).await;
     assert!(words.contains("headers_take_no_reserved_name"), "{words}");
-    // What is only like one, and what a value says.
+    // These names only resemble reserved names, and values may contain anything.
     let taken = r#"{"x-amzn-trace-id": "Root=1", "traceparent": "00-ab-cd-01", "tracestate": "a=b", "X-Tenant": "acme",
                     "_id": "1", "id2": "2", "my id": "3", "database": "4", "a": "id", "b": "{\"id\": \"x\"}", "c": ""}"#;
     sql(&mut connection, format!("update event_outbox set headers = '{taken}'")).await;
     sql(&mut connection, insert(taken)).await;
 }
 
-/// What only Unicode calls a space or a control character.
+/// Characters that only Unicode counts as space or control characters.
 const SPACES: [char; 9] =
     ['\u{80}', '\u{85}', '\u{a0}', '\u{1680}', '\u{2003}', '\u{2028}', '\u{202f}', '\u{205f}', '\u{3000}'];
 
@@ -144,7 +144,7 @@ async fn f99_what_is_space_around_a_name_depends_on_no_locale() {
     migrate(&Secret::inline(&url)).await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();
     header_names_with_spaces_of_unicode_are_refused(&mut connection).await;
-    // The relay calls no other name one that is reserved.
+    // The relay treats none of the accepted names as reserved.
     assert_eq!(count(&mut connection, "event_outbox").await, 14);
     assert_eq!(drain(&url).len(), 14);
     connection.close().await.unwrap();

@@ -10,7 +10,7 @@ use crate::harness::{Running, Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Act, Gate, ScriptedSink};
 use crate::stores::{Postgres, Sqlite, Store};
 
-/// A relay at work with these destinations.
+/// Starts a relay with these destinations, and waits until it is ready.
 async fn ready<S: Store>(store: &S, worker: &str, sinks: &[(&str, &Arc<ScriptedSink>)], pooled: bool) -> Running {
     let sinks = sinks.iter().map(|(name, sink)| (*name, Arc::clone(sink) as Arc<dyn Sink>)).collect();
     let mut setup = Setup::new(store, sinks);
@@ -100,7 +100,7 @@ async fn f83_an_older_configuration_that_is_started_again_is_the_newest() {
     emit_named(&mut connection, "back", 50).await;
     eventually("it routes", async || with_prefix(&one, "back") == 50).await;
     assert_eq!(with_prefix(&two, "back"), 0);
-    // Nobody else is left, so the other one routes again.
+    // No other relay is left, so this one routes again.
     back.stop().await;
     emit_named(&mut connection, "alone", 20).await;
     eventually("the other one routes", async || with_prefix(&two, "alone") == 20).await;
@@ -151,7 +151,7 @@ async fn f83_a_registration_that_was_deleted_by_mistake_is_written_anew() {
     new.stop().await;
 }
 
-/// A relay as a process that publishes to standard output and, by the file, to `destinations` of the same kind.
+/// Starts a relay process that publishes to standard output and, with the file, to `destinations` of the same kind.
 fn process(url: &str, folder: &tempfile::TempDir, destinations: &[&str]) -> Process {
     Process::start(relay(&["run"], &variables(url, &configuration(folder, destinations))))
 }
@@ -207,7 +207,7 @@ async fn f83_a_difference_is_told_in_log_and_check() {
     check().exited(0);
     let mut old = process(database.url(), &folder, &["a"]);
     old.until_log("ready");
-    // A run of --once by this configuration would leave its events to the other one.
+    // A run of --once with this configuration would leave its events to the other relay.
     let told = check().exited(1).stdout;
     assert!(told.contains("FAIL") && told.contains("destinations only here: b"), "{told}");
 
@@ -242,7 +242,7 @@ async fn f83_once_supersedes_no_daemon_and_names_the_difference() {
     gate.open(1000);
     eventually("the daemon goes on", async || with_prefix(&one, "held") == 5).await;
     daemon.stop().await;
-    // Alone it does everything.
+    // The remaining relay does everything.
     emit_named(&mut connection, "alone", 3).await;
     let once = finished(&["--once"], &variables(database.url(), &file)).exited(0);
     assert_eq!(once.stdout.lines().count(), 6, "{}", once.stderr);
@@ -261,7 +261,7 @@ async fn f83_relays_of_one_configuration_share_the_work_and_write_nothing_more()
     ];
     emit_named(&mut connection, "e", 100).await;
     eventually("all is delivered", async || count(&mut connection, "event_outbox").await == 0).await;
-    // The defaults of both columns are the time, asked for one after the other.
+    // Both columns default to the current time, and the second is a moment later.
     let untouched = "event_relay where seen_at < since + interval '1 second' and not hung";
     assert_eq!(count(&mut connection, untouched).await, 3);
     for relay in relays {

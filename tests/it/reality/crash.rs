@@ -1,5 +1,5 @@
-//! Relays that die: killed from outside while a destination hangs, told to stop and then killed, by an event that kills late,
-//! and inside a claim.
+//! Relays that end abruptly: killed while a destination hangs, killed after a signal to stop, crashed by an event some time
+//! after its publishing began, and killed inside a claim.
 
 use std::net::TcpListener;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::stores::{Postgres, Sqlite, Store};
 use crate::stub::{EventBridgeStub, Reply};
 use crate::support::unique;
 
-/// What the relay is started with.
+/// A relay's variables.
 type Variables = Vec<(&'static str, String)>;
 
 fn start(command: &str, store: &impl Store, variables: &Variables, more: &[(&str, &str)]) -> Running {
@@ -31,13 +31,14 @@ fn eventbridge(stub: &EventBridgeStub) -> Variables {
     ]
 }
 
-/// Nothing happened to these events but that time passed.
+/// These events were not charged, blocked or dead-lettered.
 async fn assert_undamaged(connection: &mut impl crate::stores::Client, events: i64) {
     assert_eq!(count(connection, "event_dead_letter").await, 0);
     assert_eq!(count(connection, "event_outbox where attempts = 0").await, events);
 }
 
-/// Two events of a key. One relay after the other is killed while its destination hangs; then the destination is well.
+/// There are two events of a key. Relays are killed one after the other while their destination hangs. Then the destination
+/// works.
 async fn killed_while_a_destination_hangs<S: Store>(hanging: Variables, well: Variables) {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -79,7 +80,7 @@ async fn killed_while_eventbridge_hangs<S: Store>() {
 }
 
 async fn killed_while_redis_hangs<S: Store>(mode: &str) {
-    // It takes connections, and never answers.
+    // It accepts connections, and never answers.
     let hanging = TcpListener::bind("127.0.0.1:0").unwrap();
     let name = unique("hangs");
     let at = |url: String| {
@@ -121,7 +122,7 @@ async fn stopped_and_then_killed<S: Store>() {
     emit(&mut connection, "e1", "k").await;
     emit(&mut connection, "e2", "k").await;
     for round in 0..6 {
-        // Somebody died: this one takes care.
+        // A relay has crashed, so this one is careful.
         let another = format!("insert into event_relay_run (run_id, worker) values ('{}', 'x')", uuid::Uuid::new_v4());
         sql(&mut connection, another).await;
         let mut running = start("run", &store, &eventbridge(&stub), &[]);
@@ -153,7 +154,7 @@ async fn f62_a_relay_that_is_told_to_stop_and_then_killed_blames_no_event_of_a_s
     stopped_and_then_killed::<Sqlite>().await;
 }
 
-/// An event kills each relay a while after its publishing began: it waits, and all others go on.
+/// An event crashes each relay some time after its publishing began. The event waits, and all others are published.
 async fn killed_late_by_an_event<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -172,7 +173,7 @@ async fn killed_late_by_an_event<S: Store>() {
         "select concat_ws(' ', event_type, destination, status) from event_outbox where last_error like 'relay_died:%'";
     assert_eq!(column(&mut connection, blocked).await, ["poison stdout scheduled"]);
     assert_eq!(count(&mut connection, "event_processing_log where status = 'published'").await, 36);
-    // Nobody is given up however often that happens; and it goes as soon as it no longer kills.
+    // The event is not given up however often it crashes a relay, and it is published once it does not.
     sql(
         &mut connection,
         format!("update event_outbox set available_at = {} where event_type = 'poison'", S::in_ms(-1)),

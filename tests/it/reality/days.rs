@@ -1,4 +1,4 @@
-//! Tables that are kept by day, without a day for now: it is made at once, and nothing is published twice.
+//! Tables by day that lack today's day: it is created at once, and nothing is published twice.
 
 use std::time::{Duration, Instant};
 
@@ -71,7 +71,7 @@ async fn f68_a_default_partition_that_has_rows_of_today_is_no_reason_to_stop() {
     assert_eq!(sink.accepted().len(), 10);
     assert_eq!(count(&mut connection, "log_default").await, 11);
     assert_eq!(count(&mut connection, "history_default").await, 11);
-    // The days ahead, of which it has none, are made.
+    // The missing days ahead are created.
     let days = "pg_inherits where inhparent = 'event_processing_log'::regclass";
     assert!(count(&mut connection, days).await > 5);
 }

@@ -1,4 +1,4 @@
-//! A SQLite file that is replaced, or has two names.
+//! A SQLite file that is replaced, or that has two names.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,14 +17,14 @@ fn with_ending(path: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-/// Deletes the database with all that SQLite and the relay keep beside it, as `rm app.db*` does.
+/// Deletes the database and the files that SQLite and the relay keep beside it, as `rm app.db*` does.
 fn delete(path: &Path) {
     for ending in ["", "-wal", "-shm", "-journal", "-relay"] {
         std::fs::remove_file(with_ending(path, ending)).ok();
     }
 }
 
-/// Puts the database of `other`, which nobody has open, in the place of that at `path`.
+/// Replaces the database at `path` with that of `other`, which nobody has open.
 fn replace(path: &Path, other: &Path) {
     for ending in ["-wal", "-shm", "-journal"] {
         std::fs::remove_file(with_ending(path, ending)).ok();
@@ -36,7 +36,7 @@ async fn replaced_by_rename<const WAL: bool>() {
     let store = SqliteFile::<WAL>::new().await;
     let sink = ScriptedSink::accepting();
     let mut setup = Setup::new(&store, vec![("a", sink.clone())]);
-    // Nothing but the file itself may wake it.
+    // Only a change of the file itself may wake it.
     setup.relay.polling_interval = Duration::from_secs(3600);
     let running = setup.run();
     let mut connection = store.connect().await;
@@ -105,7 +105,7 @@ async fn f86_what_was_published_of_a_file_is_not_recorded_in_the_one_that_replac
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
     gate.entered().await;
 
-    // Its row has the same number.
+    // The row of the other file has the same number.
     let backup = SqliteRollbackJournal::new().await;
     let mut connection = backup.connect().await;
     emit(&mut connection, "new", "").await;
@@ -122,7 +122,7 @@ async fn f86_what_was_published_of_a_file_is_not_recorded_in_the_one_that_replac
     running.stop().await;
 }
 
-/// A relay works by one name, and another one by a second name of the file stands by until that one is gone.
+/// A relay uses the file by one name. Another relay, which uses a second name, stands by until the first one is gone.
 async fn second_name_stands_by(store: &impl Store, other: &str) {
     let start = |url: &str| Running::start(relay(&["run"], &[("DATABASE_URL", url), ("RELAY_STDOUT", "true")]));
     let mut connection = store.connect().await;

@@ -1,4 +1,4 @@
-//! Events of a format that this relay does not know, as a later one may write them.
+//! Events of a format that this relay does not know, as a later relay may write them.
 
 use crate::binary::finished;
 use crate::harness::{Setup, column, count, eventually, sql};
@@ -30,7 +30,7 @@ async fn f101_events_of_another_format_wait_with_what_is_behind_them_and_hold_up
     let sink = ScriptedSink::accepting();
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
     eventually("what can be published is", async || sink.accepted().len() == 3).await;
-    // While it runs, and in one transaction.
+    // They are inserted while the relay runs, and in one transaction.
     sql(&mut connection, format!("begin; {}; {}; commit", insert("new 4", "4", 1), insert("behind 4", "4", 0))).await;
     sql(&mut connection, insert("behind 1 too", "1", 0)).await;
     sql(&mut connection, insert("last", "2", 0)).await;
@@ -46,7 +46,7 @@ async fn f101_events_of_another_format_wait_with_what_is_behind_them_and_hold_up
     assert_eq!(failed.len(), 1, "{}", check.stdout);
     assert!(failed[0].contains("4 events of format 1") && failed[0].contains("4 behind them"), "{}", failed[0]);
 
-    // A relay that knows format 1; in this one's words, they are of format 0.
+    // Setting format 0 stands for a relay that knows format 1.
     sql(&mut connection, "update event_outbox set format = 0 where format = 1").await;
     let later = ScriptedSink::accepting();
     Setup::new(&store, vec![("a", later.clone())]).drain().await;
@@ -56,7 +56,7 @@ async fn f101_events_of_another_format_wait_with_what_is_behind_them_and_hold_up
     assert_eq!(of("1"), ["new 1", "behind 1", "behind 1 too"]);
     assert_eq!(of("4"), ["new 4", "behind 4"]);
     assert_eq!(later.accepted().len(), 6);
-    // Somebody deletes the other.
+    // An operator deletes the event of the other format.
     sql(&mut connection, "delete from event_outbox where format = 7").await;
     Setup::new(&store, vec![("a", later.clone())]).drain().await;
     assert_eq!(later.names().last().map(String::as_str), Some("behind 3"));
@@ -80,7 +80,7 @@ async fn f101_what_waits_behind_another_format_is_not_read_again_and_again<S: St
     assert_eq!(count(&mut connection, "event_outbox").await, 3001);
 }
 
-/// A dead letter of another format, as a later relay may write it, and what is given up or moved of such events.
+/// Dead letters of another format, as a later relay may write them, and such events that are given up or moved.
 async fn f101_no_way_back_into_the_outbox_loses_a_format<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -94,7 +94,7 @@ async fn f101_no_way_back_into_the_outbox_loses_a_format<S: Store>() {
         )
     };
     sql(&mut connection, format!("{dead} values {}, {}", values(1), values(2))).await;
-    // So that later events have later ids.
+    // Two ids are used up, so that later events have later ids.
     for _ in 0..2 {
         sql(&mut connection, insert("before", "", 0)).await;
     }
@@ -106,7 +106,8 @@ async fn f101_no_way_back_into_the_outbox_loses_a_format<S: Store>() {
     let format = "select concat_ws(' ', event_type, format) from event_outbox where event_type like 'dead%' order by 1";
     assert_eq!(column(&mut connection, format).await, ["dead1 3"]);
     assert_eq!(sink.accepted().len(), 0, "what is behind it waits");
-    // To a destination that is gone: it is moved, or given up and put back, by the statements that are printed.
+    // The event is owed to a destination that is gone. The printed statements move it, or give it up so that it can be
+    // redriven.
     let printed = |words: &str| {
         let check = finished(&["check"], &[("DATABASE_URL", store.url()), ("RELAY_STDOUT", "true")]).exited(1);
         let line = check.stdout.lines().find(|line| line.contains("the destination \"b\"")).unwrap().to_owned() + "\n";

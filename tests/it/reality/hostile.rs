@@ -1,4 +1,4 @@
-//! Whoever may create objects in the schema defines better matches for what our statements call. Nobody but them runs those.
+//! A role that may create objects in the schema defines better matches for what relay's statements call. No relay runs them.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use crate::harness::{column, count, sql};
 use crate::servers::{Database, empty_database, redis};
 use crate::stores::Client;
 
-/// The files that have SQL which a relay or a migration runs.
+/// The files with SQL that a relay or a migration runs.
 fn sources() -> Vec<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let mut files = vec![root.join("src/outbox/postgres.rs"), root.join("deploy/sql/roles.sql")];
@@ -24,7 +24,7 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
-/// What is called in `text`: the name, and what stands before and after it.
+/// The names that `text` calls, each with the text before and after it.
 fn calls(text: &str) -> Vec<(&str, &str, &str)> {
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     text.match_indices('(')
@@ -36,7 +36,7 @@ fn calls(text: &str) -> Vec<(&str, &str, &str)> {
         .collect()
 }
 
-/// The SQL in a file: all of it but comments, or what stands in the literals of Rust.
+/// The SQL in a file: the whole file without comments, or the string literals of a Rust file.
 fn statements(file: &PathBuf) -> Vec<String> {
     let text = std::fs::read_to_string(file).unwrap();
     let is_rust = file.extension().is_some_and(|extension| extension == "rs");
@@ -66,10 +66,10 @@ async fn f73_every_call_of_a_function_in_our_sql_names_its_schema() {
     for file in sources() {
         for statement in statements(&file) {
             for (name, before, after) in calls(&statement) {
-                // These are syntax, or the names of columns and of lists of them.
+                // These are syntax, or the names of columns and of column lists.
                 let syntax = ["extract", "range", "name", "text", "interval", "timestamp", "any", "array", "values"];
                 let declared = before.ends_with("as ") || before.ends_with(") ") || before.ends_with("function ");
-                // With several arguments it is syntax too, and always PostgreSQL's own.
+                // With several arguments it is syntax too, and always means PostgreSQL's own.
                 let several =
                     name == "unnest" && after.split(')').next().is_some_and(|arguments| arguments.contains(','));
                 if known.iter().any(|known| known == name)
@@ -87,9 +87,9 @@ async fn f73_every_call_of_a_function_in_our_sql_names_its_schema() {
     assert!(unqualified.is_empty(), "{}", unqualified.join("\n"));
 }
 
-/// Functions and operators that fit every call better than PostgreSQL's own, unless those fit exactly; made by a role that
-/// may insert events and create objects in the schema `app`. Whoever runs one raises `attacker.trapped`, which no rollback
-/// takes back, and fails.
+/// Defines functions and operators that match every call better than PostgreSQL's own, unless those match exactly. Their
+/// owner is a role that may insert events and create objects in the schema `app`. A session that runs one raises
+/// `attacker.trapped`, which no rollback undoes, and fails.
 async fn set_traps(database: &Database, connection: &mut PgConnection) {
     let role = format!("mallory_{}", database.url().rsplit('/').next().unwrap());
     let mut names: Vec<String> = sources()
@@ -166,7 +166,7 @@ async fn f73_nobody_runs_what_others_created_in_the_schema() {
     let trapped =
         async |connection: &mut PgConnection| column(connection, "select is_called::text from attacker.trapped").await;
 
-    // Installed where the traps were laid before.
+    // Migrations run in a schema that already has the traps.
     finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
     sql(&mut connection, "set search_path = app").await;
     crate::schema::roles::apply(&mut connection).await;
@@ -230,14 +230,14 @@ async fn f73_nobody_runs_what_others_created_in_the_schema() {
     finished(&["migrate"], &variables).exited(0);
     assert_eq!(trapped(&mut connection).await, ["false"]);
 
-    // The functions are made anew, as after a renaming.
+    // The functions are created again, as after a renaming.
     sql(&mut connection, "alter schema app rename to shop").await;
     let url = format!("{}?options=-csearch_path%3Dshop", database.url());
     finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
     finished(&["--once"], &[("DATABASE_URL", &url), ("RELAY_STDOUT", "true")]);
     assert_eq!(trapped(&mut connection).await, ["false"]);
 
-    // The traps work: what is called without a schema runs one.
+    // The traps work: a call without a schema runs one.
     sql(&mut connection, "set search_path = shop").await;
     assert!(connection.execute("select format('%s', 'a'::name)").await.is_err());
     assert_eq!(trapped(&mut connection).await, ["true"]);

@@ -1,4 +1,4 @@
-//! Ids that go back, and tables that are replaced under a relay: what it knows of the ids before counts no more.
+//! Ids that restart, and tables that are replaced under a relay: what the relay knew about ids is no longer valid.
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,10 @@ use crate::scripted::ScriptedSink;
 use crate::servers::database;
 use crate::stores::Client;
 
-/// Enough for the relay to know up to which ids there is nothing left.
+/// So many events that the relay knows up to which ids no rows are left.
 const EVENTS: usize = 6000;
 
-/// What takes the ids back.
+/// Statements after which ids start again.
 const WAYS: [&str; 6] = [
     "truncate event_outbox restart identity",
     "alter table event_outbox alter id restart",
@@ -34,7 +34,7 @@ async fn f71_after_ids_went_back_each_event_arrives_at_once() {
             eventually("all is delivered", async || count(&mut connection, "event_outbox").await == 0).await;
         }
         for statement in way.split("; ") {
-            // A claim and the statement may each wait for what the other holds; PostgreSQL ends one of them.
+            // A claim and the statement may wait for each other. PostgreSQL ends one of them.
             while let Err(error) = Client::execute(&mut connection, statement).await {
                 assert!(error.to_string().contains("deadlock"), "{statement}: {error}");
             }
@@ -45,7 +45,7 @@ async fn f71_after_ids_went_back_each_event_arrives_at_once() {
             emit(&mut connection, &name, &name).await;
             eventually("it arrives", async || sink.accepted().len() == EVENTS + index + 1).await;
         }
-        // A search for hidden rows comes once a minute, a minute after the start.
+        // The search for hidden rows first runs a minute after the start, so the events were found without it.
         assert!(begun.elapsed() < Duration::from_secs(30), "{way}: {:?}", begun.elapsed());
         running.stop().await;
     }

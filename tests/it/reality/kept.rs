@@ -1,4 +1,4 @@
-//! Events that can be neither settled nor parked are left out, and the others go on; refusals are told with a cure that works.
+//! Events that can be neither settled nor parked are skipped, and the others go on. The report has a cure that works.
 
 use tokio_util::sync::CancellationToken;
 
@@ -12,7 +12,7 @@ use outbox_relay::outbox::Usage;
 
 const USAGE: Usage = Usage { several_destinations: false, history: false };
 
-/// A table of the application that refers to one event by the whole primary key, of which parking changes a part.
+/// The application's table refers to one event by the whole primary key, of which parking changes a column.
 fn child(deferred: bool) -> String {
     format!(
         "create table child (e smallint, i bigint, d text, foreign key (e, i, d)
@@ -22,7 +22,7 @@ fn child(deferred: bool) -> String {
     )
 }
 
-/// Of a text the statement that begins with these words.
+/// The statement in a text that begins with these words.
 fn statement(text: &str, begins: &str) -> String {
     let from = text.find(begins).unwrap_or_else(|| panic!("no {begins:?} in {text}"));
     // A statement in parentheses ends with them, unless it calls a function.
@@ -45,7 +45,7 @@ async fn a_referenced_event_is_left_out(deferred: bool) {
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
     eventually("all but one is settled", async || count(&mut connection, "event_outbox").await == 1).await;
     for round in 0..3 {
-        // Of its key, too.
+        // Other events of its key go on too.
         for key in ["k0", "k1"] {
             emit(&mut connection, &format!("after{round}"), key).await;
         }
@@ -54,7 +54,7 @@ async fn a_referenced_event_is_left_out(deferred: bool) {
     running.stop().await;
     assert_eq!(sink.accepted().len(), 107, "nothing is published again");
 
-    // Each run says so, and none publishes it again.
+    // Each run reports it, and none publishes it again.
     for _ in 0..2 {
         emit(&mut connection, "once", "k0").await;
         assert!(Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered);
@@ -64,7 +64,7 @@ async fn a_referenced_event_is_left_out(deferred: bool) {
     let told = failures(&store, USAGE).await;
     assert!(told.contains("on table \"child\"") && told.contains("child_e_i_d_fkey"), "{told}");
 
-    // The cure that is printed.
+    // Runs the printed cure.
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
     sql(&mut connection, statement(&told, "alter table public.child drop constraint")).await;
     if deferred {
@@ -91,7 +91,7 @@ async fn f67_an_event_that_a_deferred_foreign_key_refers_to_is_left_out_and_the_
     a_referenced_event_is_left_out(true).await;
 }
 
-/// One that is scheduled cannot become pending.
+/// The row is scheduled and cannot become pending.
 #[tokio::test(flavor = "multi_thread")]
 async fn f67_a_delayed_event_that_a_foreign_key_refers_to_is_parked_and_the_others_go_on() {
     for deferred in [false, true] {
@@ -162,7 +162,7 @@ async fn f67_an_event_of_which_nothing_can_be_noted_is_left_out_until_it_can_be_
     assert_eq!(sink.accepted().len(), 8);
 }
 
-/// Breaks a database, expects this cure to be told by a drain and by a check, and follows it.
+/// Breaks a database, expects a drain and a check to print this cure, and applies it.
 async fn told_with_a_cure(store: &Postgres, breaks: &str, said: &str, cures: &[&str]) {
     let mut connection = store.connect().await;
     sql(&mut connection, breaks).await;
@@ -204,7 +204,7 @@ async fn f66_a_publication_that_keeps_settles_from_deleting_is_told_with_its_cur
     told_with_a_cure(&store, breaks, "replica identity", &[identity]).await;
     sql(&mut connection, "drop publication everything").await;
     if version.parse::<i32>().unwrap() < 150_000 {
-        return; // knows neither of what follows
+        return; // it supports none of what follows
     }
     for what in ["event_outbox where (event_type <> 'secret')", "event_outbox (event_type, id)"] {
         let breaks = format!("create publication narrowed for table {what}");

@@ -1,4 +1,4 @@
-//! Somebody else's locks: on our tables, and the relay's own advisory locks.
+//! Locks of other sessions: on relay's tables, and on the relay's advisory locks.
 
 use crate::binary::{PATIENCE, Running, finished, relay};
 use crate::harness::{count, emit, eventually, sql};
@@ -10,7 +10,7 @@ fn daemon(database: &Database) -> Running {
     Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT]))
 }
 
-/// `relay check` fails with one line that has each of these parts.
+/// `relay check` fails with a line that contains each of these parts.
 fn check_fails(database: &Database, parts: &[&str]) {
     let check = finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).exited(1);
     let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
@@ -65,10 +65,10 @@ async fn f75_a_strangers_hold_of_the_relays_advisory_locks_is_named() {
     }
 }
 
-/// The server does not look whether a client is there while its statement waits. How long it may wait ends it.
+/// While a statement waits, the server does not check that its client still exists. The statement's timeout ends it.
 #[tokio::test(flavor = "multi_thread")]
 async fn f75_a_relay_that_is_killed_while_its_statement_waits_leaves_no_session_behind() {
-    // A claim waits for the one, a settle for the other.
+    // A claim waits for the first table, a settle for the second.
     let killed = ["event_outbox", "event_processing_log"].map(|table| async move {
         let database = database().await;
         let (mut blocker, mut look) = (database.connect().await, database.connect().await);
@@ -78,7 +78,7 @@ async fn f75_a_relay_that_is_killed_while_its_statement_waits_leaves_no_session_
         let sessions = "pg_stat_activity where application_name = 'relay' and datname = current_database()";
         let waiting = format!("{sessions} and wait_event_type = 'Lock'");
         eventually("its statement waits", async || count(&mut look, &waiting).await > 0).await;
-        // Nor do those add up that it made anew meanwhile.
+        // The sessions that the relay opened meanwhile do not accumulate either.
         tokio::task::block_in_place(|| relay.until_log("\"cause\":\"table_locked\""));
         assert!(count(&mut look, &waiting).await <= 3);
         relay.signal("KILL");

@@ -1,4 +1,4 @@
-//! What is logged: of a run, of single events, of a storm, and of text that others wrote.
+//! Logs: of a run, of single events, of many errors at once, and of text from outside.
 
 use serde_json::{Value, json};
 
@@ -71,7 +71,7 @@ async fn f92_a_failed_event_is_named_with_its_key_its_place_and_its_next_try() {
         ("EVENT_DEFAULT_MAX_RETRIES", "1"),
         ("EVENT_DEFAULT_BACKOFF_MS", "50"),
     ];
-    // A run may end before the second attempt is due, or after it.
+    // A run may end before or after the second attempt is due.
     let mut log = String::new();
     eventually("it is dead-lettered", async || {
         log += &finished(&["--once"], &variables).stderr;
@@ -118,7 +118,7 @@ async fn f92_an_outage_is_told_with_its_length() {
     assert!(back["failed_calls"].as_u64().unwrap() >= 2, "{back}");
 }
 
-/// One event, refused by EventBridge with a message that forges lines and echoes it.
+/// Relays one event that EventBridge refuses. The message forges log lines and quotes the event.
 async fn echoed(url: &str) -> Finished {
     let stub = EventBridgeStub::start().await;
     let message = "no\nlike \u{1b}[31m\u{202e}this: {\"card\": \"cAnary-pAyload\"}, cookie=cAnary-hEader";
@@ -157,7 +157,7 @@ async fn f93_what_a_destination_echoes_and_forges_reaches_neither_log_nor_tables
             assert!(!text.contains(part), "{part:?} in {text}");
         }
     }
-    lines(&ended.stderr, ""); // each is JSON
+    lines(&ended.stderr, ""); // each line is JSON
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use crate::harness::{count, eventually, refused, sql};
 use crate::servers::{Database, Server, database_on_unmigrated};
 use crate::stores::Client;
 
-/// The migrations that the relay of before had.
+/// The number of migrations that the previous relay had.
 const BEFORE: usize = 10;
 
 fn files() -> Vec<PathBuf> {
@@ -22,7 +22,7 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-/// A database as the relay of before has left it.
+/// A database as the previous relay left it.
 async fn of_before(server: &Server) -> Database {
     let database = database_on_unmigrated(server).await;
     let mut connection = database.connect().await;
@@ -32,7 +32,7 @@ async fn of_before(server: &Server) -> Database {
     database
 }
 
-/// Inserts one event after the other until told to stop; returns the longest that one took.
+/// Inserts events one after the other until it is stopped. Returns the longest time that an insert took.
 async fn longest_insert(database: &Database, stop: tokio_util::sync::CancellationToken) -> Duration {
     let mut connection = database.connect().await;
     let mut longest = Duration::ZERO;
@@ -62,7 +62,7 @@ async fn a_migration_of_300000_waiting_events_holds_up_inserts_for_a_second_at_m
     let stop = tokio_util::sync::CancellationToken::new();
     let inserting = (0..2).map(|_| longest_insert(&database, stop.clone()));
     let migrating = async {
-        // A report that has read the table for a while, and goes on for a while.
+        // A report has read the table and keeps its transaction open.
         let mut report = database.connect().await;
         sql(&mut report, "begin; select count(*) from event_outbox").await;
         let variables = [("DATABASE_URL", database.url()), ("RELAY_LOG", "warn")];
@@ -80,7 +80,7 @@ async fn a_migration_of_300000_waiting_events_holds_up_inserts_for_a_second_at_m
     let (longest, ()) = tokio::join!(futures_util::future::join_all(inserting), migrating);
     let longest = longest.into_iter().max().unwrap();
     println!("longest insert beside the migrations of 300,000 events, and a lock that lasted: {longest:?}");
-    // A second for the lock; the rest is for the machine.
+    // The lock timeout is a second. The rest is for a busy machine.
     assert!(longest < Duration::from_secs(4), "{longest:?}");
     assert_eq!(count(&mut connection, "event_outbox where event_type = 'waits'").await, 300_000);
     finished(&["check"], &[("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true")]).exited(0);
@@ -92,7 +92,7 @@ async fn a_migration_of_300000_waiting_events_holds_up_inserts_for_a_second_at_m
     .await;
 }
 
-/// A relay of before that publishes to its standard output.
+/// A relay of the previous version that publishes to its standard output.
 fn relay_of_before(program: &str, database: &Database) -> Running {
     let mut command = Command::new(program);
     command.env_clear().stdin(Stdio::null()).envs([
@@ -138,7 +138,7 @@ async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them
     let longest = longest.into_iter().max().unwrap();
     println!("longest insert beside three relays and the migrations of 300,000 events: {longest:?}");
     assert!(longest < Duration::from_secs(4), "{longest:?}");
-    // After the migrations: retries, promotions and dead letters go by statements of before, too.
+    // After the migrations, the previous version's statements for retries, promotions and dead letters still work.
     sql(
         &mut connection,
         "insert into event_outbox (event_type, aggregate_id, status) select 'later', n::text, 'scheduled' from generate_series(1, 1000) n",
@@ -166,7 +166,7 @@ async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them
     assert_eq!((events, i64::try_from(ids.len()).unwrap()), (ids.len(), logged), "each once");
 }
 
-/// What roles had on the old objects they have on the new ones, whatever the roles are called and whoever granted it.
+/// Rights of roles on old objects extend to new objects, whatever the roles are called and whoever granted the rights.
 #[tokio::test]
 async fn roles_that_had_rights_before_have_the_like_on_what_migrations_add() {
     let server = Server::start("postgres", &["--fast"]);
@@ -202,13 +202,13 @@ async fn roles_that_had_rights_before_have_the_like_on_what_migrations_add() {
     let variables = [("DATABASE_URL", worker.as_str()), ("RELAY_STDOUT", "true")];
     finished(&["check"], &variables).exited(0);
     let mut app = sqlx::PgConnection::connect(&url("shop")).await.unwrap();
-    // What was made anew, and what is new beside it.
+    // Functions that were created again, and new ones.
     sql(&mut app, "select emit_event('a', '{}'::jsonb), emit_event('a', '{}'::text, 'order', '42')").await;
     assert_eq!(finished(&["--once"], &variables).exited(0).stdout.lines().count(), 2);
     let mut person = sqlx::PgConnection::connect(&url("person")).await.unwrap();
     sql(&mut person, "select * from event_blocked_keys; select * from event_relay").await;
     sql(&mut person, "select move_owed('a', 'b'), give_up_owed('a')").await;
-    // And nobody has more than before.
+    // Nobody has more rights than before.
     let mut stranger = sqlx::PgConnection::connect(&url("stranger")).await.unwrap();
     for (who, role) in [(&mut stranger, "stranger"), (&mut app, "shop")] {
         for statement in [

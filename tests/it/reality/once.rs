@@ -1,4 +1,4 @@
-//! `relay --once` where another relay holds the work.
+//! `relay --once` while another relay holds the events.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +11,7 @@ use crate::stores::{Client, Sqlite, Store};
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
-/// Stops a relay's process in the middle of its work.
+/// Freezes a relay's process.
 fn freeze(relay: &Running) {
     relay.signal("STOP");
 }
@@ -51,7 +51,7 @@ async fn f82_once_beside_a_relay_that_settles_what_is_due_ends_with_0() {
     let once = finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
     assert_eq!(once.stdout, "");
     assert_eq!(count(&mut connection, "event_outbox").await, 0, "it has waited");
-    // Where all is well and a producer goes on, it does not wait for what came later.
+    // If all goes well and a producer goes on, the run does not wait for later events.
     drop(slow);
     sql(&mut connection, "insert into event_outbox (event_type) select 'a' from generate_series(1, 10)").await;
     finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
@@ -67,7 +67,7 @@ async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
     let mut lock = store.path().into_os_string();
     lock.push("-relay");
     until("it owns the file", || std::fs::read_to_string(&lock).is_ok_and(|noted| noted.contains("since")));
-    // Not in the middle of a write, which would hold up everybody.
+    // It must not be frozen in the middle of a write, which would block every writer.
     let mut writer = store.connect_patiently(Duration::ZERO).await;
     loop {
         freeze(&hung);
@@ -80,7 +80,7 @@ async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
     let once = finished(&["--once"], &variables).exited(3);
     let last = once.stderr.lines().last().unwrap();
     assert!(last.contains(&format!(":{}, since", hung.id())), "{last}");
-    // A relay that stands by says so, and so does a check, as soon as the hung one had its time.
+    // A relay that stands by and a check report it as soon as the hung relay's time is over.
     let mut standing_by = Running::start(relay(&[], &variables));
     standing_by.until_log("\"cause\":\"not_taken\"");
     let who = format!(":{}, since", hung.id());
@@ -95,7 +95,7 @@ async fn f82_once_on_a_file_that_a_hung_relay_owns_ends_with_3_and_names_it() {
     hung.signal("KILL");
     drop(hung);
     assert_eq!(finished(&["--once"], &variables).exited(0).stdout.lines().count(), 1);
-    // Any program that holds the lock without a name, such as a relay of before.
+    // The lock may be held by a program that wrote no name, such as a relay of an earlier version.
     emit(&mut connection, "held", "k").await;
     let mut file = File::options().write(true).truncate(true).open(&lock).unwrap();
     file.flush().unwrap();

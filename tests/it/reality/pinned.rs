@@ -1,4 +1,4 @@
-//! Functions work in the schema of their table, whatever the caller's search path is, and wherever the schema was moved.
+//! Functions use the schema of their table, whatever the caller's search path is, and wherever the schema was moved.
 
 use crate::binary::{Running, cannot_work, drain, finished, relay, works};
 use crate::harness::{count, refused, sql};
@@ -10,7 +10,7 @@ fn on_path(database: &Database, search_path: &str) -> String {
     format!("{}?options=-csearch_path%3D{search_path}", database.url())
 }
 
-/// One outbox in each of these schemas, as SQL and as a search path in a URL.
+/// Creates an outbox in each of these schemas, given as SQL and as a search path in a URL.
 async fn outboxes(database: &Database, schemas: &[(&str, &str)]) {
     let mut connection = database.connect().await;
     for (schema, search_path) in schemas {
@@ -30,7 +30,7 @@ async fn f72_every_function_and_trigger_works_in_its_own_schema_whatever_the_pat
                         destination, attempts, error_code, error, first_failed_at)
          values (1, gen_random_uuid(), 'dead', '', '{}', '{}', 1, 0, now(), 'stdout', 1, 'X', 'x', now())";
     for (schema, _) in schemas {
-        // The first value of a sequence is the one that it shows before.
+        // A sequence that has given one value shows the same number as a new one.
         sql(
             &mut connection,
             format!(
@@ -39,7 +39,7 @@ async fn f72_every_function_and_trigger_works_in_its_own_schema_whatever_the_pat
             ),
         )
         .await;
-        // A function that went to another schema by its path would find one of these, or nothing.
+        // A function that followed the caller's search path would find another schema's table, or none.
         for path in ["public", "app", "pg_temp", "nowhere", "public, pg_catalog"] {
             sql(&mut connection, format!("set search_path = {path}; truncate {schema}.event_outbox")).await;
             let moves = format!("{schema}.event_outbox_moves");
@@ -85,7 +85,7 @@ async fn f72_every_function_and_trigger_works_in_its_own_schema_whatever_the_pat
         }
         sql(&mut connection, "set search_path = public").await;
     }
-    // The same with a relay: each publishes what is in its schema.
+    // Each relay publishes the events of its schema.
     for (schema, path) in schemas {
         sql(
             &mut connection,
@@ -99,7 +99,7 @@ async fn f72_every_function_and_trigger_works_in_its_own_schema_whatever_the_pat
     }
 }
 
-/// What `--once` and `check` say of this outbox, and a daemon, which waits; then `relay migrate` mends it, once.
+/// `--once`, `check` and a waiting daemon report these parts for this outbox. Then one `relay migrate` mends it.
 fn is_mended_by_migrate(url: &str, parts: &[&str]) {
     let mut parts = parts.to_vec();
     parts.push("run `relay migrate`");
@@ -143,7 +143,7 @@ async fn f72_tables_that_were_moved_without_their_functions_are_noticed_and_mend
     let mut connection = database.connect().await;
     sql(&mut connection, "create schema app; grant usage on schema app to public").await;
     sql(&mut connection, "alter table event_outbox set schema app").await;
-    // One table alone is not enough: `migrate` moves no tables.
+    // `migrate` moves no tables, so it cannot mend this.
     let url = on_path(&database, "app");
     cannot_work(&url, &["event_outbox lies in schema app and its functions in schema public", "run `relay migrate`"]);
     let refused = finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(1);
@@ -222,14 +222,14 @@ async fn f76_a_table_of_somebody_else_and_tables_without_functions_are_told_with
     cannot_work(database.url(), &parts);
     let migrated = finished(&["migrate"], &[("DATABASE_URL", database.url())]).exited(1);
     assert!(parts.iter().all(|part| migrated.complaint().contains(part)), "{}", migrated.stderr);
-    // The cure works.
+    // The printed cure works.
     sql(&mut connection, "create schema relay").await;
     let url = on_path(&database, "relay");
     finished(&["migrate"], &[("DATABASE_URL", &url)]).exited(0);
     sql(&mut connection, "select relay.emit_event('a')").await;
     assert_eq!(drain(&url).len(), 1);
 
-    // A dump that has the tables and not the functions.
+    // A dump that has the tables but not the functions.
     sql(&mut connection, "drop table public.event_outbox; create table public.event_outbox (like relay.event_outbox)")
         .await;
     let parts = ["schema public has the table event_outbox and not its functions", "pg_dump -n public"];

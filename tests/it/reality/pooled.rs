@@ -7,7 +7,7 @@ use crate::harness::{count, emit, eventually};
 use crate::servers::{Database, Server, database_on, pgbouncer_with};
 use crate::stream;
 
-/// pgbench beside the relay, until it is dropped.
+/// pgbench beside the relay. Dropping this value ends it.
 struct Neighbours(Child);
 
 impl Neighbours {
@@ -22,7 +22,7 @@ impl Neighbours {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // Kept until the program has read it.
+        // The file must exist until the program has read it.
         std::thread::sleep(std::time::Duration::from_millis(500));
         Self(child)
     }

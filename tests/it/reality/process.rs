@@ -1,4 +1,4 @@
-//! Signals, standard streams, and an end that comes whatever hangs.
+//! Signals, standard streams, and stopping while something hangs.
 
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
@@ -12,17 +12,17 @@ use crate::scripted::{Gate, ScriptedSink};
 use crate::servers::{Database, Server, database, redis};
 use crate::stores::{Postgres, Sqlite, Store};
 
-/// A backend of the relay waits for a lock.
+/// Counts the relay's sessions that wait for a lock.
 const WAITS_FOR_LOCK: &str =
     "pg_stat_activity where datname = current_database() and application_name = 'relay' and wait_event_type = 'Lock'";
 
-/// Partitions that some lane holds.
+/// Counts the partitions that are claimed by a lane.
 const CLAIMED: &str = "pg_locks where locktype = 'advisory' and classid = 'event_outbox'::regclass and objid < 640
                        and objsubid = 2 and database = (select oid from pg_database where datname = current_database())";
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
-/// `relay` as a shell starts it that has done `setup` before.
+/// `relay`, started by a shell that has run `setup` first.
 fn relay_after(setup: &str, args: &[&str], variables: &[(&str, &str)]) -> Command {
     let relay = relay(args, variables);
     let mut shell = Command::new("sh");
@@ -41,7 +41,7 @@ async fn f88_sighup_stops_it_as_sigterm_does_unless_it_was_started_to_ignore_it(
     running.signal("HUP");
     running.finish().exited(0).says(&["stopping", "SIGHUP"]);
 
-    // As `nohup` does.
+    // `nohup` does the same.
     let mut running = Running::start(relay_after("trap '' HUP", &["run"], &variables));
     running.until_log("\"message\":\"ready\"");
     running.signal("HUP");
@@ -52,7 +52,7 @@ async fn f88_sighup_stops_it_as_sigterm_does_unless_it_was_started_to_ignore_it(
     assert!(!finished.stderr.contains("SIGHUP"), "{}", finished.stderr);
 }
 
-/// A relay to a Redis that hangs, with one event on its way there, and to standard output.
+/// A relay with one event in flight to a hanging Redis. Its other destination is standard output.
 async fn hanging(database: &Database, redis: &mut Server, timeout: &str) -> Running {
     let url = redis.url().to_owned();
     let variables = [
@@ -113,7 +113,7 @@ async fn f89_where_nothing_is_in_flight_the_end_comes_at_once_whatever_hangs() {
         ("RELAY_REDIS_STREAM", "reality:process"),
         ("EVENT_OUTBOX_POLLING_INTERVAL", "100"),
     ];
-    // A claim waits for the lock; then the start does.
+    // A claim waits for the lock. In the next relays, the start does.
     let mut running = Running::start(relay(&["run"], &variables));
     running.until_log("\"message\":\"ready\"");
     let lock = "begin; lock table event_outbox, event_processing_log in access exclusive mode";
@@ -122,7 +122,7 @@ async fn f89_where_nothing_is_in_flight_the_end_comes_at_once_whatever_hangs() {
     running.signal("TERM");
     running.finish().exited(0).says(&["stopping"]);
     for (args, code) in [(&["run"][..], 0), (&["--once"], 3)] {
-        // The server does not notice that who waits is gone.
+        // The server does not notice that the client that waited is gone.
         let now = column(&mut connection, "select clock_timestamp()::text").await.remove(0);
         let running = Running::start(relay(args, &variables));
         let waits = format!("{WAITS_FOR_LOCK} and backend_start > '{now}'");
@@ -153,14 +153,14 @@ async fn f90_a_lane_that_ends_in_trouble_leaves_the_callers_token_alone() {
     assert!(!stop.is_cancelled());
 }
 
-/// A pipe that takes nothing more until somebody reads it.
+/// A pipe that is full until somebody reads it.
 fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     writer.write_all(&[b'.'; 64 << 10]).unwrap();
     (reader, writer)
 }
 
-/// Waits for the end of a process whose standard error nobody reads; returns its code.
+/// Waits for the end of a process whose standard error nobody reads. Returns its exit code.
 fn code(mut child: std::process::Child) -> Option<i32> {
     until("it ends", || child.try_wait().unwrap().is_some());
     child.wait().unwrap().code()
@@ -176,7 +176,7 @@ async fn f88_a_standard_error_that_nobody_reads_holds_up_nothing() {
         command.stdout(Stdio::null()).stderr(writer.try_clone().unwrap()).spawn().unwrap()
     };
     let variables = [("DATABASE_URL", database.url()), STDOUT, ("RELAY_LOG", "debug")];
-    // Refused before there is a log.
+    // These are refused before logging starts.
     assert_eq!(code(start(&["--once"], &[STDOUT])), Some(2));
     assert_eq!(code(start(&["--bogus"], &[STDOUT])), Some(2));
     sql(&mut connection, "select emit_event('a')").await;
@@ -186,7 +186,7 @@ async fn f88_a_standard_error_that_nobody_reads_holds_up_nothing() {
     eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
     terminate(running.id());
     assert_eq!(code(running), Some(0));
-    // A second signal ends it at once all the same.
+    // A second signal ends it at once even then.
     let mut hangs = Server::start("redis", &[]);
     let url = hangs.url().to_owned();
     let running = start(&["run"], &[variables[0], ("REDIS_URL", &url), ("EVENT_DEFAULT_TIMEOUT", "600000")]);
@@ -196,7 +196,7 @@ async fn f88_a_standard_error_that_nobody_reads_holds_up_nothing() {
     sql(&mut connection, "select emit_event('held')").await;
     eventually("it is being published", async || count(&mut connection, CLAIMED).await > 0).await;
     terminate(running.id());
-    tokio::time::sleep(Duration::from_millis(200)).await; // two at once would be one
+    tokio::time::sleep(Duration::from_millis(200)).await; // two signals at the same time would be one
     terminate(running.id());
     assert_eq!(code(running), Some(1));
 }
@@ -214,7 +214,7 @@ async fn f88_lines_that_nobody_read_are_counted() {
         [("DATABASE_URL", database.url()), STDOUT, ("RELAY_LOG", "debug"), ("EVENT_OUTBOX_BATCH_SIZE", "1")];
     let mut command = relay(&["run"], &variables);
     let running = command.stdout(Stdio::null()).stderr(writer).spawn().unwrap();
-    drop(command); // with the pipe's other end
+    drop(command); // it holds the pipe's other end
     sql(&mut connection, "select emit_event('a') from generate_series(1, 2500)").await;
     eventually("all is published", async || count(&mut connection, "event_outbox").await == 0).await;
     let (say, said) = std::sync::mpsc::channel();
@@ -264,7 +264,7 @@ async fn f88_a_standard_output_that_leads_nowhere_takes_no_event() {
     run("exec >/dev/full", &["--once"]).exited(3).says(&["No space left on device"]);
     assert_eq!(count(&mut connection, "event_outbox where attempts = 0").await, 1);
     run("exec >/dev/full", &["check"]).exited(1).says(&["cannot write to standard output"]);
-    // None of these is a reason not to work.
+    // The relay works in each of these set-ups.
     run("exec 2>&-", &["--once"]).exited(0);
     for setup in ["exec <&-", "exec >/dev/null", "exec <&- 2>&-"] {
         sql(&mut connection, "select emit_event('a')").await;
@@ -274,7 +274,7 @@ async fn f88_a_standard_output_that_leads_nowhere_takes_no_event() {
     finished(&["check"], &variables).exited(0);
 }
 
-/// Of every file that is written to, at most so much may be written.
+/// The largest size that a written file may have.
 const FILE_LIMIT: u64 = 64 << 20;
 
 async fn a_file_at_the_limit_of_its_size_is_the_destinations_fault<S: Store>() {
@@ -290,7 +290,7 @@ async fn a_file_at_the_limit_of_its_size_is_the_destinations_fault<S: Store>() {
         let run = |setup: &str, args: &[&str]| {
             Running::start(relay_after(setup, args, &[("DATABASE_URL", store.url()), destination])).finish()
         };
-        // A death by an event is given up after the third.
+        // An event that crashed the relay three times would be given up, so this runs four times.
         for _ in 0..4 {
             run(&setup, &["--once"]).exited(3).says(&["File too large"]);
         }
@@ -322,7 +322,7 @@ async fn f10_a_log_at_the_limit_of_its_size_holds_up_nothing() {
         Running::start(relay_after(&setup, args, &[("DATABASE_URL", database.url()), setting])).finish()
     };
     assert_eq!(run(&["--once"], STDOUT).exited(0).stdout.lines().count(), 1);
-    // Nor where there is nothing but a complaint to write.
+    // The same holds if there is only an error to write.
     run(&["--once"], ("RELAY_LANES", "many")).exited(2);
 }
 

@@ -1,5 +1,5 @@
-//! Many events that waited for a destination come due beside a session that holds an old snapshot, so that nothing of what was
-//! promoted can be removed.
+//! Many events that waited for a destination become due while a session holds an old snapshot. So no dead row of a promoted
+//! event can be removed.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,19 +12,19 @@ use crate::scripted::ScriptedSink;
 use crate::servers::{Database, Server, database, database_on};
 use crate::stores::Client;
 
-/// Enough that to walk over them takes many times as long as to promote a batch.
+/// So many rows that scanning them takes many times as long as promoting a batch.
 const PARKED: i64 = 15_000;
 
 const BATCH: usize = 100;
 
-/// Holds a snapshot of before all that is done from now on.
+/// Opens a snapshot that is older than everything that follows.
 async fn old_snapshot(database: &Database) -> PgConnection {
     let mut session = database.connect().await;
     sql(&mut session, "begin isolation level repeatable read; select from event_outbox").await;
     session
 }
 
-/// Parks events for `b`, as an outage leaves them, and starts a relay, for which `b` is back.
+/// Parks events for `b`, as an outage does, and starts a relay for which `b` works.
 async fn with_parked(database: &Database, batch: usize) -> (Running, Arc<ScriptedSink>) {
     let mut connection = database.connect().await;
     let insert = format!(
@@ -42,7 +42,7 @@ async fn until_empty(connection: &mut PgConnection) {
     eventually("all is delivered", async || count(connection, "event_outbox").await == 0).await;
 }
 
-/// How many entries of the indexes of what waits were met, once all sessions that have ended have said so.
+/// How many entries of the indexes of waiting rows were read, after all ended sessions have reported their counts.
 async fn entries_met(database: &Database) -> i64 {
     let scans = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes
                  where indexrelname in ('event_outbox_scheduled_idx', 'event_outbox_waiting_idx')";
@@ -68,7 +68,7 @@ fn assert_in_order(sink: &ScriptedSink) {
 #[tokio::test]
 async fn f102_beside_an_old_snapshot_neither_promotions_nor_claims_walk_again_and_again_over_what_waited() {
     let database = database().await;
-    // What this test itself asks is not to be counted.
+    // The test's own queries must not be counted.
     let mut connection = database.connect().await;
     sql(&mut connection, "set enable_indexscan = off; set enable_indexonlyscan = off; set enable_bitmapscan = off")
         .await;
@@ -79,11 +79,11 @@ async fn f102_beside_an_old_snapshot_neither_promotions_nor_claims_walk_again_an
     assert_in_order(&sink);
     let met = entries_met(&database).await;
     let by_batches = PARKED * PARKED / BATCH as i64 / 2;
-    // Claims not counted.
+    // This does not count claims.
     println!("{met} entries met; {by_batches} where each promotion is one batch");
     assert!(met < by_batches, "{met} entries met; {by_batches} where each promotion is one batch");
 
-    // New events, of which some wait behind nothing: claims do not ask all that is dead whether it lives.
+    // New events, some of them scheduled behind nothing: claims do not check every dead row.
     let mut setup = Setup::new(&database, vec![("a", ScriptedSink::accepting()), ("b", ScriptedSink::accepting())]);
     setup.relay.batch_events = BATCH;
     let running = setup.run();
@@ -124,7 +124,7 @@ async fn f102_whatever_comes_due_among_what_was_promoted_is_promoted_too() {
     )
     .await;
     let _snapshot = old_snapshot(&database).await;
-    // Without the trigger: a transaction that notifies cannot be prepared.
+    // Triggers are off, because a transaction that notifies cannot be prepared.
     let mut late = database.connect().await;
     sql(&mut late, "begin; set local session_replication_role = replica").await;
     sql(&mut late, scheduled("is committed late", "now() - interval '1 minute'")).await;

@@ -1,4 +1,4 @@
-//! The relay's notes beside streams, where somebody else has put something in their place.
+//! The relay's states beside streams, when another program has put something else at their keys.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::stores::{Client, Postgres, Sqlite, Store};
 use crate::stream;
 use crate::support::unique;
 
-/// What may lie at the key of a state, as the command that puts it there.
+/// Commands that put something else at the key of a state.
 const FOREIGN: [&[&str]; 8] = [
     &["SET", "{key}", "somebody's"],
     &["RPUSH", "{key}", "somebody's"],
@@ -21,7 +21,7 @@ const FOREIGN: [&[&str]; 8] = [
     &["HSET", "{key}", "somebody's", "hash"],
     &["HSET", "{key}", "owner", "somebody"],
     &["HSET", "{key}", "owner", "1 2", "1", "what no relay writes"],
-    // The last number of a sequence but one, and one that a step of the claim's epoch does not reach.
+    // The largest number but one, and a number that a claim's epoch does not reach in one step.
     &["HSET", "{key}", "owner", "9223372036853775806 1"],
     &["HSET", "{key}", "owner", "99999999999999 1", "1", ""],
 ];
@@ -35,7 +35,7 @@ fn dump(key: &str) -> Vec<u8> {
     redis::cmd("DUMP").arg(key).query(&mut stream::connect(redis().url())).unwrap()
 }
 
-/// Puts something else in the place of a state.
+/// Replaces a state with something else.
 fn replace(state: &str, by: &[&str]) {
     let mut redis = stream::connect(redis().url());
     redis::cmd("DEL").arg(state).exec(&mut redis).unwrap();
@@ -64,7 +64,7 @@ async fn what_is_no_state_is_left_alone<S: Store>(epoch: &str) {
         let before = dump(&state);
         emit(&mut connection, "e2", "k").await;
         emit(&mut connection, "e3", "k").await;
-        // An answer is lost under the new key, which two relays find each by itself.
+        // An answer is lost under the new key, which two relays choose independently.
         drain(&store, Lossy::new(&name, &[Trouble::Unknown])).await;
         drain(&store, Arc::new(sink(redis(), &name))).await;
         assert_eq!(arrived(&name), ["e1", "e2", "e3"], "{foreign:?}");
@@ -125,7 +125,7 @@ async fn an_event_cannot_name_a_state<S: Store>() {
     emit(&mut connection, &stream, "k").await;
     drain(&store, Arc::new(sink(redis(), "{event_type}"))).await;
     let [state] = states(&format!("{{{stream}}}")).try_into().unwrap();
-    // The name of the state, that of the key that would take its place, and one of another outbox; each in its key's order.
+    // The name of a state, the key that would replace it, and a state of another outbox; the events of each key are in order.
     for name in [state.clone(), format!("{state}:v2"), "{x}:relay:0123456789ab-5:redis:576".to_owned()] {
         emit(&mut connection, &name, "k").await;
     }

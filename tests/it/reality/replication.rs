@@ -1,4 +1,4 @@
-//! Logical replication: change data capture beside the relay, and the copy to a new server that people upgrade by.
+//! Logical replication: change data capture beside the relay, and a copy to a new server for an upgrade.
 
 use sqlx::PgConnection;
 
@@ -34,7 +34,7 @@ async fn f70_with_all_tables_published_a_relay_claims_settles_promotes_and_redri
     eventually("all is published", async || count(&mut connection, "event_outbox").await == 0).await;
     assert_eq!(sink.accepted().len(), 52);
     running.stop().await;
-    // What an application's own statements do to waiting events.
+    // The application's own statements change waiting events.
     sql(
         &mut connection,
         "select emit_event('changed', delay => '1 hour');
@@ -43,7 +43,7 @@ async fn f70_with_all_tables_published_a_relay_claims_settles_promotes_and_redri
     .await;
 }
 
-/// What waits in a database, with its places.
+/// The waiting events of a database, with their partitions.
 async fn waiting(connection: &mut PgConnection) -> Vec<String> {
     let rows = "select row(partition, id, destination, event_id, event_type, status, attempts, payload)::text
                 from event_outbox order by id, destination";
@@ -64,14 +64,14 @@ async fn f70_a_subscription_takes_all_that_a_relay_does_and_a_relay_works_on_the
     let (old, new) = (database_on(&old_server).await, database_on(&new_server).await);
     let (mut there, mut here) = (old.connect().await, new.connect().await);
     sql(&mut there, "select emit_event('before', delay => '1 hour') from generate_series(1, 20)").await;
-    // Older than the rules, which are not asked of what comes from elsewhere.
+    // A row older than the rules. Replicated rows are not checked against the rules.
     Database::unruled(&mut there, r#"insert into event_outbox (event_type, headers) values ('old', '{"ID": "x"}')"#)
         .await;
     sql(&mut there, "create publication everything for all tables").await;
     sql(&mut here, &format!("create subscription copy connection '{}' publication everything", old.url())).await;
     catches_up(&mut there, &mut here).await;
 
-    // Inserts, retries, promotions, parked copies, dead letters and deletes, by a relay at work.
+    // A running relay inserts, retries, promotes, parks copies, dead-letters and deletes.
     let sink = ScriptedSink::new(|event| match event.attempts {
         0 if event.event_type == "retried" => Act::Refuse,
         _ if event.event_type == "poison" => Act::Refuse,
@@ -112,12 +112,12 @@ async fn f70_a_subscription_takes_all_that_a_relay_does_and_a_relay_works_on_the
         "the subscription works on"
     );
 
-    // The new side takes over.
+    // The new server takes over.
     sql(&mut here, "alter subscription copy disable").await;
     sql(&mut here, "alter subscription copy set (slot_name = none)").await;
     sql(&mut here, "drop subscription copy").await;
     let variables = [("DATABASE_URL", new.url()), ("RELAY_STDOUT", "true")];
-    // What is owed to `b` came over too, which fails as well: this relay has no such destination.
+    // Rows owed to `b` were copied too. The check fails for them as well, because this relay has no such destination.
     let cure = || {
         let check = finished(&["check"], &variables).exited(1).stdout;
         check.lines().find(|line| line.contains("setval(")).map(str::to_owned)
@@ -162,7 +162,7 @@ async fn f70_whatever_a_statement_says_a_row_lies_in_its_partition_and_keeps_its
     let moved = "select count(distinct partition) from event_outbox where partition between 1088 and 1151";
     sql(&mut connection, "update event_outbox set status = 'scheduled', priority = 2, partition = 0").await;
     assert_eq!(connection.number(moved).await, 1);
-    // Also for a session that fires no ordinary triggers.
+    // This also holds for a session in which ordinary triggers do not fire.
     sql(&mut connection, "set session_replication_role = replica; update event_outbox set status = 'pending'").await;
     sql(&mut connection, "insert into event_outbox (event_type, aggregate_id, priority) values ('a', '42', 2)").await;
     assert_eq!(connection.number("select count(distinct partition) from event_outbox").await, 1);

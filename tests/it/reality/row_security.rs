@@ -16,7 +16,7 @@ const TABLES: [&str; 7] = [
     "event_relay",
 ];
 
-/// The database as a role with every right but to pass row-level security.
+/// Creates a role that has every right but to bypass row-level security. Returns the URL and the role.
 async fn as_role(database: &Database) -> (String, String) {
     let role = unique("rls").replace('-', "_");
     sql(
@@ -51,7 +51,7 @@ async fn f69_row_security_without_a_policy_is_refused_with_the_cure() {
         finished(&["--once"], &variables).exited(1).says(&["row-level security", table, "bypassrls"]);
         sql(&mut connection, format!("alter table {table} disable row level security")).await;
     }
-    // A policy that shows everything to others is none for this role.
+    // A policy that shows everything to other roles shows nothing to this one.
     sql(&mut connection, "alter table event_outbox enable row level security").await;
     finished(&["emit", "a"], &variables).exited(1).says(&["row-level security"]);
     sql(&mut connection, "create policy write on event_outbox for insert with check (true)").await;

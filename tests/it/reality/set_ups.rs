@@ -1,4 +1,4 @@
-//! Databases as people set them up: each works, or is refused with the cure.
+//! Databases as operators set them up: each works, or is refused with a cure.
 
 use crate::binary::{Running, cannot_work, finished, relay};
 use crate::harness::{column, count, eventually, sql};
@@ -16,12 +16,12 @@ async fn f76_an_idle_relay_keeps_its_connections_whatever_the_limit_for_idle_ses
         return; // PostgreSQL 13 has no such limit.
     }
     let name = database.url().rsplit('/').next().unwrap().to_owned();
-    // A session that has begun keeps what held then.
+    // A session keeps the setting that was in force when it started.
     sql(&mut connection, format!("alter database {name} set idle_session_timeout = '200ms'")).await;
     let slow = ("EVENT_OUTBOX_POLLING_INTERVAL", "60000");
     let mut running = Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT, slow]));
     running.until_log("\"message\":\"ready\"");
-    // One that listens, and at least one lane: idle for five times as long as the limit.
+    // A listening connection and at least one lane have been idle for five times the limit.
     let idle = format!(
         "pg_stat_activity where datname = '{name}' and application_name = 'relay' and state = 'idle'
          and state_change < clock_timestamp() - interval '1 s'"
@@ -44,10 +44,10 @@ async fn f76_an_orphaned_prepared_transaction_costs_no_busy_polling() {
     .await;
     let mut running = Running::start(relay(&[], &[("DATABASE_URL", database.url()), STDOUT]));
     running.until_log("\"message\":\"ready\"");
-    // Others go on.
+    // Other events are published.
     sql(&mut connection, "insert into event_outbox (event_type) values ('decided')").await;
     eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
-    // A relay that waits in short steps makes some fifty statements a second; one that sleeps makes a few.
+    // A relay that polls in short intervals runs some fifty statements a second, one that sleeps runs a few.
     let idle = "pg_stat_activity where application_name = 'relay' and state = 'idle' and state_change < clock_timestamp() - interval '1 s'";
     let all = "pg_stat_activity where application_name = 'relay'";
     eventually("all its connections are idle for a second", async || {
@@ -55,7 +55,7 @@ async fn f76_an_orphaned_prepared_transaction_costs_no_busy_polling() {
         all >= 2 && count(&mut connection, idle).await == all
     })
     .await;
-    // What is decided at last is found by polling.
+    // An event that commits at last is found by polling.
     sql(&mut connection, "commit prepared 'orphan'").await;
     eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
     running.signal("TERM");
@@ -109,7 +109,7 @@ async fn f76_a_migration_that_may_not_create_is_told_what_it_needs() {
     let refused = finished(&["migrate"], &[("DATABASE_URL", &nowhere)]).exited(1);
     assert!(refused.complaint().contains("create the schema first"), "{}", refused.stderr);
 
-    // Who else may create in the schema is told; it is no failure.
+    // A role that may create objects in the schema is reported, but the check does not fail.
     sql(&mut connection, format!("create role {name}_other; grant create on schema public to {name}_other")).await;
     let check = finished(&["check"], &[("DATABASE_URL", &url), STDOUT]).exited(0).stdout;
     let warning =
@@ -123,7 +123,7 @@ async fn f76_ids_of_the_applications_own_sequence_work_and_are_checked() {
     let database = database().await;
     let mut connection = database.connect().await;
     let variables = [("DATABASE_URL", database.url()), STDOUT];
-    // Whoever inserts gives the id.
+    // The application gives the ids.
     sql(&mut connection, "alter table event_outbox alter column id drop identity").await;
     sql(&mut connection, "insert into event_outbox (id, event_type) values (7, 'own')").await;
     finished(&["check"], &variables).exited(0);
@@ -242,7 +242,7 @@ async fn f103_emit_event_takes_what_drivers_send_and_says_what_it_does_not_take(
     let database = database().await;
     let mut connection = database.connect().await;
     let id = "01234567-89ab-4cde-8f01-23456789abcd";
-    // What a parameter of this type meets; `unknown` is a driver that leaves the type to the server.
+    // The result for a parameter of each type; `unknown` is for drivers that leave the type to the server.
     for (call, key) in [
         ("emit_event('a')".to_owned(), "null|null"),
         ("emit_event('a', '{}')".to_owned(), "null|null"),
@@ -274,7 +274,7 @@ async fn f103_emit_event_takes_what_drivers_send_and_says_what_it_does_not_take(
         let refused = crate::harness::refused(&mut connection, format!("select {call}")).await;
         assert!(refused.contains(words), "{call}: {refused}");
     }
-    // An insert takes numbers and UUIDs for a text, and a payload of type json.
+    // An insert accepts numbers and UUIDs for a text, and a payload of type json.
     sql(
         &mut connection,
         format!(

@@ -1,4 +1,4 @@
-//! Settles that the database swallows or refuses: nothing is published again and again, and it is said who does it.
+//! Settles that the database swallows or refuses: nothing is published again and again, and the cause is named.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::scripted::{Act, Gate, ScriptedSink};
 use crate::servers::{Server, database_on};
 use crate::stores::{Postgres, Sqlite, Store};
 
-/// What an application may do to the relay's tables so that writes are lost: how, how to undo it, and what the relay says.
+/// A way in which an application can make the relay's writes get lost, how to undo it, and what the relay reports.
 type Way = (&'static str, &'static str, &'static str);
 
 const FUNCTIONS: &str = "
@@ -181,7 +181,7 @@ pub(super) async fn failures(store: &impl Store, usage: Usage) -> String {
         configuration: &configuration,
     };
     let checks = database.operate().check(request).await;
-    // The relay of the test has another configuration than this check.
+    // The test's relay has another configuration than this check, which would fail for that.
     let others = checks.into_iter().filter(|check| check.subject != "configuration");
     others.filter_map(|check| check.result.err()).collect::<Vec<_>>().join("\n")
 }
@@ -218,7 +218,7 @@ async fn f66_nothing_is_published_where_sqlite_records_nothing() {
     nothing_is_published_where_nothing_is_recorded::<Sqlite>("", &SQLITE).await;
 }
 
-/// Comes while a relay is at work, and goes again.
+/// The cause appears while a relay runs, and disappears again.
 async fn what_comes_while_it_works_costs_a_repeat_at_most<S: Store>(functions: &str, ways: &[Way], repeats: usize) {
     let (store, mut connection) = prepared::<S>(functions).await;
     let sink = ScriptedSink::accepting();
@@ -247,7 +247,7 @@ async fn what_comes_while_it_works_costs_a_repeat_at_most<S: Store>(functions: &
     assert_eq!(count(&mut connection, "event_processing_log").await, 5 * ways.len() as i64);
 }
 
-/// Of these ways those that a settle of published events meets.
+/// The ways that concern a settle of published events.
 fn met(ways: &[Way]) -> Vec<Way> {
     let met = |how: &str| !["update", "dead_letter", "history"].iter().any(|other| how.contains(other));
     ways.iter().filter(|(how, ..)| met(how)).copied().collect()
@@ -265,7 +265,7 @@ async fn f66_what_comes_while_a_relay_works_on_sqlite_costs_no_repeat() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn f66_row_policies_that_keep_the_relay_from_deleting_are_named() {
-    // A server of its own: roles are the server's.
+    // The test has its own server, because roles belong to the server.
     let server = Server::start("postgres", &["--fast"]);
     let database = database_on(&server).await;
     let mut connection = database.connect().await;
@@ -289,7 +289,7 @@ async fn f66_row_policies_that_keep_the_relay_from_deleting_are_named() {
     assert_eq!(sink.calls(), 0);
 }
 
-/// An operator's change during a publish gives a row another place; what was published is settled all the same.
+/// An operator changes a row during its publish, so that it is stored elsewhere. What was published is settled nevertheless.
 async fn a_row_that_was_changed_meanwhile_is_settled<S: Store>(act: Act) {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -320,7 +320,7 @@ async fn f66_a_row_that_an_operator_changes_during_a_publish_is_settled() {
     a_row_that_was_changed_meanwhile_is_settled::<Sqlite>(Act::Refuse).await;
 }
 
-/// What refuses or swallows the settle of the events of type `bad` only; how to undo it.
+/// Ways to refuse or swallow only the settle of events of type `bad`, and how to undo each.
 const BAD_ON_POSTGRES: [(&str, &str); 8] = [
     (
         "create function no_bad() returns trigger language plpgsql as $$
@@ -398,7 +398,7 @@ async fn one_event_that_cannot_be_settled_is_parked_and_the_others_are_settled<S
         let sink = ScriptedSink::accepting();
         let running = Setup::new(&store, vec![("a", sink.clone())]).run();
         eventually("all but one is settled", async || count(&mut connection, "event_outbox").await == 1).await;
-        // Its key goes on.
+        // Its key is not blocked.
         emit(&mut connection, "after", "k0").await;
         eventually("its key goes on", async || sink.names().last().is_some_and(|name| name == "after")).await;
         eventually("that is settled", async || count(&mut connection, "event_outbox").await == 1).await;
@@ -410,7 +410,7 @@ async fn one_event_that_cannot_be_settled_is_parked_and_the_others_are_settled<S
         assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
         let stuck = failures(&store, USAGE).await;
         assert!(stuck.contains("parked until somebody acts: 1 events, and behind them by their keys 0"), "{stuck}");
-        // Somebody says so.
+        // An operator removes the cause and makes the event due.
         sql(&mut connection, undo).await;
         sql(&mut connection, format!("update event_outbox set available_at = {}", S::in_ms(-1000))).await;
         eventually("it is settled", async || count(&mut connection, "event_outbox").await == 0).await;
@@ -430,7 +430,7 @@ async fn f67_one_event_that_sqlite_does_not_settle_is_parked_and_the_others_are_
     one_event_that_cannot_be_settled_is_parked_and_the_others_are_settled::<Sqlite>("", &BAD_ON_SQLITE).await;
 }
 
-/// Neither settled nor parked: nothing is published any more, and it is said why.
+/// The event can be neither settled nor parked. The relay publishes nothing more and reports why.
 async fn an_event_that_cannot_even_be_parked_stops_the_relay<S: Store>(functions: &str, how: &str, undo: &str) {
     let (store, mut connection) = prepared::<S>(functions).await;
     sql(&mut connection, how).await;

@@ -1,4 +1,4 @@
-//! Events, and parts of them, that are larger than anybody meant them to be.
+//! Events that are larger than intended, in whole or in one column.
 
 use std::time::Instant;
 
@@ -13,15 +13,15 @@ use crate::stub::EventBridgeStub;
 
 const MB: u64 = 1 << 20;
 
-/// A store in which rows can be made that are older than the bounds.
+/// A store into which a test can insert rows that are older than the size limits.
 trait Old: Store {
-    /// Runs statements while no trigger asks for the rules.
+    /// Runs statements while the triggers that check the rules are off.
     async fn insert_old(connection: &mut Self::Connection, statements: &str);
 }
 
 impl Old for Postgres {
     async fn insert_old(connection: &mut Self::Connection, statements: &str) {
-        // Ruled by a trigger that is always enabled, which asks for this.
+        // The trigger is always enabled, but it skips its checks in this mode.
         sql(
             connection,
             format!("set session_replication_role = replica; {statements}; reset session_replication_role"),
@@ -41,7 +41,7 @@ impl Old for Sqlite {
     }
 }
 
-/// The columns that have a bound, what a row over it is dead-lettered as, and values at the bound and one byte over it.
+/// The columns that have a size limit, the error code for a longer value, a value at the limit, and one a byte longer.
 fn bounds() -> Vec<(&'static str, &'static str, String, String)> {
     let text = |bytes| format!("'{}'", "x".repeat(bytes));
     // As PostgreSQL prints it.
@@ -61,7 +61,7 @@ async fn an_old_row_over_a_bound_is_dead_lettered_alone_and_whole<S: Old>() {
     for (name, code, at, over) in bounds() {
         let store = S::new().await;
         let mut connection = store.connect().await;
-        // All of one key, where the key is not what is over its bound.
+        // All rows have one key, unless the key is the column that is too long.
         let columns = if name.starts_with("aggregate") { name.to_owned() } else { format!("aggregate_id, {name}") };
         let values = |value: &str| if columns == name { value.to_owned() } else { format!("'7', {value}") };
         let rows = [("before", &at), ("sick", &over), ("sick", &over), ("after", &at)];
@@ -75,7 +75,7 @@ async fn an_old_row_over_a_bound_is_dead_lettered_alone_and_whole<S: Old>() {
         Setup::new(&store, vec![("a", sink.clone())]).drain().await;
         let mut names = sink.names();
         if name.starts_with("aggregate") {
-            names.sort_unstable(); // another key than that of the last
+            names.sort_unstable(); // this key is not that of the last event
         }
         let mut expected = vec!["before", "after", "healthy"];
         if name.starts_with("aggregate") {
@@ -100,7 +100,7 @@ async fn f79_on_sqlite_an_old_row_over_a_bound_is_dead_lettered_alone_and_whole(
     an_old_row_over_a_bound_is_dead_lettered_alone_and_whole::<Sqlite>().await;
 }
 
-/// Publishes what is due. Returns the exit code, and the most memory that the relay had.
+/// Publishes what is due. Returns the exit code, and the relay's peak memory in bytes.
 fn drained(url: &str, variables: &[(&str, &str)]) -> (Option<i32>, u64) {
     let mut variables = variables.to_vec();
     variables.push(("DATABASE_URL", url));
@@ -123,7 +123,7 @@ fn drained(url: &str, variables: &[(&str, &str)]) -> (Option<i32>, u64) {
     (finished.code, peak)
 }
 
-/// So many events with large values in `column`; on PostgreSQL a text of 1 MB is stored in 12 KB.
+/// Inserts so many events with large values in `column`. PostgreSQL stores a text of 1 MB in 12 KB.
 async fn fill<S: Old>(store: &S, count: i64, column: &str, value: &str) {
     let mut connection = store.connect().await;
     let rows = format!(
@@ -182,7 +182,7 @@ async fn f79_large_headers_within_the_bound_count_in_the_bytes_of_a_batch() {
 async fn f80_payloads_far_over_the_limit_beside_healthy_events_hold_up_nobody() {
     let store = Postgres::new().await;
     let mut connection = store.connect().await;
-    // Compressed a hundredfold, not compressed at all, and a few bytes that print as millions.
+    // Payloads that compress to a hundredth, that do not compress, and short ones that print as millions of bytes.
     let numbers = |count: u32| {
         format!("(select jsonb_agg(n) from (select '1e131071'::jsonb n from generate_series(1, {count})) x)")
     };
@@ -210,9 +210,9 @@ async fn f80_payloads_far_over_the_limit_beside_healthy_events_hold_up_nobody() 
     assert!(peak < 256 * MB, "{} MB", peak / MB);
 }
 
-/// Four payloads of 40 MB within the limit, to each kind of destination: three lanes with one each make 120 MB, and twice that
-/// is what they may cost, beside what the program takes anyway. Of blocks below 32 MB, glibc's allocator keeps some that are
-/// freed.
+/// Four payloads of 40 MB, which the limit allows, to each kind of destination. Three lanes with one payload each hold 120
+/// MB. They may cost twice that, besides what the program needs anyway. glibc's allocator keeps some freed blocks if they are
+/// below 32 MB.
 async fn large_payloads_cost_about_twice_what_lanes_hold<S: Old>(payload: &str) {
     let redis = redis();
     let stream = crate::support::unique("large");

@@ -1,4 +1,4 @@
-//! What stands still is told: by `relay check`, in the log, and in systemd's status. The cure that is printed works.
+//! A standstill is reported by `relay check`, in the log and in systemd's status. The printed cure works.
 
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::stores::{Postgres, Sqlite, Store};
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
-/// Hears what a service tells systemd.
+/// Receives what a service sends to systemd.
 pub(super) struct Systemd {
     socket: UnixDatagram,
     folder: TempDir,
@@ -32,7 +32,7 @@ impl Systemd {
         self.folder.path().join("notify").display().to_string()
     }
 
-    /// Waits until the status is one for which this holds.
+    /// Waits until this holds for the status.
     pub(super) fn until_status(&mut self, what: &str, holds: impl Fn(&str) -> bool) {
         until(what, || {
             let mut message = [0; 65536];
@@ -61,8 +61,8 @@ fn printed(line: &str, words: &str) -> String {
     line[from..].split_once(';').unwrap_or_else(|| panic!("no statement ends in {line}")).0.to_owned()
 }
 
-/// `relay check`, a daemon's log and its status name `cause` with each of `parts`. When the statement that is printed after
-/// `cure` was run, the daemon says that it is over and publishes all there is. Then a check is ok.
+/// `relay check`, a daemon's log and its status name `cause` with each of `parts`. After the statement that is printed after
+/// `cure` has run, the daemon reports the end of the standstill and publishes everything. Then a check is ok.
 async fn is_told_and_cured<S: Store>(
     store: &S,
     connection: &mut S::Connection,
@@ -84,7 +84,7 @@ async fn is_told_and_cured<S: Store>(
     sql(connection, printed(&line, cure)).await;
     daemon.until_log("over: ");
     systemd.until_status("the status is that of a relay at work", |status| status == "ready");
-    // What is behind asks again within ten minutes; a test does not wait that long.
+    // Parked events behind it are tried again within ten minutes, which is too long for a test.
     sql(connection, format!("update event_outbox set available_at = {} where status = 'scheduled'", S::in_ms(0))).await;
     eventually("all is published", async || count(connection, "event_outbox").await == 0).await;
     daemon.signal("TERM");
@@ -92,7 +92,7 @@ async fn is_told_and_cured<S: Store>(
     works(url);
 }
 
-/// So that the first of three events of a key is parked, and the others wait behind it.
+/// Parks the first of three events of a key. The others wait behind it.
 async fn parked<S: Store>(forever: &str) -> (S, S::Connection) {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -148,7 +148,7 @@ async fn f85_a_key_that_waits_uncharged_is_told_with_its_cure() {
     a_key_that_nobody_charges_is_told::<Sqlite>().await;
 }
 
-/// An event that is tried again by the ordinary rules is no standstill, nor is a destination's outage told twice.
+/// An ordinary retry is not a standstill, and an outage of a destination is not reported a second time.
 async fn an_ordinary_retry_is_no_standstill<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;
@@ -197,7 +197,7 @@ async fn f76_an_undecided_prepared_transaction_is_told_with_its_cure() {
             "begin; insert into event_outbox (event_type) values ('undecided'); prepare transaction 'o''clock'",
         )
         .await;
-        // One that only reads holds up nobody.
+        // A transaction that only reads blocks nobody.
         sql(&mut connection, "begin; select from event_outbox; prepare transaction 'reads'").await;
         let checked = || finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).code;
         eventually("it is undecided for ten seconds", async || checked() == Some(1)).await;

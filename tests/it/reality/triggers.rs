@@ -1,10 +1,10 @@
-//! Triggers that the relay needs, and others in their way.
+//! Missing triggers that the relay needs, and other triggers that get in its way.
 
 use crate::binary::{cannot_work, drain, finished};
 use crate::harness::sql;
 use crate::servers::database;
 
-/// Breaks a database by one statement, expects to hear of it, and mends it by another.
+/// Breaks a database with one statement, expects a report, and mends it with another statement.
 async fn told_and_mended(breaks: &str, parts: &[&str], mends: &str) {
     let database = database().await;
     let mut connection = database.connect().await;

@@ -8,7 +8,7 @@ use crate::harness::{Setup, column, count, emit, eventually, sql};
 use crate::scripted::{Act, ScriptedSink};
 use crate::stores::{Postgres, Sqlite, SqliteRollbackJournal, Store};
 
-/// So many events are owed to `old` alone, the last of them to `new` too.
+/// Leaves 30 events that are owed to `old` and were delivered to `new`.
 async fn owed_to_the_old<S: Store>(store: &S, connection: &mut S::Connection) {
     let (old, new) = (ScriptedSink::new(|_| Act::Unreachable), ScriptedSink::accepting());
     let running = Setup::new(store, vec![("old", old), ("new", new.clone())]).run();
@@ -18,12 +18,12 @@ async fn owed_to_the_old<S: Store>(store: &S, connection: &mut S::Connection) {
     let parked = "event_outbox where status = 'scheduled' and destination = 'old'";
     eventually("all are parked", async || count(connection, parked).await == 30).await;
     running.stop().await;
-    // A try at the end leaves some pending.
+    // A retry that was in progress at the stop leaves some rows pending.
     sql(connection, "update event_outbox set status = 'scheduled' where destination = 'old'").await;
     assert_eq!(new.names().len(), 30);
 }
 
-/// The statements that the words of a standstill print: to move events, and to give them up.
+/// The statements that the report prints: to move the events, and to give them up.
 fn printed(text: &str) -> (String, String) {
     let part = |begin: &str, end: &str| {
         let from = text.find(begin).unwrap_or_else(|| panic!("{begin:?} is missing in {text}")) + begin.len();
@@ -53,7 +53,7 @@ async fn are_moved_in_order<S: Store>() {
     let folder = tempfile::tempdir().unwrap();
     let (move_them, _) = printed(&checked(store.url(), &only_new(&folder)));
 
-    // Later events of the same keys wait behind them, though their destination is there.
+    // Later events of the same keys wait behind them, although their own destination is configured.
     let new = ScriptedSink::new(|_| Act::Unreachable);
     let running = Setup::new(&store, vec![("new", new.clone())]).run();
     for index in 0..30 {
@@ -80,7 +80,7 @@ async fn owed_to_both_are_owed_once<S: Store>() {
     let parked = "event_outbox where status = 'scheduled'";
     eventually("it is parked for both", async || count(&mut connection, parked).await == 2).await;
     running.stop().await;
-    // A try at the end leaves them pending.
+    // A retry that was in progress at the stop leaves rows pending.
     sql(&mut connection, "update event_outbox set status = 'scheduled'").await;
     let folder = tempfile::tempdir().unwrap();
     let (move_them, _) = printed(&checked(store.url(), &only_new(&folder)));
@@ -104,7 +104,7 @@ async fn are_given_up<S: Store>() {
     works(store.url());
 }
 
-/// A daemon says it, and neither moves the events nor spins over them, also where one is pending.
+/// A daemon reports the events. It neither moves them nor claims them again and again, even if one is pending.
 async fn are_told<S: Store>() {
     let store = S::new().await;
     let mut connection = store.connect().await;

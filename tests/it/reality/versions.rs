@@ -8,11 +8,11 @@ use crate::stores::{Client, Postgres, Sqlite, Store};
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
-/// What a test says of versions in the words of a store.
+/// The version, in the SQL of a store.
 struct Versions {
     /// The newest version that this binary knows.
     known: i32,
-    /// SQL that sets the version, and from which one on a relay can work with it.
+    /// SQL that sets the version, and the oldest version whose relays can work with it.
     set: fn(i32, i32) -> String,
 }
 
@@ -46,7 +46,7 @@ async fn a_later_migration_that_fits_is_worked_with_and_one_that_does_not_is_ref
     let mut running = Running::start(relay(&[], &variables));
     running.until_log("\"message\":\"ready\"");
 
-    // A migration of a later relay, with which this one can work: also at its limit.
+    // A later relay's migration with which this relay can work, up to the limit.
     for needs in [known - 1, known] {
         sql(&mut connection, format!("create table later_{needs} (id integer); {}", set(known + 3, needs))).await;
         let fits = format!("version {}; this relay knows up to {known}, and can work with it", known + 3);
@@ -63,7 +63,7 @@ async fn a_later_migration_that_fits_is_worked_with_and_one_that_does_not_is_ref
     finished(&["--once"], &variables).exited(0);
     assert_eq!(connection.number("select count(*) from event_outbox").await, 0);
 
-    // One that this relay cannot work with. A relay that runs is not ended by it: the migration does not break it at once.
+    // A migration with which this relay cannot work. It does not end a running relay, because it breaks nothing at once.
     let mut running = Running::start(relay(&[], &variables));
     running.until_log("\"message\":\"ready\"");
     sql(&mut connection, set(known + 4, known + 1)).await;
@@ -79,12 +79,12 @@ async fn a_later_migration_that_fits_is_worked_with_and_one_that_does_not_is_ref
     );
     cannot_work(store.url(), &[&refusal]);
     for args in ["run", "migrate"] {
-        // Waiting cannot help.
+        // Waiting would not help, so it exits.
         let ended = finished(&[args], &[("DATABASE_URL", store.url()), STDOUT, ("RELAY_LOG", "error")]).exited(1);
         assert_eq!(ended.complaint(), refusal);
     }
 
-    // That migration is taken back.
+    // The migration is undone.
     sql(&mut connection, set(known + 3, known)).await;
     emit(&mut connection, "after going back", "").await;
     finished(&["--once"], &variables).exited(0);

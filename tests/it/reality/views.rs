@@ -1,4 +1,4 @@
-//! What people see of a key that does not go on.
+//! What the views show of a blocked key.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ async fn a_blocked_key_is_seen_with_what_blocks_it_and_what_waits<S: Store>() {
         format!("update event_outbox set first_failed_at = {} where attempts > 0", S::in_ms(-3 * 3_600_000 - 100_000)),
     )
     .await;
-    // Nothing is due, for each retry moves available_at; what blocks is due since it failed first.
+    // Nothing is due, because each retry moves available_at. The blocking event counts as due since its first failure.
     assert_eq!(column(&mut connection, LAG).await, ["|scheduled|1|0|1|0|0", "a|scheduled|5|0|0|2|3|3"]);
     let blocked = format!(
         "select concat_ws('|', destination, aggregate_type, coalesce(aggregate_id, 'none'), event_type, attempts,
@@ -42,7 +42,7 @@ async fn a_blocked_key_is_seen_with_what_blocks_it_and_what_waits<S: Store>() {
         column(&mut connection, &blocked).await,
         [format!("a|test|k|bad|1|{yes}|3|1|{yes}|{yes}"), format!("a|test|none|keyless bad|1|{yes}|0|5|{yes}|{yes}"),]
     );
-    // At another destination nothing is blocked by it: the same key, parked there.
+    // An event of the same key that is parked for another destination is not blocked.
     sql(
         &mut connection,
         "insert into event_outbox (event_type, aggregate_type, aggregate_id, status, destination)
@@ -53,7 +53,7 @@ async fn a_blocked_key_is_seen_with_what_blocks_it_and_what_waits<S: Store>() {
         column(&mut connection, LAG).await,
         ["|scheduled|1|0|1|0|0", "a|scheduled|6|1|0|2|3|3", "b|scheduled|1|1|0|0|0|0"]
     );
-    // What waits for a person has no time.
+    // An event that waits for an operator has no time of its next attempt.
     let never = if store.url().starts_with("sqlite:") { "'9999-12-31 23:59:59'" } else { "'infinity'" };
     sql(&mut connection, format!("update event_outbox set available_at = {never} where attempts > 0")).await;
     let waits = "select cast(count(*) as text) from event_blocked_keys where next_attempt_at is null";
@@ -62,7 +62,7 @@ async fn a_blocked_key_is_seen_with_what_blocks_it_and_what_waits<S: Store>() {
     for content in ["payload", "headers"] {
         refused(&mut connection, format!("select event_blocked_keys.{content} from event_blocked_keys")).await;
     }
-    // The count is bounded, so that looking is cheap behind the longest queue.
+    // The count is bounded, so that the view is cheap even if very many events wait.
     let many = format!(
         "insert into event_outbox (event_type, aggregate_type, aggregate_id, status, destination)
          select 'more', 'test', 'k', 'scheduled', 'a' from {}",

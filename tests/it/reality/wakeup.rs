@@ -1,4 +1,4 @@
-//! The wake-up, when statements around it fail.
+//! Waking relays, when statements around it fail.
 
 use crate::binary::{Running, relay, until};
 use crate::harness::{count, emit, eventually};
@@ -17,13 +17,13 @@ fn start(url: &str, failpoints: &str) -> Running {
 
 async fn is_armed_again<S: Store>() {
     let store = S::new().await;
-    // The first promotion is the one before the first look.
+    // The first promotion comes before the first poll.
     let mut relay = start(store.url(), "arm=1*return;promote=1*off->1*return");
     relay.until_log("producers cannot wake this relay");
     relay.until_log("not ready");
     let mut connection = store.connect().await;
     for _ in 0..5 {
-        // Polling would find it after ten minutes.
+        // A poll would find it only after ten minutes.
         emit(&mut connection, "woken", "").await;
         eventually("it is published", async || count(&mut connection, "event_outbox").await == 0).await;
     }

@@ -1,4 +1,4 @@
-//! Settings that are misspelt, or stand where they do not belong, and what is said about them.
+//! Settings that are misspelt or in the wrong place, and the errors.
 
 use crate::binary::finished;
 use crate::harness::{count, sql};
@@ -8,7 +8,7 @@ const NOWHERE: (&str, &str) = ("DATABASE_URL", "postgres://nobody@127.0.0.1:1/no
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 const PASSWORD: &str = "cAnary-pAssword";
 
-/// A file with this text.
+/// Creates a file with this text.
 fn file(text: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), text).unwrap();
@@ -55,7 +55,7 @@ fn f94_a_password_that_stands_where_it_does_not_belong_is_not_shown() {
             finished(&["--once"], &[NOWHERE, ("RELAY_CONFIG", file(&text).path().to_str().unwrap())]).exited(2);
         assert!(!refused.stderr.contains(PASSWORD), "{}", refused.stderr);
     }
-    // What cannot hold one is shown.
+    // A host that cannot contain a password is shown.
     finished(&["--once"], &[NOWHERE, ("REDIS_HOST", "cache/0")])
         .exited(2)
         .says(&["the host \"cache/0\" cannot be used"]);
@@ -198,7 +198,7 @@ async fn f95_the_rights_that_the_guide_names_suffice_and_check_sees_each_that_is
         let checked = finished(&["check"], &variables).exited(1).stdout;
         assert!(checked.contains("\nFAIL  destination redis: NOPERM"), "{keys}: {checked}");
     }
-    // A channel, with the right to ask about it.
+    // A channel, with the right to ask about permissions.
     acl(&["SETUSER", "relay", "resetkeys", "~relay:*", "+publish", "+acl|whoami", "+acl|dryrun", "+info"]);
     let pubsub = [variables[0], variables[1], ("RELAY_REDIS_MODE", "pubsub"), ("RELAY_REDIS_CHANNEL", "c")];
     let checked = finished(&["check"], &pubsub).exited(1).stdout;

@@ -1,4 +1,4 @@
-//! The destinations that the contract is run against.
+//! The destinations on which the contract runs.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -23,7 +23,7 @@ use crate::servers::{self, Server};
 use crate::stub::EventBridgeStub;
 use crate::support::{eventbridge_config, sdk, unique};
 
-/// The shared server, or one of the place's own.
+/// The shared server, or one of the test's own.
 enum Host {
     Shared(&'static Server),
     Own(Server),
@@ -272,11 +272,11 @@ impl Limited for StubPlace {
     }
 }
 
-/// What is written to it, a little at a time, or not at all while it is stuck.
+/// Collects what is written. It accepts small pieces, and nothing while it is stuck.
 #[derive(Default)]
 struct Page {
     bytes: Vec<u8>,
-    /// How many bytes it still takes before it is stuck.
+    /// How many more bytes it accepts before it is stuck.
     room: Option<usize>,
     waiting: Option<Waker>,
 }
@@ -332,7 +332,7 @@ impl Mortal for PagePlace {
         Self::start().await
     }
 
-    /// Its reader stops reading, in the middle of a line.
+    /// The reader stops in the middle of a line.
     fn go_down(&mut self) {
         self.writer.0.lock().unwrap().room = Some(1234);
     }
@@ -383,7 +383,7 @@ impl Mortal for FilePlace {
         Self::start().await
     }
 
-    /// Its folder is gone, as a disk that is not mounted.
+    /// The folder is missing, as when a disk is not mounted.
     fn go_down(&mut self) {
         std::fs::rename(self.folder.path().join("events"), self.folder.path().join("away")).unwrap();
     }
@@ -393,7 +393,7 @@ impl Mortal for FilePlace {
     }
 }
 
-/// A function of the application, which writes down what it is given.
+/// A function of the application that records the events it gets.
 pub(super) struct HandlerPlace {
     state: Arc<Mutex<Handled>>,
     sink: Box<dyn Sink>,

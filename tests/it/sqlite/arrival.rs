@@ -1,4 +1,4 @@
-//! From a file to every kind of destination, by the program.
+//! The program relays events from a file to every kind of destination.
 
 use std::collections::HashSet;
 use std::io::Write;

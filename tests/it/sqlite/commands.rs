@@ -1,4 +1,4 @@
-//! The command line on a file: what it says, and the code it ends with.
+//! The command line with a file: its output and its exit codes.
 
 use serde_json::Value;
 
@@ -9,7 +9,7 @@ use outbox_relay::outbox::sqlite::migrate::SCHEMA_VERSION;
 
 const STDOUT: (&str, &str) = ("RELAY_STDOUT", "true");
 
-/// Every command that uses the database ends with 1 and this line.
+/// Every command that uses the database exits with 1 and prints this line.
 #[track_caller]
 fn no_command_works(url: &str, parts: &[&str]) {
     cannot_work(url, parts);
@@ -72,7 +72,7 @@ async fn a_relay_waits_for_its_file_and_its_tables() {
     let url = format!("sqlite:{}", file.display());
     let mut running = Running::start(relay(&["run"], &[("DATABASE_URL", &url), STDOUT]));
     running.until_log("there is no database file");
-    // As an application that begins with an empty file.
+    // An application may begin with an empty file.
     std::fs::write(&file, "").unwrap();
     running.until_log(&format!(
         "the database has schema version 0, this relay needs {SCHEMA_VERSION}: run `relay migrate`"
@@ -203,7 +203,7 @@ async fn a_file_whose_write_lock_is_never_free_is_told() {
     let store = Sqlite::new().await;
     let mut application = store.connect().await;
     sql(&mut application, "begin immediate").await;
-    // Both wait for the busy timeout of 5 s.
+    // Both commands wait for the busy timeout of 5 s.
     cannot_work(store.url(), &["database is locked", "another program holds the file's write lock"]);
     sql(&mut application, "commit").await;
     finished(&["--once"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);

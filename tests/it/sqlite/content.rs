@@ -1,4 +1,4 @@
-//! What an application writes, and what its consumers get: SQLite keeps any bytes and few types.
+//! Events as the application writes them and as consumers get them: SQLite stores any bytes and has few types.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use crate::stores::{Client, Sqlite, Store};
 use crate::stream;
 use crate::support::unique;
 
-/// Payloads that would not survive being parsed and printed again.
+/// Payloads that parsing and printing again would change.
 const PAYLOADS: [&str; 8] = [
     "{}",
     "  { \"b\" :1.50,\t\"a\": 1e400 , \"b\": 2}  ",
@@ -52,7 +52,7 @@ async fn consumers_get_the_bytes_of_the_payload() {
     let history = "select payload from event_history where destination = 'redis' order by outbox_id";
     assert_eq!(column(&mut connection, history).await, PAYLOADS);
 
-    // One line an event: there, and only there, line ends between tokens are blanks.
+    // Each event is one line. On standard output, and nowhere else, line ends between tokens become blanks.
     let lines: Vec<Line<'_>> = drained.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let printed: Vec<&str> = lines.iter().map(|line| line.data.get()).collect();
     assert_eq!(printed, PAYLOADS.map(|payload| payload.trim().replace(['\n', '\r'], " ")));

@@ -1,4 +1,4 @@
-//! A disk that takes no more, and one that takes nothing.
+//! A full disk, and one that cannot be written.
 
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -9,7 +9,7 @@ use crate::binary::Running;
 use crate::harness::{column, count, emit, eventually};
 use crate::stores::{Sqlite, SqliteRollbackJournal, Store};
 
-/// The relay, run by `wrapper`: a command line that ends where the program's path follows.
+/// The relay, started by `wrapper`, a command line to which the program's path is appended.
 fn relay_by(wrapper: &[&str], args: &[&str], url: &str) -> Command {
     let mut command = Command::new(wrapper[0]);
     command.args(&wrapper[1..]).arg(env!("CARGO_BIN_EXE_relay")).args(args);
@@ -18,7 +18,7 @@ fn relay_by(wrapper: &[&str], args: &[&str], url: &str) -> Command {
     command
 }
 
-/// Sets the largest size that a file may have to which `process` writes.
+/// Sets the largest size of the files that `process` writes.
 fn limit_files(process: u32, limit: &str) {
     let status = Command::new("prlimit").arg(format!("--pid={process}")).arg(format!("--fsize={limit}:")).status();
     assert!(status.unwrap().success());
@@ -59,7 +59,7 @@ async fn nothing_is_published_that_could_not_be_recorded<S: Store>() {
     emit(&mut store.connect().await, "e", "").await;
     let file = Path::new(store.url().strip_prefix("sqlite:").unwrap()).to_owned();
     let folder = file.parent().unwrap().to_owned();
-    // Root may write everywhere, unless it gives that right away.
+    // Root may write everywhere unless it gives up its capabilities.
     let powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
     let wrapper = if std::fs::metadata("/proc/self").unwrap().uid() == 0 { &powerless[..] } else { &["env"] };
     for read_only in [&file, &folder] {

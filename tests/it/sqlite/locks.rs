@@ -1,4 +1,4 @@
-//! The write lock and other things of the application's that the relay leaves alone.
+//! The application's write lock and settings, with which the relay does not interfere.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ async fn the_write_lock_is_free<const WAL: bool>() {
     sink.hold_at(&gate);
     let running = Setup::new(&store, vec![("a", sink.clone())]).run();
     gate.entered().await;
-    // With the rollback journal a writer waits for readers too, for as long as their statement lasts.
+    // With the rollback journal, a writer also waits for readers, as long as their statements run.
     let patience = if WAL { Duration::ZERO } else { Duration::from_secs(5) };
     let mut application = store.connect_patiently(patience).await;
     for index in 0..20 {
@@ -106,7 +106,7 @@ async fn only_what_is_past_its_retention_goes_and_a_little_at_a_time() {
         "select concat_ws(' ', (select count(*) from event_processing_log), (select count(*) from event_history))";
     let outbox = Sqlite::outbox(Setup::new(&store, vec![]).outbox);
 
-    // What was deleted before this one row stays deleted: each transaction is a small one.
+    // Rows deleted before this one stay deleted, because each transaction deletes few rows.
     let stubborn = "delete on event_processing_log when old.outbox_id = 250";
     sql(&mut connection, Sqlite::refuse(stubborn)).await;
     outbox.maintain().await.unwrap_err();

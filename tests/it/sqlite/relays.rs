@@ -1,4 +1,4 @@
-//! Several relays on one file: one works.
+//! Several relays on one file: one of them works.
 
 use std::fs::File;
 use std::time::Duration;
@@ -22,7 +22,7 @@ fn link_to(store: &Sqlite, folder: &TempDir) -> String {
 async fn one_works_and_the_other_stands_by_until_that_one_is_gone() {
     let store = Sqlite::new().await;
     let mut connection = store.connect().await;
-    // Another name for the file makes it no other file.
+    // The file is the same under another name.
     let elsewhere = tempfile::tempdir().unwrap();
     let linked = link_to(&store, &elsewhere);
 
