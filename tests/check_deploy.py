@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether the files of deploy/ are sound, as far as that can be told without a cluster, a cloud or a running systemd.
+"""Checks the files of deploy/, as far as that is possible without a cluster, a cloud or a running systemd.
 
 Run by `make check-deploy` with the Python of target/venv, which has PyYAML. Prints every finding; exits with 1 if any.
 """
@@ -16,7 +16,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEPLOY = REPOSITORY / "deploy"
-# Whoever stops the relay must wait longer than it may need, and a little more for its start and its end.
+# The time until SIGKILL must be longer than the relay's own timeout, with some seconds more for its start and its end.
 SHUTDOWN = re.search(r'env = "RELAY_SHUTDOWN_TIMEOUT"[^\]]*?default_value = "(\d+)s"', (REPOSITORY / "src/config/settings.rs").read_text())
 SHORTEST_GRACE = int(SHUTDOWN.group(1)) + 5
 
@@ -68,7 +68,7 @@ def check_kubernetes():
             grace = pod.get("terminationGracePeriodSeconds", 30)
             expect(grace >= SHORTEST_GRACE, file, f"terminationGracePeriodSeconds is {grace}, less than {SHORTEST_GRACE}")
         expect(pod.get("enableServiceLinks") is False, file, "enableServiceLinks must be false: a Service `redis` would set REDIS_PORT")
-        # What the `restricted` Pod Security Standard asks for.
+        # The requirements of the `restricted` Pod Security Standard.
         security = pod.get("securityContext", {})
         expect(security.get("runAsNonRoot") is True, file, "runAsNonRoot must be true")
         expect(security.get("seccompProfile") == {"type": "RuntimeDefault"}, file, "seccompProfile must be RuntimeDefault")
@@ -175,7 +175,7 @@ def check_systemd():
         return
     with tempfile.TemporaryDirectory(prefix="outbox-relay-units-") as directory:
         for name, text in units.items():
-            # The relay is not installed here, and `verify` insists on the program.
+            # `verify` requires the program, and the relay is not installed here.
             Path(directory, name).write_text(text.replace("ExecStart=/usr/bin/relay", "ExecStart=/bin/true"))
         verified = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", *(str(Path(directory, name)) for name in names)],
@@ -183,7 +183,7 @@ def check_systemd():
             stderr=subprocess.STDOUT,
             text=True,
         )
-    # It warns about every unit that ours pull in; those of this machine are not ours to mend.
+    # It also warns about the machine's own units that these units depend on. Those warnings are left out.
     ours = [line for line in verified.stdout.splitlines() if any(name in line for name in names)]
     expect(not ours, folder, "systemd-analyze verify:\n  " + "\n  ".join(ours))
     expect(verified.returncode == 0 or ours, folder, f"systemd-analyze verify failed:\n{verified.stdout}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether every relative link and anchor of README.md, the guide and the catalogue of faults leads somewhere: on a forge, and
+"""Checks that every relative link and anchor of README.md, the guide and the catalogue of faults has a target: on a forge, and
 in the pages that `cargo doc` made of the guide. `make doc` runs it after `cargo doc`."""
 import html.parser
 import os
@@ -39,7 +39,7 @@ def is_foreign(target):
 
 
 def check_target(page, target):
-    """What is wrong with a link as a forge follows it."""
+    """Returns what is wrong with a link on a forge."""
     path, _, anchor = target.partition("#")
     file = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
     if not os.path.exists(file):
@@ -50,7 +50,7 @@ def check_target(page, target):
 
 
 def of_rustdoc(page, target):
-    """What `links.md` must say for a link to another chapter; None for a link to another file."""
+    """Returns what `links.md` must define for a link to another chapter; None for a link to another file."""
     path, _, anchor = target.partition("#")
     file = os.path.relpath(os.path.normpath(os.path.join(os.path.dirname(page), path)), GUIDE)
     if not file.endswith(".md") or file.startswith(".."):
@@ -70,7 +70,7 @@ def check_markdown():
 
 
 def check_labels():
-    """A chapter defines the labels that it uses, and `links.md` defines them for rustdoc."""
+    """Checks that a chapter defines the labels that it uses, and that `links.md` defines them for rustdoc."""
     for_rustdoc = dict(DEFINITION.findall(read(LINKS)))
     everywhere = set()
     for page in chapters():

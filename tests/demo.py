@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The main job with nothing installed: a shop on a SQLite file commits orders with their events, the relay prints them; one
-event is dead-lettered and redriven. Ends by itself and leaves nothing behind. Run it by `make demo`, which builds first."""
+"""A demonstration that needs no server: a shop on a SQLite file commits orders with their events, and the relay prints the
+events. One event is dead-lettered and redriven. It ends by itself and leaves nothing behind. `make demo` builds the relay
+and runs it."""
 import json
 import os
 import sqlite3
@@ -37,7 +38,7 @@ def run(environment, *command, expect=0):
 
 
 def show(database, statement):
-    """A statement and its rows, as a table."""
+    """Shows a statement and its rows as a table."""
     print(f"> {statement}")
     cursor = database.execute(statement)
     if cursor.description is None:
@@ -50,10 +51,10 @@ def show(database, statement):
 
 
 def place_order(database, order, customer, total):
-    """The order and its event, in one transaction: both are there afterwards, or neither is."""
+    """Writes the order and its event in one transaction, so that either both exist afterwards or neither does."""
     database.execute("begin immediate")
     try:
-        # The event first, to show that its place does not matter: a failed insert of the order takes it along.
+        # The event comes first to show that the order of the inserts does not matter: if the other insert fails, both roll back.
         database.execute(
             "insert into event_outbox (event_type, payload, source, aggregate_type, aggregate_id, correlation_id) values ('order.created', ?, 'shop', 'order', ?, ?)",
             (json.dumps({"order": order, "customer": customer, "total": total}), str(order), f"request-{customer}-{order}"))

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The main job on throwaway servers: a shop's committed orders reach Redis and EventBridge; a poison event is dead-lettered
-and redriven. Ends by itself and leaves nothing behind. Run it by `make demo-servers`, which installs what it needs."""
+"""A demonstration on throwaway servers: a shop's committed orders reach Redis and EventBridge, and a poison event is
+dead-lettered and redriven. It ends by itself and leaves nothing behind. `make demo-servers` installs what it needs and runs
+it."""
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from throwaway import RELAY, ROOT, Server, psql, redis_cli
 
 SHOP = os.path.join(ROOT, "target", "release", "examples", "shop")
 AWS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_REGION": "eu-west-1"}
-# moto reads region and service from the credential's scope; it checks no signature.
+# moto reads the region and the service from the credential's scope. It does not check the signature.
 SIGNATURE = "AWS4-HMAC-SHA256 Credential=demo/20260101/eu-west-1/{}/aws4_request, SignedHeaders=host, Signature=0"
 
 
@@ -45,7 +46,7 @@ def queue_api(moto, action, **parameters):
 
 
 def subscribe(moto):
-    """A bus whose every event goes to a queue, where the demo can read it."""
+    """Makes a bus that sends every event to a queue, from which the demonstration reads."""
     events_api(moto, "CreateEventBus", Name="shop")
     queue_api(moto, "CreateQueue", QueueName="seen")
     events_api(moto, "PutRule", Name="all", EventBusName="shop", EventPattern='{"source": [{"prefix": ""}]}')

@@ -1,4 +1,4 @@
-"""What demo and benchmark share: throwaway servers by tests/servers, psql and redis-cli on them, the built relay."""
+"""Shared by demonstrations and benchmarks: throwaway servers of tests/servers, psql and redis-cli, and the built relay."""
 import glob
 import json
 import os
@@ -17,7 +17,7 @@ def psql_path():
 
 
 class Server:
-    """A throwaway server, from `with` to its end."""
+    """A throwaway server that runs during a `with` statement."""
 
     def __init__(self, kind, *options):
         self.kind, self.options = kind, options
@@ -42,7 +42,7 @@ class Server:
 
 
 def psql(database, statement, *options):
-    """The statement's output, unaligned; fails with psql."""
+    """Returns the statement's unaligned output. Fails if psql fails."""
     command = [psql_path(), database.url, "-qX", "-v", "ON_ERROR_STOP=1", *(options or ["-At"]), "-c", statement]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 

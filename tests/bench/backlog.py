@@ -1,4 +1,4 @@
-"""The outbox as a section wants to find it, and the relay's books as they must be afterwards."""
+"""Fills the outbox for a section, and checks the relay's tables afterwards."""
 from common import expect, psql
 
 
@@ -7,8 +7,8 @@ def clear(database):
 
 
 def fill(database, events, payload=200, keys=10_000, checkpoint=True):
-    """`events` of about `payload` bytes that do not compress, as a relay finds them after a while: after a checkpoint the
-    first change of each page is logged with the whole page."""
+    """Inserts `events` of about `payload` bytes that do not compress. The checkpoint makes the WAL like that of a server at
+    work: after it, the first change of each page logs the whole page."""
     psql(database, f"""
         with pad as materialized (select string_agg(md5(j::text), '') as hex from generate_series(1, {payload // 32 + 5}) j)
         insert into event_outbox (event_type, aggregate_type, aggregate_id, payload)
@@ -21,7 +21,7 @@ def fill(database, events, payload=200, keys=10_000, checkpoint=True):
 
 
 def check_books(what, database, events):
-    """Nothing is left, each event has its one row of the log, and none is dead."""
+    """The outbox is empty, each event has exactly one row in the log, and there is no dead letter."""
     left, rows, published, dead = map(int, psql(database, """
         select (select count(*) from event_outbox), count(*), count(distinct outbox_id) filter (where status = 'published'),
                (select count(*) from event_dead_letter)

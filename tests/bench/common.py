@@ -1,4 +1,4 @@
-"""What the sections share: what was asked for, tables of runs, and how a wrong result ends it all."""
+"""What the sections share: the options, tables of runs, and the check that ends the benchmark on a wrong result."""
 import contextlib
 import dataclasses
 import fnmatch
@@ -10,7 +10,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from throwaway import RELAY, Server, psql, psql_path, redis_cli  # noqa: E402, F401
 
-# What a shell may have set would no longer be the defaults.
+# Variables that a shell has set would replace the defaults.
 OURS = ("RELAY_", "EVENT_", "REDIS_", "DATABASE_", "AWS_", "PG")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
 
@@ -23,7 +23,7 @@ class Options:
     only: str
 
     def size(self, usual, short, share=1.0):
-        """Events to work with: what was asked for, or the section's own number."""
+        """The number of events: the option's, or the section's own."""
         if self.events:
             return max(int(self.events * share), 1000)
         return short if self.short else usual
@@ -32,7 +32,7 @@ class Options:
         return fnmatch.fnmatch(label.lower(), f"*{self.only.lower()}*")
 
     def rounds(self):
-        """Numbers of the runs; 0 is a warm-up, which no table shows."""
+        """The numbers of the runs. Run 0 is a warm-up, which no table shows."""
         return range(0 if not self.short else 1, self.runs + 1)
 
 
@@ -41,7 +41,7 @@ def fail(message):
 
 
 def expect(what, **pairs):
-    """Each pair is what was found and what must have been."""
+    """Each pair has the found value and the required one."""
     wrong = [f"{name} {found:,} instead of {due:,}" for name, (found, due) in pairs.items() if found != due]
     if wrong:
         fail(f"{what}: {', '.join(wrong)}")
@@ -53,7 +53,7 @@ def percentile(values, share):
 
 
 class Table:
-    """One row a variant, one value a column and run; shows medians, and where wanted the least and the most."""
+    """A row for each variant; each run adds a value to each column. Shows medians, and on request the smallest and largest."""
 
     def __init__(self, title, columns, spread=(), notes=()):
         self.title, self.columns, self.spread, self.notes = title, columns, spread, list(notes)
@@ -105,7 +105,7 @@ class Table:
 
 @contextlib.contextmanager
 def servers(*options):
-    """A throwaway PostgreSQL with the relay's tables, its settings the defaults but for `options`, and a Redis."""
+    """A throwaway PostgreSQL with the relay's tables and default settings except for `options`, and a Redis."""
     arguments = [argument for option in options for argument in ("--set", option)]
     with Server("postgres", *arguments) as database, Server("redis") as redis:
         environment = {**ENVIRONMENT, "DATABASE_URL": database.url}

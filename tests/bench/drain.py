@@ -1,4 +1,4 @@
-"""How fast a backlog drains, the processing log written, and what an event costs each of those that work on it."""
+"""How fast a backlog drains, with the processing log on, and the CPU time that an event costs each process."""
 import dataclasses
 
 import floor
@@ -17,7 +17,7 @@ class Variant:
     settings: dict = dataclasses.field(default_factory=dict)
     payload: int = 200
     relays: int = 1
-    # Of the events: less where they are larger or slower.
+    # The share of the events, which is smaller for variants with larger or slower events.
     share: float = 1.0
     floor: bool = True
 
@@ -44,7 +44,7 @@ VARIANTS = [
 
 
 def drain(database, redis, sink, settings=None, relays=1, stderr=None):
-    """Seconds, CPU seconds of each, and MiB of the largest relay, for all that is in the outbox."""
+    """Drains the outbox. Returns seconds, CPU seconds of each process, and the peak MiB of the largest relay."""
     before = cpu_seconds(database.pid), cpu_seconds(redis.pid)
     running = [
         Relay(database, {**sink.environment, **(settings or {})}, "--once", stdout=sink.stdout, stderr=stderr)
@@ -109,7 +109,7 @@ def run(options):
             for variant in VARIANTS:
                 if not options.wants(variant.label):
                     continue
-                # A round of all would warm up nothing that one does not.
+                # One variant is enough to warm up.
                 found = measure(database, redis, variant, max(int(size * variant.share), 1_000))
                 if number == 0:
                     break

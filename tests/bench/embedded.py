@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The relay on a SQLite file: drain to a file and to a Redis Stream, latency, idle cost, and the application's own commits.
 
-Every drain checks that all events arrived once and in order. Figures of one run compare with each other; a machine that is
-busy with something else spoils those of the writer first.
+Every drain checks that all events arrived once and in order. Compare figures of the same run only. If the machine is busy
+with something else, the writer's figures suffer first.
 Usage: python3 tests/bench/embedded.py [--only drain,latency,idle,writer] [--events 200000] [--runs 3] [--seconds 5]
 """
 import argparse
@@ -51,7 +51,7 @@ class File:
             process.wait()
 
     def commit(self, name="order.created"):
-        """What a request of the application does: a row of its own and an event, in one transaction."""
+        """Does what a request of the application does: it writes a row of its own and an event in one transaction."""
         self.database.execute("begin immediate")
         self.database.execute("insert into orders (total) values ('12.50')")
         self.database.execute("insert into event_outbox (event_type, aggregate_type, aggregate_id) values (?, 'order', '1')", (name,))
@@ -73,7 +73,7 @@ def fresh(backlog=0):
 
 
 def drain(file, stdout, **environment):
-    """Seconds, and the most resident memory, in MiB: as /proc tells it, for rusage counts what this program had at the fork."""
+    """Returns seconds and peak resident MiB. The peak is from /proc: rusage would count this program's memory at the fork."""
     begun, peak = time.monotonic(), 0
     process = subprocess.Popen([RELAY, "--once"], env={**file.environment, **environment}, stdout=stdout, stderr=file.log)
     while process.poll() is None:
@@ -166,7 +166,7 @@ def bench_idle(options):
 
 
 def write(file, seconds):
-    """500 commits a second; the milliseconds of each."""
+    """Makes 500 commits a second. Returns the milliseconds of each."""
     times, due, end = [], time.perf_counter(), time.perf_counter() + seconds
     while due < end:
         time.sleep(max(0, due - time.perf_counter()))
@@ -181,7 +181,7 @@ def write(file, seconds):
 def bench_writer(options):
     factors = []
     for _ in range(options.runs):
-        # The same backlog in both, enough to keep the relay busy throughout.
+        # Both files have the same backlog, which keeps the relay busy the whole time.
         with fresh(500_000) as (file, _):
             alone = write(file, options.seconds)
         with fresh(500_000) as (file, home), open(os.path.join(home, "out"), "w") as out, file.relay(out, RELAY_STDOUT="true"):

@@ -12,12 +12,12 @@ from resp import Client
 from sinks import Stream
 
 DURATION = re.compile(r"LOG:  duration: ([\d.]+) ms  execute [^:]*:")
-# A claim is two statements, known by what only they say: it takes partitions, then reads their rows.
+# A claim has two statements: it takes partitions, then reads their rows. Each is recognised by a text that only it contains.
 CLAIM = {"take": "pg_try_advisory_xact_lock(", "read": "ctid::text"}
 
 
 class Progress:
-    """How many entries the stream had when: looked up every 10 ms."""
+    """The number of entries in the stream over time, read every 10 ms."""
 
     def __init__(self, redis):
         self.seen, self.ended = [(time.monotonic(), 0)], threading.Event()
@@ -34,7 +34,7 @@ class Progress:
         self.thread.join()
 
     def reached(self, count):
-        """When the stream had `count` entries, between two looks by a straight line; None if it was never seen."""
+        """The time at which the stream had `count` entries, interpolated between two reads; None if it never had so many."""
         for (before, fewer), (after, more) in zip(self.seen, self.seen[1:]):
             if more >= count > fewer:
                 return before + (after - before) * (count - fewer) / (more - fewer)
@@ -42,7 +42,7 @@ class Progress:
 
 
 class ClaimTimes:
-    """What the server says each statement of a claim took, from its log."""
+    """The durations of the statements of claims, from the server's log."""
 
     def __init__(self, database):
         self.database = database
@@ -98,7 +98,7 @@ def measure(database, redis, label, events, first, beside=contextlib.nullcontext
     stream.clear()
     found = {"all": events / spent["seconds"]}
     early, late = progress.reached(first), progress.reached(events - events // 10)
-    # The last look may have missed the very end.
+    # The last read may have been before the end.
     end = progress.reached(events) or spent["begun"] + spent["seconds"]
     if early:
         found["first"] = first / (early - spent["begun"])

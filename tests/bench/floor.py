@@ -1,6 +1,6 @@
-"""The least that draining costs the database: the relay's reads, deletes and log inserts, by SQL loops in the server.
+"""The lowest cost of a drain for the database: the relay's reads, deletes and log inserts, run by SQL loops in the server.
 
-With no relay and no destination. What a relay reaches of it holds where the machine is noisy; its times alone do not.
+There is no relay and no destination. On a noisy machine a relay's ratio to this cost is still valid, the times alone are not.
 """
 import sys
 import time

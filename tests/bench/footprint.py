@@ -1,4 +1,4 @@
-"""What a relay takes up and costs: its file, its start, an event's CPU, WAL and transactions, and idling."""
+"""The size of the relay's program, the time of its start, the CPU, WAL and transactions of an event, and the cost of idling."""
 import contextlib
 import json
 import os
@@ -14,7 +14,7 @@ from resp import Client
 from sinks import Stream
 
 IDLE_RELAYS = 3
-# What is changed of PostgreSQL's settings.
+# Changes of PostgreSQL's settings.
 KINDS = {
     "defaults": {},
     "defaults, no checkpoint since the inserts": {},
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def elsewhere(database):
-    """Another database of the server, so that questions are not counted among the answers."""
+    """Another database of the server, so that the benchmark's own queries are not counted."""
     return types.SimpleNamespace(url=database.url.rpartition("/")[0] + "/template1")
 
 
@@ -38,7 +38,7 @@ def transactions(database):
 
 
 def start(database, redis):
-    """Milliseconds from the start of the process to its one pending event in the stream, and MiB a second later."""
+    """Milliseconds from the start of the process until its one pending event is in the stream, and MiB a second later."""
     stream = Stream(redis)
     clear(database)
     stream.clear()
@@ -86,7 +86,7 @@ def costs(database, redis, kind, events):
 
 
 def preload_statistics(database):
-    """Whether the server counts statements now; it is restarted for that."""
+    """Restarts the server so that it counts statements. Returns whether it does."""
     if psql(database, "select count(*) from pg_available_extensions where name = 'pg_stat_statements'") == "0":
         return False
     psql(database, "alter system set shared_preload_libraries = 'pg_stat_statements'")
@@ -98,7 +98,7 @@ def preload_statistics(database):
 
 
 def idle(database, redis, relays, seconds, counted):
-    """What happens in a while in which nobody inserts."""
+    """Returns the counts of a while in which nobody inserts."""
     def look():
         return {
             "xids": int(psql(elsewhere(database), "select txid_snapshot_xmax(txid_current_snapshot())")),

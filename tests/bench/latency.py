@@ -1,8 +1,8 @@
-"""From a commit to the entry in the stream, as a client sees it that waits in XREAD.
+"""The time from a commit to the entry in the stream, for a client that waits in XREAD.
 
 pgbench spreads single-event transactions at random over time, at a given mean rate, and notes when the answer to each
-commit was there. The client notes when Redis's answer with the entry began to arrive. Both read the clock of this machine.
-An entry may be there before the producer has its answer: then the time is negative.
+commit arrived. The client notes when Redis's answer with the entry began to arrive. Both read the clock of this machine.
+If the entry arrives before the producer has its answer, the time is negative.
 """
 import sys
 import time
@@ -14,7 +14,7 @@ from processes import Relay
 from resp import Client
 
 RATES = {100: 4, 1_000: 8, 5_000: 16}  # events/s, and the clients that commit them
-# It has no wake-up, and warns of that.
+# Without a wake-up; the relay warns of that.
 POLLING = {"RELAY_DATABASE_POOLED": "true", "RELAY_LOG": "error"}
 MODES = {
     "wake-up": {},
@@ -24,13 +24,13 @@ MODES = {
 
 
 class Reader:
-    """Reads the stream on; checks order per key."""
+    """Continues to read the stream, and checks the order of each key."""
 
     def __init__(self, redis):
         self.client, self.position, self.last = Client(redis), "0", {}
 
     def read(self, events):
-        """When each of the next `events` was there, by correlation id."""
+        """Returns when each of the next `events` arrived, by correlation id."""
         seen, count, disorder, deadline = {}, 0, 0, time.monotonic() + 60
         while count < events:
             answer = self.client.ask("xread", "block", 5000, "streams", "events", self.position)
@@ -83,7 +83,7 @@ def run(options):
                     psql(database, "insert into event_outbox (event_type, aggregate_id) values ('order.created', 'first')")
                     reader.read(1)
                     for rate in RATES:
-                        # Events are those at the highest rate; the others take as long.
+                        # The option counts the events at the highest rate. The other rates run for the same time.
                         seconds = 2 if number == 0 else options.size(50_000, 5_000) / max(RATES)
                         clients = RATES[rate]
                         found = measure(database, reader, rate, seconds)
@@ -94,7 +94,7 @@ def run(options):
         for mode in MODES:
             for rate in RATES:
                 label = f"{mode}, {rate:,}/s"
-                # In a second or two, chance alone takes a tenth away.
+                # In a run of a second or two, the rate can be a tenth lower by chance.
                 if not options.short and label in table.rows and table.median(label, "rate") < 0.9 * rate:
                     table.notes.append(f"{label}: the producers did not reach that rate here; the times are those of a full machine.")
     return [table]

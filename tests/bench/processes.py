@@ -1,4 +1,4 @@
-"""Running relays, and what processes cost: time on the CPU and memory."""
+"""Runs relays, and measures the CPU time and memory of processes."""
 import contextlib
 import os
 import signal
@@ -14,17 +14,17 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid):
-    """Of a process and all below it, those that have ended included."""
+    """The CPU seconds of a process and its descendants, with those that have ended."""
     while True:
         ended = sum(ticks(pid)[2:])
         total = sum(sum(ticks(one)) for one in [pid, *descendants(pid)])
-        # The time of a child that ends goes over to its parent, which may just have been read.
+        # When a child ends, its time moves to its parent, which may just have been read.
         if sum(ticks(pid)[2:]) == ended:
             return total / TICKS
 
 
 def ticks(pid):
-    """utime, stime, and of children that were waited for cutime and cstime."""
+    """utime and stime; and cutime and cstime, which are of children that were waited for."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
         # The name, in parentheses, may hold spaces.
         return list(map(int, stat.read().rpartition(")")[2].split()[11:15]))
@@ -38,14 +38,14 @@ def mebibytes(pid, field="VmHWM"):
 
 
 class Relay:
-    """A relay, with the defaults in force but for `environment`."""
+    """A running relay, with default settings except for `environment`."""
 
     def __init__(self, database, environment, *arguments, stdout=None, stderr=None):
         environment = {**ENVIRONMENT, "RELAY_LOG": "warn", "DATABASE_URL": database.url, **environment}
         self.begun = time.monotonic()
         self.process = subprocess.Popen([RELAY, *arguments], env=environment, stdout=stdout, stderr=stderr)
         self.pid = self.process.pid
-        # Sampled, for rusage would count what this program had at the fork.
+        # The peak is sampled: rusage would count this program's memory at the fork.
         self.peak = 0.0
         self.ended = threading.Event()
         threading.Thread(target=self.sample, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the outbox, its trigger and a relay cost those who insert one event a transaction."""
+"""What the outbox, its trigger and a relay cost producers that insert one event a transaction."""
 import contextlib
 import time
 
@@ -18,7 +18,7 @@ NOTIFY_TRIGGER = "create trigger plain_notify after insert on event_outbox for e
 BARE = "no trigger, no relay"
 POLLED = "no trigger, relay polling every 10 ms"
 POLLING = {"EVENT_OUTBOX_POLLING_INTERVAL": "10"}
-# The trigger, and the relay's settings where one runs.
+# The trigger, and the relay's settings if a relay runs.
 CASES = {
     BARE: (None, None),
     "wake-up trigger, no relay": ("ours", None),
@@ -28,12 +28,12 @@ CASES = {
     "plain NOTIFY, relay woken by it": ("notify", {}),
 }
 
-# Tables, and what makes them of the outbox.
+# Tables, and the statements that make them from the outbox.
 COPIES = {
     "outbox, its trigger dropped": ("event_outbox", []),
     "its columns and primary key only": ("copied", [
         "create table copied (like event_outbox including defaults including identity including generated)",
-        # In the outbox a trigger gives it.
+        # In the outbox a trigger sets it.
         "alter table copied alter column partition set default 0",
         "alter table copied add primary key (partition, id, destination)"]),
     "no partition either, primary key (id)": ("plain", [
@@ -57,7 +57,7 @@ class Triggers:
 
 @contextlib.contextmanager
 def relay_at_work(database, redis, settings):
-    """Once it has published a first event."""
+    """A relay that has published a first event."""
     with Relay(database, {"REDIS_URL": redis.url, **settings}) as relay, Client(redis) as client:
         psql(database, "insert into event_outbox (event_type, aggregate_id) values ('order.created', 'first')")
         if client.ask("xread", "block", 20_000, "streams", "events", "0") is None:

@@ -1,4 +1,4 @@
-"""How soon and how fast events drain that waited for one of two destinations, alone and beside an old snapshot."""
+"""How soon and how fast events drain that waited for one of two destinations, with and without an old snapshot."""
 import contextlib
 import os
 import tempfile
@@ -10,7 +10,7 @@ from flatness import Progress, of_other, old_snapshot
 from processes import Relay
 from sinks import Stream
 
-# It refuses writes while it wants a replica that it has not.
+# Redis refuses writes while it requires a replica and has none.
 DOWN, UP = ("config", "set", "min-replicas-to-write", "1"), ("config", "set", "min-replicas-to-write", "0")
 OWED = "select count(*) from event_outbox where status = 'scheduled' and destination = 'returning'"
 LONGEST = 600

@@ -1,4 +1,4 @@
-"""As much of Redis's protocol as the bench needs, fast enough to read thousands of stream entries a second."""
+"""The part of Redis's protocol that the benchmark needs, fast enough to read thousands of stream entries a second."""
 import socket
 import time
 
@@ -26,7 +26,7 @@ class Client:
         return self.answer()
 
     def answer(self):
-        """Bytes, a number, None, or a list of those. `answered_at` is when it began to arrive."""
+        """Returns bytes, a number, None, or a list of those. `answered_at` is the time at which it began to arrive."""
         line = self.stream.readline()
         self.answered_at = time.time()
         return self.value(line)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What the relay costs and how fast it is, on throwaway servers of its own.
+"""What the relay costs and how fast it is, on throwaway servers.
 
-PostgreSQL runs with its defaults, fsync on; the relay with its own, exactly-once included, where a section is not about a
-setting. Every section checks that what was committed arrived once, in order per key, and has its row of the log; it
-ends with 1 where that is not so.
+PostgreSQL and the relay run with their defaults, with fsync and exactly-once on, unless a section is about a setting. Every
+section checks that each committed event arrived once, in the order of its key, and has its row in the log. If not, it exits
+with code 1.
 
 sections:
   drain      a backlog to each destination, against the floor of the database; payloads, lanes, relays
@@ -42,7 +42,7 @@ def surroundings():
 
 
 def main():
-    # Told to stop, it ends its relays too: servers go with their pipe, a relay waits for its database for ever.
+    # On SIGTERM it also ends its relays. Servers end when their pipe closes, but a relay would wait for its database for ever.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="all of them by default")
@@ -71,7 +71,7 @@ def main():
             table.show()
         results[name] = [table.data() for table in tables]
         if given.json:
-            # After each, so that what was measured is kept where a later section fails.
+            # After each section, so that the figures are kept if a later section fails.
             with open(given.json, "w") as file:
                 json.dump({"surroundings": about, "sections": results}, file, indent=1)
     if given.short:

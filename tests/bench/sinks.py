@@ -1,4 +1,4 @@
-"""Destinations to drain into. Each counts what arrives, and what comes before an earlier event of its key."""
+"""Destinations of drains. Each counts the events that arrive, and those that arrive before an earlier event of their key."""
 import json
 import os
 import re
@@ -11,13 +11,13 @@ import time
 from common import expect, redis_cli
 from resp import Client
 
-# In a CloudEvent, be it written into a string of another document or not. It begins with letters, which are found fast.
+# In a CloudEvent, which may be a string in another document. It begins with letters, because a search finds these fast.
 MARK = re.compile(rb'sequence\\?":\\?"(\d+)\\?",\\?"partitionkey\\?":\\?"([^"\\]*)')
 LONGEST_MARK = 500
 
 
 class Arrivals:
-    """Events in the order of their arrival. Sequences of a key must rise, so none can be counted twice."""
+    """Counts events in order of arrival. The sequences of a key must ascend, so no event is counted twice."""
 
     def __init__(self):
         self.count, self.disorder, self.last, self.rest = 0, 0, {}, b""
@@ -26,7 +26,7 @@ class Arrivals:
         data, end = self.rest + data, 0
         for match in MARK.finditer(data, 0, len(data)):
             if match.end() == len(data):
-                break  # the key may go on in the next piece
+                break  # the key may continue in the next piece
             end = match.end()
             sequence, key = int(match[1]), match[2]
             self.count += 1
@@ -36,7 +36,7 @@ class Arrivals:
 
 
 class Stream:
-    """A Redis Stream, read by a script in Redis once all is over."""
+    """A Redis Stream, which a script in Redis reads after the drain."""
 
     ORDER = """
         local last, start, wrong = {}, '-', 0
@@ -73,7 +73,7 @@ class PubSub:
     def __init__(self, redis):
         self.redis, self.stdout = redis, None
         self.environment = {"REDIS_URL": redis.url, "RELAY_REDIS_MODE": "pubsub"}
-        # A subscriber that falls behind for a moment would be cut off.
+        # By default Redis cuts off a subscriber that falls behind for a moment.
         redis_cli(redis, "config", "set", "client-output-buffer-limit", "pubsub 0 0 0")
         self.arrivals = Arrivals()
         self.client = Client(redis)
@@ -100,7 +100,7 @@ class PubSub:
 
 
 class EventBridge:
-    """The stub, in a process of its own, that answers after `delay` milliseconds."""
+    """The stub, in a process of its own. It answers after `delay` milliseconds."""
 
     def __init__(self, delay):
         stub = os.path.join(os.path.dirname(os.path.abspath(__file__)), "stub.py")
@@ -112,7 +112,7 @@ class EventBridge:
         }
 
     def clear(self):
-        """What arrived since the last time."""
+        """Returns the counts of what arrived since the last call."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())

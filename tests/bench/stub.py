@@ -1,7 +1,7 @@
 """An EventBridge that accepts every entry after a fixed time: python3 stub.py MILLISECONDS
 
-Prints its URL. For each line of standard input it prints, as JSON, what came since the last: requests, entries, events
-read in them, and how many of those came before an earlier one of their key. It ends with standard input.
+Prints its URL. For each line of standard input it prints, as JSON, the counts since the last line: requests, entries, events
+read in them, and events that came before an earlier one of their key. It exits at the end of standard input.
 """
 import asyncio
 import json
@@ -10,7 +10,7 @@ import sys
 
 from sinks import Arrivals
 
-ENTRY = b'"DetailType":'  # unescaped only outside of Detail, once an entry
+ENTRY = b'"DetailType":'  # unescaped only outside of Detail, so it occurs once an entry
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/x-amz-json-1.1\r\ncontent-length: %d\r\n\r\n"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
@@ -27,7 +27,7 @@ class Counts:
 
 
 class Connection(asyncio.Protocol):
-    """HTTP/1.1 with keep-alive, for a client that waits for each answer before it asks again."""
+    """HTTP/1.1 with keep-alive, for a client that waits for each answer before its next request."""
 
     def __init__(self, counts, delay):
         self.counts, self.delay, self.buffer = counts, delay, bytearray()

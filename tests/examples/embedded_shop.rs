@@ -15,7 +15,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Error> {
     let file = std::env::args().nth(1).ok_or("usage: embedded_shop FILE")?;
-    // The file is the shop's, and so are these decisions: the relay takes them as they are.
+    // The file belongs to the shop, so the shop decides on these settings. The relay does not change them.
     let options = SqliteConnectOptions::new()
         .filename(file)
         .journal_mode(SqliteJournalMode::Wal)
@@ -39,10 +39,10 @@ async fn main() -> Result<(), Error> {
     Ok(database.close().await?)
 }
 
-/// Both the order and its event are there afterwards, or neither is.
+/// Writes the order and its event in one transaction, so that either both exist afterwards or neither does.
 async fn place_order(database: &mut SqliteConnection, id: i64, customer: &str, total: &str) -> Result<(), Error> {
     let mut tx = begin(database).await?;
-    // The event first, to show that its place does not matter: a failed insert of the order takes it along.
+    // The event comes first to show that the order does not matter: if the insert of the order fails, both roll back.
     let event = NewEvent::new("order.created", &json!({ "order": id, "customer": customer, "total": total }))?
         .source("shop")
         .key("order", id.to_string())
@@ -65,7 +65,7 @@ async fn pay_order(database: &mut SqliteConnection, id: i64) -> Result<(), Error
     Ok(tx.commit().await?)
 }
 
-/// At once for writing: a transaction that begins by reading and then finds another writer cannot wait for it.
+/// Begins with the write lock: a transaction that begins by reading cannot wait for another writer later.
 async fn begin(database: &mut SqliteConnection) -> Result<SqliteTransaction<'_>, Error> {
     Ok(database.begin_with("begin immediate").await?)
 }

@@ -1,6 +1,6 @@
 //! Handlers in the application's own process, on a SQLite file: no broker, and no other program.
 //!
-//! Usage: `cargo run --example handlers app.db`. The file is made where it is missing.
+//! Usage: `cargo run --example handlers app.db`. The file is created if it does not exist.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -27,7 +27,7 @@ async fn main() -> Result<(), Error> {
     let url = Secret::inline(format!("sqlite:{file}?mode=rwc"));
     migrate(&url).await?;
 
-    // The application: each order and its event in one transaction.
+    // The application writes each order and its event in one transaction.
     let mut database = SqliteConnection::connect(&format!("sqlite:{file}")).await?;
     for order in 1..=4 {
         let mut tx = database.begin_with("begin immediate").await?;
@@ -36,7 +36,7 @@ async fn main() -> Result<(), Error> {
         tx.commit().await?;
     }
 
-    // The handlers. The first fails once for each event of order 1 and 3, as a mail server does now and then.
+    // The first handler fails once for each event of orders 1 and 3, as a mail server sometimes does.
     let failed = Mutex::new(HashSet::new());
     let mail = handler(move |event| {
         let first = failed.lock().is_ok_and(|mut failed| failed.insert(event.event_id));
@@ -67,7 +67,7 @@ async fn main() -> Result<(), Error> {
     let outbox = SqliteOutbox::new(OutboxConfig { usage, ..OutboxConfig::new(url) });
     let relay = Relay::new(outbox, endpoints, Router::new(vec![], 2), RelayConfig::default());
 
-    // An application calls `run` at its start, beside its own work, and ends it by the token.
+    // An application calls `run` at its start, beside its own work, and stops it with the token.
     let stop = CancellationToken::new();
     let running = tokio::spawn({
         let (relay, stop) = (Arc::clone(&relay), stop.clone());

@@ -27,10 +27,10 @@ async fn main() -> Result<(), Error> {
     Ok(())
 }
 
-/// Both the order and its event are there afterwards, or neither is.
+/// Writes the order and its event in one transaction, so that either both exist afterwards or neither does.
 async fn place_order(database: &mut PgConnection, id: i64, customer: &str, total: &str) -> Result<(), Error> {
     let mut tx = database.begin().await?;
-    // The event first, to show that its place does not matter: a failed insert of the order takes it along.
+    // The event comes first to show that the order does not matter: if the insert of the order fails, both roll back.
     let event = NewEvent::new("order.created", &json!({ "order": id, "customer": customer, "total": total }))?
         .source("shop")
         .key("order", id.to_string())

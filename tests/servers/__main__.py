@@ -6,7 +6,8 @@
 (without --bin, POSTGRES_BIN and REDIS_BIN name the folder of the programs)
 starts the server on a free port of 127.0.0.1 in a new temporary folder and prints one line of JSON when it is ready:
 {"kind", "pid", "host", "port", "ports", "url", "dir", "log", "bin"} ("bin" is the folder of its programs; "ports" has
-one port for each node of a group). With --tls also "ca", who signed its certificate, and "other_ca", who did not.
+one port for each node of a group). With --tls also "ca", the authority that signed its certificate, and "other_ca", another
+authority.
 
 - redis-cluster: nodes 0 to 2 are masters, each with a third of the slots, and 3 to 5 their replicas
 - redis-sentinel: node 0 is the master that the Sentinels call "main", 1 and 2 are its replicas, 3 to 5 the Sentinels
@@ -14,18 +15,18 @@ one port for each node of a group). With --tls also "ca", who signed its certifi
 
 Then every line of standard input is a command, answered by one line, {"ok": true, "pid": 1} or {"ok": false, "error": "..."}:
 
-    stop      ends it in good order; its data and its port are kept
+    stop      stops it in an orderly way; its data and its port are kept
     kill      SIGKILL for all its processes
     start     starts it again, on the same port and data
     restart   stop, start
-    pause     SIGSTOP for all its processes: connections stay open, nothing answers
+    pause     SIGSTOP for all its processes: connections stay open, and nothing answers
     resume    SIGCONT
     quit      ends the server and this program
 
-In a group each of them but `quit` is for all nodes, or with a number behind it (`kill 0`) for that one.
+In a group each command except `quit` is for all nodes, or with a number (`kill 0`) for one node.
 
-At the end of standard input, on SIGINT, SIGTERM and SIGHUP: as `quit`. So the server goes when its user goes, however
-that one ends. Only the standard library, Python 3.9 or newer.
+The end of standard input, SIGINT, SIGTERM and SIGHUP do the same as `quit`. So the server ends when the program that started it
+ends in any way. It needs only the standard library of Python 3.9 or newer.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def end_on_signal(number, _frame):
 
 
 def obey(server):
-    """Returns at `quit` or at the end of standard input; whether it was `quit`."""
+    """Runs commands until `quit` or the end of standard input. Returns whether it was `quit`."""
     for line in sys.stdin:
         command, _, node = line.strip().partition(" ")
         if command == "quit":
@@ -114,8 +115,8 @@ def main():
     ending = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     for number in ending:
         signal.signal(number, end_on_signal)
-    # So that the children of a killed server come to this process, which waits for them; else they would depend on
-    # process 1, which in many a container lets zombies lie.
+    # The children of a killed server become children of this process, which waits for them. Otherwise they would belong to
+    # process 1, which in many containers does not reap zombies.
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     server = KINDS[options.kind](options)
     try:
@@ -123,7 +124,7 @@ def main():
         say(server.info())
         asked = obey(server)
     finally:
-        # A second signal must not end the ending.
+        # A second signal must not interrupt the stop.
         for number in ending:
             signal.signal(number, signal.SIG_IGN)
         server.close()
@@ -137,5 +138,5 @@ if __name__ == "__main__":
     except Failure as failure:
         sys.exit(f"tests/servers: {failure}")
     except BrokenPipeError:
-        # Nobody is left to talk to; without this, Python would complain once more while it flushes.
+        # Nobody reads standard output any more. Without this, Python would print an error when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

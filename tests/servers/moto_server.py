@@ -1,4 +1,4 @@
-"""moto, which answers as Amazon EventBridge does."""
+"""moto, which emulates Amazon EventBridge."""
 
 
 

@@ -13,7 +13,7 @@ from server import Failure, Server, make_certificates
 
 class Postgres(Server):
     stop_signal = signal.SIGINT  # "fast": connections are closed, nothing is lost
-    orphan_signal = signal.SIGQUIT  # "immediate": it takes its children with it
+    orphan_signal = signal.SIGQUIT  # "immediate": its children end too
 
     def prepare(self):
         self.bin = self.find_bin()
@@ -31,7 +31,7 @@ class Postgres(Server):
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": str(self.dir),
             "max_connections": "200",
-            # In the data directory, so that a killed server leaves nothing in /dev/shm.
+            # It is in the data directory, so that a killed server leaves nothing in /dev/shm.
             "dynamic_shared_memory_type": "mmap",
             "timezone": "UTC",
             "log_timezone": "UTC",
@@ -43,7 +43,7 @@ class Postgres(Server):
             self.give(self.dir / "server.key")
             settings.update(ssl="on", ssl_cert_file=str(self.dir / "server.pem"), ssl_key_file=str(self.dir / "server.key"))
         settings.update(dict(self.options.set))
-        # Into the file, not onto the command line, so that a test can still `alter system set`.
+        # In the file and not on the command line, so that `alter system set` still works.
         with open(self.data / "postgresql.conf", "a") as conf:
             for name, value in settings.items():
                 quoted = value.replace("'", "''")
@@ -53,14 +53,14 @@ class Postgres(Server):
         password_file = self.dir / "password"
         password_file.write_text(self.password)
         self.give(self.dir, self.log, password_file)
-        # Without --no-sync, two thirds of the time would go into syncing files that are thrown away anyway.
+        # Without --no-sync, two thirds of the time would go into syncing files that are deleted anyway.
         arguments = ["-D", self.data, "-U", "postgres", f"--pwfile={password_file}", "--auth-host=scram-sha-256"]
         arguments += ["--auth-local=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
         self.run_program("initdb", *arguments)
         password_file.unlink()
 
     def copy_primary(self):
-        """A hot standby that streams from a server that runs; its password is that one's."""
+        """Makes a hot standby of a running server. The password is the same."""
         self.password = urlsplit(self.options.standby_of).password
         self.give(self.dir, self.log)
         self.run_program(
@@ -111,8 +111,8 @@ class Postgres(Server):
         return len(lines) >= 8 and lines[0] == str(self.process.pid) and lines[7].strip() in ["ready", "standby"]
 
     def remove_dir(self):
-        # A killed server leaves one small System V segment, by which PostgreSQL keeps two servers off one data
-        # directory; only its next start would free it.
+        # A killed server leaves one small System V segment, with which PostgreSQL prevents two servers on one data
+        # directory. Only the next start would free it.
         try:
             segment = (self.data / "postmaster.pid").read_text().splitlines()[6].split()[1]
             subprocess.run(["ipcrm", "-m", segment], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

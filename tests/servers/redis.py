@@ -12,7 +12,7 @@ from server import Failure, START_TIMEOUT, Server, free_port, make_certificates,
 
 class Redis(Server):
     def __init__(self, options, folder=None, own=()):
-        """`own` are the settings of a node of a group."""
+        """`own` has the settings of a node of a group."""
         super().__init__(options, folder)
         self.own = dict(own)
         self.given = dict(options.set)
@@ -52,7 +52,7 @@ class Redis(Server):
         return f"{scheme}://{self.user()}{host}:{self.port}/0"
 
     def ask(self, *words):
-        """Its answer to a command: text, a number, None, a list of those, or a Failure."""
+        """Returns the answer to a command: text, a number, None, a list of those, or a Failure."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         if self.options.tls:
             context = ssl.create_default_context(cafile=self.dir / "ca.pem")
@@ -88,12 +88,12 @@ def answer(stream):
 
 
 def fields(text):
-    """Of `INFO` and `CLUSTER INFO`."""
+    """The fields of `INFO` or `CLUSTER INFO`."""
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 class Group:
-    """Several Redis servers that belong together. A kind says which, and how they are joined."""
+    """Several Redis servers that belong together. A subclass defines the nodes and how they are joined."""
 
     def __init__(self, options):
         self.options = options
@@ -131,7 +131,7 @@ class Group:
     def close(self):
         for node in self.nodes:
             if node.is_running():
-                node.kill()  # nobody needs its data
+                node.kill()  # its data are not needed
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def authority(self, nodes):
@@ -149,7 +149,7 @@ class Group:
 
 
 def replication(password, tls):
-    """Settings of every server that has, or is, a replica."""
+    """The settings of every master with replicas, and of every replica."""
     settings = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1", "repl-timeout": "10"}
     if password:
         settings["masterauth"] = password
@@ -173,7 +173,7 @@ class RedisCluster(Group):
             own = {
                 "cluster-enabled": "yes",
                 "cluster-node-timeout": "1000",
-                "cluster-port": free_port(),  # else 10000 above the other, where outgoing connections are
+                "cluster-port": free_port(),  # the default, 10000 above the other, is in the range of outgoing connections
                 **replication(dict(self.options.set).get("requirepass"), self.options.tls),
             }
             if self.options.tls:
@@ -191,7 +191,7 @@ class RedisCluster(Group):
                 self.tell(node, "CLUSTER", "MEET", "127.0.0.1", first.port, first.own["cluster-port"])
         for master, replica in zip(masters, replicas):
             name = master.ask("CLUSTER", "MYID")
-            # It must have heard of its master first.
+            # It must know its master first.
             wait_until(lambda: replica.ask("CLUSTER", "REPLICATE", name) == "OK", START_TIMEOUT)
 
     def tell(self, node, *words):

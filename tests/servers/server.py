@@ -1,4 +1,4 @@
-"""What every server here has in common: a port, a folder, a process and its children, certificates."""
+"""The base of all servers: a port, a folder, a process with its children, and certificates."""
 
 import ctypes
 import os
@@ -22,12 +22,12 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class Failure(Exception):
-    """What is wrong and what to do about it, for people."""
+    """An error whose message tells the user what is wrong and what to do."""
 
 
 def free_port():
-    # Below the range of outgoing connections: a port of that range could be handed out while the server is stopped,
-    # even to a client that dials the stopped server and then finds itself connected to itself.
+    # Below the range of outgoing connections: the system could give a port of that range away while the server is stopped,
+    # even to a client that connects to the stopped server and then is connected to itself.
     for _ in range(200):
         port = random.randrange(20000, 32768)
         with socket.socket() as probe:
@@ -50,7 +50,7 @@ def descendants(pid):
                     stat = Path("/proc", entry, "stat").read_text(errors="replace")
                 except OSError:
                     continue  # it has just ended
-                # The name, in parentheses, may itself hold spaces and parentheses.
+                # The name, in parentheses, may itself contain spaces and parentheses.
                 children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
     else:
         for line in subprocess.check_output(["ps", "-axo", "pid=,ppid="], text=True).splitlines():
@@ -117,10 +117,10 @@ def make_certificates(folder):
 
 
 class Server:
-    """What the kinds have in common. A kind says how it is prepared, started, and known to be ready."""
+    """What all kinds share. A subclass defines how the server is prepared and started, and when it is ready."""
 
     stop_signal = signal.SIGTERM
-    # To the server when this supervisor itself is killed and can no longer do it.
+    # The kernel sends it to the server when this supervisor is killed.
     orphan_signal = signal.SIGKILL
     account = None
 
@@ -148,7 +148,7 @@ class Server:
         raise NotImplementedError
 
     def environment(self):
-        # Messages are matched below, so they must be English.
+        # Messages must be in English, because they are matched below.
         return {**os.environ, "LC_ALL": "C"}
 
     def run_as(self):
@@ -165,7 +165,7 @@ class Server:
         return self.process is not None and self.process.poll() is None
 
     def launch(self):
-        """Whether it came up; False where another program has the port."""
+        """Starts the process. Returns whether it is ready; False if another program uses the port."""
         self.log_start = self.log.stat().st_size
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
@@ -175,7 +175,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # A ctrl-C at the terminal is for this supervisor, which then ends the server in good order.
+                # Only this supervisor gets a ctrl-C of the terminal. It then stops the server in an orderly way.
                 start_new_session=True,
                 preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, self.orphan_signal),
                 **self.run_as(),
@@ -226,7 +226,7 @@ class Server:
     def freeze(self):
         """Stops every process of the server, and returns their ids, parents first."""
         frozen = []
-        # Until none is new: one that was not stopped yet may have forked meanwhile.
+        # Repeats until no process is new, because one that was not stopped yet may have forked meanwhile.
         while True:
             new = [pid for pid in [self.process.pid, *descendants(self.process.pid)] if pid not in frozen]
             if not new:
@@ -238,12 +238,12 @@ class Server:
     def kill(self):
         if not self.is_running():
             raise Failure(f"{self.options.kind} is not running")
-        # Frozen first: the children of a dead postmaster would be looked for in vain.
+        # The processes are frozen first, because the children of a postmaster that has ended cannot be found.
         pids = self.freeze()
         for pid in pids:
             send(pid, signal.SIGKILL)
         self.process.wait()
-        # The next start would find their shared memory in use.
+        # If they still ran, the next start would find their shared memory in use.
         for pid in pids[1:]:
             wait_until(lambda: has_ended(pid), 10)
 
@@ -272,7 +272,7 @@ class Server:
             wait_until(self.remove_dir, 5)
 
     def remove_dir(self):
-        # More than once: a child of an interrupted initdb may write for a moment longer.
+        # It may take several tries, because a child of an interrupted initdb may write for a moment longer.
         shutil.rmtree(self.dir, ignore_errors=True)
         return not self.dir.exists()
 

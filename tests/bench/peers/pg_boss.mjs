@@ -1,6 +1,6 @@
 // pg-boss, with the loop its documentation shows for fetch(): take a large batch, write it to the stream in one pipeline,
 // delete it in one statement, which is faster than complete(). The queue has a table of its own, as large queues should.
-// fetch()'s escapes from sorting (priority, orderByCreatedOn) are left alone: this version no longer heeds them.
+// fetch()'s options against sorting (priority, orderByCreatedOn) are not used, because this version ignores them.
 // The first argument is the policy of the queue: `standard`, or `key_strict_fifo`, which promises order per key.
 // https://pgboss.io/api/jobs (insert, fetch, deleteJob), https://pgboss.io/api/queues (partition, policy)
 import { setTimeout } from 'node:timers/promises'
@@ -13,14 +13,14 @@ const events = Number(EVENTS)
 const queue = 'events'
 const loops = 4, batchSize = 2000 // the fastest of those tried; the documentation names none
 
-// Neither schedules nor maintenance, which would only take time from the drain.
+// Schedules and maintenance are off, because they would take time from the drain.
 const boss = new PgBoss({ connectionString: DATABASE_URL, supervise: false, schedule: false })
 boss.on('error', error => { throw error })
 
 async function fill () {
   await boss.createQueue(queue, { partition: true, policy })
   const pad = 'x'.repeat(Math.max(Number(PAYLOAD) - 30, 0))
-  // A key at most once in each insert, whose jobs have all the same time: its order would be anyone's guess.
+  // An insert has each key at most once: all its jobs have the same time, so two jobs of a key would have no order.
   const bulk = Math.min(10_000, Number(KEYS))
   for (let first = 1; first <= events; first += bulk) {
     const jobs = []

@@ -19,7 +19,7 @@ thread_local! {
     static SINK: RefCell<(Runtime, EventBridge)> = RefCell::new(sink());
 }
 
-/// One for which every event is too large, so that it tells each event's size.
+/// A sink with so low a limit that every event is too large, because its error has the event's size.
 fn sink() -> (Runtime, EventBridge) {
     let runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
     let sdk = SdkConfig::builder().behavior_version(BehaviorVersion::latest()).region(Region::new("eu-west-1")).build();
@@ -44,7 +44,7 @@ fn maybe(bytes: &mut Unstructured<'_>) -> Result<Option<String>> {
     bytes.arbitrary::<bool>()?.then(|| text(bytes)).transpose()
 }
 
-/// An event as a store may hold it: headers have names of their own, and the payload is JSON.
+/// An event that a store may contain: no header has a reserved name, and the payload is JSON.
 fn event(bytes: &mut Unstructured<'_>) -> Result<Event> {
     let mut headers = BTreeMap::new();
     for _ in 0..bytes.int_in_range(0..=2)? {
@@ -69,7 +69,7 @@ fn event(bytes: &mut Unstructured<'_>) -> Result<Event> {
     })
 }
 
-/// JSON that is nested no deeper than serde_json reads inside an envelope.
+/// Whether this is JSON that is not nested deeper than serde_json can read inside an envelope.
 fn is_json(payload: &[u8]) -> bool {
     let brackets = payload.iter().filter(|byte| matches!(byte, b'[' | b'{')).count();
     brackets < 100 && serde_json::from_slice::<&RawValue>(payload).is_ok()

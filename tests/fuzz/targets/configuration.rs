@@ -1,4 +1,4 @@
-//! The configuration file: whatever stands in it becomes settings, destinations and routes, or an error.
+//! The configuration file: any content becomes settings, destinations and routes, or an error.
 #![no_main]
 
 use std::ffi::OsString;
@@ -23,7 +23,7 @@ static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 fuzz_target!(|data: &[u8]| {
-    // Secrets in files would have it open whatever the input names.
+    // Settings of secrets in files would open any path that the input names.
     if data.windows(4).any(|word| word.eq_ignore_ascii_case(b"file")) {
         return;
     }

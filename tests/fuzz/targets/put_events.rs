@@ -1,4 +1,4 @@
-//! What answers `PutEvents`: any status with any body, through the whole SDK. An event is delivered only by its own EventId.
+//! Answers to `PutEvents`: any status with any body, through the whole SDK. Only its own EventId makes an event delivered.
 #![no_main]
 
 use std::cell::RefCell;
@@ -20,7 +20,7 @@ use tokio::runtime::{Builder, Runtime};
 
 const EVENTS: usize = 3;
 
-/// Answers every `PutEvents` with the same.
+/// Gives every `PutEvents` the same answer.
 #[derive(Clone, Debug, Default)]
 struct Canned(Arc<Mutex<(u16, Vec<u8>)>>);
 

@@ -1,4 +1,4 @@
-//! What Redis answers to a chunk: anything may come, and an event is delivered only by its own reply.
+//! Redis's answers to a chunk: any bytes may come. Only its own reply makes an event delivered.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +10,7 @@ fuzz_target!(|data: &[u8]| {
     let (one_key, count) = (first & 1 == 1, usize::from(first >> 1) % 5);
     let keys = ["{events}:relay:o:redis:1".to_owned()];
 
-    // The bytes as they come from the network.
+    // The input as the bytes from the network.
     for outcome in publish(rest, &keys, count, one_key).into_iter().flatten() {
         if let Outcome::Delivered { message_id } = outcome {
             let id = message_id.expect("the entry's id");
@@ -19,7 +19,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
 
-    // A sound answer, whose lines are the replies to as many events as there are, or not.
+    // The input as a valid answer with a reply a line. The number of replies may differ from the number of events.
     let replies: Vec<&[u8]> = rest.split(|byte| *byte == b'\n').collect();
     let answer = [format!("${}\r\n", rest.len()).as_bytes(), rest, b"\r\n"].concat();
     let outcomes = publish(&answer, &keys, count, one_key).expect("no state can look like this");

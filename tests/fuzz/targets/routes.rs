@@ -1,5 +1,4 @@
-//! Globs, routes and templates: whatever is configured and whatever the event, they answer, and as a plain reading of their
-//! rules would.
+//! Globs, routes and templates: for any configuration and event they give the result of a simple implementation of their rules.
 #![no_main]
 
 use std::collections::BTreeMap;
@@ -33,9 +32,9 @@ fn event(bytes: &mut Unstructured<'_>) -> Result<Event> {
     })
 }
 
-/// A glob, by its definition.
+/// Whether a glob matches, by its definition.
 fn matches(glob: &[char], text: &[char]) -> bool {
-    // `ends[n]`: the glob so far takes the first n characters.
+    // `ends[n]`: the glob so far matches the first n characters.
     let mut ends = vec![false; text.len() + 1];
     ends[0] = true;
     for rule in glob {
@@ -65,7 +64,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
         if parsed.fixed().is_some() {
             assert_eq!(name, template.replace("{{", "{").replace("}}", "}"));
         }
-        // One placeholder at a time: a value that looks like a placeholder is none.
+        // Only templates with one placeholder, because a value that looks like a placeholder is not replaced.
         if template.matches('{').count() == 1 && template.matches('}').count() == 1 {
             let expected = template
                 .split('{')

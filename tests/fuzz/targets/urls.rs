@@ -1,4 +1,4 @@
-//! URLs with secrets in them: whatever is shown of one, the secret is not, not even of a URL that is none.
+//! URLs with secrets: what is shown of one never contains the secret, even if the text is not a valid URL.
 #![no_main]
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
@@ -9,7 +9,7 @@ use outbox_relay::secret::Secret;
 use outbox_relay::sink::redis::RedisAddress;
 use outbox_relay::sink::redis::fuzzing::shown;
 
-/// A word that comes up nowhere by itself.
+/// A word that occurs nowhere else.
 const CANARY: &str = "Hunter2Canary";
 
 const SCHEMES: [&str; 12] = [
@@ -31,7 +31,7 @@ fn text(bytes: &mut Unstructured<'_>) -> Result<String> {
     Ok(bytes.arbitrary::<&str>()?.chars().take(24).collect())
 }
 
-/// As a careful user writes it.
+/// The text, percent-encoded.
 fn encoded(text: &str) -> String {
     let one =
         |byte: u8| if byte.is_ascii_alphanumeric() { char::from(byte).to_string() } else { format!("%{byte:02X}") };
@@ -48,11 +48,11 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     if bytes.arbitrary()? {
         password = encoded(&password);
     }
-    // In the place of the user too, where a token is easily put. The name of a user with a password is shown.
+    // The secret may also be in the place of the user, where a token is easily put. The name of a user with a password is shown.
     let name = if bytes.ratio(1, 4)? { None } else { Some(text(bytes)?) };
     let user = name.as_ref().map_or_else(|| encoded(&password), |name| format!("{}:{password}", encoded(name)));
     let rest = text(bytes)?;
-    // The fuzzer learns the word from the comparison below, and puts it where it is no secret.
+    // The fuzzer learns the word from the comparison below, and may put it where it is not a secret.
     if format!("{scheme} {} {rest}", name.unwrap_or_default()).to_lowercase().contains(&CANARY.to_lowercase()) {
         return Ok(());
     }
@@ -73,7 +73,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     });
     for (place, text) in displayed {
         let lower = text.to_lowercase();
-        // A path of a file is no secret, though the user may have taken `sqlite:` for a URL with a password in it.
+        // The path of a file is not a secret, although a user may have written `sqlite:` as a URL with a password.
         if !(url.starts_with("sqlite:") && place.to_lowercase() == "database") {
             assert!(!lower.contains(&CANARY.to_lowercase()), "{place} of {url:?} shows {text:?}");
         }
