@@ -38,7 +38,7 @@ async fn f49_nesting_has_the_limits_of_eventbridge_and_of_postgres() {
     }
     let mut scene = Scene::<Postgres>::start().await;
     let too_deep = "(repeat('[', 50000) || repeat(']', 50000))::jsonb";
-    assert_eq!(sqlstate(&mut scene, too_deep).await, "54001", "the limit of its stack");
+    assert_eq!(sqlstate(&mut scene, too_deep).await, "54001", "PostgreSQL's stack limit");
 }
 
 #[tokio::test]
@@ -46,7 +46,7 @@ async fn f29_a_payload_that_postgres_could_not_print_is_refused_at_insert() {
     let mut scene = Scene::<Postgres>::start().await;
     // The text would be 1.2 GB; PostgreSQL makes no text longer than 1 GB.
     let numbers = format!("'[{}]'", ["1e131071"; 9000].join(","));
-    assert_eq!(sqlstate(&mut scene, &numbers).await, "54000", "a limit of the program");
+    assert_eq!(sqlstate(&mut scene, &numbers).await, "54000", "PostgreSQL's limit of 1 GB");
     scene.emit(healthy("healthy")).await;
     assert!(!scene.drain().await.undelivered);
 }

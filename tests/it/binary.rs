@@ -97,8 +97,16 @@ impl Finished {
     /// Returns standard error, which must be one line that begins with `relay: `.
     #[track_caller]
     pub(crate) fn complaint(&self) -> &str {
-        let line = self.stderr.strip_prefix("relay: ").unwrap_or_else(|| panic!("not our own words:\n{}", self.stderr));
-        assert_eq!(line.trim_end_matches('\n').lines().count(), 1, "not one line:\n{}", self.stderr);
+        let line = self
+            .stderr
+            .strip_prefix("relay: ")
+            .unwrap_or_else(|| panic!("standard error does not begin with `relay: `:\n{}", self.stderr));
+        assert_eq!(
+            line.trim_end_matches('\n').lines().count(),
+            1,
+            "standard error has several lines:\n{}",
+            self.stderr
+        );
         line.trim_end()
     }
 }

@@ -75,7 +75,7 @@ async fn index_entries(database: &Database, pooled: bool) -> i64 {
     // A session reports its last counts when it ends.
     let scans = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes where indexrelname = 'event_outbox_pkey'";
     let mut counted = 0;
-    eventually("the counts stand still", async || {
+    eventually("the counts no longer change", async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let before = std::mem::replace(&mut counted, database.connect().await.number(scans).await);
         counted > 0 && counted == before
@@ -89,7 +89,7 @@ async fn beside_an_old_snapshot_claims_do_not_walk_over_what_is_dead() {
     let (with, without) = (database().await, database().await);
     let (with, without) = tokio::join!(index_entries(&with, false), index_entries(&without, true));
     println!("{with} entries of the index met with bounds, {without} without");
-    assert!(without > 100 * DEAD, "only {without}: this shows nothing");
+    assert!(without > 100 * DEAD, "only {without} entries without bounds, so this test proves nothing");
     assert!(with < without / 5, "{with} with bounds, {without} without");
 }
 

@@ -205,7 +205,7 @@ async fn run(seed: u64, duration: Duration, exactly_once: bool) {
     let relays = tokio::task::block_in_place(|| course.calm());
     let calm = Instant::now();
     while course.world.pending().await > 0 {
-        assert!(calm.elapsed() < Duration::from_secs(300), "seed {seed}: not drained in the calm");
+        assert!(calm.elapsed() < Duration::from_secs(300), "seed {seed}: the outbox is not empty after the faults");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let drained = calm.elapsed();
@@ -216,7 +216,7 @@ async fn run(seed: u64, duration: Duration, exactly_once: bool) {
     let longest = watcher.longest();
     scorecard.print();
     let report = course.require_promised(&promised, seed).await;
-    assert!(report["events"].as_u64().unwrap() > 100, "seed {seed}: hardly anything happened: {report:#}");
+    assert!(report["events"].as_u64().unwrap() > 100, "seed {seed}: too little happened: {report:#}");
     println!(
         "seed {seed}: {} events, lost 0, ghosts 0, inversions 0, changed 0, log true, repeats {}; \
          longest time without an entry {:.1} s, drained {:.1} s after the last fault",

@@ -98,10 +98,10 @@ async fn f02_of_three_relays_one_is_killed_and_at_most_what_it_had_in_flight_is_
     until("a third has arrived", || stream::length(&mut connection, name) > 30_000);
     let killed = running.pop().unwrap();
     killed.signal("KILL");
-    assert_eq!(killed.finish().code, None, "it was at work until then");
+    assert_eq!(killed.finish().code, None, "it exited before it was killed");
     assert!(
         count(&mut database.connect().await, "event_outbox").await > 0,
-        "all was done before, so this shows nothing"
+        "everything was published before, so this test proves nothing"
     );
     until_empty(&database).await;
     for one in running {

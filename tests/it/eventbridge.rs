@@ -78,7 +78,7 @@ async fn f100_a_bare_payload_is_told_again_by_the_event_id_among_its_resources()
     publish(&sink(&stub), &[event(7)]).await;
     let requests = stub.requests();
     assert_eq!(requests[0][0]["Resources"], json!(["urn:uuid:00000000-0000-0000-0000-000000000007"]));
-    assert_eq!(requests[1][0]["Resources"], Value::Null, "the document has it");
+    assert_eq!(requests[1][0]["Resources"], Value::Null, "the document has the field");
 }
 
 #[tokio::test]

@@ -133,7 +133,11 @@ async fn lost_answers_add_nothing_twice_though_the_events_come_back_in_smaller_p
     assert_eq!(count(&mut connection, "event_processing_log where status = 'published'").await, 6);
     let messages = column(&mut connection, "select message_id from event_processing_log order by outbox_id").await;
     let entries = stream::entries(&mut stream::connect(redis().url()), name);
-    assert_eq!(messages, entries.into_iter().map(|entry| entry.id).collect::<Vec<_>>(), "each its own entry");
+    assert_eq!(
+        messages,
+        entries.into_iter().map(|entry| entry.id).collect::<Vec<_>>(),
+        "the log has the ids of the entries"
+    );
 }
 
 #[tokio::test]
@@ -181,7 +185,7 @@ async fn a_relay_that_lost_its_claim_adds_nothing_after_another_has() {
     assert_eq!(arrived(name), ["e1", "e2"]);
     gate.open(1000);
     emit_all(&mut connection, &["e3"]).await;
-    eventually("the zombie is a relay again", async || count(&mut connection, "event_outbox").await == 0).await;
+    eventually("the zombie is ready again", async || count(&mut connection, "event_outbox").await == 0).await;
     running.stop().await;
     assert_eq!(arrived(name), ["e1", "e2", "e3"]);
     assert_eq!(count(&mut connection, "event_processing_log where worker = 'zombie'").await, 1);

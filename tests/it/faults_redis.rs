@@ -117,7 +117,7 @@ fn numbers(entries: &[Entry]) -> Vec<i64> {
 fn assert_once_and_in_order(mut numbers: Vec<i64>, events: i64) {
     assert_in_order(&numbers);
     numbers.sort_unstable();
-    assert_eq!(numbers.len(), numbers.iter().collect::<HashSet<_>>().len(), "some arrived twice");
+    assert_eq!(numbers.len(), numbers.iter().collect::<HashSet<_>>().len(), "some events arrived twice");
     let missing: Vec<i64> = (1..=events).filter(|number| numbers.binary_search(number).is_err()).collect();
     assert!(missing.is_empty(), "{} are missing: {missing:?}", missing.len());
     assert_eq!(i64::try_from(numbers.len()).unwrap(), events);

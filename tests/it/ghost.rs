@@ -50,5 +50,5 @@ async fn f30_without_the_barrier_such_an_event_can_be_published() {
             return;
         }
     }
-    panic!("no event was published whose commit the crash took back, five times");
+    panic!("in five tries no event was published whose commit the crash lost");
 }

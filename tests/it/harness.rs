@@ -113,7 +113,11 @@ impl Running {
     pub(crate) async fn until_not_ready(&mut self, words: &str) {
         let told = |now: &Health| matches!(now.readiness(), Readiness::NotReady(reason) if reason.contains(words));
         let waited = tokio::time::timeout(Duration::from_secs(60), self.health.wait_for(told)).await;
-        assert!(waited.is_ok_and(|told| told.is_ok()), "not told: {words}; now it is {:?}", *self.health.borrow());
+        assert!(
+            waited.is_ok_and(|told| told.is_ok()),
+            "the relay did not report {words}; it is {:?}",
+            *self.health.borrow()
+        );
     }
 
     /// Waits until the relay is ready.
@@ -141,7 +145,7 @@ pub(crate) async fn sql(connection: &mut impl Client, statement: impl AsRef<str>
 /// Runs a statement that must be refused. Returns the error.
 pub(crate) async fn refused(connection: &mut impl Client, statement: impl AsRef<str>) -> String {
     match connection.execute(statement.as_ref()).await {
-        Ok(_) => panic!("it was taken: {}", statement.as_ref()),
+        Ok(_) => panic!("the statement was not refused: {}", statement.as_ref()),
         Err(error) => error.to_string(),
     }
 }
@@ -167,7 +171,7 @@ pub(crate) async fn emit(connection: &mut impl Client, name: &str, key: &str) {
 pub(crate) async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !condition().await {
-        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        assert!(Instant::now() < deadline, "not within the deadline: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

@@ -96,7 +96,7 @@ async fn an_entry_has_exactly_the_documented_fields() {
     );
     let answers: Vec<Outcome> =
         entries.iter().map(|entry| Outcome::Delivered { message_id: Some(entry.id.clone()) }).collect();
-    assert_eq!(outcomes, answers, "the message id is the entry's");
+    assert_eq!(outcomes, answers, "the message id is the id of the entry");
 }
 
 #[tokio::test]

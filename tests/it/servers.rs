@@ -57,12 +57,12 @@ impl Server {
             .spawn()
             .unwrap_or_else(|error| panic!("python3 cannot be run ({error}): install it, then run `make test`"));
         let stdin = child.stdin.take();
-        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut stdout = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         let Ok(info) = serde_json::from_str(&line) else {
             let mut complaint = String::new();
-            child.stderr.take().expect("stderr is piped").read_to_string(&mut complaint).unwrap();
+            child.stderr.take().expect("standard error is a pipe").read_to_string(&mut complaint).unwrap();
             child.wait().unwrap();
             panic!("no {kind} for the tests: run `make test`, or `tests/setup` once\n{complaint}");
         };

@@ -187,7 +187,7 @@ async fn an_event_over_the_limit_is_refused_alone<P: Limited>() {
         assert_all_delivered(&outcomes[index..=index]);
     }
     assert_all_failed(&[outcomes[1].clone(), outcomes[5].clone()], Fault::Unfit, P::REFUSAL);
-    assert_eq!(outcomes[2], Outcome::Held, "its key stops at it");
+    assert_eq!(outcomes[2], Outcome::Held, "later events of its key were not sent");
     assert_eq!(by_key(&place.arrived()), expected_by_key([&events[0], &events[3], &events[4], &events[6]]));
 }
 
@@ -234,7 +234,10 @@ async fn nobody_pays_while_it_is_down_and_all_arrive_when_it_is_back<P: Mortal>(
         let soon = Instant::now() + Duration::from_millis(500);
         let outcomes = publish_until(place.sink(), after, soon).await;
         assert!(outcomes.iter().all(is_uncharged), "{outcomes:?}");
-        assert!(outcomes.iter().any(|outcome| matches!(outcome, Outcome::Failed(_))), "the breaker must hear of it");
+        assert!(
+            outcomes.iter().any(|outcome| matches!(outcome, Outcome::Failed(_))),
+            "the breaker must count this failure"
+        );
     }
     place.come_back().await;
     publish_until_delivered(place.sink(), after).await;

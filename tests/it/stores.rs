@@ -127,7 +127,7 @@ impl Store for Postgres {
         let mut connection = self.connect().await;
         let asleep = "pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and objid = 4294967295
                       and database = (select oid from pg_database where datname = current_database())";
-        eventually("one relay sleeps armed", async || count(&mut connection, asleep).await == 1).await;
+        eventually("one relay sleeps and can be woken", async || count(&mut connection, asleep).await == 1).await;
     }
 
     fn in_ms(ms: i64) -> String {

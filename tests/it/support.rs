@@ -121,7 +121,7 @@ pub(crate) fn assert_all_delivered(outcomes: &[Outcome]) {
 pub(crate) fn error(outcome: &Outcome) -> &PublishError {
     match outcome {
         Outcome::Failed(error) => error,
-        other => panic!("{other:?} is no failure"),
+        other => panic!("not a failure: {other:?}"),
     }
 }
 

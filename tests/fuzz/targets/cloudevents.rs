@@ -96,7 +96,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
     assert_eq!(string("source").as_deref(), Some(if event.source.is_empty() { "outbox" } else { &event.source }));
     assert_eq!(string("subject"), event.aggregate_id.clone().filter(|id| !id.is_empty()));
     assert_eq!(string("correlationid"), event.correlation_id.clone().filter(|id| !id.is_empty()));
-    assert_ne!(string("time").as_deref(), Some(""), "what is empty is left out");
+    assert_ne!(string("time").as_deref(), Some(""), "an empty attribute is left out");
     assert_eq!(document["schemaversion"].get(), event.schema_version.to_string());
     for (name, value) in &event.headers {
         assert_eq!(string(name).as_ref(), Some(value));

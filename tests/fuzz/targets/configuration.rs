@@ -42,7 +42,7 @@ fn run() {
         Ok(matches) => matches,
         Err(error) => return assert!(!error.to_string().is_empty()),
     };
-    let line = Line::from_arg_matches(&matches).expect("what was parsed has its types");
+    let line = Line::from_arg_matches(&matches).expect("the parsed settings are valid");
     in_force(&command, &matches, &file);
     drop(line.settings.relay());
     match destinations(&line.settings, &file) {

@@ -27,7 +27,7 @@ struct Canned(Arc<Mutex<(u16, Vec<u8>)>>);
 impl HttpConnector for Canned {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let put = request.headers().get("x-amz-target").is_some_and(|target| target.ends_with("PutEvents"));
-        let answer = self.0.lock().expect("no panic while it is held").clone();
+        let answer = self.0.lock().expect("the lock is not poisoned").clone();
         let (status, body) = if put { answer } else { (200, br#"{"Name":"main","Arn":"arn"}"#.to_vec()) };
         HttpConnectorFuture::ready(Ok(HttpResponse::new(status.try_into().expect("a status"), SdkBody::from(body))))
     }
@@ -81,7 +81,7 @@ fn event(id: i64) -> Event {
 fuzz_target!(|data: &[u8]| {
     let [first, body @ ..] = data else { return };
     let status = [200, 200, 200, 200, 400, 403, 413, 429, 500, 503, 204, 301][usize::from(*first) % 12];
-    *ANSWER.0.lock().expect("no panic while it is held") = (status, body.to_vec());
+    *ANSWER.0.lock().expect("the lock is not poisoned") = (status, body.to_vec());
     let events: Vec<Event> = (0..3).map(event).collect();
     let events: Vec<&Event> = events.iter().collect();
     let outcomes = SINK.with_borrow(|(runtime, sink)| {
@@ -93,10 +93,10 @@ fuzz_target!(|data: &[u8]| {
     for (at, outcome) in outcomes.iter().enumerate() {
         match outcome {
             Outcome::Delivered { message_id } => {
-                let entry = &entries.expect("no delivery without entries")[at];
+                let entry = &entries.expect("an event was delivered by an answer without entries")[at];
                 assert_eq!(status, 200);
-                assert_eq!(entries.map(Vec::len), Some(EVENTS), "a wrong count says nothing about anybody");
-                assert_eq!(entry["EventId"].as_str(), message_id.as_deref(), "its own EventId");
+                assert_eq!(entries.map(Vec::len), Some(EVENTS), "an answer with a wrong count delivers nothing");
+                assert_eq!(entry["EventId"].as_str(), message_id.as_deref(), "each event has its own EventId");
                 assert_eq!(entry["ErrorCode"].as_str(), None);
             }
             Outcome::Failed(error) => {
@@ -105,7 +105,7 @@ fuzz_target!(|data: &[u8]| {
                     assert_eq!(error.fault, Fault::Unknown, "{error:?}");
                 }
             }
-            Outcome::Held => panic!("all three were sent"),
+            Outcome::Held => panic!("all three events were sent"),
         }
     }
 });

@@ -15,14 +15,14 @@ fuzz_target!(|data: &[u8]| {
         if let Outcome::Delivered { message_id } = outcome {
             let id = message_id.expect("the entry's id");
             assert!(!id.is_empty() && !id.starts_with('-'));
-            assert!(String::from_utf8_lossy(rest).contains(&id) || id.contains('\u{fffd}'), "an id from nowhere");
+            assert!(String::from_utf8_lossy(rest).contains(&id) || id.contains('\u{fffd}'), "an id that is in no reply");
         }
     }
 
     // The input as a valid answer with a reply a line. The number of replies may differ from the number of events.
     let replies: Vec<&[u8]> = rest.split(|byte| *byte == b'\n').collect();
     let answer = [format!("${}\r\n", rest.len()).as_bytes(), rest, b"\r\n"].concat();
-    let outcomes = publish(&answer, &keys, count, one_key).expect("no state can look like this");
+    let outcomes = publish(&answer, &keys, count, one_key).expect("this is not a valid state");
     assert_eq!(outcomes.len(), count);
     for (at, outcome) in outcomes.iter().enumerate() {
         if replies.len() != count {
@@ -32,7 +32,7 @@ fuzz_target!(|data: &[u8]| {
         match replies[at] {
             [] => assert_eq!(*outcome, Outcome::Held),
             [b'-', ..] => {
-                let Outcome::Failed(error) = outcome else { panic!("an error is no delivery") };
+                let Outcome::Failed(error) = outcome else { panic!("an error counted as a delivery") };
                 assert!(!error.message.contains('\0') && !error.code.contains('\0'));
                 assert!(error.message.chars().count() <= 500 && error.code.chars().count() <= 500);
             }

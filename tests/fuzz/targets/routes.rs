@@ -75,7 +75,7 @@ fn run(bytes: &mut Unstructured<'_>) -> Result<()> {
                         format!("{}{rest}", event.aggregate_type.as_deref().unwrap_or_default())
                     }
                     Some(("source", rest)) => format!("{source}{rest}"),
-                    Some((other, _)) => panic!("a placeholder {other:?} was taken"),
+                    Some((other, _)) => panic!("the placeholder {other:?} was accepted"),
                     None => part.to_owned(),
                 })
                 .collect::<String>();

@@ -85,7 +85,7 @@ impl Course {
         assert!(times.values().all(|times| *times == 1), "seed {seed}: dead-lettered more than once: {times:?}");
         for (event_id, committed) in &promised.poison {
             let lost = *committed == Some(true) && !times.contains_key(event_id);
-            assert!(!lost, "seed {seed}: the poison event {event_id} is no dead letter");
+            assert!(!lost, "seed {seed}: the poison event {event_id} was not dead-lettered");
         }
         // No event was charged for an outage.
         let charged =
@@ -100,7 +100,7 @@ impl Course {
                        and healthy.processed_at between poison.first_failed_at and poison.failed_at)",
             )
             .await;
-        assert!(passed > 0 || times.len() < 10, "seed {seed}: nothing went by while poison waited");
+        assert!(passed > 0 || times.len() < 10, "seed {seed}: no later event was published while poison waited");
         for (code, count) in codes {
             line(&count, &format!("poison events dead-lettered: {code}"));
         }

@@ -59,7 +59,7 @@ fn every_variable_of_the_help_has_a_row_in_the_guide_and_no_page_has_another() {
         let words = page.split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'));
         for word in words.filter(|word| PREFIXES.iter().any(|prefix| word.starts_with(prefix))) {
             let is_ours = in_help.contains(word) || word.starts_with(of_destination);
-            assert!(is_ours, "{}: {word} is no variable of the relay", path.display());
+            assert!(is_ours, "{}: relay has no variable {word}", path.display());
         }
     }
 }

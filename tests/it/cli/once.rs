@@ -32,7 +32,7 @@ async fn standard_output_has_one_cloudevent_a_line_and_nothing_else() {
     assert_eq!(events.len(), 250);
     for (event, n) in events.iter().zip(1..) {
         assert_eq!(event["specversion"], "1.0");
-        assert_eq!(event["data"]["n"], n, "one key, in order");
+        assert_eq!(event["data"]["n"], n, "the events of a key arrived in order");
         assert_eq!(event["subject"], "42");
         assert_eq!(event["partitionkey"], "order:42");
         assert_eq!(event["tenant"], "acme");
@@ -75,7 +75,7 @@ async fn one_destination_down_of_two_ends_with_3_and_holds_up_only_itself() {
     let name = "cli:once:two";
     let up = [("DATABASE_URL", database.url()), STDOUT, ("REDIS_URL", redis().url()), ("RELAY_REDIS_STREAM", name)];
     let drained = finished(&["--once"], &up).exited(0);
-    assert_eq!(drained.stdout, "", "they were delivered there before");
+    assert_eq!(drained.stdout, "", "they had been delivered there before");
     assert_eq!(stream::length(&mut stream::connect(redis().url()), name), 100);
     assert_eq!(count(&mut connection, "event_outbox").await, 0);
 }

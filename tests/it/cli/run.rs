@@ -32,7 +32,7 @@ impl Systemd {
         let mut all: Vec<String> = Vec::new();
         while !all.last().is_some_and(|told| told.contains(part)) {
             let mut buffer = [0; 4096];
-            let length = self.socket.recv(&mut buffer).unwrap_or_else(|_| panic!("{part:?} was not told, but {all:?}"));
+            let length = self.socket.recv(&mut buffer).unwrap_or_else(|_| panic!("{part:?} is missing in {all:?}"));
             all.push(String::from_utf8(buffer[..length].to_vec()).unwrap());
         }
         all

@@ -127,13 +127,21 @@ pub(super) async fn f64_a_blocked_event_waits_longer_each_time_and_a_restart_doe
     again.relay.lanes = 1;
     let drained = again.drain().await;
     assert!(drained.undelivered);
-    assert_eq!(count(&mut connection, &sooner(45_000)).await, 0, "it waits for at least half of that");
-    assert_eq!(count(&mut connection, &sooner(160_000)).await, 1, "and at most for one and a half of it");
+    assert_eq!(
+        count(&mut connection, &sooner(45_000)).await,
+        0,
+        "it waits at least half of the time since the first failure"
+    );
+    assert_eq!(
+        count(&mut connection, &sooner(160_000)).await,
+        1,
+        "it waits at most one and a half times the time since the first failure"
+    );
     let longest = S::in_ms(-100_000_000);
     sql(&mut connection, format!("update event_outbox set first_failed_at = {longest}, available_at = {ago}")).await;
     setup(&store, &sink).drain().await;
     assert_eq!(count(&mut connection, &sooner(140_000)).await, 0);
-    assert_eq!(count(&mut connection, &sooner(460_000)).await, 1, "five minutes and a half of it");
+    assert_eq!(count(&mut connection, &sooner(460_000)).await, 1, "it waits at most one and a half times five minutes");
 }
 
 pub(super) async fn f64_a_destination_that_refuses_everything_is_paused_although_a_key_was_blocked_before<S: Store>() {
@@ -185,6 +193,6 @@ pub(super) async fn f65_a_call_from_before_a_pause_does_not_end_it<S: Store>() {
     let calls = sink.calls();
     emit(&mut connection, "late", "c").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert_eq!(sink.calls(), calls, "the pause goes on");
+    assert_eq!(sink.calls(), calls, "the pause continues");
     running.stop().await;
 }

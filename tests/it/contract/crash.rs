@@ -104,9 +104,12 @@ pub(super) async fn f02_a_relay_killed_in_the_middle_of_a_batch_repeats_that_bat
     // A relay that waits for an answer is in the middle of a batch.
     redis.pause();
     killed.signal("KILL");
-    assert_eq!(killed.finish().code, None, "it was at work until then");
+    assert_eq!(killed.finish().code, None, "it exited before it was killed");
     redis.resume();
-    assert!(count(&mut connection, "event_outbox").await > 0, "all was done before, so this shows nothing");
+    assert!(
+        count(&mut connection, "event_outbox").await > 0,
+        "everything was published before, so this test proves nothing"
+    );
     eventually("everything is settled", async || count(&mut connection, "event_outbox").await == 0).await;
     heir.signal("TERM");
     heir.finish().exited(0);
@@ -149,7 +152,7 @@ pub(super) async fn f06_twenty_restarts_under_load_repeat_nothing<S: Store>() {
         assert_eq!(stream::length(&mut redis_connection, &name), logged, "what was published is settled");
         interrupted += usize::from(count(&mut connection, "event_outbox").await > 0);
     }
-    assert!(interrupted > 0, "every relay was done before it was stopped, so this shows nothing");
+    assert!(interrupted > 0, "every relay was done before it was stopped, so this test proves nothing");
     Running::start(relay(&["--once"], &variables)).finish().exited(0);
     let sequences = stream::entries(&mut redis_connection, &name).iter().map(Entry::sequence).collect();
     assert_complete_and_in_order(sequences, RESTARTS * EVENTS);

@@ -22,7 +22,7 @@ pub(super) async fn each_destination_is_settled_for_itself_and_redriven_for_itse
     );
     let setup = || Setup::new(&store, vec![("good", good.clone()), ("bad", bad.clone())]);
     let running = setup().run();
-    eventually("e2 came through", async || bad.names() == ["e2"]).await;
+    eventually("e2 is settled", async || bad.names() == ["e2"]).await;
     running.stop().await;
     assert_eq!(good.names(), ["e1", "e2"]);
     assert_eq!(
@@ -42,7 +42,7 @@ pub(super) async fn each_destination_is_settled_for_itself_and_redriven_for_itse
     sql(&mut connection, S::redrive("redriven_at is null")).await;
     assert!(!setup().drain().await.undelivered);
     assert_eq!(bad.names(), ["e2", "e1"]);
-    assert_eq!(good.names(), ["e1", "e2"], "a redrive concerns its own destination only");
+    assert_eq!(good.names(), ["e1", "e2"], "a redrive affects only its own destination");
 }
 
 pub(super) async fn events_go_on_to_one_destination_while_the_other_is_down_and_are_parked_for_it_in_order<S: Store>() {
@@ -53,7 +53,7 @@ pub(super) async fn events_go_on_to_one_destination_while_the_other_is_down_and_
     for index in 0..50 {
         emit(&mut connection, &format!("e{index}"), &format!("k{}", index % 5)).await;
     }
-    eventually("all arrived where they can", async || up.accepted().len() == 50).await;
+    eventually("everything arrived at the destination that works", async || up.accepted().len() == 50).await;
     eventually("all are parked", async || {
         count(&mut connection, "event_outbox where destination = 'down' and attempts = 0").await == 50
     })

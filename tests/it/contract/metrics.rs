@@ -46,7 +46,7 @@ pub(super) async fn metrics_count_events_by_destination_verdict_and_code<S: Stor
     );
     let text = relay.metrics().encode();
     let settles = figure(&text, "outbox_relay_settle_duration_seconds_count");
-    assert!(settles >= 4.0, "one for each attempt at least: {settles}");
+    assert!(settles >= 4.0, "fewer settles than attempts: {settles}");
     assert!(figure(&text, "outbox_relay_claim_duration_seconds_count") >= settles);
     assert!(figure(&text, "outbox_relay_batch_events_sum") >= 6.0);
     assert!(figure(&text, "outbox_relay_polls_total") >= settles);
@@ -75,7 +75,7 @@ pub(super) async fn health_and_metrics_tell_of_a_destination_that_goes_down_and_
     assert!(down.destinations[0].status.since >= begun);
     assert!(down.destinations[0].status.reason.as_ref().is_some_and(|reason| reason.starts_with("SCRIPTED: ")));
     let state = r#"outbox_relay_breaker_state{destination="a"}"#;
-    assert!(figure(&relay.metrics().encode(), state) > 0.5, "probing or open");
+    assert!(figure(&relay.metrics().encode(), state) > 0.5, "the breaker is probing or open");
     sink.then(|_| Act::Accept);
     let up = health.wait_for(|now| now.destinations[0].status.state == State::Up).await.unwrap().clone();
     assert_eq!(up.destinations[0].status.reason, None);

@@ -26,7 +26,7 @@ pub(super) async fn f63_an_event_that_panics_its_destination_is_found_and_given_
     running.stop().await;
     let dead = "select concat_ws(' ', event_type, destination, error_code) from event_dead_letter";
     assert_eq!(column(&mut connection, dead).await, ["bad a sink_panicked"]);
-    assert_eq!(other.names().len(), 100, "another destination is not concerned");
+    assert_eq!(other.names().len(), 100, "another destination is not affected");
     let mut accepted = panicking.accepted();
     let repeats = accepted.len() - 99;
     // Two calls may have arrived in part: the first batch up to the event, and a part of its group of three.

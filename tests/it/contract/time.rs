@@ -23,7 +23,7 @@ pub(super) async fn a_delayed_event_comes_when_it_is_due_and_holds_up_nobody<S: 
     emit(&mut connection, "now", "k").await;
     let sink = ScriptedSink::accepting();
     let drained = Setup::new(&store, vec![("a", sink.clone())]).drain().await;
-    assert!(!drained.undelivered, "what is not due is not owed");
+    assert!(!drained.undelivered, "an event that is not due does not count as undelivered");
     assert_eq!(sink.names(), ["now"]);
     assert_eq!(count(&mut connection, "event_outbox where status = 'scheduled' and destination = ''").await, 2);
 

@@ -93,7 +93,7 @@ async fn f22_a_table_that_is_changed_under_relays_at_work_costs_time_and_nothing
     }
     until_empty(&mut connection).await;
     let told: String = relays.iter().map(Running::log).collect();
-    assert!(told.contains("cached plan must not change result type"), "the fault never struck");
+    assert!(told.contains("cached plan must not change result type"), "the fault never happened");
     relays.into_iter().for_each(stop);
     let repeats = line.assert_delivered(1000 * changes.len() as i64).await;
     println!("F22: {repeats} repeats");
@@ -142,8 +142,8 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     let commits = connection.number(asked).await;
     tokio::time::sleep(Duration::from_secs(5)).await; // the idle time that is measured
     let after = footprint(&mut connection).await;
-    assert_eq!(after, before, "transaction ids and bytes of WAL");
-    eventually("they looked all the while", async || connection.number(asked).await > commits + 20).await;
+    assert_eq!(after, before, "idle relays used transaction ids or wrote WAL");
+    eventually("they polled the whole time", async || connection.number(asked).await > commits + 20).await;
 
     for id in 2..=21 {
         load(&mut connection, 10, 3).await;

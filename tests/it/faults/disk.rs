@@ -36,7 +36,7 @@ async fn f18_a_database_that_cannot_record_is_not_published_from_again_and_again
         };
         let tried = "select last_value from refusals";
         eventually("it tried again", async || connection.number(tried).await >= 5).await;
-        assert_eq!(sink.calls(), calls, "not published again while nothing can be recorded");
+        assert_eq!(sink.calls(), calls, "events were published again although nothing could be recorded");
         assert_eq!(count(&mut connection, "event_outbox where attempts = 0 and status = 'pending'").await, 10);
         sql(&mut connection, "drop trigger refuse on event_processing_log").await;
         until_empty(&mut connection).await;
@@ -93,7 +93,7 @@ async fn f18_a_log_that_cannot_grow_stops_the_publishing_until_it_can() {
     tokio::time::sleep(Duration::from_secs(3)).await; // the duration of the fault
     let more = sink.calls() - calls;
     println!("F18: {logged} were recorded before the disk was full; {more} more publish calls while it was");
-    assert!(more <= 1, "{more} more publish calls while nothing can be recorded");
+    assert!(more <= 1, "{more} more publish calls although nothing could be recorded");
     limit_files(&server, &mut connection, "unlimited").await;
     until_empty(&mut connection).await;
     running.stop().await;

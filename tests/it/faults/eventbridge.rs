@@ -94,7 +94,7 @@ async fn f47_entries_that_fail_alone_are_repeated_alone_and_their_keys_stay_in_o
         Reply::Entries(vec![EntryReply::Failed("InternalFailure"); 10]),
     ];
     let repeats = delivered_after(replies).await;
-    assert!(repeats <= 14, "{repeats}: only what failed comes again");
+    assert!(repeats <= 14, "{repeats} repeats: only what failed may be sent again");
 }
 
 #[tokio::test]
@@ -222,15 +222,15 @@ async fn f51_an_answer_that_is_lost_after_the_bus_took_the_entries_repeats_those
     let proxy = Proxy::to(port);
     proxy.drop_answers(3, "PutEvents");
     let repeats = delivered_to(&stub, &proxy.url(stub.url(), port)).await;
-    assert_eq!(proxy.count(), 3, "every answer was lost that should be");
-    assert!((10..=30).contains(&repeats), "{repeats}: three requests of at most 10");
+    assert_eq!(proxy.count(), 3, "too few answers were lost");
+    assert!((10..=30).contains(&repeats), "{repeats} repeats: at most three requests of 10 entries");
 }
 
 #[tokio::test]
 async fn f51_an_answer_that_comes_too_late_is_no_answer() {
     let late = Reply::Slow(Duration::from_secs(4)); // the sink waits 2
     let repeats = delivered_after([late.clone(), Reply::Ok, late]).await;
-    assert!((10..=20).contains(&repeats), "{repeats}: two requests of at most 10");
+    assert!((10..=20).contains(&repeats), "{repeats} repeats: at most two requests of 10 entries");
 }
 
 #[tokio::test]
@@ -315,7 +315,7 @@ async fn f53_of_any_garbled_answer_only_what_it_clearly_says_is_believed() {
             }
             believed += 1;
             let entries = parsed.as_ref().and_then(|parsed| parsed["Entries"].as_array());
-            let entry = &entries.unwrap_or_else(|| panic!("believed: {body}"))[index];
+            let entry = &entries.unwrap_or_else(|| panic!("an event was delivered with this answer: {body}"))[index];
             assert_eq!(entries.unwrap().len(), 3, "{body}");
             assert!(entry["EventId"].is_string() && entry["ErrorCode"].is_null(), "{body}");
         }

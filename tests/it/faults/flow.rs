@@ -60,7 +60,7 @@ async fn f56_poison_in_hot_keys_delays_those_keys_and_no_others() {
     let stuck = "select concat_ws(' ', aggregate_id, min(id), bool_or(id = min and event_type = 'poison' and attempts = 1))
                  from (select *, min(id) over (partition by aggregate_id) from event_outbox) o group by aggregate_id order by 1";
     let expected: Vec<String> = (0..10).map(|key| format!("hot{key} {} t", 500 + 1010 * key)).collect();
-    assert_eq!(column(&mut connection, stuck).await, expected, "each hot key stands at its first poison");
+    assert_eq!(column(&mut connection, stuck).await, expected, "each hot key waits at its first poison");
     assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
 
     // This makes everything due.
@@ -103,7 +103,7 @@ async fn f57_the_same_poison_over_and_over_stops_nobody_and_is_summed_up() {
     let lines = told.lines().filter(|line| line.contains("event dead-lettered")).count();
     println!("F57: {POISON} dead letters, {lines} lines of the log");
     assert!(lines <= usize::try_from(POISON).unwrap(), "at most one line for each");
-    assert!(!told.contains("breaker open"), "the destination is well");
+    assert!(!told.contains("breaker open"), "the destination is not paused");
 }
 
 #[tokio::test]
@@ -225,7 +225,11 @@ async fn f61_a_truncate_during_a_publish_is_reported_and_the_relay_goes_on() {
     sql(&mut connection, "delete from event_outbox where id % 2 = 0").await;
     running.until_log("someone else deleted rows of event_outbox while they were being published");
     assert!(running.log().contains("\"expected\":100") && running.log().contains("\"gone\":50"), "{}", running.log());
-    assert_eq!(count(&mut connection, "event_processing_log").await, 50, "what was there is recorded");
+    assert_eq!(
+        count(&mut connection, "event_processing_log").await,
+        50,
+        "the events that still have a row are recorded"
+    );
     // A truncate waits for the claim and removes what was inserted meanwhile. Then everything goes on.
     load(&mut connection, 100, 10).await;
     sql(&mut connection, "truncate event_outbox").await;

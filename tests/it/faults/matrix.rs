@@ -128,13 +128,13 @@ async fn cell(point: &str, action: &str, trace: Option<&str>, kind: Kind) -> usi
         Running::start(relay(&["run"], &variables))
     };
     let mut running = start(&place, &[("FAILPOINTS", &failpoints)]);
-    eventually("the outbox is empty or the relay is dead", async || {
+    eventually("the outbox is empty or the relay has ended", async || {
         !running.is_running() || count(&mut connection, "event_outbox").await == 0
     })
     .await;
     if let Some(trace) = trace {
-        assert!(running.is_running(), "it ended:\n{}", running.log());
-        assert!(running.log().contains(trace), "the fault never struck:\n{}", running.log());
+        assert!(running.is_running(), "the relay ended:\n{}", running.log());
+        assert!(running.log().contains(trace), "the fault never happened:\n{}", running.log());
     } else {
         eventually("it is dead", async || !running.is_running()).await;
         let dead = running.finish();

@@ -53,11 +53,14 @@ async fn f13_restarts_fast_and_immediate_under_load_cost_time_and_nothing_else()
         }
     }
     println!("F13: the first event was published at most {slowest:?} after the server was back");
-    assert!(slowest > Duration::ZERO, "all was done before every restart, so this shows nothing");
+    assert!(slowest > Duration::ZERO, "everything was published before each restart, so this test proves nothing");
     until_empty(&mut line.connect().await).await;
     relays.into_iter().for_each(stop);
     let repeats = line.assert_delivered(EVENTS * ways.len() as i64).await;
-    assert!(repeats <= ways.len() * 3 * LANES * BATCH, "{repeats}: more than a batch for each lane and restart");
+    assert!(
+        repeats <= ways.len() * 3 * LANES * BATCH,
+        "{repeats} repeats: more than a batch for each lane and restart"
+    );
 }
 
 #[tokio::test]
@@ -77,7 +80,7 @@ async fn f15_a_claim_lost_before_its_settle_repeats_its_batch_in_order_and_nothi
     running.stop().await;
     let (distinct, repeats) = assert_first_in_order(arrivals(&sink));
     assert_eq!(distinct, 20);
-    assert!(repeats <= 5, "at most the batch in flight: {repeats}");
+    assert!(repeats <= 5, "{repeats} repeats: more than the batch in flight");
     assert_logged_once(&mut connection, 20).await;
 }
 
@@ -132,7 +135,7 @@ async fn f15_backends_terminated_over_and_over_lose_nothing_and_keep_order() {
     for relay in relays {
         relay.stop().await;
     }
-    assert!(terminated > 1, "the fault never struck");
+    assert!(terminated > 1, "the fault never happened");
     assert_eq!(assert_first_in_order(arrivals(&sink)).0, 3000);
     assert_logged_once(&mut connection, 3000).await;
 }
@@ -229,7 +232,7 @@ async fn f16_whatever_a_settle_fails_with_it_is_repeated_whole_or_written_again_
         let running = Setup::new(&database, vec![("a", sink.clone())]).run();
         until_empty(&mut connection).await;
         running.stop().await;
-        assert!(connection.number("select last_value from failures").await > 7, "{sqlstate} never struck");
+        assert!(connection.number("select last_value from failures").await > 7, "{sqlstate} never happened");
         let (distinct, repeats) = assert_first_in_order(arrivals(&sink));
         assert_eq!((distinct, sink.calls()), (10, calls), "{sqlstate}");
         assert_eq!(repeats, 10 * (calls - 1), "{sqlstate}");
@@ -271,7 +274,7 @@ async fn f17_a_locked_table_and_the_roles_timeouts_cost_time_and_nobody_pays() {
         gate.open(100);
         let failed = Instant::now();
         while failed.elapsed() < Duration::from_secs(2) {
-            assert_eq!(sink.calls(), calls, "{table}: published again while nothing can be recorded");
+            assert_eq!(sink.calls(), calls, "{table}: events were published again although nothing could be recorded");
             tokio::time::sleep(Duration::from_millis(50)).await; // the duration of the fault
         }
         sql(&mut admin, "rollback").await;
@@ -392,7 +395,7 @@ async fn f24_what_is_committed_late_with_a_low_id_is_picked_up() {
     until_empty(&mut connection).await;
     running.stop().await;
     assert_eq!(sink.names().iter().filter(|name| *name == "late").count(), 2);
-    assert_eq!(sink.accepted().len(), usize::try_from(events).unwrap(), "all, and once");
+    assert_eq!(sink.accepted().len(), usize::try_from(events).unwrap(), "every event arrived exactly once");
     assert_logged_once(&mut connection, events).await;
 }
 
@@ -417,7 +420,7 @@ async fn f31_a_host_that_vanished_without_a_word_is_replaced_after_the_servers_t
     until_empty(&mut connection).await;
     println!("F31: taken over {:?} after the host vanished, by the server's timeout of 16 s", since.elapsed());
     let worker = format!("event_processing_log where worker like '%:{}'", vanished.id());
-    assert_eq!(count(&mut connection, &worker).await, 0, "settled by whom nobody can reach");
+    assert_eq!(count(&mut connection, &worker).await, 0, "a relay that cannot be reached settled");
     // The server is back, and the relay finds its connections closed.
     proxy.heal();
     load(&mut connection, 50, 5).await;

@@ -26,7 +26,7 @@ async fn f01_killed_between_claim_and_publish_another_takes_over_and_nothing_is_
     while doomed.is_running() {
         load(&mut connection, 100, 10).await;
         events += 100;
-        eventually("it died or the events are gone", async || {
+        eventually("the relay crashed or the outbox is empty", async || {
             !doomed.is_running() || count(&mut connection, "event_outbox").await == 0
         })
         .await;
@@ -63,8 +63,8 @@ async fn f03_killed_between_answer_and_settle_it_repeats_exactly_that_batch() {
     let lines = |text: &str| text.lines().map(str::to_owned).collect::<std::collections::BTreeSet<_>>();
     let (first, second) = (lines(&killed.stdout), lines(&heir.stdout));
     assert!((1..=BATCH).contains(&first.len()), "{} of a batch", first.len());
-    assert_eq!((second.len(), heir.stdout.lines().count()), (100, 100), "all, and once each");
-    assert!(first.is_subset(&second), "the very same bytes");
+    assert_eq!((second.len(), heir.stdout.lines().count()), (100, 100), "every event arrived exactly once");
+    assert!(first.is_subset(&second), "the repeated bytes are the same");
     super::assert_logged_once(&mut connection, 100).await;
 }
 
@@ -75,7 +75,10 @@ async fn f03_into_a_stream_at_most_the_batch_that_was_answered_is_repeated() {
     load(&mut connection, 1000, 20).await;
     let settings = [("EVENT_OUTBOX_BATCH_SIZE", "100"), ("FAILPOINTS", "acked=3*off->1*return(abort)")];
     assert_eq!(line.start(&settings).finish().code, None, "SIGABRT");
-    assert!(count(&mut connection, "event_outbox").await > 0, "all was done before, so this shows nothing");
+    assert!(
+        count(&mut connection, "event_outbox").await > 0,
+        "everything was published before, so this test proves nothing"
+    );
     line.start_with(&["--once"], &[]).finish().exited(0);
     // Calls of other lanes may have been answered too.
     let repeats = line.assert_delivered(1000).await;
@@ -104,7 +107,7 @@ async fn f04_a_commit_whose_answer_is_lost_is_found_out_by_reading_again() {
     emit(&mut connection, "next", "k").await;
     until_empty(&mut connection).await;
     running.stop().await;
-    assert_eq!(sink.accepted().len(), 21, "it was committed, so nothing is repeated");
+    assert_eq!(sink.accepted().len(), 21, "the settle was committed, so nothing may be repeated");
     super::assert_logged_once(&mut connection, 21).await;
 }
 
@@ -196,7 +199,7 @@ async fn f12_drains_in_a_loop_beside_a_relay_under_load_lose_and_repeat_nothing(
     }
     until_empty(&mut connection).await;
     stop(daemon);
-    assert!(helped > 0, "the daemon was always first, so this shows nothing");
+    assert!(helped > 0, "the daemon was always first, so this test proves nothing");
     assert_eq!(line.assert_delivered(40_000).await, 0, "repeats");
 }
 
@@ -211,7 +214,7 @@ async fn f06_what_was_claimed_and_not_published_at_a_stop_is_published_once_and_
     running.signal("TERM");
     running.until_log("stopping");
     running.finish().exited(0);
-    assert!(asked.elapsed() < Duration::from_secs(30), "it stopped long before its timeouts");
+    assert!(asked.elapsed() < Duration::from_secs(30), "it did not stop before its timeouts");
     let length = line.length();
     let logged = usize::try_from(count(&mut connection, "event_processing_log").await).unwrap();
     assert_eq!(length, logged, "what was published is settled");

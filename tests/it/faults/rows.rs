@@ -33,10 +33,10 @@ async fn drained_around(database: &Database, sick: &[&str]) -> Vec<String> {
     sql(&mut connection, healthy).await;
     let sink = ScriptedSink::accepting();
     let drain = Setup::new(database, vec![("a", sink.clone())]).drain();
-    tokio::time::timeout(Duration::from_secs(120), drain).await.expect("the relay goes round in circles");
+    tokio::time::timeout(Duration::from_secs(120), drain).await.expect("the relay does not finish the drain");
     let arrived = sink.accepted().into_iter().filter(|event| event.event_type == "healthy");
     let arrived = arrived.map(|event| (event.aggregate_id.unwrap_or_default(), event.row.id));
-    assert_eq!(assert_first_in_order(arrived), (20, 0), "the healthy ones, once");
+    assert_eq!(assert_first_in_order(arrived), (20, 0), "each healthy event arrived once");
     let dead = "select concat_ws(' ', event_type, error_code) from event_dead_letter order by id";
     column(&mut connection, dead).await
 }
@@ -125,7 +125,7 @@ async fn a_column_that_is_null_is_the_rows_defect<S: Store>(allow: &str) {
     }
     let sink = ScriptedSink::accepting();
     let drain = Setup::new(&store, vec![("a", sink.clone())]).drain();
-    tokio::time::timeout(Duration::from_secs(120), drain).await.expect("the relay goes round in circles");
+    tokio::time::timeout(Duration::from_secs(120), drain).await.expect("the relay does not finish the drain");
     assert_eq!(sink.names(), vec!["healthy"; 2 * NULLABLE.len()]);
     let dead = column(&mut connection, "select error_code from event_dead_letter order by outbox_id").await;
     // From PostgreSQL, a NULL and a date that the relay cannot represent are read alike.

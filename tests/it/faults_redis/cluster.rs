@@ -90,7 +90,7 @@ async fn f36_streams_whose_slots_move_under_load_get_everything_once_and_in_orde
         let to = (from + 1) % MASTERS;
         tokio::task::block_in_place(|| move_slot(&server, slot, from, to));
         // The test's own client fails when nodes redirect it in a circle.
-        eventually("all nodes have heard of it", async || {
+        eventually("all nodes know the new master", async || {
             server.ports().iter().all(|port| master_heard_of(*port, slot) == Some(server.ports()[to]))
         })
         .await;
@@ -114,7 +114,7 @@ async fn f36_a_killed_master_is_replaced_and_what_its_replica_has_is_neither_los
     hold_until_replicated(server.ports()[0]).await;
     server.kill_node(0);
     let promoted = format!("127.0.0.1:{}@", server.ports()[3]);
-    eventually("all have heard that its replica is the master", async || {
+    eventually("all nodes know that its replica is the master", async || {
         server.ports()[1..].iter().all(|port| {
             let nodes: String = RedisClient::at(*port).ask("CLUSTER NODES");
             let state: String = RedisClient::at(*port).ask("CLUSTER INFO");
@@ -237,7 +237,7 @@ async fn f36_a_cluster_without_all_its_slots_is_waited_for() {
         assert!(outcomes.iter().any(is_uncharged), "{outcomes:?}");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    assert!(begun.elapsed() < TIMEOUT, "a call ends by itself long before its deadline: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < TIMEOUT, "the call did not end before its deadline: {:?}", begun.elapsed());
     server.start_node(0);
     publish_until_delivered(&*sink, &batch).await;
 }
@@ -251,7 +251,7 @@ async fn f40_a_frozen_node_of_a_cluster_holds_nobody_past_the_deadline() {
     assert_all_delivered(&publish(&*sink, &batch).await);
     server.pause_node(1);
     let call = publish_until(&*sink, &batch, Instant::now() + Duration::from_millis(300));
-    let outcomes = tokio::time::timeout(TIMEOUT / 2, call).await.expect("it ends at its deadline");
+    let outcomes = tokio::time::timeout(TIMEOUT / 2, call).await.expect("the call did not end at its deadline");
     assert!(outcomes.iter().any(is_uncharged) && !outcomes.iter().all(is_uncharged), "{outcomes:?}");
     // By then its replica may have taken over, or the cluster may lack some slots.
     publish_until_delivered(&*sink, &batch).await;
@@ -310,7 +310,7 @@ async fn f36_streams_of_another_node_fail_in_order_for_whoever_knows_of_no_clust
     assert!(matches!(outcomes[0], Outcome::Delivered { .. }), "{outcomes:?}");
     assert_all_failed(&outcomes[1..2], Fault::Destination, "MOVED");
     assert!(error(&outcomes[1]).message.contains("redis-cluster://"), "{outcomes:?}");
-    assert_eq!(outcomes[2], Outcome::Held, "what follows in the key stays behind");
+    assert_eq!(outcomes[2], Outcome::Held, "later events of the key are held back");
     assert!(matches!(outcomes[3], Outcome::Delivered { .. }), "{outcomes:?}");
     // When no event can be published, the destination is at fault.
     let elsewhere = [to(&there[0], keyed(2, "42")), to(&there[1], event(5))];

@@ -132,7 +132,7 @@ async fn f40_no_answer_by_the_deadline_is_an_unknown_outcome() {
             arrived.push(id);
         }
     }
-    assert_eq!(arrived, ids(&batch), "what arrived twice first came in order");
+    assert_eq!(arrived, ids(&batch), "the first copies arrived in order");
 }
 
 #[tokio::test]
@@ -149,5 +149,5 @@ async fn f40_a_frozen_server_holds_nobody_past_the_deadline() {
     assert!(outcomes.iter().flatten().all(is_uncharged));
     server.resume();
     publish_until_delivered(&sink, &[event(65)]).await;
-    assert_eq!(RedisClient::connect(&server).sequences("events"), [65], "nothing of the failed calls was sent");
+    assert_eq!(RedisClient::connect(&server).sequences("events"), [65], "failed calls sent nothing");
 }

@@ -31,7 +31,7 @@ pub(super) async fn hold_until_replicated(port: u16) {
     let offset = client.info("master_repl_offset");
     let replicas = client.info("connected_slaves");
     assert!(replicas > 0);
-    eventually("the replicas have it all", async || {
+    eventually("the replicas have everything", async || {
         let info: String = client.ask("INFO replication");
         let offset_of = |line: &str| line.split("offset=").nth(1)?.split(',').next()?.parse::<u64>().ok();
         let behind = info.lines().filter(|line| line.contains("state=online")).filter_map(offset_of);
@@ -61,7 +61,7 @@ async fn f34_a_sentinels_new_master_goes_on_where_the_killed_one_stopped() {
     eventually("there is a new master", async || master(&server) != 0).await;
     let mut new = connect(&server, master(&server));
     let before = stream::length(&mut new, "events");
-    eventually("it is published to", async || stream::length(&mut new, "events") > before + 500).await;
+    eventually("events are published to it", async || stream::length(&mut new, "events") > before + 500).await;
     // The old master returns as a replica.
     server.start_node(0);
     let events = load.drained(&database).await;
@@ -81,7 +81,7 @@ async fn f34_a_failover_loses_only_what_redis_had_taken_and_not_passed_on() {
     eventually("there is a new master", async || master(&server) != 0).await;
     let mut new = connect(&server, master(&server));
     let before = stream::length(&mut new, "events");
-    eventually("it is published to", async || stream::length(&mut new, "events") > before + 500).await;
+    eventually("events are published to it", async || stream::length(&mut new, "events") > before + 500).await;
     let events = load.drained(&database).await;
     running.stop().await;
     let mut arrived = numbers(&stream::entries(&mut new, "events"));
@@ -89,7 +89,7 @@ async fn f34_a_failover_loses_only_what_redis_had_taken_and_not_passed_on() {
     let count = arrived.len();
     arrived.sort_unstable();
     arrived.dedup();
-    assert_eq!(arrived.len(), count, "nothing twice");
+    assert_eq!(arrived.len(), count, "some events arrived twice");
     assert_at_most_one_gap_in_each_key(&arrived, events);
     // Redis had acknowledged all events, as `drained` found. A few chunks had not reached the replicas yet.
     let missing = usize::try_from(events).unwrap() - count;

@@ -38,7 +38,7 @@ async fn f35_nothing_of_a_key_follows_its_first_failure_when_redis_is_out_of_mem
         ids.sort_unstable();
         ids
     };
-    assert_eq!(sorted(in_stream), answered, "delivered is what is there");
+    assert_eq!(sorted(in_stream), answered, "the delivered events are those in the stream");
     for key in 0..6 {
         let of_key = outcomes.iter().zip(&batch).filter(|(_, event)| event.row.id % 6 == key);
         assert!(of_key.map(|(outcome, _)| is_delivered(outcome)).is_sorted_by(|a, b| a >= b), "key {key}");

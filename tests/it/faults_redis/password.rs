@@ -77,7 +77,7 @@ async fn f38_a_password_that_changes_under_way_is_no_events_fault() {
     daemon.until_log("\"message\":\"ready\"");
     let emit = "select emit_event('e', aggregate_id => i::text) from generate_series(1, 20) i";
     sql(&mut connection, emit).await;
-    eventually("it takes events", async || count(&mut connection, "event_outbox").await == 0).await;
+    eventually("the destination accepts events", async || count(&mut connection, "event_outbox").await == 0).await;
     client.tell("ACL SETUSER default resetpass >changed");
     client.tell("CLIENT KILL TYPE normal");
     // Soon after deliveries, one after the other.

@@ -47,7 +47,7 @@ async fn f41_an_event_on_which_redis_closes_the_connection_is_found_and_dead_let
     let sequences = client.sequences("events");
     let mut all = sequences.clone();
     all.sort_unstable();
-    assert_eq!(all, (1..=200).filter(|id| *id != 41).collect::<Vec<_>>(), "each of the others once");
+    assert_eq!(all, (1..=200).filter(|id| *id != 41).collect::<Vec<_>>(), "each of the others arrived once");
     for key in 0..4 {
         assert!(sequences.iter().filter(|&id| id % 4 == key).is_sorted(), "key {key}");
     }

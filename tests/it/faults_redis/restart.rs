@@ -45,7 +45,7 @@ async fn f32_what_a_redis_that_keeps_nothing_has_forgotten_is_all_that_is_missin
     assert_in_order(&arrived);
     // It lost everything at its last kill, and has everything since then.
     assert_at_most_one_gap_in_each_key(&arrived, events);
-    assert!(arrived.len() < usize::try_from(events).unwrap(), "it forgot nothing, so this shows nothing");
+    assert!(arrived.len() < usize::try_from(events).unwrap(), "Redis lost nothing, so this test proves nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,6 +75,6 @@ async fn f33_a_redis_that_is_loading_its_data_is_waited_for() {
         }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     };
-    assert!(loading > 0, "it was never seen loading, so this shows nothing");
+    assert!(loading > 0, "Redis was never loading, so this test proves nothing");
     assert_eq!(RedisClient::connect(&server).sequences("events"), [1]);
 }

@@ -38,7 +38,7 @@ async fn f37_troubles_of_the_server_are_the_destinations_fault_and_pass() {
             assert_all_failed(&outcomes, Fault::Destination, "BUSY");
             break;
         }
-        assert!(Instant::now() < deadline, "the script never kept Redis busy");
+        assert!(Instant::now() < deadline, "Redis never answered BUSY");
     }
     client.tell("SCRIPT KILL");
     endless.join().unwrap();

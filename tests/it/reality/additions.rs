@@ -84,7 +84,7 @@ async fn a_unique_event_id_works_with_one_destination_and_is_refused_with_two<S:
     let running = Setup::new(&store, vec![("a", Arc::clone(&sink) as _)]).run();
     eventually("all is settled", async || count(&mut connection, "event_outbox").await == 0).await;
     running.stop().await;
-    assert_eq!(sink.accepted().len(), 101, "nothing twice");
+    assert_eq!(sink.accepted().len(), 101, "nothing arrived twice");
     assert_eq!(count(&mut connection, "event_dead_letter where attempts = 4").await, 1);
 
     let failures = failures(&store, SEVERAL).await;

@@ -41,7 +41,7 @@ async fn a_new_destination_misses_nothing(pooled: bool) {
         old.push(ready(&database, worker, &[("one", &one)], pooled).await);
     }
     emit_named(&mut connection, "before", 50).await;
-    eventually("the old ones work", async || with_prefix(&one, "before") == 50).await;
+    eventually("the old relays work", async || with_prefix(&one, "before") == 50).await;
 
     let new = ready(&database, "new:1", &[("one", &one), ("two", &two)], pooled).await;
     emit_named(&mut connection, "during", 300).await;
@@ -183,7 +183,7 @@ async fn f83_when_the_newest_is_killed_or_stopped_the_others_take_over_and_give_
     emit(&mut connection, "hung", "").await;
     eventually("the old one takes over", async || old.output().contains("hung")).await;
     new.signal("CONT");
-    eventually("the new one has the role again", async || {
+    eventually("the new one routes again", async || {
         column(&mut connection, "select worker from event_relay where hung").await.is_empty()
     })
     .await;

@@ -179,7 +179,7 @@ async fn killed_late_by_an_event<S: Store>() {
         format!("update event_outbox set available_at = {} where event_type = 'poison'", S::in_ms(-1)),
     )
     .await;
-    assert_eq!(start("--once", &store, &variables, &fatal).finish().code, None, "once more, and no more than that");
+    assert_eq!(start("--once", &store, &variables, &fatal).finish().code, None, "it was published more than once more");
     start("--once", &store, &variables, &fatal).finish().exited(3);
     assert_undamaged(&mut connection, 4).await;
     sql(&mut connection, format!("update event_outbox set available_at = {}", S::in_ms(-1))).await;

@@ -40,7 +40,10 @@ async fn f101_events_of_another_format_wait_with_what_is_behind_them_and_hold_up
     names.sort_unstable();
     assert_eq!(names, ["before", "keyless", "last", "other key"]);
     assert_eq!(count(&mut connection, "event_outbox").await, 8);
-    assert!(Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered, "--once says so");
+    assert!(
+        Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered,
+        "--once reports undelivered events"
+    );
     let check = finished(&["check"], &[("DATABASE_URL", store.url()), ("RELAY_STDOUT", "true")]).exited(1);
     let failed: Vec<&str> = check.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
     assert_eq!(failed.len(), 1, "{}", check.stdout);

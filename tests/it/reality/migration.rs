@@ -109,7 +109,7 @@ fn relay_of_before(program: &str, database: &Database) -> Running {
 async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them() {
     let built =
         Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/before")).stderr(Stdio::inherit()).output().unwrap();
-    assert!(built.status.success(), "there is no relay of before: see what tests/before says above");
+    assert!(built.status.success(), "the previous relay could not be built: see the output of tests/before above");
     let program = String::from_utf8(built.stdout).unwrap();
     let server = Server::start("postgres", &["--fast"]);
     let database = of_before(&server).await;
@@ -155,7 +155,7 @@ async fn relays_of_before_go_on_publishing_through_the_migrations_and_after_them
     });
     let (mut events, mut ids) = (0, HashSet::new());
     for output in outputs {
-        assert_eq!(output.stderr, "", "they say nothing");
+        assert_eq!(output.stderr, "", "the relays log nothing");
         for line in output.stdout.lines() {
             let event: serde_json::Value = serde_json::from_str(line).unwrap();
             ids.insert(event["id"].as_str().unwrap().to_owned());

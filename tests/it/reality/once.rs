@@ -50,7 +50,7 @@ async fn f82_once_beside_a_relay_that_settles_what_is_due_ends_with_0() {
     eventually("it has claimed", async || count(&mut connection, claims).await > 0).await;
     let once = finished(&["--once"], &[("DATABASE_URL", database.url()), STDOUT]).exited(0);
     assert_eq!(once.stdout, "");
-    assert_eq!(count(&mut connection, "event_outbox").await, 0, "it has waited");
+    assert_eq!(count(&mut connection, "event_outbox").await, 0, "it waited for the other relay");
     // If all goes well and a producer goes on, the run does not wait for later events.
     drop(slow);
     sql(&mut connection, "insert into event_outbox (event_type) select 'a' from generate_series(1, 10)").await;

@@ -149,7 +149,7 @@ async fn f90_a_lane_that_ends_in_trouble_leaves_the_callers_token_alone() {
                      where datname = current_database() and pid <> pg_backend_pid()";
     sql(&mut connection, terminate).await;
     gate.open(1);
-    assert!(draining.await.unwrap().is_err(), "the settle cannot have worked");
+    assert!(draining.await.unwrap().is_err(), "the settle cannot have succeeded");
     assert!(!stop.is_cancelled());
 }
 
@@ -223,7 +223,7 @@ async fn f88_lines_that_nobody_read_are_counted() {
         let mut buffer = [0; 4096];
         while !String::from_utf8_lossy(&log).contains("lines of this log were dropped") {
             match reader.read(&mut buffer).unwrap() {
-                0 => panic!("it was not said: {}", String::from_utf8_lossy(&log)),
+                0 => panic!("the report is missing in: {}", String::from_utf8_lossy(&log)),
                 count => log.extend_from_slice(&buffer[..count]),
             }
         }

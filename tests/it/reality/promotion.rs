@@ -47,7 +47,7 @@ async fn entries_met(database: &Database) -> i64 {
     let scans = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes
                  where indexrelname in ('event_outbox_scheduled_idx', 'event_outbox_waiting_idx')";
     let mut counted = -1;
-    eventually("the counts stand still", async || {
+    eventually("the counts no longer change", async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let before = std::mem::replace(&mut counted, database.connect().await.number(scans).await);
         counted == before
@@ -98,8 +98,8 @@ async fn f102_beside_an_old_snapshot_neither_promotions_nor_claims_walk_again_an
     running.stop().await;
     let met = entries_met(&database).await - met;
     let by_claims = PARKED / 2 / BATCH as i64 * PARKED;
-    println!("{met} entries met by new events; {by_claims} where each claim asks");
-    assert!(met < by_claims, "{met} entries met by new events; {by_claims} where each claim asks");
+    println!("{met} entries read with new events; {by_claims} if each claim read all");
+    assert!(met < by_claims, "{met} entries read with new events; {by_claims} if each claim read all");
 }
 
 #[tokio::test]

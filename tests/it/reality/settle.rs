@@ -203,7 +203,7 @@ async fn nothing_is_published_where_nothing_is_recorded<S: Store>(functions: &st
         assert!(!Setup::new(&store, vec![("a", sink.clone())]).drain().await.undelivered);
     }
     assert_eq!(sink.accepted().len(), ways.len());
-    assert_eq!(count(&mut connection, "event_outbox").await, 0, "the rows of proofs were taken back");
+    assert_eq!(count(&mut connection, "event_outbox").await, 0, "the rows of proofs were rolled back");
     assert_eq!(count(&mut connection, "event_processing_log").await, ways.len() as i64);
     assert_eq!(count(&mut connection, "event_dead_letter").await, 0);
 }
@@ -235,8 +235,8 @@ async fn what_comes_while_it_works_costs_a_repeat_at_most<S: Store>(functions: &
         while since.elapsed() < Duration::from_millis(500) {
             tokio::time::sleep(Duration::from_millis(20)).await; // the duration of the fault
         }
-        assert!(sink.accepted().len() <= before + 5, "{how}: repeated");
-        assert!(sink.accepted().len() <= stopped + 5, "{how}: goes on publishing");
+        assert!(sink.accepted().len() <= before + 5, "{how}: events were repeated");
+        assert!(sink.accepted().len() <= stopped + 5, "{how}: the relay goes on publishing");
         sql(&mut connection, undo).await;
         eventually("all is settled", async || count(&mut connection, "event_outbox").await == 0).await;
         running.until_ready().await;

@@ -143,7 +143,7 @@ async fn large_values_in_any_column_cost_no_memory<S: Old>(text: fn(u32) -> Stri
         fill(&store, 300, column, &value).await;
         let (code, peak) = drained(store.url(), &[("RELAY_STDOUT", "true"), ("RELAY_LOG", "warn")]);
         let mut connection = store.connect().await;
-        assert_eq!(code, Some(3), "dead-lettered: said");
+        assert_eq!(code, Some(3), "standard error names the dead letter");
         assert_eq!(count(&mut connection, "event_dead_letter").await, 300);
         assert_eq!(count(&mut connection, "event_processing_log where status = 'published'").await, 50);
         assert!(peak < 128 * MB, "{column}: {} MB", peak / MB);

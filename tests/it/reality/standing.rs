@@ -158,7 +158,7 @@ async fn an_ordinary_retry_is_no_standstill<S: Store>() {
     setup.policy.retry.base = Duration::from_secs(3600);
     let running = setup.run();
     let retried = "event_outbox where status = 'scheduled' and attempts = 1 and last_error is not null";
-    eventually("it is to be tried again", async || count(&mut connection, retried).await == 1).await;
+    eventually("it waits for its next attempt", async || count(&mut connection, retried).await == 1).await;
     running.stop().await;
     finished(&["check"], &[("DATABASE_URL", store.url()), STDOUT]).exited(0);
 }
@@ -200,7 +200,7 @@ async fn f76_an_undecided_prepared_transaction_is_told_with_its_cure() {
         // A transaction that only reads blocks nobody.
         sql(&mut connection, "begin; select from event_outbox; prepare transaction 'reads'").await;
         let checked = || finished(&["check"], &[("DATABASE_URL", database.url()), STDOUT]).code;
-        eventually("it is undecided for ten seconds", async || checked() == Some(1)).await;
+        eventually("it has been undecided for ten seconds", async || checked() == Some(1)).await;
         let parts = ["the prepared transaction \"o'clock\"", "is undecided since "];
         is_told_and_cured(&database, &mut connection, "undecided", &parts, cure).await;
         sql(&mut connection, "rollback prepared 'reads'").await;

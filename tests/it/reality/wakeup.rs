@@ -43,7 +43,7 @@ async fn f87_a_failure_after_arming_gives_the_sleepers_lock_back() {
     let mut connection = database.connect().await;
     let sleepers = "pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' and objid = 4294967295
                     and database = (select oid from pg_database where datname = current_database())";
-    eventually("nobody is asked to wake anybody", async || count(&mut connection, sleepers).await == 0).await;
+    eventually("producers no longer notify", async || count(&mut connection, sleepers).await == 0).await;
     assert!(relay.is_running());
 }
 

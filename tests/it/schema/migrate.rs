@@ -42,7 +42,7 @@ async fn of_several_migrations_at_once_all_succeed_and_each_step_is_applied_once
         let said: String = all.into_iter().map(|one| one.finish().exited(0).stdout).collect();
         let mut applied: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("applied ")).collect();
         applied.sort_unstable();
-        assert_eq!(applied, names(), "{count} at once");
+        assert_eq!(applied, names(), "{count} at the same time");
     }
 }
 

@@ -38,7 +38,7 @@ async fn each_priority_has_64_partitions_and_the_urgent_ones_come_first() {
          ) keys",
     )
     .await;
-    assert_eq!(apart, 0, "a key has one place, whatever the priority and status");
+    assert_eq!(apart, 0, "a key has the same hash for every priority and status");
 }
 
 #[tokio::test]
@@ -58,7 +58,7 @@ async fn both_halves_of_the_key_count_and_a_null_type_is_an_empty_one() {
         )
     };
     let by_chance: i64 = value(&mut connection, &same("= 'order'", "= 'invoice'")).await;
-    assert!(by_chance < 100, "{by_chance} of 1000 are together, a 64th should be");
+    assert!(by_chance < 100, "{by_chance} of 1000 pairs share a partition, but a 64th should");
     assert_eq!(value::<i64>(&mut connection, &same("= ''", "is null")).await, 1000);
 }
 
@@ -74,5 +74,5 @@ async fn keyless_events_are_spread_over_all_partitions() {
     let sizes: Vec<i64> =
         values(&mut connection, "select count(*) from event_outbox group by partition order by 1").await;
     assert_eq!(sizes.len(), 64);
-    assert!(sizes[0] > 50 && sizes[63] < 180, "around 100 in each: {sizes:?}");
+    assert!(sizes[0] > 50 && sizes[63] < 180, "each partition should have about 100: {sizes:?}");
 }

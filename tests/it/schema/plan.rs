@@ -82,7 +82,7 @@ async fn with_100000_rows_the_claim_reads_by_the_primary_key() {
             ),
         ] {
             let found: Vec<&String> = plans.iter().filter(|plan| plan.contains(statement)).collect();
-            assert!(!found.is_empty(), "no plan of {statement:?} was logged");
+            assert!(!found.is_empty(), "no plan was logged for {statement:?}");
             for plan in found {
                 assert!(plan.contains(index), "analyzed {analyzed}:\n{plan}");
             }

@@ -27,7 +27,7 @@ async fn producers_notify_only_while_a_relay_holds_the_sleepers_lock() {
     let insert = "insert into event_outbox (event_type) select 'a' from generate_series(1, 3)";
 
     sql(&mut producer, insert).await;
-    assert_eq!(heard(&mut listener, &mut producer).await, 0, "nobody sleeps");
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "no relay sleeps");
 
     sql(&mut relay, &format!("select pg_advisory_lock({SLEEPERS_LOCK})")).await;
     sql(&mut producer, insert).await;
@@ -35,15 +35,15 @@ async fn producers_notify_only_while_a_relay_holds_the_sleepers_lock() {
     sql(&mut producer, &format!("begin; {insert}; {insert}; commit")).await;
     assert_eq!(heard(&mut listener, &mut producer).await, 1, "and equal ones once per transaction");
     sql(&mut producer, &format!("begin; {insert}; rollback")).await;
-    assert_eq!(heard(&mut listener, &mut producer).await, 0, "what was rolled back wakes nobody");
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "a rolled back insert sends no notification");
     sql(&mut producer, "select emit_event('a'); select emit_event('b')").await;
     assert_eq!(heard(&mut listener, &mut producer).await, 1);
     sql(&mut producer, "delete from event_outbox; update event_outbox set attempts = 1").await;
-    assert_eq!(heard(&mut listener, &mut producer).await, 0, "only inserts do");
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "only inserts send notifications");
 
     sql(&mut relay, &format!("select pg_advisory_unlock({SLEEPERS_LOCK})")).await;
     sql(&mut producer, insert).await;
-    assert_eq!(heard(&mut listener, &mut producer).await, 0, "nobody sleeps any more");
+    assert_eq!(heard(&mut listener, &mut producer).await, 0, "no relay sleeps any more");
 }
 
 #[tokio::test]
@@ -52,7 +52,10 @@ async fn f24_a_relay_cannot_fall_asleep_between_an_insert_and_its_commit() {
     let (mut relay, mut producer) = (database.connect().await, database.connect().await);
     let fall_asleep = format!("select pg_try_advisory_lock({SLEEPERS_LOCK})");
     sql(&mut producer, "begin; select emit_event('a')").await;
-    assert!(!value::<bool>(&mut relay, &fall_asleep).await, "this producer will not notify");
+    assert!(
+        !value::<bool>(&mut relay, &fall_asleep).await,
+        "a relay must not sleep while a producer that will not notify is uncommitted"
+    );
     let other_producer = database.connect().await;
     sql(&mut { other_producer }, "select emit_event('b')").await; // producers do not block each other
     sql(&mut producer, "commit").await;

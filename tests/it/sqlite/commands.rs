@@ -34,7 +34,7 @@ fn a_file_that_cannot_be_used_is_told() {
     let text = format!("sqlite:{}", path("text.db"));
     no_command_works(&text, &["file is not a database", "correct DATABASE_URL"]);
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(left, ["text.db"], "nothing was made");
+    assert_eq!(left, ["text.db"], "no file was created");
 }
 
 #[test]
@@ -195,7 +195,7 @@ async fn a_check_says_what_it_found_and_changes_nothing() {
     assert!(advised.contains(", journal mode delete; "), "{advised}");
     assert!(advised.contains("`pragma journal_mode = wal` would end that"), "{advised}");
     let files = std::fs::read_dir(rollback.path().parent().unwrap()).unwrap().count();
-    assert_eq!(files, 1, "no file was made beside the application's");
+    assert_eq!(files, 1, "no file was created beside the application's");
 }
 
 #[tokio::test]
