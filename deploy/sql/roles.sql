@@ -1,18 +1,18 @@
--- Three roles with the least that each needs: relay_app for applications, relay_worker for the relay, relay_operator for
--- people. After `relay migrate`, again after each later one, as the owner of the tables, with the search_path that the
--- relay uses:
+-- Creates three roles with the fewest rights that each needs: relay_app for applications, relay_worker for the relay,
+-- relay_operator for people. Run it after every `relay migrate`, as the owner of the tables, with the search_path that the relay
+-- uses:
 --
 --     psql -v ON_ERROR_STOP=1 -f deploy/sql/roles.sql "$DATABASE_URL"
 --
--- The roles cannot log in. Give them to those that do:
+-- The roles cannot log in. Grant them to roles that can:
 --
 --     create role shop login password '...';
 --     grant relay_app to shop;
 --
--- Creating roles takes CREATEROLE. An owner without it lets an administrator run the three `create role` first.
--- It tells who else may create objects in the schema: before PostgreSQL 15 everybody may in `public`. The relay and its functions
--- run nothing that others create there, but "no DDL" is not true for the three roles then. `-v revoke_create=1` takes the right
--- from all but the schema's owner; look first whether applications migrate through it.
+-- Creating roles needs CREATEROLE. If the owner does not have it, an administrator must run the three `create role` first.
+-- The file reports which other roles may create objects in the schema: before PostgreSQL 15 every role may in `public`. The relay
+-- and its functions run nothing that others create there, but the three roles could then use DDL too. `-v revoke_create=1`
+-- revokes the right from all roles but the schema's owner. Check first whether applications need it for their migrations.
 
 begin;
 
@@ -33,7 +33,7 @@ begin
         if pg_catalog.to_regrole(role) is null then
             execute pg_catalog.format('create role %I nologin', role);
         end if;
-        -- Where everybody has it, as in an old `public`, only the schema's owner could grant it once more.
+        -- If every role has the right already, as in an old `public`, only the schema's owner could grant it again.
         if not pg_catalog.has_schema_privilege(role, schema::oid, 'usage') then
             execute pg_catalog.format('grant usage on schema %s to %I', schema, role);
         end if;
@@ -53,7 +53,7 @@ begin
 end
 $$;
 
--- What an earlier version of this file granted and this one does not, goes. (Of a table, that includes its columns.)
+-- Revoke what an earlier version of this file granted and this one does not. (For a table this includes its columns.)
 revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
     event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
     from relay_app, relay_worker, relay_operator;
@@ -63,9 +63,9 @@ revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_e
     redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed
     from relay_app, relay_worker, relay_operator;
 
--- Applications add events and see nothing of any but these two columns, which tell nobody anything: an ORM that inserts with
--- RETURNING needs SELECT on what it returns, and would else be given SELECT on all. The columns that may be inserted are what
--- emit_event fills; those of delivery are the relay's.
+-- Applications insert events and can read only these two columns, which reveal nothing: an ORM that inserts with RETURNING needs
+-- SELECT on what it returns, and otherwise it would be granted SELECT on all columns. Applications may insert the columns that
+-- emit_event fills. The columns of the delivery are the relay's.
 grant select (id, event_id) on event_outbox to relay_app;
 grant insert (event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, correlation_id, causation_id,
               schema_version, priority, available_at, status)
@@ -84,7 +84,7 @@ begin
 end
 $$;
 
--- The relay: claims, settles, adds and drops days through functions that run with the owner's rights.
+-- The relay claims and settles events, and adds and drops days through functions that run with the owner's rights.
 grant select, insert, update, delete on event_outbox to relay_worker;
 grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
 grant select, insert, update, delete on event_relay_run, event_crash_suspect, event_relay, event_tally to relay_worker;
@@ -94,7 +94,7 @@ grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, rela
     relay_schema_needs
     to relay_worker;
 
--- People look at everything, put dead letters back, discard and delete them. Functions do it, and write down who did.
+-- Operators read everything. They redrive, discard and delete dead letters through functions, which record who did it.
 grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
     event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
     to relay_operator;
