@@ -36,7 +36,7 @@ async fn with_roles(database: &Database) -> PgConnection {
     owner
 }
 
-/// The URL of a login of its own that has been given `role`.
+/// Creates a login that is a member of `role`. Returns its URL.
 pub(crate) async fn login(database: &Database, owner: &mut PgConnection, role: &str) -> String {
     let (_, place) = database.url().rsplit_once('@').unwrap();
     let (_, name) = place.rsplit_once('/').unwrap();
