@@ -1,4 +1,4 @@
-//! `relay status`: what is stuck, since when and why, from another process.
+//! `relay status` of another process: it shows what is stuck, since when, and why.
 
 mod command;
 mod states;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::binary::finished;
 
-/// What a person may wait for.
+/// How long an operator may have to wait for a change.
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// `relay status --json --keys`.
@@ -19,7 +19,7 @@ fn status(url: &str) -> Value {
     serde_json::from_str(&shown.stdout).unwrap()
 }
 
-/// Waits until the status is one for which `holds` holds, as long as a person may wait. Returns it.
+/// Waits until `holds` is true of the status, at most [`WITHIN`]. Returns the status.
 async fn until_status(url: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + WITHIN;
     loop {
@@ -32,13 +32,13 @@ async fn until_status(url: &str, what: &str, holds: impl Fn(&Value) -> bool) -> 
     }
 }
 
-/// The destination of this name.
+/// Returns the destination with this name.
 fn of<'a>(status: &'a Value, name: &str) -> &'a Value {
     let destinations = status["destinations"].as_array().unwrap();
     destinations.iter().find(|destination| destination["name"] == name).unwrap_or(&Value::Null)
 }
 
-/// A count that is not cut off.
+/// Returns a count, which must be exact.
 fn counted(count: &Value) -> u64 {
     assert_eq!(count["more"], false, "{count}");
     count["count"].as_u64().unwrap()

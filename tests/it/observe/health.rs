@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz` and `/statusz`, and what systemd is told, with everything that can be wrong.
+//! `/livez`, `/readyz`, `/statusz` and the messages to systemd, for each condition of a relay.
 
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use crate::harness::{emit, sql};
 use crate::servers::{Server, database, database_on};
 use crate::stores::{Sqlite, Store};
 
-/// A Redis that is not there.
+/// No Redis listens there.
 const NO_REDIS: (&str, &str) = ("REDIS_URL", "redis://127.0.0.1:1");
 
 /// Destinations fail soon, and are probed soon.
@@ -29,7 +29,7 @@ async fn a_relay_whose_database_comes_and_goes_says_so() {
     let json = json.json();
     assert_eq!((&json["ready"], &json["state"]), (&false.into(), &"not_ready".into()), "{json}");
     let status = relay.get("/statusz");
-    assert_eq!(status.status, 200, "it tells the state and does not judge it");
+    assert_eq!(status.status, 200, "/statusz reports the state and always answers 200");
     assert_eq!(status.json()["database"]["state"], "down");
 
     server.start_again();
@@ -65,7 +65,7 @@ async fn a_relay_is_degraded_while_some_destinations_are_down_and_not_ready_once
     sql(&mut connection, "select emit_event('a')").await;
     all.until("/readyz", 503, "not ready: no destination takes events: destination redis is down since ");
     assert!(all.get("/metrics").body.contains("\noutbox_relay_ready 0\n"));
-    assert_eq!(all.get("/livez").status, 200, "a restart would mend nothing");
+    assert_eq!(all.get("/livez").status, 200, "a restart would not help");
 }
 
 #[tokio::test]
@@ -109,7 +109,7 @@ async fn a_relay_that_stands_by_or_is_superseded_is_ready_and_says_so() {
     assert_eq!(before.get("/statusz").json()["standing"]["state"], "superseded");
 }
 
-/// What systemd listens on.
+/// The socket on which systemd would listen.
 fn systemd() -> (UnixDatagram, tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("notify");
@@ -149,12 +149,12 @@ async fn a_lane_that_hangs_is_not_live_and_feeds_no_watchdog() {
     assert!(hung.body.contains("has published a batch since"), "{hung:?}");
     assert_eq!(relay.get("/livez?format=json").json()["live"], false);
     assert!(relay.get("/readyz").body.contains("not live: lane "));
-    // What was told before it hung, and the status that says so; then nothing.
+    // Messages from before it hung, and the status that reports the hang. No message follows.
     let mut status = String::new();
     let begun = Instant::now();
     while let Some(told) = told(&socket) {
         status = told;
-        assert!(begun.elapsed() < Duration::from_secs(60), "it goes on: {status}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "it still sends messages: {status}");
     }
-    assert!(status.contains("STATUS=not live: lane ") && !status.contains("WATCHDOG"), "last told: {status:?}");
+    assert!(status.contains("STATUS=not live: lane ") && !status.contains("WATCHDOG"), "the last message: {status:?}");
 }

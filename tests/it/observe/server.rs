@@ -1,4 +1,4 @@
-//! The HTTP server: what it answers, and what it bears.
+//! The HTTP server: its answers and its limits.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -45,7 +45,7 @@ fn each_path_answers_and_every_answer_is_kept_by_nobody_and_read_by_no_other_ori
         let refused = relay.ask(&format!("{method} /metrics HTTP/1.1\r\n{host}"));
         assert!(refused.status == 405 && refused.head.contains("\r\nallow: get, head\r\n"), "{refused:?}");
     }
-    assert_eq!(relay.ask("GET /livez HTTP/1.0\r\n\r\n").status, 200, "a probe of old");
+    assert_eq!(relay.ask("GET /livez HTTP/1.0\r\n\r\n").status, 200, "HTTP/1.0 is answered too");
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn a_port_in_use_ends_the_relay_if_it_was_set_and_only_warns_if_it_is_the_defaul
         let refused = finished(&["run"], &[NOWHERE, STDOUT, ("RELAY_HTTP_ADDR", wrong)]).exited(2);
         refused.says(&["--http-addr", wrong, "0.0.0.0:9464"]);
     }
-    // The default may be another process's already.
+    // Another process may already use the default port.
     let _taken = TcpListener::bind("127.0.0.1:9464");
     let mut running = Running::start(relay(&["run"], &[NOWHERE, STDOUT]));
     running.until_log("metrics and health are not served");
@@ -108,7 +108,7 @@ async fn clients_that_hang_flood_or_send_too_much_hold_up_neither_the_relay_nor_
     relay.until("/readyz", 200, "ready");
     let threads_before = threads(relay.running.id());
 
-    // Scrapers that never read, and clients that say nothing.
+    // Scrapers that never read, and clients that send nothing.
     let mut silent: Vec<_> = (0..1000).map(|_| relay.connect()).collect();
     for stream in &mut silent[..200] {
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").ok();
@@ -140,8 +140,8 @@ async fn clients_that_hang_flood_or_send_too_much_hold_up_neither_the_relay_nor_
         relay.connect().write_all(wrong.as_bytes()).unwrap();
     }
     assert_eq!(relay.get("/livez").status, 200);
-    // The log, which writes on its own thread, and the server have one each.
-    assert!(threads(relay.running.id()) <= threads_before + 1, "no thread for each connection");
+    // The log and the server have a thread each.
+    assert!(threads(relay.running.id()) <= threads_before + 1, "the server started a thread for each connection");
     assert!(!relay.running.log().contains("panic"), "{}", relay.running.log());
 }
 

@@ -1,4 +1,4 @@
-//! The command itself: for whom it works, where, and what it says to bad input.
+//! The command itself: roles, stores, terminals and bad input.
 
 use std::time::{Duration, Instant};
 

@@ -154,7 +154,7 @@ async fn each_relay_is_shown_with_what_it_holds_and_one_that_was_killed_is_gone(
     assert!(relays[0]["partitions_held"].as_u64() >= Some(1), "{relays}");
     assert_eq!((&relays[1]["worker"], &relays[1]["batches"]), (&"two:2".into(), &0.into()));
     assert_eq!(relays[1]["destinations"][0], "a");
-    // As a relay that was killed leaves it.
+    // The row of a relay that was killed.
     sql(
         &mut connection,
         "insert into event_relay (id, worker, version, schema_version, once, fingerprint, destinations, routes, pid, trouble)
@@ -164,7 +164,7 @@ async fn each_relay_is_shown_with_what_it_holds_and_one_that_was_killed_is_gone(
     )
     .await;
     let status = until_status(store.url(), "the third is gone", |status| status["relays"][2]["alive"] == false).await;
-    assert_eq!(of(&status, "a")["state"], "up", "what it found counts no more");
+    assert_eq!(of(&status, "a")["state"], "up", "its report no longer counts");
     gate.open(1);
     one.stop().await;
     two.stop().await;
