@@ -2,12 +2,18 @@
 
 #[cfg(all(feature = "postgres", feature = "redis"))]
 mod audit;
+mod batches;
 mod check;
+mod dead_letter;
 mod emit;
+mod filter;
 mod help;
+mod interrupt;
 mod migrate;
 mod run;
 mod status;
+mod table;
+mod waiting;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -88,6 +94,15 @@ enum Command {
     Audit(audit::AuditArgs),
     /// Insert one event, in a transaction of its own, and print its event_id.
     Emit(Box<emit::EmitArgs>),
+    /// List, show, redrive, discard and purge the events that relay gave up on.
+    #[command(subcommand)]
+    DeadLetter(dead_letter::DeadLetterCommand),
+    /// Make events due now that wait for a retry, and what waits behind them.
+    RetryNow(waiting::RetryArgs),
+    /// Make dead letters of events that are owed to a destination; their keys go on.
+    GiveUp(waiting::GiveUpArgs),
+    /// Give what is owed to one destination to another, in the order of keys.
+    MoveOwed(waiting::MoveArgs),
 }
 
 /// The commands, their options and the settings, with their help.
@@ -158,6 +173,10 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         #[cfg(all(feature = "postgres", feature = "redis"))]
         Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),
+        Some(Command::DeadLetter(command)) => dead_letter::dead_letter(settings, command),
+        Some(Command::RetryNow(args)) => waiting::retry_now(settings, &args),
+        Some(Command::GiveUp(args)) => waiting::give_up(settings, args),
+        Some(Command::MoveOwed(args)) => waiting::move_owed(settings, &args),
     }
 }
 
@@ -262,6 +281,20 @@ fn start_logging(settings: &Settings) -> Result<(), ConfigError> {
 fn print(text: &str) -> anyhow::Result<()> {
     let mut output = std::io::stdout().lock();
     output.write_all(text.as_bytes()).and_then(|()| output.flush()).context("cannot write to standard output")
+}
+
+/// Writes text for people, or the document of `--json`, to standard output. A reader that has gone, as `head` does, is no error.
+///
+/// # Errors
+/// Standard output cannot be written to.
+fn tell(text: &str) -> anyhow::Result<ExitCode> {
+    let mut output = std::io::stdout().lock();
+    match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(ExitCode::SUCCESS),
+    }
 }
 
 /// The runtime of a command; `threads` beyond one only where lanes can use them.

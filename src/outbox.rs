@@ -14,6 +14,7 @@ pub mod database;
 mod decode;
 pub mod deliveries;
 pub mod error;
+pub mod mend;
 mod number;
 pub mod operate;
 mod partitions;

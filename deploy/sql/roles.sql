@@ -60,7 +60,8 @@ revoke all on event_outbox, event_processing_log, event_dead_letter, event_histo
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq, event_relay_changes
     from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter,
-    redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed
+    redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed,
+    count_waiting, retry_waiting, give_up_waiting, move_waiting
     from relay_app, relay_worker, relay_operator;
 
 -- Applications insert events and can read only these two columns, which reveal nothing: an ORM that inserts with RETURNING needs
@@ -94,12 +95,12 @@ grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, rela
     relay_schema_needs
     to relay_worker;
 
--- Operators read everything. They redrive, discard and delete dead letters through functions, which record who did it.
+-- Operators read everything. They change dead letters and events that wait through functions, which record who did it.
 grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
     event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
     to relay_operator;
 grant execute on function redrive_dead_letter, redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed,
-    give_up_owed, relay_schema_version, relay_schema_needs
+    give_up_owed, count_waiting, retry_waiting, give_up_waiting, move_waiting, relay_schema_version, relay_schema_needs
     to relay_operator;
 
 commit;

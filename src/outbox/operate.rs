@@ -12,6 +12,7 @@ use crate::audit::{Audit, EntryId};
 use crate::emit::{EmitError, NewEvent};
 use crate::outbox::config::Usage;
 use crate::outbox::error::OutboxError;
+use crate::outbox::mend::Mend;
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
@@ -118,6 +119,12 @@ pub trait Operate: Send + Sync {
     /// # Errors
     /// The reason why it was not inserted.
     fn emit(&self, event: NewEvent) -> BoxFuture<'_, Result<Uuid, Unemitted>>;
+
+    /// Connects for a command that changes dead letters or events that wait.
+    ///
+    /// # Errors
+    /// The database cannot be reached, or has another schema.
+    fn mend(&self) -> BoxFuture<'_, Result<Box<dyn Mend>, OutboxError>>;
 
     /// Passes everything that the database knows about `destination` to `audit`, in one snapshot. Returns the first stream
     /// entry from which on the processing log is complete. The rows are streamed: only the audit itself keeps anything in

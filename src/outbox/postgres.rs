@@ -30,6 +30,7 @@ mod formats;
 mod home;
 pub mod lane;
 mod left_out;
+mod mend;
 pub mod migrate;
 mod migrations;
 mod operate;
@@ -61,6 +62,7 @@ mod triggers;
 mod unconfigured;
 mod undecided;
 mod url;
+mod waiting;
 pub mod wake;
 
 use std::sync::Arc;

@@ -23,6 +23,7 @@ mod emit;
 mod formats;
 mod identity;
 pub mod lane;
+mod mend;
 pub mod migrate;
 mod migrations;
 mod operate;
@@ -42,6 +43,7 @@ mod store;
 mod traffic;
 mod turn;
 mod unconfigured;
+mod waiting;
 pub mod wake;
 
 use std::sync::Arc;

@@ -19,6 +19,7 @@ mod faults;
 mod faults_redis;
 mod ghost;
 mod harness;
+mod mend;
 mod model;
 mod moto;
 mod observe;

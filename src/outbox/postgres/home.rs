@@ -30,7 +30,7 @@ select h.name, h.identifier,
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"move_owed(text,text)\",give_up_owed(text),\"relay_event_filter(jsonb,boolean)\",\"relay_note_action(text,jsonb,jsonb,bigint,uuid)\",\"redrive_dead_letters(jsonb,text,jsonb,integer,uuid,bigint[])\",\"discard_dead_letters(jsonb,text,integer,uuid,bigint[])\",\"purge_dead_letters(jsonb,integer,uuid,bigint[])\",\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
+        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"move_owed(text,text)\",give_up_owed(text),\"relay_event_filter(jsonb,boolean)\",\"relay_note_action(text,jsonb,jsonb,bigint,uuid)\",\"redrive_dead_letters(jsonb,text,jsonb,integer,uuid,bigint[])\",\"discard_dead_letters(jsonb,text,integer,uuid,bigint[])\",\"purge_dead_letters(jsonb,integer,uuid,bigint[])\",\"relay_waiting_filter(text,jsonb,integer)\",\"relay_waiting_last(text,bigint)\",\"relay_hold_partitions(text,integer)\",\"count_waiting(text,jsonb)\",\"retry_waiting(jsonb,integer,bigint,uuid)\",\"give_up_waiting(jsonb,text,integer,bigint,uuid)\",\"move_waiting(text,text,jsonb,integer,bigint,uuid)\",\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
         where pg_catalog.to_regprocedure(pg_catalog.format('%I.%s', h.name, w.name)) is null
     ),
     (
@@ -69,7 +69,7 @@ begin
         where p.pronamespace = old
           and (
               pg_catalog.starts_with(p.proname::text, 'relay_')
-              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'move_owed'::name, 'give_up_owed'::name, 'redrive_dead_letters'::name, 'discard_dead_letters'::name, 'purge_dead_letters'::name, 'event_partition'::name, 'event_is_valid'::name])
+              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'move_owed'::name, 'give_up_owed'::name, 'redrive_dead_letters'::name, 'discard_dead_letters'::name, 'purge_dead_letters'::name, 'count_waiting'::name, 'retry_waiting'::name, 'give_up_waiting'::name, 'move_waiting'::name, 'event_partition'::name, 'event_is_valid'::name])
               or p.oid in (select t.tgfoid from pg_catalog.pg_trigger t where t.tgrelid = 'event_outbox'::regclass::oid
                            and pg_catalog.starts_with(p.proname::text, 'event_'))
           )

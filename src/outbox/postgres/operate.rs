@@ -10,9 +10,11 @@ use uuid::Uuid;
 use crate::audit::{Audit, EntryId};
 use crate::emit::NewEvent;
 use crate::outbox::error::OutboxError;
+use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
+use crate::outbox::postgres::mend::PgMend;
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
@@ -35,6 +37,10 @@ impl Operate for PgOutbox {
 
     fn emit(&self, event: NewEvent) -> BoxFuture<'_, Result<Uuid, Unemitted>> {
         emit::emit(&self.config.url, self.config.pooled, event).boxed()
+    }
+
+    fn mend(&self) -> BoxFuture<'_, Result<Box<dyn Mend>, OutboxError>> {
+        async { Ok(Box::new(PgMend::open(&self.config.url, self.config.pooled).await?) as Box<dyn Mend>) }.boxed()
     }
 
     fn audit<'a>(&'a self, destination: &'a str, audit: &'a mut Audit) -> BoxFuture<'a, Result<EntryId, OutboxError>> {

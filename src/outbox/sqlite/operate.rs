@@ -7,8 +7,10 @@ use uuid::Uuid;
 use crate::audit::{Audit, EntryId};
 use crate::emit::NewEvent;
 use crate::outbox::error::OutboxError;
+use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::sqlite::connection::run_query;
+use crate::outbox::sqlite::mend::SqliteMend;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::{check, emit, migrate, owner, retention, standstill};
@@ -35,6 +37,10 @@ impl Operate for SqliteOutbox {
 
     fn emit(&self, event: NewEvent) -> BoxFuture<'_, Result<Uuid, Unemitted>> {
         emit::emit(&self.config.url, event).boxed()
+    }
+
+    fn mend(&self) -> BoxFuture<'_, Result<Box<dyn Mend>, OutboxError>> {
+        async { Ok(Box::new(SqliteMend::open(&self.config.url).await?) as Box<dyn Mend>) }.boxed()
     }
 
     fn audit<'a>(&'a self, _: &'a str, _: &'a mut Audit) -> BoxFuture<'a, Result<EntryId, OutboxError>> {

@@ -72,7 +72,7 @@ fn help_explains_every_option_with_its_variable_and_its_default() {
 #[test]
 fn help_explains_every_command_and_every_exit_code() {
     let help = finished(&["--help"], &[]).exited(0).stdout;
-    for command in ["run", "migrate", "check", "emit"] {
+    for command in ["run", "migrate", "check", "emit", "dead-letter", "retry-now", "give-up", "move-owed"] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is missing in:\n{help}");
         let of_command = finished(&[command, "--help"], &[]).exited(0).stdout;
         assert_eq!(of_command.contains("[env: DATABASE_URL]"), command == "run", "{of_command}");
@@ -94,6 +94,10 @@ fn every_page_of_the_help_is_short_and_shows_the_options_of_its_command_first() 
         (&["check", "--help"], "--json"),
         (&["audit", "--help"], "--destination"),
         (&["emit", "--help"], "--aggregate-id"),
+        (&["dead-letter", "--help"], "redrive"),
+        (&["dead-letter", "redrive", "--help"], "--payload"),
+        (&["give-up", "--help"], "--reason"),
+        (&["move-owed", "--help"], "--dry-run"),
     ] {
         for columns in ["80", "120"] {
             let page = finished(args, &[("COLUMNS", columns)]).exited(0).stdout;
