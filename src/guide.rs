@@ -31,6 +31,7 @@ chapter!(destinations, "guide/destinations.md", {
 chapter!(operating, "guide/operating.md");
 chapter!(monitoring, "guide/monitoring.md");
 chapter!(failures, "guide/failures.md");
+chapter!(dead_letters, "guide/dead-letters.md");
 chapter!(tables, "guide/tables.md");
 chapter!(postgresql, "guide/postgresql.md");
 chapter!(sqlite, "guide/sqlite.md");

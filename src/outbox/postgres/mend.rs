@@ -51,15 +51,22 @@ const AS_JSON: &str = "pg_catalog.jsonb_build_object(
     'failed_at', {e.failed_at}, 'redriven_at', {e.redriven_at}, 'redriven_by', e.redriven_by, 'redriven_to', e.redriven_to,
     'discarded_at', {e.discarded_at}, 'discarded_by', e.discarded_by, 'discard_reason', e.discard_reason,
     'redrives', (
-        select pg_catalog.count(*) from {schema}.event_dead_letter p
-        where p.event_id = e.event_id and p.outbox_id = e.outbox_id and p.id < e.id and p.redriven_at is not null
-          and coalesce(p.redriven_to, p.destination) = e.destination
+        select pg_catalog.count(*) from past p
+        where p.event_id = e.event_id and p.outbox_id = e.outbox_id and p.id < e.id and p.destination = e.destination
     ))::text";
 
+/// The redrives of the events of `page`. No index leads to them, so the table is read once for the whole page.
+const PAST: &str = "past as materialized (
+    select p.id, p.event_id, p.outbox_id, coalesce(p.redriven_to, p.destination) as destination
+    from {schema}.event_dead_letter p
+    where p.redriven_at is not null and p.event_id in (select event_id from page)
+)";
+
 const LIST: &str = "
-select {json} from (
+with page as materialized (
     select * from {schema}.event_dead_letter e where {condition} order by e.failed_at desc, e.id desc limit $9
-) e order by e.failed_at desc, e.id desc";
+), {past}
+select {json} from page e order by e.failed_at desc, e.id desc";
 
 const GROUPS: &str = "
 select pg_catalog.jsonb_build_object(
@@ -75,8 +82,11 @@ const CHOOSE: &str = "
 select e.id from {schema}.event_dead_letter e where {condition} order by e.outbox_id, e.id limit $9";
 
 const OTHERS: &str = "
-select {json} from {schema}.event_dead_letter e
-where e.event_id = $1::text::uuid and e.outbox_id = $2 and e.id <> $3 order by e.id limit 100";
+with page as materialized (
+    select * from {schema}.event_dead_letter e
+    where e.event_id = $1::text::uuid and e.outbox_id = $2 and e.id <> $3 order by e.id limit 100
+), {past}
+select {json} from page e order by e.id";
 
 const CONTENT: &str = "
 select pg_catalog.jsonb_build_object(
@@ -137,7 +147,7 @@ impl PgMend {
 
 /// Fills in the condition and the columns, with times as RFC 3339.
 fn statement(text: &str) -> String {
-    let mut text = text.replace("{json}", AS_JSON).replace("{condition}", CONDITION);
+    let mut text = text.replace("{json}", AS_JSON).replace("{past}", PAST).replace("{condition}", CONDITION);
     for time in [
         "e.created_at",
         "e.first_failed_at",

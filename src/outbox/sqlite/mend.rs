@@ -43,13 +43,23 @@ const AS_JSON: &str = "json_object(
     'failed_at', {e.failed_at}, 'redriven_at', {e.redriven_at}, 'redriven_by', e.redriven_by, 'redriven_to', e.redriven_to,
     'discarded_at', {e.discarded_at}, 'discarded_by', e.discarded_by, 'discard_reason', e.discard_reason,
     'redrives', (
-        select count(*) from event_dead_letter p
-        where p.event_id = e.event_id and p.outbox_id = e.outbox_id and p.id < e.id and p.redriven_at is not null
-          and coalesce(p.redriven_to, p.destination) = e.destination
+        select count(*) from past p
+        where p.event_id = e.event_id and p.outbox_id = e.outbox_id and p.id < e.id and p.destination = e.destination
     ))";
 
+/// The redrives of the events of `page`. No index leads to them, so the table is read once for the whole page. (`limit` keeps
+/// SQLite from reading it for each row.)
+const PAST: &str = "past as (
+    select p.id, p.event_id, p.outbox_id, coalesce(p.redriven_to, p.destination) as destination
+    from event_dead_letter p
+    where p.redriven_at is not null and p.event_id in (select event_id from page) limit -1
+)";
+
 const LIST: &str = "
-select {json} from event_dead_letter e where {condition} order by e.failed_at desc, e.id desc limit ?9";
+with page as (
+    select * from event_dead_letter e where {condition} order by e.failed_at desc, e.id desc limit ?9
+), {past}
+select {json} from page e order by e.failed_at desc, e.id desc";
 
 const GROUPS: &str = "
 select json_object(
@@ -64,8 +74,11 @@ const CHOOSE: &str = "
 select e.id from event_dead_letter e where {condition} order by e.outbox_id, e.id limit ?9";
 
 const OTHERS: &str = "
-select {json} from event_dead_letter e
-where e.event_id = ?1 and e.outbox_id = ?2 and e.id <> ?3 order by e.id limit 100";
+with page as (
+    select * from event_dead_letter e
+    where e.event_id = ?1 and e.outbox_id = ?2 and e.id <> ?3 order by e.id limit 100
+), {past}
+select {json} from page e order by e.id";
 
 const CONTENT: &str = "
 select json_object('source', e.source, 'payload', e.payload, 'headers', e.headers, 'correlation_id', e.correlation_id,
@@ -150,7 +163,7 @@ impl SqliteMend {
 
 /// Fills in the condition and the columns, with times as RFC 3339.
 fn statement(text: &str) -> String {
-    let text = text.replace("{chosen}", CHOSEN).replace("{json}", AS_JSON);
+    let text = text.replace("{chosen}", CHOSEN).replace("{json}", AS_JSON).replace("{past}", PAST);
     let mut text = text.replace("{condition}", CONDITION);
     for time in [
         "e.created_at",
