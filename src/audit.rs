@@ -47,7 +47,7 @@ pub struct Report {
     pub events: u64,
     /// Entries of events that had arrived before: allowed, unless exactly once is promised.
     pub repeats: u64,
-    /// Entries that no relay made. They are ignored.
+    /// Entries that no relay made, or that `relay replay` made. They are ignored.
     pub foreign: u64,
     /// Events still owed.
     pub pending: u64,
@@ -155,7 +155,7 @@ impl Audit {
         self.seen.insert(entry.event_id, Seen { first, sequence, key, checksum, others: Vec::new(), known: false });
     }
 
-    /// Adds an entry of the stream that no relay made.
+    /// Adds an entry of the stream that no relay made, or that `relay replay` made.
     pub fn foreign_entry(&mut self) {
         self.report.foreign += 1;
     }

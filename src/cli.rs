@@ -10,10 +10,15 @@ mod filter;
 mod help;
 mod interrupt;
 mod migrate;
+mod prune;
+mod replay;
+mod routes;
 mod run;
 mod status;
 mod table;
+mod tail;
 mod waiting;
+mod when;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
@@ -58,7 +63,8 @@ RELAY_DESTINATION_<NAME> sets up a destination by a URL, such as redis+stream://
 
 Exit codes: 0 done; 1 it could not do its work; 2 wrong usage or configuration;
 3 --once ended with something due still undelivered (it waits for a retry, was dead-lettered in this run, or its destination is
-down)."
+down);
+130 a command was stopped by Ctrl-C."
 )]
 struct Cli {
     /// Publish what is due, then exit. Safe beside other relays, and twice at a time.
@@ -103,6 +109,14 @@ enum Command {
     GiveUp(waiting::GiveUpArgs),
     /// Give what is owed to one destination to another, in the order of keys.
     MoveOwed(waiting::MoveArgs),
+    /// Show where an event of a type would go, and why. Needs no database.
+    Routes(routes::RoutesArgs),
+    /// Follow what relays publish, from event_processing_log.
+    Tail(tail::TailArgs),
+    /// Publish events of event_history once more, to one destination.
+    Replay(Box<replay::ReplayArgs>),
+    /// Delete now what is past its retention in event_processing_log and event_history.
+    Prune(prune::PruneArgs),
 }
 
 /// The commands, their options and the settings, with their help.
@@ -177,6 +191,10 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some(Command::RetryNow(args)) => waiting::retry_now(settings, &args),
         Some(Command::GiveUp(args)) => waiting::give_up(settings, args),
         Some(Command::MoveOwed(args)) => waiting::move_owed(settings, &args),
+        Some(Command::Routes(args)) => routes::routes(settings, &file, &args),
+        Some(Command::Tail(args)) => tail::tail(settings, args),
+        Some(Command::Replay(args)) => replay::replay(settings, &file, &args),
+        Some(Command::Prune(args)) => prune::prune(settings, &args),
     }
 }
 

@@ -32,6 +32,7 @@ chapter!(operating, "guide/operating.md");
 chapter!(monitoring, "guide/monitoring.md");
 chapter!(failures, "guide/failures.md");
 chapter!(dead_letters, "guide/dead-letters.md");
+chapter!(replay, "guide/replay.md");
 chapter!(tables, "guide/tables.md");
 chapter!(postgresql, "guide/postgresql.md");
 chapter!(sqlite, "guide/sqlite.md");

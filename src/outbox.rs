@@ -5,8 +5,9 @@
 //! - [`Operate`], for commands and for rare work. It is used through `dyn`.
 //!
 //! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] finds out which of them a URL names, and is the
-//! only place that matches on it. [`error`] has the errors with advice, [`standstill`] the causes that keep events from
-//! moving, [`status`] what `relay status` shows, and [`register`] decides which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
+//! only place that matches on it. [`past`] is for the commands about the log and the history. [`error`] has the errors with
+//! advice, [`standstill`] the causes that keep events from moving, [`status`] what `relay status` shows, and [`register`] decides
+//! which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
 //! `records` turns them into rows.
 
 mod config;
@@ -18,6 +19,7 @@ pub mod mend;
 mod number;
 pub mod operate;
 mod partitions;
+pub mod past;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod proof;

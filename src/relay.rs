@@ -18,6 +18,7 @@
 //! - `ending`: how long a relay that is stopped waits for what is in flight.
 //! - `maintenance`: the tasks beside the lanes.
 //! - `health`, `liveness`, `metrics`: the state of the relay and its counts. `overview` sums up the state, for others to show.
+//! - `replay`: publishes events of the history once more.
 //! - `standstills`, `blocked`, `report`: what is logged about events that do not move, and about the work.
 //! - `tallies`: what is written for `relay status`.
 
@@ -39,6 +40,7 @@ mod overview;
 mod panics;
 mod poll;
 mod publish;
+pub mod replay;
 mod report;
 mod shared;
 mod standstills;

@@ -86,6 +86,16 @@ impl Router {
         described.collect()
     }
 
+    /// Returns the places of the routes that take `event`.
+    pub fn takers(&self, event: &Event) -> Vec<usize> {
+        self.routes.iter().enumerate().filter(|(_, route)| route.takes(event)).map(|(place, _)| place).collect()
+    }
+
+    /// Returns whether the route at `place` leads to the destination with this index.
+    pub fn leads_to(&self, place: usize, destination: usize) -> bool {
+        self.routes.get(place).is_some_and(|route| route.destinations.contains(&destination))
+    }
+
     /// Returns the destinations of `event`, regardless of what is already owed.
     pub fn route(&self, event: &Event) -> Destinations {
         if self.routes.is_empty() {

@@ -88,7 +88,7 @@ fn read_obligations(path: &Path) -> Result<Vec<Obligation>, ConfigError> {
 
 fn text(report: &Report) -> String {
     let mut text = format!(
-        "{} entries of {} events, {} repeats, {} entries of others; {} still owed, {} dead letters\n",
+        "{} entries of {} events, {} repeats, {} entries of others or of replays; {} still owed, {} dead letters\n",
         report.entries, report.events, report.repeats, report.foreign, report.pending, report.dead_letters
     );
     for (finding, words) in [

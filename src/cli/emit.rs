@@ -52,7 +52,11 @@ pub(super) struct EmitArgs {
     delay: Duration,
 }
 
-fn header(text: &str) -> Result<(String, String), String> {
+/// Reads a header.
+///
+/// # Errors
+/// How one is written.
+pub(super) fn header(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("write it as name=value")?;
     Ok((name.to_owned(), value.to_owned()))
 }

@@ -1,4 +1,4 @@
-//! Commands that work in batches end between two batches when somebody presses Ctrl-C.
+//! Commands that work in batches end between two batches when somebody presses Ctrl-C. Those that only show something end at once.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,6 +46,25 @@ impl Interrupt {
             }
         });
         Ok(handled)
+    }
+
+    /// Lets the first SIGINT or SIGTERM end the process at once from now on, even while it waits for the reader of its output.
+    ///
+    /// # Errors
+    /// The handlers cannot be installed.
+    pub(super) fn end_at_once() -> std::io::Result<()> {
+        let handled = Self::handle()?;
+        tokio::spawn(async move {
+            handled.comes().await;
+            stderr::flush();
+            std::process::exit(handled.code.load(Ordering::Relaxed).into());
+        });
+        Ok(())
+    }
+
+    /// The token that the first signal cancels.
+    pub(super) fn token(&self) -> &CancellationToken {
+        &self.stop
     }
 
     /// Returns whether a signal has come.

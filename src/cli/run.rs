@@ -111,7 +111,7 @@ fn bind(address: HttpAddress, is_set: bool) -> Result<Option<Server>, ConfigErro
 }
 
 /// Stops the relay when a destination can never be published to again. Returns the cell that then holds the reason.
-fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceLock<String>> {
+pub(super) fn stop_when_lost(endpoints: &[Endpoint], stop: &CancellationToken) -> Arc<OnceLock<String>> {
     let lost = Arc::new(OnceLock::new());
     for endpoint in endpoints {
         let (name, sink) = (endpoint.name.clone(), Arc::clone(&endpoint.sink));

@@ -17,7 +17,7 @@ pub const MAX_TEXT_BYTES: usize = 16_384;
 pub const MAX_HEADERS_BYTES: usize = 262_144;
 
 /// Header names that would hide an attribute which consumers rely on, in any case and with any space around them. The schema
-/// refuses them too. (`replayed` will mark events that are deliberately published once more.)
+/// refuses them too. (`replayed` marks events that `relay replay` publishes once more.)
 pub const RESERVED_HEADERS: [&str; 16] = [
     "specversion",
     "id",

@@ -13,6 +13,7 @@ use crate::emit::{EmitError, NewEvent};
 use crate::outbox::config::Usage;
 use crate::outbox::error::OutboxError;
 use crate::outbox::mend::Mend;
+use crate::outbox::past::Past;
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
@@ -139,6 +140,12 @@ pub trait Operate: Send + Sync {
     /// # Errors
     /// The obstacle. It is enough to retry within a few days.
     fn maintain(&self) -> BoxFuture<'_, Result<(), OutboxError>>;
+
+    /// Connects for a command about the log or the history.
+    ///
+    /// # Errors
+    /// The database cannot be reached, or has another schema.
+    fn past(&self) -> BoxFuture<'_, Result<Box<dyn Past>, OutboxError>>;
 
     /// Returns who holds pending events now, including this relay's own lanes: one text for people each.
     ///

@@ -6,7 +6,8 @@
 //! - Where the database refuses a write: `refusal` says what it refuses and how to mend that, `salvage` settles what can be
 //!   settled, `left_out` holds what cannot even be parked, `refused_writes` is what the lanes know of all that, `proof` tries
 //!   everything that a settle writes, `savepoint` has the statements for a savepoint.
-//! - The operator's door: `operate`, with `emit`, `audit`, `check`, `migrate`, and `days`, which adds and drops day partitions.
+//! - The operator's door: `operate`, with `emit`, `audit`, `check`, `migrate`, `past` and
+//!   `follow` for the log and the history, and `days`, which adds and drops day partitions.
 //! - Whether a database fits: `home` finds tables and functions, `schema` compares the version, `shape` the columns, `triggers`
 //!   the triggers, `exclusion` proves that advisory locks exclude each other. `migrations` is the list, `patience` waits for
 //!   its locks.
@@ -26,6 +27,7 @@ mod days;
 mod emit;
 mod exclusion;
 mod flush;
+mod follow;
 mod formats;
 mod home;
 pub mod lane;
@@ -35,6 +37,7 @@ pub mod migrate;
 mod migrations;
 mod operate;
 mod parked;
+mod past;
 mod patience;
 mod promote;
 mod proof;

@@ -5,7 +5,8 @@
 //!   commits.
 //! - `owner`: of several relays on one file, one works; `identity`: identifies a file, whatever its name.
 //! - `proof`: proves that the file records what is published, and handles events that the file refuses.
-//! - The operator's part: `operate`, with `emit`, `check`, `migrate`, and `retention`, which deletes old rows.
+//! - The operator's part: `operate`, with `emit`, `check`, `migrate`, `past` for the log and the history, and `retention`,
+//!   which deletes old rows.
 //! - Whether a file fits: `schema` compares the version, `shape` the columns; `migrations` is the list.
 //! - The causes that keep events from moving: `standstill` runs `parked`, `unconfigured` and `formats`, each with a
 //!   `question`.
@@ -29,6 +30,7 @@ mod migrations;
 mod operate;
 mod owner;
 mod parked;
+mod past;
 mod proof;
 mod question;
 mod register;

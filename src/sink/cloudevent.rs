@@ -7,6 +7,10 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::event::Event;
 
+/// The attribute that marks an event which is deliberately published once more. Its value is the time at which that replay
+/// began. It is one of the [`RESERVED_HEADERS`](crate::RESERVED_HEADERS), so no other event has it.
+pub const REPLAYED: &str = "replayed";
+
 /// Calls `attribute` with every CloudEvents attribute that `event` has, then with its headers, but not with the payload.
 /// `default_source` replaces an empty source, which the specification does not allow. It does not allow other attributes to
 /// be empty either, and consumers' libraries refuse such events. Empty ones are left out.

@@ -7,6 +7,7 @@ mod destinations;
 mod emit;
 mod guide;
 mod once;
+mod routes;
 mod run;
 mod settings;
 mod silence;

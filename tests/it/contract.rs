@@ -7,6 +7,7 @@ mod destinations;
 mod metrics;
 mod order;
 mod panics;
+mod past;
 mod rules;
 mod time;
 mod trouble;
@@ -93,6 +94,13 @@ contract! {
         f63_a_destination_that_panics_on_everything_costs_no_event_anything
         f63_a_call_that_never_ends_is_an_unknown_outcome
         f63_an_event_on_which_routing_panics_is_given_up_alone;
+    past:
+        a_replay_publishes_what_was_chosen_once_more_in_order_and_marked_and_is_recorded_nowhere
+        a_replay_that_cannot_be_is_refused_in_one_line
+        a_replay_that_is_stopped_says_how_it_goes_on_and_two_are_not_at_work_at_a_time
+        a_replay_waits_for_a_destination_that_is_down_and_ends_for_one_that_is_set_up_wrongly
+        a_tail_shows_what_is_recorded_from_now_on_or_since_and_ends_well
+        a_prune_deletes_what_is_past_its_retention_and_says_before_what_it_would;
 }
 
 /// Selects the log as `type destination status attempt`, ordered by event and attempt.

@@ -59,6 +59,12 @@ pub(crate) trait Store: Sized {
     /// SQL: ends a [`Self::refuse`] on `table`.
     fn allow(table: &str) -> String;
 
+    /// SQL: the history keeps only what is published later.
+    fn forget_history() -> String;
+
+    /// SQL: three rows of the log that are ten days old.
+    fn old_log() -> String;
+
     /// Runs statements while the triggers that check rules are off, to insert rows like those of old versions.
     async fn unruled(connection: &mut Self::Connection, statements: &str);
 }
@@ -156,6 +162,26 @@ impl Store for Postgres {
 
     fn allow(table: &str) -> String {
         format!("drop trigger refuse on {table}")
+    }
+
+    fn forget_history() -> String {
+        // Days of before are never made, so there is nothing to delete.
+        String::from("select 1")
+    }
+
+    fn old_log() -> String {
+        "do $$ declare
+             day date := (now() at time zone 'UTC')::date - 10;
+             name text := 'event_processing_log' || to_char(day, '_YYYYMMDD');
+         begin
+             execute format('create table %I partition of event_processing_log for values from (%L) to (%L)',
+                            name, day::text || ' 00:00:00+00', (day + 1)::text || ' 00:00:00+00');
+             insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms,
+                                               worker, processed_at)
+             select gen_random_uuid(), i, 'old', 'a', 'published', 1, 1, 'w', (day::text || ' 12:00+00')::timestamptz
+             from generate_series(1, 3) i;
+         end $$"
+            .to_owned()
     }
 
     async fn unruled(connection: &mut PgConnection, statements: &str) {
@@ -257,6 +283,20 @@ impl<const WAL: bool> Store for SqliteFile<WAL> {
 
     fn allow(_: &str) -> String {
         "drop trigger refuse".to_owned()
+    }
+
+    fn forget_history() -> String {
+        "delete from event_history where rowid < (select max(rowid) from event_history)".to_owned()
+    }
+
+    fn old_log() -> String {
+        // They are the first rows, as they would be.
+        "update event_processing_log set rowid = rowid + 1000;
+         insert into event_processing_log (rowid, event_id, outbox_id, event_type, destination, status, attempt, duration_ms,
+                                           worker, processed_at)
+         select i, 'old' || i, i, 'old', 'a', 'published', 1, 1, 'w', strftime('%Y-%m-%d %H:%M:%f', 'now', '-10 days')
+         from (select 1 as i union all select 2 union all select 3)"
+            .to_owned()
     }
 
     async fn unruled(connection: &mut SqliteConnection, statements: &str) {

@@ -13,8 +13,10 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::partitions::PENDING;
+use crate::outbox::past::Past;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::mend::PgMend;
+use crate::outbox::postgres::past::PgPast;
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
@@ -55,6 +57,10 @@ impl Operate for PgOutbox {
             self.drop_days(&mut connection).await
         }
         .boxed()
+    }
+
+    fn past(&self) -> BoxFuture<'_, Result<Box<dyn Past>, OutboxError>> {
+        async { Ok(Box::new(PgPast::open(&self.config.url, self.config.pooled).await?) as Box<dyn Past>) }.boxed()
     }
 
     fn holders(&self) -> BoxFuture<'_, Result<Vec<String>, OutboxError>> {

@@ -9,8 +9,10 @@ use crate::emit::NewEvent;
 use crate::outbox::error::OutboxError;
 use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
+use crate::outbox::past::Past;
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::mend::SqliteMend;
+use crate::outbox::sqlite::past::SqlitePast;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::store::SqliteOutbox;
 use crate::outbox::sqlite::{check, emit, migrate, owner, retention, standstill};
@@ -58,6 +60,10 @@ impl Operate for SqliteOutbox {
             retention::forget(&mut connection, "event_history", "published_at", history).await
         }
         .boxed()
+    }
+
+    fn past(&self) -> BoxFuture<'_, Result<Box<dyn Past>, OutboxError>> {
+        async { Ok(Box::new(SqlitePast::open(&self.config.url).await?) as Box<dyn Past>) }.boxed()
     }
 
     fn holders(&self) -> BoxFuture<'_, Result<Vec<String>, OutboxError>> {

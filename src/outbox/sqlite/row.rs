@@ -161,7 +161,7 @@ fn not_utf8() -> PublishError {
 }
 
 /// Parses a time in the format that the schema demands: `2026-01-31 12:00:00`, with or without milliseconds.
-fn time(text: &str) -> Option<PrimitiveDateTime> {
+pub(super) fn time(text: &str) -> Option<PrimitiveDateTime> {
     let number = |from: usize, to: usize| text.get(from..to)?.parse::<u16>().ok();
     let two = |from: usize| u8::try_from(number(from, from + 2)?).ok();
     let month = Month::try_from(two(5)?).ok()?;

@@ -8,6 +8,7 @@ use redis::{Cmd, FromRedisValue, Value};
 
 use crate::audit::{Checksum, Entry};
 use crate::event::{Fault, PublishError};
+use crate::sink::cloudevent::REPLAYED;
 use crate::sink::redis::RedisAddress;
 use crate::sink::redis::connection::{Connection, slot_of};
 use crate::sink::redis::fault::call_error;
@@ -36,7 +37,7 @@ impl<'a> StreamReader<'a> {
     }
 
     /// Calls `each` with every entry after the last that was read, up to the present end of the stream. `None`: an entry that no
-    /// relay made.
+    /// relay made, or one that `relay replay` made, which the database knows nothing of.
     ///
     /// # Errors
     /// Redis cannot be read.
@@ -101,6 +102,9 @@ fn read_entry(id: &str, fields: &HashMap<String, Value>, each: impl FnOnce(&Entr
         _ => None,
     };
     let Some(Value::BulkString(data)) = fields.get("data") else { return None };
+    if fields.contains_key(REPLAYED) {
+        return None;
+    }
     each(&Entry {
         id: id.parse().ok()?,
         event_id: text("id")?.parse().ok()?,

@@ -98,6 +98,10 @@ fn every_page_of_the_help_is_short_and_shows_the_options_of_its_command_first() 
         (&["dead-letter", "redrive", "--help"], "--payload"),
         (&["give-up", "--help"], "--reason"),
         (&["move-owed", "--help"], "--dry-run"),
+        (&["routes", "--help"], "--source"),
+        (&["tail", "--help"], "--status"),
+        (&["replay", "--help"], "--dry-run"),
+        (&["prune", "--help"], "--dry-run"),
     ] {
         for columns in ["80", "120"] {
             let page = finished(args, &[("COLUMNS", columns)]).exited(0).stdout;

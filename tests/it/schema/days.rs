@@ -172,3 +172,32 @@ async fn of_two_relays_that_add_the_same_day_both_go_on() {
     sql(&mut one, "commit").await;
     assert_eq!(waiting.await.unwrap(), 0);
 }
+
+#[tokio::test]
+async fn new_days_have_an_index_on_time_and_days_with_rows_stay_as_they_are() {
+    let database = database().await;
+    let mut connection = database.connect().await;
+    let by_time = |parent: &str| {
+        format!(
+            "select count(*) from pg_inherits i join pg_index x on x.indrelid = i.inhrelid
+             where i.inhparent = '{parent}'::regclass
+               and pg_get_indexdef(x.indexrelid) ~ 'USING brin \\((processed_at|published_at)\\)'"
+        )
+    };
+    for parent in PARENTS {
+        assert_eq!(value::<i64>(&mut connection, &by_time(parent)).await, 8, "{parent}: of an empty table, all");
+    }
+    // As in a database of before: today has rows.
+    sql(
+        &mut connection,
+        "drop index event_processing_log_processed_at_idx, event_history_published_at_idx;
+         insert into event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, duration_ms, worker)
+         values (gen_random_uuid(), 1, 'a', 'redis', 'published', 1, 1, 'w')",
+    )
+    .await;
+    sql(&mut connection, include_str!("../../../migrations/postgres/0027_time_indexes.sql")).await;
+    assert_eq!(value::<i64>(&mut connection, &by_time(PARENTS[0])).await, 7);
+    assert_eq!(value::<i64>(&mut connection, &by_time(PARENTS[1])).await, 8);
+    sql(&mut connection, "select relay_add_days('event_processing_log', 9)").await;
+    assert_eq!(value::<i64>(&mut connection, &by_time(PARENTS[0])).await, 9, "a day that is added gets it");
+}

@@ -5,7 +5,7 @@ use sqlx::postgres::PgConnection;
 use tokio::sync::Mutex;
 
 use super::{DEAD_LETTER, try_execute, value, values};
-use crate::binary::finished;
+use crate::binary::{finished, relay};
 use crate::harness::sql;
 use crate::servers::{Database, database, redis};
 
@@ -352,4 +352,51 @@ async fn f76_a_limit_of_connections_below_what_a_relay_opens_is_told_with_the_cu
     finished(&["check"], &variables).exited(0);
     sql(&mut owner, "select emit_event('fine', aggregate_id => n::text) from generate_series(1, 2000) n").await;
     finished(&["--once"], &variables).exited(0);
+}
+
+#[tokio::test]
+async fn an_operator_follows_and_replays_and_only_the_relay_prunes() {
+    let database = database().await;
+    let mut owner = with_roles(&database).await;
+    let old = "create table event_processing_log_20200101 partition of event_processing_log
+               for values from ('2020-01-01 00:00:00+00') to ('2020-01-02 00:00:00+00')";
+    sql(&mut owner, format!("{old}; select emit_event('e', aggregate_id => n::text) from generate_series(1, 3) n"))
+        .await;
+    let history = ("EVENT_HISTORY_ENABLED", "true");
+    finished(&["--once"], &[("DATABASE_URL", database.url()), ("RELAY_STDOUT", "true"), history]).exited(0);
+    sql(&mut owner, old).await;
+    let operator = login(&database, &mut owner, "relay_operator").await;
+    let worker = login(&database, &mut owner, "relay_worker").await;
+    let application = login(&database, &mut owner, "relay_app").await;
+    let run = |url: &str, args: &[&str], code: i32| {
+        finished(args, &[("DATABASE_URL", url), ("RELAY_STDOUT", "true"), ("RELAY_LOG", "warn")]).exited(code)
+    };
+    let replayed = run(&operator, &["replay", "--to", "stdout"], 0);
+    assert_eq!(replayed.stdout.lines().count(), 3, "the events alone are on standard output");
+    assert!(replayed.stderr.starts_with("3 of 3 events published to stdout in "), "{}", replayed.stderr);
+    let mut tail = relay(&["tail", "--since", "1h"], &[("DATABASE_URL", operator.as_str())]);
+    let mut tail = tail.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(tail.stdout.take().unwrap()));
+    assert!(lines.next().unwrap().unwrap().contains("  published "));
+    tail.kill().unwrap();
+    tail.wait().unwrap();
+
+    let refused = run(&operator, &["prune"], 1);
+    assert!(refused.complaint().contains("only the relay's own role may delete"), "{}", refused.stderr);
+    let would = run(&operator, &["prune", "--dry-run"], 0).stdout;
+    assert!(would.contains("the day event_processing_log_20200101, about 0 rows"), "{would}");
+    let done = run(&worker, &["prune"], 0).stdout;
+    assert!(done.contains("the day event_processing_log_20200101") && done.contains(" deleted\n"), "{done}");
+    assert!(value::<bool>(&mut owner, "select to_regclass('event_processing_log_20200101') is null").await);
+    for url in [&worker, &application] {
+        for args in [&["tail"][..], &["replay", "--to", "stdout"]] {
+            let refused = run(url, args, 1);
+            assert_eq!(refused.stdout, "");
+            assert!(
+                refused.stderr.contains("relay_operator") || refused.stderr.contains("roles.sql"),
+                "{}",
+                refused.stderr
+            );
+        }
+    }
 }
