@@ -27,7 +27,7 @@ pub(super) struct Done {
 }
 
 /// Applies `apply` to `items` in order, at most `most` at a time. `rate`: the most items a second. `what`: what is done, as in
-/// "redriven".
+/// "redriven", and with how many rows in all.
 ///
 /// # Errors
 /// Signals cannot be handled; nothing was done.
@@ -35,7 +35,7 @@ pub(super) async fn run<T>(
     items: &[T],
     most: usize,
     rate: Option<u32>,
-    what: &'static str,
+    (what, of): (&'static str, u64),
     mut apply: impl AsyncFnMut(&[T]) -> Result<u64, OutboxError>,
 ) -> std::io::Result<Done> {
     let interrupt = Interrupt::handle()?;
@@ -64,7 +64,7 @@ pub(super) async fn run<T>(
         taken += batch.len();
         if told.elapsed() >= TELL_INTERVAL {
             told = Instant::now();
-            tracing::info!(done = done.count, of = items.len(), "{what}");
+            tracing::info!(done = done.count, of, "{what} so far");
         }
     }
     Ok(done)
@@ -90,10 +90,11 @@ mod tests {
     async fn a_rate_is_kept_and_an_error_ends_the_work_with_what_was_done() {
         let items: Vec<u32> = (0..12).collect();
         let begun = Instant::now();
-        let done = run(&items, MOST, Some(20), "done", async |batch| Ok(batch.len() as u64)).await.expect("it runs");
+        let done =
+            run(&items, MOST, Some(20), ("done", 12), async |batch| Ok(batch.len() as u64)).await.expect("it runs");
         assert_eq!(done.count, 12);
         assert!(begun.elapsed() >= Duration::from_millis(350), "{:?}", begun.elapsed());
-        let done = run(&items, MOST, Some(25), "done", async |batch| match batch {
+        let done = run(&items, MOST, Some(25), ("done", 12), async |batch| match batch {
             [0, ..] => Ok(5),
             _ => Err(OutboxError::Unsupported("no more")),
         });

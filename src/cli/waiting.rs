@@ -137,7 +137,7 @@ fn change(
             return tell(&format!("{}\nwould {} {}{of}\n", summary(&waiting), to_do(action), events(count)));
         }
         let mut left = most;
-        let done = batches::run(&waiting.batches, 1, None, what_is_done(action), async |batch: &[WaitingBatch]| {
+        let done = batches::run(&waiting.batches, 1, None, (what_is_done(action), count), async |batch: &[WaitingBatch]| {
             let [batch] = batch else { return Ok(0) };
             if left == Some(0) {
                 return Ok(0);

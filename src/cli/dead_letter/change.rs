@@ -143,10 +143,11 @@ fn change(settings: &Settings, change: &Change, filter: &FilterArgs, how_many: &
         if change.ask && !agreed(words, count)? {
             bail!("nothing was {}", words.done);
         }
-        let done = batches::run(&ids, batches::MOST, change.rate, words.done, async |batch: &[i64]| {
-            mend.apply(action, &command, batch).await
-        })
-        .await?;
+        let done =
+            batches::run(&ids, batches::MOST, change.rate, (words.done, count as u64), async |batch: &[i64]| {
+                mend.apply(action, &command, batch).await
+            })
+            .await?;
         finish(words, &done, count)
     })
 }

@@ -22,9 +22,17 @@ use crate::secret::Secret;
 /// How long one transaction may take: a batch may wait for a lock, and a table may be large.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The same where a transaction changes all events of a partition: a relay may publish events of the same keys, and there may be
+/// very many.
+pub(super) const LONG_TRANSACTION_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// The settings of each transaction. If row-level security applies to this role, a statement fails, and hides no rows.
 const BEGIN: &str = "begin isolation level read committed; set local row_security = off; set local lock_timeout = '15s'; \
                      set local statement_timeout = '55s'";
+
+/// The settings of such a transaction, after the others. A relay publishes for half a minute at most, unless it is set up
+/// otherwise.
+const LONG: &str = "set local lock_timeout = '60s'; set local statement_timeout = '595s'";
 
 /// What a dead letter `e` must fulfil: the parameters are those of `Filter`.
 const CONDITION: &str = "
@@ -124,9 +132,22 @@ impl PgMend {
         operation: &'static str,
         work: impl AsyncFnOnce(&mut PgConnection, Sql) -> Result<T, sqlx::Error>,
     ) -> Result<T, OutboxError> {
+        self.timed_transaction(operation, TRANSACTION_TIMEOUT, work).await
+    }
+
+    /// The same with another timeout.
+    pub(super) async fn timed_transaction<T>(
+        &mut self,
+        operation: &'static str,
+        timeout: Duration,
+        work: impl AsyncFnOnce(&mut PgConnection, Sql) -> Result<T, sqlx::Error>,
+    ) -> Result<T, OutboxError> {
         let Self { connection, sql } = self;
-        let done = with_timeout(operation, TRANSACTION_TIMEOUT, async {
+        let done = with_timeout(operation, timeout, async {
             connection.execute(BEGIN).await?;
+            if timeout > TRANSACTION_TIMEOUT {
+                connection.execute(LONG).await?;
+            }
             let done = work(connection, *sql).await;
             // If the connection is lost, the rollback has happened already, and the error of the work is told.
             let ended = connection.execute(if done.is_ok() { "commit" } else { "rollback" }).await;

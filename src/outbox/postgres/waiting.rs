@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::outbox::error::OutboxError;
 use crate::outbox::mend::{CommandId, Filter, Waiting, WaitingAction, WaitingBatch, WaitingGroup};
-use crate::outbox::postgres::mend::PgMend;
+use crate::outbox::postgres::mend::{LONG_TRANSACTION_TIMEOUT, PgMend};
 
 const COUNT: &str = "select in_partition, destination, error, events from {schema}.count_waiting($1, $2::text::jsonb)";
 
@@ -57,7 +57,7 @@ pub(super) async fn apply(
         WaitingAction::GiveUp { .. } => ("give events up", GIVE_UP),
         WaitingAction::Move { .. } => ("move events", MOVE),
     };
-    mend.transaction(operation, async |connection, sql| {
+    mend.timed_transaction(operation, LONG_TRANSACTION_TIMEOUT, async |connection, sql| {
         let query = sql.query_scalar(text).bind(command.filter.to_json().to_string());
         let query = query.bind(partition).bind(most).bind(command.id.to_string());
         let query = match action {

@@ -1,5 +1,8 @@
 //! What `relay dead-letter` does with input that is wrong: one clear line, the right exit code, nothing half done.
 
+use std::io::Write;
+use std::process::Stdio;
+
 use super::{dead_letter, dead_letters, on_each_store};
 use crate::harness::{count, sql};
 use crate::stores::Store;
@@ -88,7 +91,32 @@ async fn an_error_in_the_middle_leaves_whole_batches_and_says_how_far_it_came<S:
     assert_eq!(dead_letter(&store, &["redrive"]).exited(0).stdout, "redriven 10 dead letters\n");
 }
 
+/// On a terminal, which `script` makes.
+async fn a_purge_asks_first_and_who_declines_has_purged_nothing<S: Store>() {
+    let store = S::new().await;
+    let mut connection = store.connect().await;
+    dead_letters::<S>(&mut connection, 3).await;
+    for (answer, code, left) in [("n", 1, 3), ("", 1, 3), ("y", 0, 0)] {
+        let purge = format!("{} dead-letter purge --state open", env!("CARGO_BIN_EXE_relay"));
+        let mut script = std::process::Command::new("script")
+            .args(["-qec", &purge, "/dev/null"])
+            .env("DATABASE_URL", store.url())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        script.stdin.take().unwrap().write_all(format!("{answer}\n").as_bytes()).unwrap();
+        let ended = script.wait_with_output().unwrap();
+        let said = String::from_utf8(ended.stdout).unwrap();
+        assert_eq!(ended.status.code(), Some(code), "{said}");
+        assert!(said.contains("would purge 3 dead letters") && said.contains("purge 3 for good? [y/N]"), "{said}");
+        assert_eq!(said.contains("relay: nothing was purged"), code == 1, "{said}");
+        assert_eq!(count(&mut connection, "event_dead_letter").await, left);
+    }
+}
+
 on_each_store! {
+    a_purge_asks_first_and_who_declines_has_purged_nothing
     ids_that_cannot_be_done_are_refused_with_1_before_anything_is_done
     wrong_usage_ends_with_2
     an_error_in_the_middle_leaves_whole_batches_and_says_how_far_it_came
