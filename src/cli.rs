@@ -10,6 +10,7 @@ mod filter;
 mod help;
 mod interrupt;
 mod migrate;
+mod pause;
 mod prune;
 mod replay;
 mod routes;
@@ -94,6 +95,10 @@ enum Command {
     },
     /// Show each destination, the relays, and what keeps events from moving.
     Status(status::StatusArgs),
+    /// Stop giving events to a destination. They wait, uncharged and in order; other destinations go on.
+    Pause(pause::PauseArgs),
+    /// Give events to a paused destination again.
+    Resume(pause::ResumeArgs),
     /// Compare a stream with the database: nothing lost, no ghost, in order, bytes unchanged, the log true. Safe beside running
     /// relays.
     #[cfg(all(feature = "postgres", feature = "redis"))]
@@ -184,6 +189,8 @@ fn dispatch(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
             check::check(settings, &file, &config::in_force(&command, &matches, &file), json)
         }
         Some(Command::Status(args)) => status::status(settings, &args),
+        Some(Command::Pause(args)) => pause::pause(settings, &args),
+        Some(Command::Resume(args)) => pause::resume(settings, &args),
         #[cfg(all(feature = "postgres", feature = "redis"))]
         Some(Command::Audit(args)) => audit::audit(settings, &file, &args),
         Some(Command::Emit(args)) => emit::emit(settings, *args),

@@ -274,10 +274,16 @@ pub enum Wait {
     /// For its destination, which takes nothing now, or which this relay does not know. Its row is scheduled, out of the way of
     /// the events behind it, until a relay has a destination of this name that takes events.
     ForDestination,
+    /// For an operator, who has paused its type at its destination. Its row is scheduled and looked at again after a while; a
+    /// resume makes it due at once.
+    WhilePaused,
     /// For an earlier event of its key, which is due at the same destination after this time, by the database's clock. Its row
     /// is scheduled for then.
     BehindKey(Duration),
 }
+
+/// After this time an event is looked at again whose type is paused: a relay may have held it back just when it was resumed.
+const PAUSED: Duration = Duration::from_secs(300);
 
 impl Wait {
     /// The time after which the row is due again. `None`: the row does not change.
@@ -285,6 +291,7 @@ impl Wait {
         match self {
             Self::InPlace => None,
             Self::UntilDue | Self::ForDestination => Some(Duration::ZERO),
+            Self::WhilePaused => Some(PAUSED),
             Self::BehindKey(delay) => Some(delay),
         }
     }

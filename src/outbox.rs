@@ -20,6 +20,7 @@ mod number;
 pub mod operate;
 mod partitions;
 pub mod past;
+pub mod pause;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod proof;
@@ -43,6 +44,7 @@ pub use config::{OutboxConfig, Usage};
 pub use deliveries::{Deliveries, Delivery, NO_DESTINATION};
 pub use error::OutboxError;
 pub use operate::{Check, CheckRequest, Migrated, Operate};
+use pause::Pauses;
 use register::Configuration;
 pub use standstill::Standstill;
 
@@ -279,6 +281,15 @@ pub trait Outbox: CrashNotes + Operate + Send + Sync + 'static {
 
     /// Returns how the configurations of other relays differ, if such relays have been at work for at least `lasting`.
     fn differences(&self, lasting: Duration) -> Vec<String>;
+
+    /// Returns what operators have paused, as this relay last read it. A claim reads it anew if it has changed.
+    fn pauses(&self) -> Arc<Pauses>;
+
+    /// Reads the pauses anew if they have changed. It is called while everything is paused, and nothing is claimed.
+    ///
+    /// # Errors
+    /// They are as they were.
+    fn refresh_pauses(&self) -> impl Future<Output = Result<(), OutboxError>> + Send;
 
     /// Ends the registration.
     ///

@@ -55,12 +55,13 @@ $$;
 
 -- Revoke what an earlier version of this file granted and this one does not. (For a table this includes its columns.)
 revoke all on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally,
+    event_pause, event_pause_changes
     from relay_app, relay_worker, relay_operator;
 revoke all on sequence event_outbox_epoch, event_outbox_moves, event_outbox_id_seq, event_relay_changes
     from relay_app, relay_worker, relay_operator;
 revoke all on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, redrive_dead_letter,
-    redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed,
+    redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed, give_up_owed, pause_destination, resume_destination,
     count_waiting, retry_waiting, give_up_waiting, move_waiting
     from relay_app, relay_worker, relay_operator;
 
@@ -89,6 +90,7 @@ $$;
 grant select, insert, update, delete on event_outbox to relay_worker;
 grant insert on event_processing_log, event_dead_letter, event_history to relay_worker;
 grant select, insert, update, delete on event_relay_run, event_crash_suspect, event_relay, event_tally to relay_worker;
+grant select on event_pause, event_pause_changes to relay_worker;
 grant select, update on sequence event_outbox_epoch, event_relay_changes to relay_worker;
 grant select on sequence event_outbox_moves, event_outbox_id_seq to relay_worker;
 grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, relay_epoch_above, relay_schema_version,
@@ -97,10 +99,11 @@ grant execute on function relay_add_days, relay_drop_days, relay_outbox_id, rela
 
 -- Operators read everything. They change dead letters and events that wait through functions, which record who did it.
 grant select on event_outbox, event_processing_log, event_dead_letter, event_history, event_outbox_lag, event_blocked_keys,
-    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally
+    event_dead_letter_summary, event_relay_run, event_crash_suspect, event_relay, event_operator_action, event_tally,
+    event_pause, event_pause_changes
     to relay_operator;
 grant execute on function redrive_dead_letter, redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed,
-    give_up_owed, count_waiting, retry_waiting, give_up_waiting, move_waiting, relay_schema_version, relay_schema_needs
+    give_up_owed, pause_destination, resume_destination, count_waiting, retry_waiting, give_up_waiting, move_waiting, relay_schema_version, relay_schema_needs
     to relay_operator;
 
 commit;

@@ -14,6 +14,7 @@ use crate::outbox::config::Usage;
 use crate::outbox::error::OutboxError;
 use crate::outbox::mend::Mend;
 use crate::outbox::past::Past;
+use crate::outbox::pause::PauseOutcome;
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
@@ -179,4 +180,32 @@ pub trait Operate: Send + Sync {
     /// # Errors
     /// It may be written or not.
     fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>>;
+
+    /// Pauses a destination: it is given no events, or none of the types of the glob `event_type`, from the next claim of each
+    /// relay on.
+    ///
+    /// # Errors
+    /// The database cannot be used, or the role may not do it.
+    fn pause<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>>;
+
+    /// Ends all pauses of a destination, or the one of the glob `event_type`.
+    ///
+    /// # Errors
+    /// The database cannot be used, or the role may not do it.
+    fn resume<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>>;
+
+    /// Waits until the claims have ended that are held now, `at_most` at the longest. Returns whether they have, as far as the
+    /// store can see it.
+    ///
+    /// # Errors
+    /// The claims cannot be read.
+    fn claims_ended(&self, at_most: Duration) -> BoxFuture<'_, Result<bool, OutboxError>>;
 }

@@ -39,6 +39,7 @@ mod operate;
 mod parked;
 mod past;
 mod patience;
+mod pause;
 mod promote;
 mod proof;
 mod question;
@@ -74,6 +75,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::PgConnection;
 
 use crate::outbox::error::OutboxError;
+use crate::outbox::pause::Pauses;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::register::Configuration;
@@ -134,6 +136,14 @@ impl Outbox for PgOutbox {
 
     fn differences(&self, lasting: Duration) -> Vec<String> {
         self.membership.differences(lasting)
+    }
+
+    fn pauses(&self) -> Arc<Pauses> {
+        self.membership.pauses()
+    }
+
+    async fn refresh_pauses(&self) -> Result<(), OutboxError> {
+        self.membership.refresh(self, Instant::now()).await
     }
 
     async fn deregister(&self) -> Result<(), OutboxError> {

@@ -20,6 +20,7 @@ use ring::digest::{SHA256, digest};
 
 use crate::outbox::Standing;
 use crate::outbox::error::OutboxError;
+use crate::outbox::pause::Pauses;
 use crate::outbox::status::Trouble;
 
 /// How often a relay reads the register while there is one configuration.
@@ -226,6 +227,9 @@ pub(super) trait Register: Send + Sync {
     /// Returns all rows.
     fn rows(&self) -> impl Future<Output = Result<Vec<Registration>, OutboxError>> + Send;
 
+    /// Returns what operators have paused. The number of changes counts these changes too.
+    fn pauses(&self) -> impl Future<Output = Result<Pauses, OutboxError>> + Send;
+
     /// Returns a number above all earlier numbers.
     fn next_id(&self) -> impl Future<Output = Result<i64, OutboxError>> + Send;
 
@@ -262,6 +266,7 @@ struct State {
     since: Option<Instant>,
     /// The number of changes that `role` accounts for.
     known: Option<i64>,
+    pauses: Arc<Pauses>,
     role: Option<Role>,
     superseded_since: Option<Instant>,
     /// There are rows of other configurations, whether their relays are alive or not.
@@ -302,6 +307,19 @@ impl Membership {
             Role::Routes => Standing::Works,
             Role::Superseded { left } => Standing::Superseded { left: left.to_vec() },
         }
+    }
+
+    /// Returns the pauses as they were last read.
+    pub(super) fn pauses(&self) -> Arc<Pauses> {
+        Arc::clone(&self.state().pauses)
+    }
+
+    /// Reads rows and pauses if the number of changes is another one.
+    pub(super) async fn refresh(&self, register: &impl Register, now: Instant) -> Result<(), OutboxError> {
+        if self.role_at(register.changes().await?).is_none() {
+            self.look(register, now).await?;
+        }
+        Ok(())
     }
 
     /// Records the destinations that accept events now.
@@ -378,7 +396,24 @@ impl Membership {
             changes = register.changes().await?;
             rows = register.rows().await?;
         }
+        // These too are read after the counter.
+        self.learn_pauses(register.pauses().await?);
         Ok((self.learn::<R>(&member, changes, &rows, now), rows))
+    }
+
+    fn learn_pauses(&self, pauses: Pauses) {
+        let pauses = Arc::new(pauses);
+        let before = std::mem::replace(&mut self.state().pauses, Arc::clone(&pauses));
+        for pause in pauses.without(&before) {
+            tracing::warn!(destination = pause.destination, event_type = pause.event_type, "{}", pause.described());
+        }
+        for pause in before.without(&pauses) {
+            tracing::info!(
+                destination = pause.destination,
+                event_type = pause.event_type,
+                "the destination is resumed"
+            );
+        }
     }
 
     fn learn<R: Register>(&self, member: &Member, changes: i64, rows: &[Registration], now: Instant) -> Role {

@@ -31,6 +31,7 @@ mod operate;
 mod owner;
 mod parked;
 mod past;
+mod pause;
 mod proof;
 mod question;
 mod register;
@@ -52,6 +53,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::outbox::error::OutboxError;
+use crate::outbox::pause::Pauses;
 use crate::outbox::register::Configuration;
 use crate::outbox::{Outbox, Standing};
 pub use connection::open;
@@ -97,6 +99,14 @@ impl Outbox for SqliteOutbox {
 
     fn differences(&self, lasting: Duration) -> Vec<String> {
         self.membership.differences(lasting)
+    }
+
+    fn pauses(&self) -> Arc<Pauses> {
+        self.membership.pauses()
+    }
+
+    async fn refresh_pauses(&self) -> Result<(), OutboxError> {
+        self.membership.refresh(self, Instant::now()).await
     }
 
     async fn deregister(&self) -> Result<(), OutboxError> {

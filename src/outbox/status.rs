@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::outbox::pause::Pauses;
 use crate::outbox::register::Registration;
 
 /// The largest number of rows that are counted for one figure.
@@ -85,6 +86,8 @@ pub struct DestinationStatus {
     pub state_seconds: Option<f64>,
     /// Why it takes no events: the last error, or who paused it.
     pub reason: Option<String>,
+    /// What operators have paused of it.
+    pub pauses: Vec<PauseStatus>,
     /// Events that are due and wait for it.
     pub pending: Count,
     /// How many seconds ago the oldest of these was emitted.
@@ -111,6 +114,7 @@ impl DestinationStatus {
             state: State::NoRelay,
             state_seconds: None,
             reason: None,
+            pauses: Vec::new(),
             pending: Count::default(),
             oldest_due_seconds: None,
             retrying: Count::default(),
@@ -139,6 +143,19 @@ pub enum State {
     NotConfigured,
     /// No relay is at work.
     NoRelay,
+}
+
+/// A pause.
+#[derive(Debug, Clone, Serialize)]
+pub struct PauseStatus {
+    /// The types that are held back: a glob, `*` for all.
+    pub event_type: String,
+    /// Who paused them.
+    pub by: String,
+    /// For how many seconds they have been paused.
+    pub seconds: f64,
+    /// The same for people, and how to end it.
+    pub text: String,
 }
 
 /// A key that waits for its first event.
@@ -288,6 +305,22 @@ impl Status {
             #[expect(clippy::cast_precision_loss, reason = "it is shown with two digits")]
             let rate = last as f64 / (60.0 + into_minute.clamp(0.0, 60.0));
             destination.published_per_second = rate;
+        }
+    }
+
+    /// Adds the pauses. A destination that is paused for all types is in that state, whatever relays find.
+    pub(super) fn add_pauses(&mut self, pauses: &Pauses) {
+        for pause in pauses.iter() {
+            let destination = self.destination(&pause.destination);
+            destination.pauses.push(PauseStatus {
+                event_type: pause.event_type.clone(),
+                by: pause.by.clone(),
+                seconds: pause.seconds,
+                text: pause.described(),
+            });
+            if pause.is_whole() {
+                (destination.state, destination.state_seconds) = (State::Paused, Some(pause.seconds));
+            }
         }
     }
 

@@ -14,6 +14,7 @@ use crate::event::{ClaimId, RenewedClaim, SentBefore};
 use crate::failpoint::{crash_on_many, failpoint};
 use crate::outbox::{self, Peek};
 use crate::outbox::{Claim, ClaimRequest, Claimed, Deliveries, Lane as _, Outbox, OutboxError};
+use crate::relay::destination::Destination;
 use crate::relay::guard::Busy;
 use crate::relay::liveness::Pulse;
 use crate::relay::shared::{Ending, Shared};
@@ -145,8 +146,12 @@ impl<O: Outbox> Claimer<O> {
         self.pulse.asks_store();
         failpoint("promote")?;
         let _asking = relay.standstills.asking();
+        let pauses = relay.outbox.pauses();
         let promoted = self.store.promote(&relay.ready_destinations(now), limit).await?;
-        let next = if promoted.count >= limit { Duration::ZERO } else { relay.next_due(now, promoted.next_due) };
+        // A destination that was resumed may have due events.
+        let changed = !Arc::ptr_eq(&pauses, &relay.outbox.pauses());
+        let next =
+            if promoted.count >= limit || changed { Duration::ZERO } else { relay.next_due(now, promoted.next_due) };
         Ok(Promotion { promoted: promoted.count > 0, next })
     }
 
@@ -190,7 +195,11 @@ impl<O: Outbox> Claimer<O> {
 impl<O: Outbox> Relay<O> {
     /// Returns until when all destinations are paused, or `None` if at least one accepts events.
     pub(super) fn paused_until(&self, now: Instant) -> Option<Instant> {
-        let mut admissions = self.destinations.iter().map(|destination| destination.admission(now));
+        let pauses = self.outbox.pauses();
+        let mut admissions = self.destinations.iter().map(|destination| match pauses.is_whole(&destination.name) {
+            true => Admission::No(now + LONGEST_PAUSE),
+            false => destination.admission(now),
+        });
         admissions.try_fold(now + LONGEST_PAUSE, |paused, admission| match admission {
             Admission::No(until) => Some(paused.min(until)),
             Admission::Yes | Admission::Probe => None,
@@ -199,7 +208,11 @@ impl<O: Outbox> Relay<O> {
 
     /// How many events to claim at once: few while a destination is to be probed.
     fn batch_events(&self, now: Instant) -> usize {
-        let probing = self.destinations.iter().any(|destination| destination.admission(now) == Admission::Probe);
+        let pauses = self.outbox.pauses();
+        let probing = self
+            .destinations
+            .iter()
+            .any(|destination| destination.admission(now) == Admission::Probe && !pauses.is_whole(&destination.name));
         if probing { PROBE_EVENTS.min(self.config.batch_events) } else { self.config.batch_events }
     }
 
@@ -213,11 +226,23 @@ impl<O: Outbox> Relay<O> {
         next_back.chain(next_due).fold(self.config.polling_interval, Duration::min)
     }
 
-    /// The names of the destinations that accept events.
+    /// Looks whether anything was resumed, if anything is paused. For a relay that does not claim meanwhile.
+    pub(super) async fn refresh_pauses(&self) -> Result<(), OutboxError> {
+        if self.outbox.pauses().is_empty() { Ok(()) } else { self.outbox.refresh_pauses().await }
+    }
+
+    /// Returns whether the destination takes nothing until somebody acts, or it is found up again.
+    pub(super) fn is_away(&self, destination: &Destination) -> bool {
+        destination.is_down() || self.outbox.pauses().is_whole(&destination.name)
+    }
+
+    /// The names of the destinations that accept events and are not paused.
     fn ready_destinations(&self, now: Instant) -> Vec<&str> {
+        let pauses = self.outbox.pauses();
         self.destinations
             .iter()
             .filter(|destination| !matches!(destination.admission(now), Admission::No(_)))
+            .filter(|destination| !pauses.is_whole(&destination.name))
             .map(|destination| destination.name.as_str())
             .collect()
     }

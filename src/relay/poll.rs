@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use crate::outbox::{Outbox, OutboxError};
 use crate::relay::claim::{Claimer, Polled, Work};
-use crate::relay::destination::Destination;
 use drain::Drain;
 use schedule::{AWAKE_INTERVAL, POLL_INTERVAL, Schedule};
 use sleeper::Sleeper;
@@ -73,12 +72,13 @@ impl<W: crate::outbox::Wakeup> Poller<W> {
             claimer.relay.polled();
             let now = Instant::now();
             if let Some(until) = claimer.relay.paused_until(now) {
-                let all_down = claimer.relay.destinations.iter().all(Destination::is_down);
+                let all_down = claimer.relay.destinations.iter().all(|destination| claimer.relay.is_away(destination));
                 if claimer.is_drain() && claimer.is_alone() && all_down {
                     drain::give_up(claimer).await?;
                     return Ok(None);
                 }
                 claimer.sleep(until - now).await; // a batch that is settled meanwhile does not end the pause
+                claimer.relay.refresh_pauses().await?;
                 continue;
             }
             self.schedule.last_poll = now;

@@ -98,6 +98,11 @@ impl<O: Outbox> Relay<O> {
     fn plan<'a>(&'a self, batch: &'a [Claimed]) -> Plan<'a> {
         // The keys with a waiting event. Later events of such a key wait too.
         let mut blocked = HashSet::new();
+        let pauses = self.outbox.pauses();
+        // While nothing is published to any destination, nothing is claimed, so no event is in the way of others.
+        let all_paused = !pauses.is_empty() && self.names.iter().all(|name| pauses.is_whole(name));
+        // The keys of which an event is held back from a destination, because its type is paused.
+        let mut held: HashSet<(usize, Key<'_>)> = HashSet::new();
         let mut plan = Plan { decided: Vec::new(), publish: vec![Vec::new(); self.destinations.len()] };
         for (index, claimed) in batch.iter().enumerate() {
             let event = &claimed.event;
@@ -136,6 +141,19 @@ impl<O: Outbox> Relay<O> {
             }
             for target in targets {
                 let name = self.names[target].as_str();
+                if !pauses.is_empty() {
+                    if pauses.is_whole(name) {
+                        let wait = if all_paused { Wait::InPlace } else { Wait::ForDestination };
+                        decide(name, Verdict::Wait(wait));
+                        continue;
+                    }
+                    let behind = event.key().is_some_and(|key| held.contains(&(target, key)));
+                    if behind || pauses.holds(name, &event.event_type) {
+                        held.extend(event.key().map(|key| (target, key)));
+                        decide(name, Verdict::Wait(Wait::WhilePaused));
+                        continue;
+                    }
+                }
                 match claimed.blocked_by.iter().find(|earlier| earlier.destination == name) {
                     Some(earlier) => decide(name, Verdict::Wait(Wait::BehindKey(earlier.remaining))),
                     None => plan.publish[target].push(index),

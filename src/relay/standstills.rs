@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 
+use crate::outbox::pause::Pause;
 use crate::outbox::standstill::{KEYS_BLOCKED, NOT_TAKEN};
 use crate::outbox::{Outbox, Standstill};
 use crate::relay::{Relay, sleep};
@@ -20,6 +21,9 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(8);
 
 /// How often the relay checks for standstills by itself, without a query to the store.
 const TICK: Duration = Duration::from_secs(1);
+
+/// The cause of the note that an operator has paused a destination.
+const PAUSED: &str = "destination_paused";
 
 /// Something looks stuck when a query to the store stays unanswered for this long, or when others hold all pending events for
 /// this long.
@@ -231,6 +235,12 @@ impl<O: Outbox> Relay<O> {
     }
 
     fn report_destinations(&self) {
+        let pauses = self.outbox.pauses();
+        let about = |pause: &Pause| format!("{} {}", pause.destination, pause.event_type);
+        for pause in pauses.iter() {
+            self.standstills.note(Standstill::new(PAUSED, pause.described()).about(about(pause)));
+        }
+        self.standstills.end(|key, _| key.0 == PAUSED && !pauses.iter().any(|pause| about(pause) == key.1));
         for destination in &self.destinations {
             let (cause, name) = ("destination_down", &destination.name);
             if destination.is_down() {

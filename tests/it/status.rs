@@ -1,6 +1,7 @@
 //! `relay status` of another process: it shows what is stuck, since when, and why.
 
 mod command;
+mod pause;
 mod states;
 
 use std::time::{Duration, Instant};

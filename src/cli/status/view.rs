@@ -40,6 +40,9 @@ pub(super) fn text(status: &Status, width: usize, keys: bool) -> String {
         let (name, state) = (shown(&destination.name, MAX_NAME_CHARS), state(destination));
         page.line(&format!("{name} is {state}: {}", shown(reason, MAX_TEXT_CHARS)));
     }
+    for pause in status.destinations.iter().flat_map(|destination| &destination.pauses) {
+        page.line(&shown(&pause.text, MAX_TEXT_CHARS));
+    }
     for destination in status.destinations.iter().filter(|destination| destination.parked.count > 0) {
         let (name, parked) = (shown(&destination.name, MAX_NAME_CHARS), count(destination.parked));
         page.line(&format!("{name}: {parked} events are parked until a person acts"));

@@ -63,7 +63,8 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            ) head
        ) end,
        (select last_value from {schema}.event_outbox_epoch),
-       {reinsertions} | (select last_value << 40 from {schema}.event_relay_changes){unfit}
+       {reinsertions} | (select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) << 40
+                         from {schema}.event_relay_changes){unfit}
 from {rows}
 cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280

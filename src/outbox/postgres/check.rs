@@ -13,14 +13,14 @@ use crate::outbox::postgres::connection::{
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::{Schema, Sql};
 use crate::outbox::postgres::standstill::{self, TABLE_LOCKED};
-use crate::outbox::postgres::{connection, exclusion, proof, register, schema, shape, triggers};
+use crate::outbox::postgres::{connection, exclusion, pause, proof, register, schema, shape, triggers};
 use crate::outbox::register::Configuration;
 use crate::outbox::standstill::Memory;
 use crate::outbox::{Check, CheckRequest, OutboxError, Standstill};
 use crate::secret::Secret;
 
 /// The privileges that the relay needs: the words for a missing one, and the SQL condition for it.
-const PRIVILEGES: [(&str, &str); 16] = [
+const PRIVILEGES: [(&str, &str); 17] = [
     (
         "select, insert, update and delete on event_outbox",
         "select pg_catalog.has_table_privilege('{schema}.event_outbox', 'select') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'insert') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'update') and pg_catalog.has_table_privilege('{schema}.event_outbox', 'delete')",
@@ -62,6 +62,10 @@ const PRIVILEGES: [(&str, &str); 16] = [
     (
         "select, insert, update and delete on event_tally",
         "select pg_catalog.has_table_privilege('{schema}.event_tally', 'select') and pg_catalog.has_table_privilege('{schema}.event_tally', 'insert') and pg_catalog.has_table_privilege('{schema}.event_tally', 'update') and pg_catalog.has_table_privilege('{schema}.event_tally', 'delete')",
+    ),
+    (
+        "select on event_pause and event_pause_changes",
+        "select pg_catalog.has_table_privilege('{schema}.event_pause', 'select') and pg_catalog.has_table_privilege('{schema}.event_pause_changes', 'select')",
     ),
     (
         "select and update on event_relay_changes",
@@ -154,8 +158,24 @@ pub async fn check(url: &Secret, pooled: bool, request: CheckRequest<'_>) -> Vec
     if !hidden && !register_locked {
         push("configuration", transaction(&mut connection, look).await);
     }
+    // While that table is locked, this is reported already.
+    if standing.iter().all(|found| found.cause != TABLE_LOCKED) {
+        match transaction(&mut connection, pauses).await {
+            Ok(None) => {}
+            other => {
+                push("pauses", other.map(Option::unwrap_or_default));
+            }
+        }
+    }
     checks.extend(Check::standstills(standing));
     checks
+}
+
+/// Returns what operators have paused.
+async fn pauses(connection: &mut PgConnection) -> Result<Option<String>, OutboxError> {
+    let sql = sql(connection).await?;
+    let read = pause::read(sql, connection);
+    with_timeout("read event_pause", STATEMENT_TIMEOUT, read).await.map(|pauses| pauses.described())
 }
 
 /// Returns the other roles that may create objects in the schema of the tables. The relay runs nothing of theirs.

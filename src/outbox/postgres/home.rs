@@ -25,12 +25,12 @@ select h.name, h.identifier,
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves,event_relay,event_relay_changes,event_tally}'::text[]) w(name)
+        from pg_catalog.unnest('{event_processing_log,event_dead_letter,event_history,event_relay_run,event_crash_suspect,event_outbox_epoch,event_outbox_moves,event_relay,event_relay_changes,event_tally,event_pause,event_pause_changes}'::text[]) w(name)
         where pg_catalog.to_regclass(pg_catalog.format('%I.%I', h.name, w.name)) is null
     ),
     array(
         select w.name
-        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"move_owed(text,text)\",give_up_owed(text),\"relay_event_filter(jsonb,boolean)\",\"relay_note_action(text,jsonb,jsonb,bigint,uuid)\",\"redrive_dead_letters(jsonb,text,jsonb,integer,uuid,bigint[])\",\"discard_dead_letters(jsonb,text,integer,uuid,bigint[])\",\"purge_dead_letters(jsonb,integer,uuid,bigint[])\",\"relay_waiting_filter(text,jsonb,integer)\",\"relay_waiting_last(text,bigint)\",\"relay_hold_partitions(text,integer)\",\"count_waiting(text,jsonb)\",\"retry_waiting(jsonb,integer,bigint,uuid)\",\"give_up_waiting(jsonb,text,integer,bigint,uuid)\",\"move_waiting(text,text,jsonb,integer,bigint,uuid)\",\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
+        from pg_catalog.unnest('{event_outbox_wake(),event_outbox_moved(),redrive_dead_letter(bigint),\"move_owed(text,text)\",give_up_owed(text),\"pause_destination(text,text)\",\"resume_destination(text,text)\",\"relay_event_filter(jsonb,boolean)\",\"relay_note_action(text,jsonb,jsonb,bigint,uuid)\",\"redrive_dead_letters(jsonb,text,jsonb,integer,uuid,bigint[])\",\"discard_dead_letters(jsonb,text,integer,uuid,bigint[])\",\"purge_dead_letters(jsonb,integer,uuid,bigint[])\",\"relay_waiting_filter(text,jsonb,integer)\",\"relay_waiting_last(text,bigint)\",\"relay_hold_partitions(text,integer)\",\"count_waiting(text,jsonb)\",\"retry_waiting(jsonb,integer,bigint,uuid)\",\"give_up_waiting(jsonb,text,integer,bigint,uuid)\",\"move_waiting(text,text,jsonb,integer,bigint,uuid)\",\"relay_add_days(text,integer)\",\"relay_drop_days(text,interval)\",relay_epoch_above(bigint),relay_outbox_id(),relay_home(),relay_schema_version(),relay_schema_needs(),\"emit_event(text,jsonb,text,text,text,jsonb,text,text,integer,integer,interval,uuid)\"}'::text[]) w(name)
         where pg_catalog.to_regprocedure(pg_catalog.format('%I.%s', h.name, w.name)) is null
     ),
     (

@@ -431,6 +431,9 @@ impl Lane for PgLane {
             self.outbox.prove(&mut connection, &self.begin).await?;
             self.outbox.refused_writes.warn_of_promotions(promotion.swallowed);
         }
+        if let Some(changes) = promotion.changes {
+            self.outbox.role_at(changes).await?;
+        }
         self.connection = Some(connection);
         Ok(Promoted { count: promotion.promoted, next_due: promotion.next_due_ms.map(milliseconds) })
     }

@@ -1,7 +1,7 @@
 //! The list of migrations.
 
 /// All migrations, the first with version 1. Never edited once released.
-pub(super) const MIGRATIONS: [(&str, &str); 27] = [
+pub(super) const MIGRATIONS: [(&str, &str); 29] = [
     ("0001_event_outbox", include_str!("../../../migrations/postgres/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/postgres/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/postgres/0003_event_dead_letter.sql")),
@@ -29,6 +29,8 @@ pub(super) const MIGRATIONS: [(&str, &str); 27] = [
     ("0025_plainer_comments", include_str!("../../../migrations/postgres/0025_plainer_comments.sql")),
     ("0026_waiting_events", include_str!("../../../migrations/postgres/0026_waiting_events.sql")),
     ("0027_time_indexes", include_str!("../../../migrations/postgres/0027_time_indexes.sql")),
+    ("0028_pause", include_str!("../../../migrations/postgres/0028_pause.sql")),
+    ("0029_pause_functions", include_str!("../../../migrations/postgres/0029_pause_functions.sql")),
 ];
 
 /// The schema version this binary needs.

@@ -1,6 +1,7 @@
 //! The operator's door to a PostgreSQL outbox.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -14,6 +15,7 @@ use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::partitions::PENDING;
 use crate::outbox::past::Past;
+use crate::outbox::pause::PauseOutcome;
 use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, with_timeout};
 use crate::outbox::postgres::mend::PgMend;
 use crate::outbox::postgres::past::PgPast;
@@ -96,6 +98,26 @@ impl Operate for PgOutbox {
 
     fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>> {
         tally::note_trouble(self, found).boxed()
+    }
+
+    fn pause<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>> {
+        self.pause_destination(destination, event_type).boxed()
+    }
+
+    fn resume<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>> {
+        self.resume_destination(destination, event_type).boxed()
+    }
+
+    fn claims_ended(&self, at_most: Duration) -> BoxFuture<'_, Result<bool, OutboxError>> {
+        self.earlier_claims_ended(at_most).boxed()
     }
 }
 

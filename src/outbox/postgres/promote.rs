@@ -54,7 +54,10 @@ select (select (extract(epoch from walked) operator(pg_catalog.*) 1000000)::bigi
         where status = 'scheduled' and destination = d.destination and available_at > pg_catalog.statement_timestamp()
         order by available_at limit 1
     ) e
-), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint";
+), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint, (
+    select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
+    from {schema}.event_relay_changes
+)";
 
 /// How many times as long as its walk the rest of a promotion is to take: after it, claims walk as far, several times.
 const WORTH: u32 = 15;
@@ -109,6 +112,8 @@ pub(super) struct Promotion {
     /// How many more rows it found and could not change.
     pub(super) swallowed: i64,
     pub(super) next_due_ms: Option<i64>,
+    /// The number of changes of the register and of the pauses; `None` if it was not read.
+    pub(super) changes: Option<i64>,
 }
 
 /// Promotes due rows of these destinations: of each at most `batch` events, or more if the last walk was long.
@@ -119,13 +124,13 @@ pub(super) async fn promote(
     destinations: &[&str],
     batch: usize,
 ) -> Result<Promotion, sqlx::Error> {
-    let (walked_us, count, due, next_due_ms, took_us): (i64, i64, i64, Option<i64>, i64) =
+    let (walked_us, count, due, next_due_ms, took_us, changes): (i64, i64, i64, Option<i64>, i64, i64) =
         sql.query_as(PROMOTE).bind(destinations).bind(to_i64(walks.limit(batch))).fetch_one(connection).await?;
     let duration = |us| Duration::from_micros(u64::try_from(us).unwrap_or_default());
     let (walked, took) = (duration(walked_us), duration(took_us));
     let promoted = usize::try_from(count).unwrap_or_default();
     walks.took(promoted, walked, took.saturating_sub(walked));
-    Ok(Promotion { promoted, swallowed: due - count, next_due_ms })
+    Ok(Promotion { promoted, swallowed: due - count, next_due_ms, changes: Some(changes) })
 }
 
 /// The rows of a promotion that is refused as a whole.
@@ -154,7 +159,7 @@ pub(super) async fn promote_each(
 ) -> Result<Promotion, sqlx::Error> {
     let due: Vec<(String, i64)> =
         sql.query_as(DUE).persistent(false).bind(destinations).fetch_all(&mut *connection).await?;
-    let mut done = Promotion { promoted: 0, swallowed: 0, next_due_ms: None };
+    let mut done = Promotion { promoted: 0, swallowed: 0, next_due_ms: None, changes: None };
     let error = parked_whole_error(&[], true, reason);
     for (tid, id) in due {
         let mut written = false;

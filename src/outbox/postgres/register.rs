@@ -7,13 +7,17 @@ use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 
 use crate::outbox::OutboxError;
+use crate::outbox::pause::Pauses;
 use crate::outbox::postgres::migrations::SCHEMA_VERSION;
+use crate::outbox::postgres::pause;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::register::{Configuration, Member, Register, Registration, Role};
 
 /// The number of changes, in as many bits as a claim can read in one number with the moves, see `batch`.
-pub(super) const CHANGES: &str = "select last_value & 8388607::bigint from {schema}.event_relay_changes";
+pub(super) const CHANGES: &str = "
+select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
+from {schema}.event_relay_changes";
 
 const CHANGED: &str = "select pg_catalog.nextval('{schema}.event_relay_changes'::regclass)";
 
@@ -160,6 +164,10 @@ impl Register for PgOutbox {
 
     async fn rows(&self) -> Result<Vec<Registration>, OutboxError> {
         self.on_side_connection("read event_relay", async |connection| rows(self.sql(), connection).await).await
+    }
+
+    async fn pauses(&self) -> Result<Pauses, OutboxError> {
+        self.on_side_connection("read event_pause", async |connection| pause::read(self.sql(), connection).await).await
     }
 
     async fn next_id(&self) -> Result<i64, OutboxError> {

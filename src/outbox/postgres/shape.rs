@@ -8,7 +8,7 @@ use crate::outbox::shape::{Column, differences};
 use crate::outbox::{OutboxError, Usage};
 
 /// Each table with its columns and their types.
-const TABLES: [(&str, &str); 8] = [
+const TABLES: [(&str, &str); 10] = [
     (
         "event_outbox",
         "id bigint, event_id uuid, event_type text, source text, aggregate_type text, aggregate_id text, \
@@ -45,6 +45,8 @@ const TABLES: [(&str, &str); 8] = [
          since timestamp with time zone, fingerprint text, destinations jsonb, routes jsonb, pid integer, \
          seen_at timestamp with time zone, looked_at timestamp with time zone, hung boolean, trouble jsonb",
     ),
+    ("event_pause", "destination text, event_type text, paused_at timestamp with time zone, paused_by text"),
+    ("event_pause_changes", "changes bigint"),
     (
         "event_tally",
         "minute timestamp with time zone, destination text, published bigint, retried bigint, dead_lettered bigint",

@@ -186,7 +186,7 @@ with outbox as (
     join pg_catalog.pg_class t on t.relnamespace = o.relnamespace and t.relkind in ('r', 'p', 'S')
      and t.relname in ('event_outbox', 'event_processing_log', 'event_dead_letter', 'event_history', 'event_relay',
                        'event_relay_run', 'event_crash_suspect', 'event_outbox_epoch', 'event_outbox_moves',
-                       'event_relay_changes')
+                       'event_relay_changes', 'event_pause', 'event_pause_changes')
     union all
     select s.oid, s.relname, 'ids' from pg_catalog.pg_class s where s.relkind = 'S' and s.oid in (
         select d.objid from outbox o join pg_catalog.pg_depend d on d.refobjid = o.oid and d.refobjsubid = o.attnum::int
@@ -224,6 +224,7 @@ fn waits(part: &str) -> &'static str {
             "what is to be dead-lettered waits until it ends, with all that is settled with it, and no relay starts"
         }
         "event_relay" => "no relay starts until it ends, and relays at work do not learn of others",
+        "event_pause" => "no relay starts until it ends, and nobody can pause or resume a destination",
         "event_relay_changes" | "event_relay_run" => "no relay starts until it ends",
         "event_crash_suspect" => "no relay starts until it ends, and events that are tried after a crash wait",
         "event_outbox_moves" => "what is delayed, tried again or redriven waits until it ends, and no relay starts",

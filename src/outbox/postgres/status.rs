@@ -12,7 +12,7 @@ use crate::outbox::postgres::connection::{STATEMENT_TIMEOUT, query_failed, with_
 use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
-use crate::outbox::postgres::{register, schema, standstill};
+use crate::outbox::postgres::{pause, register, schema, standstill};
 use crate::outbox::standstill::Memory;
 use crate::outbox::status::{
     BlockedKey, Count, MOST_COUNTED, MOST_KEYS, Minute, Obstacle, Status, StatusRequest, Unrouted,
@@ -270,6 +270,7 @@ pub(super) async fn read(
         }
     }
     status.add_relays(relays, now, lives, holds);
+    status.add_pauses(&reader.part("pauses", async |sql, c| pause::read(sql, c).await).await?);
     let names: Vec<String> = status.destinations.iter().map(|destination| destination.name.clone()).collect();
     if !reader.locked {
         let rows = reader.part("events owed", async |sql, c| owed(c, sql, &names).await).await?;

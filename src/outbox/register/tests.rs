@@ -78,6 +78,10 @@ impl Register for Memory {
         }))
     }
 
+    async fn pauses(&self) -> Result<Pauses, OutboxError> {
+        Ok(Pauses::default())
+    }
+
     async fn next_id(&self) -> Result<i64, OutboxError> {
         Ok(self.with(|inner| {
             inner.1 += 1;

@@ -69,14 +69,15 @@ limit ?1";
 /// Payloads and headers up to this many bytes are small: fifty such rows may be read ahead into memory.
 const SMALL: usize = 32 * 1024;
 
-const EPOCH: &str = "select outbox_id, epoch from event_outbox_epoch";
+const EPOCH: &str = "select outbox_id, epoch, (select changes from event_relay_changes) from event_outbox_epoch";
 
-/// Reads a batch. `large` keeps, from batch to batch, whether some event is not small.
+/// Reads a batch, and the number of changes of the register and of the pauses. `large` keeps, from batch to batch, whether some
+/// event is not small.
 pub(super) async fn read(
     connection: &mut SqliteConnection,
     large: &mut bool,
     request: ClaimRequest<'_>,
-) -> Result<Claim, sqlx::Error> {
+) -> Result<(Claim, Option<i64>), sqlx::Error> {
     let small = SMALL.min(request.max_payload);
     let mut batch = Batch::default();
     if !*large {
@@ -91,12 +92,12 @@ pub(super) async fn read(
         batch.cut |= rows < request.max_events;
     }
     if batch.claimed.is_empty() {
-        return Ok(Claim::Empty);
+        return Ok((Claim::Empty, None));
     }
     let full = batch.cut || batch.stopped_by.is_some() || batch.claimed.len() == request.max_events;
-    let (outbox, epoch): (String, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
+    let (outbox, epoch, changes): (String, i64, i64) = sqlx::query_as(EPOCH).fetch_one(connection).await?;
     let claim_id = ClaimId { outbox: outbox.into(), epoch, token: fastrand::u64(..) };
-    Ok(Claim::Batch { claimed: batch.claimed, full, claim_id })
+    Ok((Claim::Batch { claimed: batch.claimed, full, claim_id }, Some(changes)))
 }
 
 /// Returns how many of the first rows have about as many bytes as are requested; at least one.

@@ -11,7 +11,7 @@ use crate::outbox::sqlite::connection::{open, path, run_query};
 use crate::outbox::sqlite::proof;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::schema::require_fit;
-use crate::outbox::sqlite::{owner, register, standstill};
+use crate::outbox::sqlite::{owner, pause, register, standstill};
 use crate::outbox::standstill::{Memory, Standstill};
 use crate::outbox::{Check, CheckRequest};
 use crate::secret::Secret;
@@ -43,6 +43,12 @@ pub async fn check(url: &Secret, request: CheckRequest<'_>) -> Vec<Check> {
     push("writing", proof::prove(&mut connection, "", usage).await.map(ProofRows::describe));
     let rows = run_query("read event_relay", register::rows(&mut connection)).await;
     push("configuration", rows.and_then(|rows| configuration.check(&rows)));
+    match run_query("read event_pause", pause::read(&mut connection)).await.map(|pauses| pauses.described()) {
+        Ok(None) => {}
+        other => {
+            push("pauses", other.map(Option::unwrap_or_default));
+        }
+    }
     match standstills(&mut connection, url, request).await {
         Ok(found) => checks.extend(Check::standstills(found)),
         Err(error) => {

@@ -37,7 +37,7 @@ select (
 ), (
     select cast((julianday(min(available_at)) - julianday('now')) * 86400000 as integer) from event_outbox
     where status = 'scheduled' and destination = d.value and available_at > strftime('%Y-%m-%d %H:%M:%f', 'now')
-)
+), (select changes from event_relay_changes)
 from json_each(?1) d";
 
 /// Makes rows pending. This needs no claim: a claim sees such a row either as scheduled, with later events of its key behind
@@ -134,7 +134,11 @@ impl Turn {
         }
     }
 
-    async fn read(&mut self, outbox: &SqliteOutbox, request: ClaimRequest<'_>) -> Result<Claim, OutboxError> {
+    async fn read(
+        &mut self,
+        outbox: &SqliteOutbox,
+        request: ClaimRequest<'_>,
+    ) -> Result<(Claim, Option<i64>), OutboxError> {
         let mut connection = outbox.connect_unless(self.connection.take()).await?;
         if self.fits != Some(connection.file) {
             schema::require_fit(&mut connection).await?;
@@ -191,7 +195,10 @@ impl Lane for SqliteLane {
             return Ok(Claim::Busy);
         };
         turn.record(&self.outbox).await?;
-        let batch = turn.read(&self.outbox, request).await?;
+        let (batch, changes) = turn.read(&self.outbox, request).await?;
+        if let Some(changes) = changes {
+            self.outbox.learn(changes).await?;
+        }
         if matches!(batch, Claim::Batch { .. }) {
             self.turn = Some(turn);
         }
@@ -243,15 +250,16 @@ impl Lane for SqliteLane {
     async fn promote(&mut self, destinations: &[&str], max_events: usize) -> Result<Promoted, OutboxError> {
         let mut connection = self.connection().await?;
         let destinations: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().copied()).collect();
-        let (promoted, swallowed) = run_query("promote scheduled events", async {
-            let due: Vec<(String, Option<i64>)> = sqlx::query_as(DUE)
+        let (promoted, swallowed, changes) = run_query("promote scheduled events", async {
+            let due: Vec<(String, Option<i64>, i64)> = sqlx::query_as(DUE)
                 .bind(json_text(&destinations))
                 .bind(i64::try_from(max_events).unwrap_or(i64::MAX))
                 .fetch_all(&mut *connection)
                 .await?;
             let mut promoted = Promoted { count: 0, next_due: None };
-            let mut swallowed = false;
-            for (rows, next_due_ms) in due {
+            let (mut swallowed, mut changes) = (false, None);
+            for (rows, next_due_ms, counted) in due {
+                changes = Some(counted);
                 // Most of the time nothing is due. Then no write lock is taken.
                 if rows != "[]" {
                     let due = rows.split(',').count();
@@ -262,7 +270,7 @@ impl Lane for SqliteLane {
                 let next_due = next_due_ms.map(milliseconds);
                 promoted.next_due = promoted.next_due.into_iter().chain(next_due).min();
             }
-            Ok((promoted, swallowed))
+            Ok((promoted, swallowed, changes))
         })
         .await?;
         if swallowed {
@@ -272,6 +280,9 @@ impl Lane for SqliteLane {
             tracing::warn!(
                 "scheduled events are due, and an update of their rows to `pending` has no effect: look at the triggers on event_outbox"
             );
+        }
+        if let Some(changes) = changes {
+            self.outbox.learn(changes).await?;
         }
         self.connection = Some(connection);
         Ok(promoted)

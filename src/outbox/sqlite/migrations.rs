@@ -1,7 +1,7 @@
 //! The list of migrations.
 
 /// All migrations. The first has version 1. A migration is never edited once it is released.
-pub(super) const MIGRATIONS: [(&str, &str); 15] = [
+pub(super) const MIGRATIONS: [(&str, &str); 16] = [
     ("0001_event_outbox", include_str!("../../../migrations/sqlite/0001_event_outbox.sql")),
     ("0002_event_processing_log", include_str!("../../../migrations/sqlite/0002_event_processing_log.sql")),
     ("0003_event_dead_letter", include_str!("../../../migrations/sqlite/0003_event_dead_letter.sql")),
@@ -17,6 +17,7 @@ pub(super) const MIGRATIONS: [(&str, &str); 15] = [
     ("0013_redriven_formats", include_str!("../../../migrations/sqlite/0013_redriven_formats.sql")),
     ("0014_operator_actions", include_str!("../../../migrations/sqlite/0014_operator_actions.sql")),
     ("0015_status", include_str!("../../../migrations/sqlite/0015_status.sql")),
+    ("0016_pause", include_str!("../../../migrations/sqlite/0016_pause.sql")),
 ];
 
 /// The schema version this binary needs.

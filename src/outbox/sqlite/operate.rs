@@ -1,5 +1,7 @@
 //! The operator's part of a SQLite outbox.
 
+use std::time::Duration;
+
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
 use uuid::Uuid;
@@ -10,6 +12,7 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::past::Past;
+use crate::outbox::pause::PauseOutcome;
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::mend::SqliteMend;
 use crate::outbox::sqlite::past::SqlitePast;
@@ -92,6 +95,26 @@ impl Operate for SqliteOutbox {
 
     fn note_trouble<'a>(&'a self, found: &'a [Found]) -> BoxFuture<'a, Result<(), OutboxError>> {
         self.write_trouble(found).boxed()
+    }
+
+    fn pause<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>> {
+        self.pause_destination(destination, event_type).boxed()
+    }
+
+    fn resume<'a>(
+        &'a self,
+        destination: &'a str,
+        event_type: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<PauseOutcome, OutboxError>> {
+        self.resume_destination(destination, event_type).boxed()
+    }
+
+    fn claims_ended(&self, _: Duration) -> BoxFuture<'_, Result<bool, OutboxError>> {
+        ready(Ok(true)).boxed() // a claim leaves no trace in the file
     }
 }
 

@@ -6,9 +6,11 @@ use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 
 use crate::outbox::OutboxError;
+use crate::outbox::pause::Pauses;
 use crate::outbox::register::{Configuration, Member, Register, Registration};
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::migrations::SCHEMA_VERSION;
+use crate::outbox::sqlite::pause;
 use crate::outbox::sqlite::store::SqliteOutbox;
 
 const ROWS: &str = "
@@ -68,6 +70,11 @@ impl Register for SqliteOutbox {
     async fn rows(&self) -> Result<Vec<Registration>, OutboxError> {
         let mut connection = self.connect().await?;
         run_query("read event_relay", rows(&mut connection)).await
+    }
+
+    async fn pauses(&self) -> Result<Pauses, OutboxError> {
+        let mut connection = self.connect().await?;
+        run_query("read event_pause", pause::read(&mut connection)).await
     }
 
     async fn next_id(&self) -> Result<i64, OutboxError> {

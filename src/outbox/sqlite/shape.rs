@@ -10,7 +10,7 @@ use crate::outbox::shape::{Column, differences};
 use crate::outbox::sqlite::connection::run_query;
 
 /// Each table with its columns.
-const TABLES: [(&str, &str); 10] = [
+const TABLES: [(&str, &str); 11] = [
     (
         "event_outbox",
         "row_id, copy_of, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, \
@@ -39,6 +39,7 @@ const TABLES: [(&str, &str); 10] = [
         "event_relay",
         "id, worker, version, schema_version, once, since, fingerprint, destinations, routes, seen_at, trouble",
     ),
+    ("event_pause", "destination, event_type, paused_at, paused_by"),
     ("event_tally", "minute, destination, published, retried, dead_lettered"),
     ("event_relay_run", "run_id, worker, begun_at"),
     ("event_crash_suspect", "event_id, run_id, together, noted_at"),

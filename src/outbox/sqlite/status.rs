@@ -8,7 +8,7 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::register::Registration;
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::store::SqliteOutbox;
-use crate::outbox::sqlite::{owner, register, schema};
+use crate::outbox::sqlite::{owner, pause, register, schema};
 use crate::outbox::status::{
     BlockedKey, Count, Found, MOST_COUNTED, MOST_KEYS, Minute, Status, StatusRequest, TallyCount, Unrouted,
 };
@@ -218,6 +218,7 @@ async fn read(
         Some(_) => None,
     };
     status.add_relays(rows, now, lives, |_| None);
+    status.add_pauses(&pause::read(connection).await?);
     for destination in &mut status.destinations {
         let row = sqlx::query(OWED).bind(&destination.name).bind(LIMIT).bind(LATER).fetch_one(&mut *connection).await?;
         let count = |column: &str| row.try_get(column).map(Count::capped);

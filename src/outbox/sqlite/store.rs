@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::Mutex;
 
@@ -74,6 +75,14 @@ impl SqliteOutbox {
 
     pub(super) fn known_path(&self) -> MutexGuard<'_, Option<Arc<Path>>> {
         self.path.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the register and the pauses if the number of their changes is another one.
+    pub(super) async fn learn(&self, changes: i64) -> Result<(), OutboxError> {
+        if self.membership.role_at(changes).is_none() {
+            self.membership.look(self, Instant::now()).await?;
+        }
+        Ok(())
     }
 
     /// Returns whether this relay works on the file. Takes over the work if no other relay does it.
