@@ -74,13 +74,16 @@ struct Page {
 impl Page {
     /// Adds a line, wrapped between words.
     fn line(&mut self, line: &str) {
-        let mut used = 0;
-        for word in line.split(' ') {
+        let text = line.trim_start();
+        let indent = line.len() - text.len();
+        self.text.push_str(&" ".repeat(indent));
+        let mut used = indent;
+        for (place, word) in text.split(' ').enumerate() {
             let length = word.chars().count();
-            if used > 0 && used + 1 + length > self.width {
+            if place > 0 && used + 1 + length > self.width {
                 self.text.push_str("\n  ");
                 used = 2;
-            } else if used > 0 {
+            } else if place > 0 {
                 self.text.push(' ');
                 used += 1;
             }
@@ -381,6 +384,7 @@ mod tests {
             let text = text(&status, width, true);
             let widest = text.lines().map(|line| line.chars().count()).max();
             assert!(widest <= Some(width), "{width}:\n{text}");
+            assert!(width >= NARROW || text.contains("\n  due 0"), "{text}");
             assert!(text.contains("down for 1m40s") && text.contains("4\\n2"), "{text}");
         }
     }
