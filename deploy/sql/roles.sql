@@ -103,7 +103,8 @@ grant select on event_outbox, event_processing_log, event_dead_letter, event_his
     event_pause, event_pause_changes
     to relay_operator;
 grant execute on function redrive_dead_letter, redrive_dead_letters, discard_dead_letters, purge_dead_letters, move_owed,
-    give_up_owed, pause_destination, resume_destination, count_waiting, retry_waiting, give_up_waiting, move_waiting, relay_schema_version, relay_schema_needs
+    give_up_owed, pause_destination, resume_destination, count_waiting, retry_waiting, give_up_waiting, move_waiting,
+    relay_schema_version, relay_schema_needs
     to relay_operator;
 
 commit;
