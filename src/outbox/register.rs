@@ -12,6 +12,8 @@
 //! - If a relay crashed, another relay deletes its row. A relay whose row was deleted by mistake writes it again with its old
 //!   number, so that it does not supersede a newer relay.
 
+mod pauses;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -309,19 +311,6 @@ impl Membership {
         }
     }
 
-    /// Returns the pauses as they were last read.
-    pub(super) fn pauses(&self) -> Arc<Pauses> {
-        Arc::clone(&self.state().pauses)
-    }
-
-    /// Reads rows and pauses if the number of changes is another one.
-    pub(super) async fn refresh(&self, register: &impl Register, now: Instant) -> Result<(), OutboxError> {
-        if self.role_at(register.changes().await?).is_none() {
-            self.look(register, now).await?;
-        }
-        Ok(())
-    }
-
     /// Records the destinations that accept events now.
     pub(super) fn set_ready(&self, destinations: &[&str]) {
         self.state().ready = destinations.iter().map(|name| (*name).to_owned()).collect();
@@ -399,21 +388,6 @@ impl Membership {
         // These too are read after the counter.
         self.learn_pauses(register.pauses().await?);
         Ok((self.learn::<R>(&member, changes, &rows, now), rows))
-    }
-
-    fn learn_pauses(&self, pauses: Pauses) {
-        let pauses = Arc::new(pauses);
-        let before = std::mem::replace(&mut self.state().pauses, Arc::clone(&pauses));
-        for pause in pauses.without(&before) {
-            tracing::warn!(destination = pause.destination, event_type = pause.event_type, "{}", pause.described());
-        }
-        for pause in before.without(&pauses) {
-            tracing::info!(
-                destination = pause.destination,
-                event_type = pause.event_type,
-                "the destination is resumed"
-            );
-        }
     }
 
     fn learn<R: Register>(&self, member: &Member, changes: i64, rows: &[Registration], now: Instant) -> Role {

@@ -6,6 +6,7 @@ use sqlx::{Connection, Executor};
 use crate::outbox::error::OutboxError;
 use crate::outbox::pause::{Pause, PauseOutcome, Pauses};
 use crate::outbox::sqlite::connection::{open, run_query};
+use crate::outbox::sqlite::mend::operator;
 use crate::outbox::sqlite::schema;
 use crate::outbox::sqlite::store::SqliteOutbox;
 
@@ -31,12 +32,6 @@ pub(super) async fn read(connection: &mut SqliteConnection) -> Result<Pauses, sq
     Ok(Pauses::new(rows.into_iter().map(pause).collect()))
 }
 
-/// The user that runs this command, and the host.
-fn who() -> String {
-    let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "somebody".to_owned());
-    format!("{user}@{}", gethostname::gethostname().to_string_lossy())
-}
-
 impl SqliteOutbox {
     /// Pauses a destination, for the types of a glob.
     pub(super) async fn pause_destination(&self, name: &str, glob: Option<&str>) -> Result<PauseOutcome, OutboxError> {
@@ -56,7 +51,7 @@ impl SqliteOutbox {
                 return Ok(PauseOutcome::Refused(reason));
             }
             let insert = "insert or ignore into event_pause (destination, event_type, paused_by) values (?1, ?2, ?3)";
-            let query = sqlx::query(insert).bind(name).bind(glob).bind(who());
+            let query = sqlx::query(insert).bind(name).bind(glob).bind(operator());
             let added = query.execute(&mut connection).await?.rows_affected() > 0;
             Ok(if added { PauseOutcome::Done } else { PauseOutcome::Already })
         })
@@ -75,7 +70,7 @@ impl SqliteOutbox {
                 .await?;
             let query = sqlx::query(delete).bind(name).bind(glob);
             let lifted = query.execute(&mut connection).await?.rows_affected();
-            sqlx::query(SIGN).bind(who()).bind(last).execute(&mut connection).await?;
+            sqlx::query(SIGN).bind(operator()).bind(last).execute(&mut connection).await?;
             connection.execute("commit").await?;
             Ok(lifted)
         })
