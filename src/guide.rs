@@ -31,6 +31,7 @@ chapter!(destinations, "guide/destinations.md", {
 chapter!(operating, "guide/operating.md");
 chapter!(monitoring, "guide/monitoring.md");
 chapter!(status, "guide/status.md");
+chapter!(metrics, "guide/metrics.md");
 chapter!(failures, "guide/failures.md");
 chapter!(dead_letters, "guide/dead-letters.md");
 chapter!(replay, "guide/replay.md");

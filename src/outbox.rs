@@ -6,8 +6,8 @@
 //!
 //! [`postgres`] and [`sqlite`] implement both, and have all SQL. [`database`] finds out which of them a URL names, and is the
 //! only place that matches on it. [`past`] is for the commands about the log and the history. [`error`] has the errors with
-//! advice, [`standstill`] the causes that keep events from moving, [`status`] what `relay status` shows, and [`register`] decides
-//! which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
+//! advice, [`standstill`] the causes that keep events from moving, [`sample`] the figures for the metrics,
+//! [`status`] what `relay status` shows, and [`register`] decides which of several configurations routes. [`deliveries`] are the verdicts on a batch, and
 //! `records` turns them into rows.
 
 mod config;
@@ -27,6 +27,7 @@ mod proof;
 mod quote;
 mod records;
 pub mod register;
+pub mod sample;
 mod shape;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
@@ -116,6 +117,9 @@ pub struct Claimed {
     pub event: Event,
     /// `available_at` is not in the future.
     pub due: bool,
+    /// How long ago it was emitted when the claim read it, by the store's clock. A delayed event that was never tried counts from
+    /// `available_at` on.
+    pub age: Duration,
     /// Why the event cannot be published, such as a payload over the limit. If the defect charges no event, it is why the
     /// event must wait.
     pub defect: Option<PublishError>,

@@ -19,6 +19,7 @@
 //! - `maintenance`: the tasks beside the lanes.
 //! - `health`, `liveness`, `metrics`: the state of the relay and its counts. `overview` sums up the state, for others to show.
 //! - `replay`: publishes events of the history once more.
+//! - `sampler`: asks the store for what the metrics show of it.
 //! - `standstills`, `blocked`, `report`: what is logged about events that do not move, and about the work.
 //! - `tallies`: what is written for `relay status`.
 
@@ -42,6 +43,7 @@ mod poll;
 mod publish;
 pub mod replay;
 mod report;
+mod sampler;
 mod shared;
 mod standstills;
 mod tallies;
@@ -187,6 +189,9 @@ impl<O: Outbox> Relay<O> {
         tasks.add(self.supervise("maintenance of the store", &stop, Self::maintain));
         tasks.add(self.supervise("register of relays", &stop, Self::attend));
         tasks.add(self.supervise("status", &stop, Self::keep_status));
+        if self.config.sample {
+            tasks.add(self.supervise("figures for the metrics", &stop, Self::sample));
+        }
         let worked = self.work(Ending::Stop, stop).await;
         tasks.end().await;
         self.write_last_tallies().await;

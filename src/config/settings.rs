@@ -302,6 +302,7 @@ impl Settings {
             polling_interval: self.polling_interval,
             unrouted: self.unrouted,
             shutdown_timeout: self.shutdown_timeout,
+            sample: self.http_addr != HttpAddress::Off,
         }
     }
 

@@ -49,6 +49,7 @@ mod register;
 mod renew;
 mod row;
 mod salvage;
+mod sample;
 mod savepoint;
 mod schema;
 mod session;

@@ -9,7 +9,7 @@
 //!   which deletes old rows.
 //! - Whether a file fits: `schema` compares the version, `shape` the columns; `migrations` is the list.
 //! - The causes that keep events from moving: `standstill` runs `parked`, `unconfigured` and `formats`, each with a
-//!   `question`.
+//!   `question`. `sample` has the figures for the metrics.
 //! - Several relays: `register` has their differences, `crash_notes` ends a crash loop.
 //! - `connection` opens the file, `store` is what all lanes share.
 //!
@@ -37,6 +37,7 @@ mod question;
 mod register;
 mod retention;
 mod row;
+mod sample;
 mod schema;
 mod settle;
 mod shape;

@@ -25,6 +25,8 @@ pub struct RelayConfig {
     pub unrouted: Unrouted,
     /// How long after a stop the relay waits for events in flight before it gives them up.
     pub shutdown_timeout: Duration,
+    /// Whether the store is asked, every 15 s, for the figures that the metrics show of it.
+    pub sample: bool,
 }
 
 /// The defaults of the settings.
@@ -38,6 +40,7 @@ impl Default for RelayConfig {
             polling_interval: Duration::from_secs(5),
             unrouted: Unrouted::DeadLetter,
             shutdown_timeout: Duration::from_secs(40),
+            sample: true,
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::relay::blame::{Blame, Call, CallHealth, Candidate, Judgement};
 use crate::relay::echo::cut_content;
 use crate::relay::guard::Counted;
 use crate::relay::health::{HealthBoard, State};
-use crate::relay::metrics::DestinationMetrics;
+use crate::relay::metrics::{BatchLags, DestinationMetrics};
 use crate::relay::panics::{PANICS_ALONE, Panics, Split};
 use crate::relay::report::Report;
 use crate::relay::{Endpoint, Policy};
@@ -256,6 +256,18 @@ impl Destination {
         }
         let outcomes = vec![Outcome::Failed(error); events.len()];
         Answers { outcomes, blocked, duration: begun.elapsed(), after_settle: None }
+    }
+
+    /// Records how long the events that were delivered just now took since their commit. Their claim began at `begun`, a little
+    /// before the store told their ages.
+    pub(super) fn record_lags(&self, batch: &[Claimed], indexes: &[usize], outcomes: &[Outcome], begun: Instant) {
+        let (since, mut lags) = (begun.elapsed(), BatchLags::default());
+        for (&index, outcome) in indexes.iter().zip(outcomes) {
+            if matches!(outcome, Outcome::Delivered { .. }) {
+                lags.add(batch[index].age + since);
+            }
+        }
+        self.observers.metrics.lags(&lags);
     }
 
     /// Counts events as in flight while the value lives.

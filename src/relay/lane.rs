@@ -98,7 +98,7 @@ impl<O: Outbox> LaneLoop<O> {
         failpoint("before_publish")?;
         let held = HeldClaim::new(&mut self.claimer.store);
         let give_up = &self.claimer.shared.give_up;
-        let (deliveries, after_settle) = relay.publish(&batch, &claim_id, &held, give_up).await;
+        let (deliveries, after_settle) = relay.publish(&batch, &claim_id, &held, begun, give_up).await;
         if held.is_asking() && give_up.is_cancelled() {
             return Ok(false);
         }

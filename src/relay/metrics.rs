@@ -3,10 +3,18 @@
 //! Every name begins with `outbox_relay_`, all units are base units, and every counter ends in `_total`. Labels are
 //! `destination`, `verdict` and `code`, and never contain event data. Every metric exists from the start, with the value 0.
 //! Events are counted once a batch, when it is settled.
+//!
+//! - `codes`: which error codes have a label of their own.
+//! - `lag`: the time from commit to publish.
+//! - `process`: the process.
+//! - `sampled`: what one relay samples in the store for all.
 
-use std::collections::{HashMap, HashSet};
+mod codes;
+mod lag;
+mod process;
+mod sampled;
+
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use prometheus_client::encoding::text;
@@ -19,13 +27,11 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::breaker::BreakerState;
 use crate::event::Verdict;
 use crate::outbox::Deliveries;
-
-/// How many error codes of one destination have a label of their own, in the order in which they occur. All others count as
-/// `other`: a destination chooses its codes, and each takes memory here and wherever metrics are stored.
-const MAX_CODES: usize = 40;
-
-/// The label for codes without a label of their own.
-const OTHER: &str = "other";
+use crate::outbox::sample::Sample;
+use codes::Codes;
+pub(super) use lag::BatchLags;
+use lag::Lag;
+use sampled::Sampled;
 
 const PREFIX: &str = "outbox_relay";
 
@@ -38,6 +44,30 @@ const EVENTS: [f64; 9] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10
 /// The verdicts, as they appear in the label.
 const VERDICTS: [&str; 6] = ["published", "retried", "blocked", "dead_lettered", "dropped", "waiting"];
 
+/// The label for causes without a label of their own.
+const OTHER_CAUSE: &str = "other";
+
+/// The causes of standstills, as they appear in the label.
+const CAUSES: [&str; 16] = [
+    OTHER_CAUSE,
+    "configurations_differ",
+    "destination_down",
+    "destination_unconfigured",
+    "events_kept_out",
+    "events_parked",
+    "events_remembered",
+    "format_unknown",
+    "keys_blocked",
+    "not_ready",
+    "not_taken",
+    "not_woken",
+    "partitions_held",
+    "priority_missing",
+    "table_locked",
+    "undecided",
+];
+
+type Code = [(&'static str, &'static str); 1];
 type Destination = [(&'static str, String); 1];
 type DestinationCode = [(&'static str, String); 2];
 type DestinationVerdictCode = [(&'static str, String); 3];
@@ -66,6 +96,8 @@ pub struct Metrics {
     pub(super) lane_panics: Counter,
     pub(super) task_failures: Counter,
     log_lines_dropped: Counter,
+    standstills: Family<Code, Gauge>,
+    sampled: Sampled,
     destinations: Vec<DestinationMetrics>,
 }
 
@@ -74,6 +106,7 @@ pub struct Metrics {
 pub(super) struct DestinationMetrics {
     name: String,
     publish: Histogram,
+    lag: Lag,
     failures: Family<DestinationCode, Counter>,
     codes: Codes,
     breaker: Gauge,
@@ -102,6 +135,14 @@ impl Metrics {
             "How long calls that publish a batch took",
             Unit::Seconds,
             publish.clone(),
+        );
+        let lag = Family::<Destination, Lag>::default();
+        registry.register_with_unit(
+            "lag",
+            "How long events took from their commit until the destination had taken them, by the clock of the database; a delayed \
+             event from its time on",
+            Unit::Seconds,
+            lag.clone(),
         );
         let failures = Family::<DestinationCode, Counter>::default();
         registry.register(
@@ -159,15 +200,27 @@ impl Metrics {
         let log_lines_dropped = Counter::default();
         let help = "Lines of the log that were dropped because nobody read standard error";
         registry.register("log_lines_dropped", help, log_lines_dropped.clone());
+        let standstills = Family::<Code, Gauge>::default();
+        let help = "Causes that keep events from moving, by their code; the log and `/readyz` say more";
+        registry.register("standstills", help, standstills.clone());
+        for cause in CAUSES {
+            drop(standstills.get_or_create(&[("code", cause)]));
+        }
+        process::register(&mut registry);
+        let sampled = Sampled::new(&mut registry, destinations);
         let codes = Codes::default();
         for destination in destinations.iter().map(String::as_str).chain([""]) {
             for verdict in VERDICTS {
                 drop(events.get_or_create(&labels(destination, verdict, "")));
             }
         }
+        for destination in destinations {
+            drop(failures.get_or_create(&[("destination", destination.clone()), ("code", String::new())]));
+        }
         let destinations = destinations.iter().map(|name| DestinationMetrics {
             name: name.clone(),
             publish: publish.get_or_create_owned(&of(name)),
+            lag: lag.get_or_create_owned(&of(name)),
             failures: failures.clone(),
             codes: codes.clone(),
             breaker: breaker.get_or_create_owned(&of(name)),
@@ -191,6 +244,8 @@ impl Metrics {
             lane_panics,
             task_failures,
             log_lines_dropped,
+            standstills,
+            sampled,
             destinations,
         }
     }
@@ -206,6 +261,20 @@ impl Metrics {
         // Writing to a string cannot fail.
         let _ = text::encode(&mut text, &self.registry);
         text
+    }
+
+    /// Shows what was sampled in the store; `None`: another relay samples.
+    pub(super) fn sampled(&self, sample: Option<&Sample>) {
+        self.sampled.set(sample);
+    }
+
+    /// Shows how many causes keep events from moving.
+    pub(super) fn standstills<'a>(&self, causes: impl Iterator<Item = &'a str> + Clone) {
+        for known in CAUSES {
+            let is_known = |cause: &&str| if known == OTHER_CAUSE { !CAUSES.contains(cause) } else { *cause == known };
+            let count = causes.clone().filter(is_known).count();
+            self.standstills.get_or_create(&[("code", known)]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
 
     /// Sets how many lines of the log were dropped since the process began. The program counts them.
@@ -261,6 +330,11 @@ impl DestinationMetrics {
         }
     }
 
+    /// Adds the lags of the events of a batch that the destination took.
+    pub(super) fn lags(&self, lags: &BatchLags) {
+        self.lag.add(lags);
+    }
+
     /// Records that a call failed by the fault of the destination.
     pub(super) fn failed(&self, code: &str, misconfigured: bool) {
         let code = self.codes.label(&self.name, code);
@@ -300,26 +374,6 @@ fn verdict_and_code(verdict: &Verdict) -> (&'static str, &str) {
     }
 }
 
-/// The codes of each destination that have a label of their own.
-#[derive(Debug, Clone, Default)]
-struct Codes(std::sync::Arc<Mutex<HashMap<String, HashSet<String>>>>);
-
-impl Codes {
-    /// Returns the label for a code.
-    fn label(&self, destination: &str, code: &str) -> String {
-        if code.is_empty() {
-            return String::new();
-        }
-        let mut codes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = codes.entry(destination.to_owned()).or_default();
-        if known.contains(code) || known.len() < MAX_CODES && known.insert(code.to_owned()) {
-            code.to_owned()
-        } else {
-            OTHER.to_owned()
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,6 +402,14 @@ mod tests {
             "outbox_relay_lane_panics_total 0",
             "outbox_relay_task_failures_total 0",
             "outbox_relay_log_lines_dropped_total 0",
+            "outbox_relay_lag_seconds_count{destination=\"a\"} 0",
+            "outbox_relay_standstills{code=\"table_locked\"} 0",
+            concat!("outbox_relay_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+            "outbox_relay_sampling 0",
+            "outbox_relay_oldest_due_age_seconds{destination=\"\"} 0.0",
+            "outbox_relay_pending_events{destination=\"a\"} 0",
+            "outbox_relay_blocked_keys{destination=\"a\"} 0",
+            "outbox_relay_days_ahead 0",
         ] {
             assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
         }
@@ -380,16 +442,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|there| there == line), "{line} is missing in\n{text}");
         }
-    }
-
-    #[test]
-    fn codes_without_number_count_as_other() {
-        let codes = Codes::default();
-        let labels: HashSet<String> = (0..1000).map(|code| codes.label("a", &code.to_string())).collect();
-        assert_eq!(labels.len(), MAX_CODES + 1);
-        assert!(labels.contains(OTHER));
-        assert_eq!(codes.label("a", "0"), "0", "one that is known stays so");
-        assert_eq!(codes.label("b", "999"), "999", "another destination has codes of its own");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::iter::{Enumerate, Peekable};
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{slice, vec};
 
 use futures_util::future::{BoxFuture, join_all};
@@ -42,13 +42,14 @@ struct Judge<'a, 'p> {
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Publishes a batch, until `give_up` at the longest. Returns the deliveries, and the cleanups to run once they are
+    /// Publishes a batch, whose claim began at `begun`, until `give_up` at the longest. Returns the deliveries, and the cleanups to run once they are
     /// settled.
     pub(super) async fn publish<'a>(
         &'a self,
         batch: &'a [Claimed],
         claim_id: &ClaimId,
         claim_check: &dyn ClaimCheck,
+        begun: Instant,
         give_up: &CancellationToken,
     ) -> (Deliveries<'a>, Vec<BoxFuture<'static, ()>>) {
         let plan = self.plan(batch);
@@ -60,7 +61,10 @@ impl<O: Outbox> Relay<O> {
             let span = tracing::debug_span!("publish", destination = destination.name);
             tokio::select! {
                 biased;
-                answers = destination.publish(batch, indexes, claim_id, claim_check).instrument(span) => answers,
+                answers = destination.publish(batch, indexes, claim_id, claim_check).instrument(span) => {
+                    destination.record_lags(batch, indexes, &answers.outcomes, begun);
+                    answers
+                }
                 () = give_up.cancelled() => destination.given_up(indexes.len()),
             }
         }))

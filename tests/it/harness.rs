@@ -83,6 +83,7 @@ pub(crate) fn relay_config() -> RelayConfig {
         polling_interval: Duration::from_millis(50),
         unrouted: Unrouted::DeadLetter,
         shutdown_timeout: Duration::from_secs(40),
+        sample: false,
     }
 }
 

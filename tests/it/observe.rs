@@ -1,6 +1,7 @@
 //! What a relay shows of itself by HTTP and to systemd: metrics, health and state.
 
 mod health;
+mod metrics;
 mod server;
 
 use std::io::{Read, Write};

@@ -64,7 +64,12 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
        ) end,
        (select last_value from {schema}.event_outbox_epoch),
        {reinsertions} | (select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) << 40
-                         from {schema}.event_relay_changes){unfit}
+                         from {schema}.event_relay_changes),
+       pg_catalog.date_part('epoch', pg_catalog.statement_timestamp() - case
+           when o.destination = '' and o.attempts = 0 and o.last_error is null and o.available_at > o.created_at
+               and o.available_at <= pg_catalog.statement_timestamp() then o.available_at
+           when o.created_at >= '0001-01-01Z' and o.created_at < '10000-01-01Z' then o.created_at
+       end){unfit}
 from {rows}
 cross join (select {any} as any, exists (
     select from {schema}.event_outbox where partition >= 1280

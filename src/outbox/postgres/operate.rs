@@ -23,6 +23,7 @@ use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::postgres::{audit, check, emit, formats, migrate, standstill, status, tally};
+use crate::outbox::sample::Sample;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
@@ -70,6 +71,10 @@ impl Operate for PgOutbox {
             standstill::holders(connection, Sql { persistent: false, ..self.sql() }).await
         })
         .boxed()
+    }
+
+    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Option<Sample>, OutboxError>> {
+        self.take_sample(destinations).boxed()
     }
 
     fn standstills<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Vec<Standstill>, OutboxError>> {

@@ -44,8 +44,11 @@ pub(super) mod column {
     pub(in crate::outbox::postgres) const EPOCH: usize = 19;
     /// Two numbers in one, the same in each row. The lower one has [`super::REINSERTIONS_BITS`] bits.
     pub(in crate::outbox::postgres) const REINSERTIONS_AND_CHANGES: usize = 20;
+    /// The seconds since the event was emitted, or since it was due if it was delayed and never tried. NULL where no calendar has
+    /// that time.
+    pub(in crate::outbox::postgres) const AGE: usize = 21;
     /// Only where rows may be large: the column that is too large, and its bytes; or that it is missing.
-    pub(in crate::outbox::postgres) const UNFIT: usize = 21;
+    pub(in crate::outbox::postgres) const UNFIT: usize = 22;
 }
 
 /// The attempts of a marked row, whose event is done and could not be recorded, see `left_out`.
@@ -120,6 +123,7 @@ pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Re
         defect = columns.into_iter().find(|(_, is_missing)| *is_missing).map(|(column, _)| decode::missing(column));
     }
     let attempts = attempts.unwrap_or_default();
+    let age: Option<f64> = row.try_get(column::AGE)?;
     let remaining = |(destination, ms)| BlockedBy { destination, remaining: Duration::from_millis(ms) };
     let claimed = Claimed {
         event: Event {
@@ -144,6 +148,7 @@ pub(super) fn claimed(row: &PgRow, max_payload: usize, within_bytes: bool) -> Re
             attempts: attempts.max(0),
         },
         due: due.unwrap_or(true),
+        age: Duration::try_from_secs_f64(age.unwrap_or_default()).unwrap_or_default(),
         defect,
         blocked_before: attempts < 0,
         blocked_by: behind.into_iter().map(remaining).collect(),

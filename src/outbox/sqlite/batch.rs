@@ -27,7 +27,8 @@ then json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_
     case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
     o.available_at <= (select strftime('%Y-%m-%d %H:%M:%f', 'now')), null, json_array(ifnull(octet_length(o.payload), 0),
     ifnull(octet_length(o.headers), 0), octet_length(o.source), octet_length(o.aggregate_type), octet_length(o.aggregate_id),
-    octet_length(o.correlation_id), octet_length(o.causation_id)))
+    octet_length(o.correlation_id), octet_length(o.causation_id)), 86400 * (julianday('now') - julianday(case when o.destination = '' and o.attempts = 0 and o.last_error is null
+        and o.available_at > o.created_at then o.available_at else o.created_at end)))
 else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_type, o.source, o.aggregate_type,
     o.aggregate_id, nullif(ifnull(o.headers, 'null'), '{}'), o.correlation_id, o.causation_id, o.schema_version, o.created_at,
     case when o.attempts = 0 and o.last_error is not null then -1 else o.attempts end,
@@ -49,7 +50,9 @@ else json_array(o.row_id, o.partition, o.id, o.destination, o.event_id, o.event_
             limit 1
         ))
         from json_each(case o.destination when '' then ?3 else json_array(o.destination) end) d
-    ) end), null) || ifnull(o.payload, '') end
+    ) end), null, 86400 * (julianday('now') - julianday(case when o.destination = '' and o.attempts = 0 and o.last_error is null
+        and o.available_at > o.created_at then o.available_at else o.created_at end)))
+    || ifnull(o.payload, '') end
 from event_outbox o
 where o.partition < 640
 order by o.partition, o.id, o.destination

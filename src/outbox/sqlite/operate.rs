@@ -13,12 +13,13 @@ use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::past::Past;
 use crate::outbox::pause::PauseOutcome;
+use crate::outbox::sample::Sample;
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::mend::SqliteMend;
 use crate::outbox::sqlite::past::SqlitePast;
 use crate::outbox::sqlite::question::Question;
 use crate::outbox::sqlite::store::SqliteOutbox;
-use crate::outbox::sqlite::{check, emit, migrate, owner, retention, standstill};
+use crate::outbox::sqlite::{check, emit, migrate, owner, retention, sample, standstill};
 use crate::outbox::standstill::{Standstill, TAKEN_AFTER};
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
@@ -71,6 +72,17 @@ impl Operate for SqliteOutbox {
 
     fn holders(&self) -> BoxFuture<'_, Result<Vec<String>, OutboxError>> {
         ready(self.holder().map(|holder| holder.into_iter().collect())).boxed()
+    }
+
+    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Option<Sample>, OutboxError>> {
+        async {
+            if !self.owns()? {
+                return Ok(None);
+            }
+            let mut connection = self.connect().await?;
+            run_query("sample the figures of the outbox", sample::take(&mut connection, destinations)).await.map(Some)
+        }
+        .boxed()
     }
 
     fn standstills<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Vec<Standstill>, OutboxError>> {

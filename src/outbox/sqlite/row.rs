@@ -1,6 +1,7 @@
 //! Decodes a row of the outbox that a claim has read.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::Deserialize;
 use time::{Date, Month, PrimitiveDateTime, Time};
@@ -31,6 +32,8 @@ struct Columns {
     due: Option<u8>,
     behind: Option<BTreeMap<String, Option<i64>>>,
     sizes: Option<Sizes>,
+    /// The seconds since the event was emitted, or since it was due if it was delayed and never tried.
+    age: Option<f64>,
 }
 
 /// The JSON that is read for headers that are NULL.
@@ -133,6 +136,7 @@ pub(super) fn decode(row: &[u8]) -> Result<(Claimed, Option<Sizes>), sqlx::Error
             attempts: attempts.max(0),
         },
         due: columns.due != Some(0),
+        age: Duration::try_from_secs_f64(columns.age.unwrap_or_default()).unwrap_or_default(),
         defect,
         blocked_before: attempts < 0,
         blocked_by: columns
