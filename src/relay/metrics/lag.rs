@@ -93,7 +93,7 @@ mod tests {
         for line in [
             "# TYPE lag histogram",
             "lag_count 5",
-            "lag_sum 86402.006",
+            "lag_sum 86401.006",
             "lag_bucket{le=\"0.002\"} 2",
             "lag_bucket{le=\"0.005\"} 3",
             "lag_bucket{le=\"1.0\"} 4",
