@@ -16,7 +16,7 @@ use crate::outbox::mend::Mend;
 use crate::outbox::past::Past;
 use crate::outbox::pause::PauseOutcome;
 use crate::outbox::register::Configuration;
-use crate::outbox::sample::Sample;
+use crate::outbox::sample::Sampling;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
@@ -155,12 +155,11 @@ pub trait Operate: Send + Sync {
     /// The holders cannot be read.
     fn holders(&self) -> BoxFuture<'_, Result<Vec<String>, OutboxError>>;
 
-    /// Returns the figures for the metrics. Of all relays of a store only one gets them; the others get `None`, and so does that
-    /// one while its connection is in use. `destinations` are the names of all configured destinations.
+    /// Returns the figures for the metrics. Of all relays of a store only one gets them. `destinations` are the names of all configured destinations.
     ///
     /// # Errors
     /// The store cannot be asked.
-    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Option<Sample>, OutboxError>>;
+    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Sampling, OutboxError>>;
 
     /// Returns the causes that keep events from moving, as far as the store can find them. `destinations` are the names of
     /// all configured destinations. It never waits for a lock on a table.

@@ -8,6 +8,17 @@ pub const MOST_SAMPLED: i64 = 1000;
 /// How many pending events of one partition are counted. Almost always all events have one priority, which has 64 partitions.
 pub(super) const MOST_PENDING: i64 = 16;
 
+/// The answer to a relay that would sample.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sampling {
+    /// This relay samples.
+    Taken(Sample),
+    /// Another relay samples.
+    ByAnother,
+    /// This relay's connection is in use. It is to be asked again soon.
+    NotNow,
+}
+
 /// The figures of one moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sample {

@@ -23,7 +23,7 @@ use crate::outbox::postgres::question::Question;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
 use crate::outbox::postgres::{audit, check, emit, formats, migrate, standstill, status, tally};
-use crate::outbox::sample::Sample;
+use crate::outbox::sample::Sampling;
 use crate::outbox::standstill::Standstill;
 use crate::outbox::status::{Found, Status, StatusRequest, TallyCount};
 
@@ -73,7 +73,7 @@ impl Operate for PgOutbox {
         .boxed()
     }
 
-    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Option<Sample>, OutboxError>> {
+    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Sampling, OutboxError>> {
         self.take_sample(destinations).boxed()
     }
 

@@ -10,7 +10,7 @@ use crate::outbox::error::OutboxError;
 use crate::outbox::partitions::PENDING;
 use crate::outbox::postgres::sql::Sql;
 use crate::outbox::postgres::store::PgOutbox;
-use crate::outbox::sample::{DatabaseSample, DestinationSample, MOST_PENDING, MOST_SAMPLED, Sample};
+use crate::outbox::sample::{DatabaseSample, DestinationSample, MOST_PENDING, MOST_SAMPLED, Sample, Sampling};
 
 /// Takes the lock of the relay that samples, or sees that this session holds it, and then asks catalogues and statistics. It
 /// locks no table. `$1`: there is no session, so that each relay samples for itself.
@@ -136,8 +136,8 @@ left join lateral (
 ) found on true";
 
 impl PgOutbox {
-    /// Returns the figures of this moment, or `None` if another relay samples, or the side connection is in use.
-    pub(super) async fn take_sample(&self, destinations: &[String]) -> Result<Option<Sample>, OutboxError> {
+    /// Returns the figures of this moment, if this relay samples and its side connection is free.
+    pub(super) async fn take_sample(&self, destinations: &[String]) -> Result<Sampling, OutboxError> {
         let asked = self
             .on_side_connection_unless_busy("sample the figures of the outbox", async |connection| {
                 self.begin_pooled(connection).await?;
@@ -146,19 +146,19 @@ impl PgOutbox {
                 Ok(sample)
             })
             .await;
-        asked.unwrap_or(Ok(None))
+        asked.unwrap_or(Ok(Sampling::NotNow))
     }
 
     async fn ask_for_sample(
         &self,
         connection: &mut PgConnection,
         destinations: &[String],
-    ) -> Result<Option<Sample>, sqlx::Error> {
+    ) -> Result<Sampling, sqlx::Error> {
         // Planned anew each time: the plan must not outlive the tables' growth, nor a pooler's server.
         let (sql, pooled) = (Sql { persistent: false, ..self.sql() }, self.config.pooled);
         let row = sql.query(DATABASE).bind(pooled).fetch_one(&mut *connection).await?;
         if !row.try_get::<bool, _>("samples")? {
-            return Ok(None);
+            return Ok(Sampling::ByAnother);
         }
         let database = database(&row)?;
         let names: Vec<&str> = std::iter::once(NO_DESTINATION).chain(destinations.iter().map(String::as_str)).collect();
@@ -181,7 +181,7 @@ impl PgOutbox {
         for row in &rows {
             add(&mut sample.destinations, row)?;
         }
-        Ok(Some(sample))
+        Ok(Sampling::Taken(sample))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::outbox::mend::Mend;
 use crate::outbox::operate::{Check, CheckRequest, Feature, Migrated, Operate, Unemitted};
 use crate::outbox::past::Past;
 use crate::outbox::pause::PauseOutcome;
-use crate::outbox::sample::Sample;
+use crate::outbox::sample::Sampling;
 use crate::outbox::sqlite::connection::run_query;
 use crate::outbox::sqlite::mend::SqliteMend;
 use crate::outbox::sqlite::past::SqlitePast;
@@ -74,13 +74,15 @@ impl Operate for SqliteOutbox {
         ready(self.holder().map(|holder| holder.into_iter().collect())).boxed()
     }
 
-    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Option<Sample>, OutboxError>> {
+    fn sample<'a>(&'a self, destinations: &'a [String]) -> BoxFuture<'a, Result<Sampling, OutboxError>> {
         async {
             if !self.owns()? {
-                return Ok(None);
+                return Ok(Sampling::ByAnother);
             }
             let mut connection = self.connect().await?;
-            run_query("sample the figures of the outbox", sample::take(&mut connection, destinations)).await.map(Some)
+            run_query("sample the figures of the outbox", sample::take(&mut connection, destinations))
+                .await
+                .map(Sampling::Taken)
         }
         .boxed()
     }

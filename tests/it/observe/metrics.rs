@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use outbox_relay::outbox::sample::{DestinationSample, Sample};
+use outbox_relay::outbox::sample::{DestinationSample, Sample, Sampling};
 use outbox_relay::outbox::{Operate, OutboxConfig};
 use outbox_relay::secret::Secret;
 use tokio_util::sync::CancellationToken;
@@ -54,6 +54,14 @@ fn outbox<S: Store>(store: &S) -> S::Outbox {
     S::outbox(OutboxConfig { worker: "test:1".to_owned(), ..OutboxConfig::new(Secret::inline(store.url())) })
 }
 
+/// The figures, which this outbox must be the one to get.
+async fn taken(outbox: &impl Operate, names: &[String]) -> Sample {
+    match outbox.sample(names).await.unwrap() {
+        Sampling::Taken(sample) => sample,
+        other => panic!("it did not sample: {other:?}"),
+    }
+}
+
 fn of<'a>(sample: &'a Sample, name: &str) -> &'a DestinationSample {
     sample.destinations.iter().find(|there| there.name == name).unwrap()
 }
@@ -74,7 +82,7 @@ async fn what_waits_is_sampled_by_destination<S: Store>(forever: &str) {
     let mut connection = store.connect().await;
     let outbox = outbox(&store);
     let names = ["a".to_owned(), "b".to_owned()];
-    let empty = outbox.sample(&names).await.unwrap().unwrap();
+    let empty = taken(&outbox, &names).await;
     assert_eq!(empty.destinations.iter().map(|there| there.name.as_str()).collect::<Vec<_>>(), ["", "a", "b"]);
     for there in &empty.destinations {
         assert_eq!(*there, DestinationSample { name: there.name.clone(), ..DestinationSample::default() });
@@ -95,7 +103,7 @@ async fn what_waits_is_sampled_by_destination<S: Store>(forever: &str) {
     }
     wait::<S>(&mut connection, "b", &format!("'{forever}'"), (failed.0, &failed.1)).await; // parked
     wait::<S>(&mut connection, "elsewhere", &S::in_ms(-1000), ("", "")).await; // another relay's
-    let sample = outbox.sample(&names).await.unwrap().unwrap();
+    let sample = taken(&outbox, &names).await;
     let counts = |name| {
         let there = of(&sample, name);
         [there.pending, there.retrying, there.waiting_behind, there.parked, there.blocked_keys]
@@ -108,7 +116,7 @@ async fn what_waits_is_sampled_by_destination<S: Store>(forever: &str) {
 
     let many = format!("insert into event_outbox (event_type) select 'e' from {}", S::numbers(5000));
     sql(&mut connection, many).await;
-    let capped = outbox.sample(&names).await.unwrap().unwrap();
+    let capped = taken(&outbox, &names).await;
     assert!((900..=1100).contains(&of(&capped, "").pending), "{}", of(&capped, "").pending);
 }
 
@@ -122,11 +130,11 @@ async fn one_relay_samples_for_all_and_another_takes_over<S: Store>() {
     let store = S::new().await;
     let (first, second) = (outbox(&store), outbox(&store));
     for _ in 0..2 {
-        assert!(first.sample(&[]).await.unwrap().is_some());
-        assert!(second.sample(&[]).await.unwrap().is_none());
+        taken(&first, &[]).await;
+        assert_eq!(second.sample(&[]).await.unwrap(), Sampling::ByAnother);
     }
     drop(first);
-    eventually("the other takes over", async || second.sample(&[]).await.unwrap().is_some()).await;
+    eventually("the other takes over", async || matches!(second.sample(&[]).await.unwrap(), Sampling::Taken(_))).await;
 }
 
 #[tokio::test]
@@ -144,13 +152,13 @@ async fn the_database_tells_who_holds_the_oldest_snapshot_and_what_maintenance_h
     tokio::time::sleep(Duration::from_millis(1100)).await; // the age of the snapshot
     let outbox = outbox(&database);
     outbox.maintain().await.unwrap();
-    let sample = outbox.sample(&[]).await.unwrap().unwrap().database;
+    let sample = taken(&outbox, &[]).await.database;
     assert_eq!(sample.snapshot_holder.as_deref(), Some("nightly \"report\""));
     assert!(sample.oldest_snapshot >= Duration::from_secs(1) && sample.oldest_snapshot < Duration::from_secs(100));
     assert_eq!(sample.days_ahead, 7);
     sql(&mut holder, "rollback").await;
     eventually("the snapshot is gone", async || {
-        outbox.sample(&[]).await.unwrap().unwrap().database.snapshot_holder.as_deref() != Some("nightly \"report\"")
+        taken(&outbox, &[]).await.database.snapshot_holder.as_deref() != Some("nightly \"report\"")
     })
     .await;
 }
@@ -160,14 +168,14 @@ async fn a_lock_on_the_table_holds_up_a_sample_for_a_second_and_the_limits_of_th
     let database = database().await;
     let mut holder = database.connect().await;
     let outbox = outbox(&database);
-    assert!(outbox.sample(&[]).await.unwrap().is_some());
+    taken(&outbox, &[]).await;
     sql(&mut holder, "begin; lock table event_outbox in access exclusive mode").await;
     let begun = Instant::now();
     let refused = outbox.sample(&[]).await;
     assert!(refused.is_err() && begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     sql(&mut holder, "rollback").await;
     // The session whose limits were changed is gone.
-    eventually("it samples again", async || outbox.sample(&[]).await.is_ok_and(|sample| sample.is_some())).await;
+    eventually("it samples again", async || matches!(outbox.sample(&[]).await, Ok(Sampling::Taken(_)))).await;
 }
 
 /// The names of all metrics that are exported, as in a query.
