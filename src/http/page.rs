@@ -140,6 +140,7 @@ fn readiness(overview: &Overview) -> Value {
         "sentence": overview.sentence(),
         "reasons": overview.reasons,
         "standing": standing(&overview.standing),
+        "paused": overview.paused,
     })
 }
 

@@ -27,6 +27,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::breaker::BreakerState;
 use crate::event::Verdict;
 use crate::outbox::Deliveries;
+use crate::outbox::pause::Pauses;
 use crate::outbox::sample::Sample;
 use codes::Codes;
 pub(super) use lag::BatchLags;
@@ -97,6 +98,7 @@ pub struct Metrics {
     pub(super) task_failures: Counter,
     log_lines_dropped: Counter,
     standstills: Family<Code, Gauge>,
+    paused: Family<Destination, Gauge>,
     sampled: Sampled,
     destinations: Vec<DestinationMetrics>,
 }
@@ -206,6 +208,12 @@ impl Metrics {
         for cause in CAUSES {
             drop(standstills.get_or_create(&[("code", cause)]));
         }
+        let paused = Family::<Destination, Gauge>::default();
+        let help = "1 while an operator has paused the destination, or some types of its events";
+        registry.register("destination_paused", help, paused.clone());
+        for destination in destinations {
+            drop(paused.get_or_create(&of(destination)));
+        }
         process::register(&mut registry);
         let sampled = Sampled::new(&mut registry, destinations);
         let codes = Codes::default();
@@ -245,6 +253,7 @@ impl Metrics {
             task_failures,
             log_lines_dropped,
             standstills,
+            paused,
             sampled,
             destinations,
         }
@@ -266,6 +275,14 @@ impl Metrics {
     /// Shows what was sampled in the store; `None`: another relay samples.
     pub(super) fn sampled(&self, sample: Option<&Sample>) {
         self.sampled.set(sample);
+    }
+
+    /// Shows which destinations are paused.
+    pub(super) fn paused(&self, pauses: &Pauses) {
+        for destination in &self.destinations {
+            let is_paused = pauses.iter().any(|pause| pause.destination == destination.name);
+            self.paused.get_or_create(&of(&destination.name)).set(is_paused.into());
+        }
     }
 
     /// Shows how many causes keep events from moving.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::breaker::BreakerState;
+use crate::outbox::pause::Pause;
 use crate::outbox::{Outbox, Standing, Standstill};
 use crate::relay::Relay;
 use crate::relay::health::{Health, State, Status};
@@ -22,6 +23,8 @@ pub struct Overview {
     pub store: Status,
     /// Its destinations, in the order of its configuration.
     pub destinations: Vec<DestinationOverview>,
+    /// What operators have paused, as text for people.
+    pub paused: Vec<String>,
     /// What keeps events from moving.
     pub standstills: Vec<Standstill>,
 }
@@ -115,6 +118,7 @@ impl Overview {
                 if condition == Condition::Degraded { format!("{ready}, degraded: {}", reasons()) } else { ready }
             }
         });
+        parts.extend(self.paused.iter().cloned());
         // The line already has the reasons of the relay and of its destinations.
         let others = self.standstills.iter().filter(|there| !["not_ready", "destination_down"].contains(&there.cause));
         parts.extend(others.map(|standstill| standstill.text.clone()));
@@ -158,6 +162,7 @@ impl<O: Outbox> Relay<O> {
             reasons,
             hung: self.pulses.hung(),
             standing: self.outbox.standing(),
+            paused: self.outbox.pauses().iter().map(Pause::described).collect(),
             store: health.store,
             destinations: destinations.collect(),
             standstills: self.standstills.shown().borrow().clone(),
@@ -207,13 +212,16 @@ mod tests {
         let overview = |store, destinations: &[State], standing| {
             let health = health(store, destinations);
             let (condition, reasons) = health.condition();
-            let (store, destinations, standstills, hung) = (health.store, Vec::new(), Vec::new(), None);
-            Overview { condition, reasons, hung, standing, store, destinations, standstills }
+            let (store, destinations, hung) = (health.store, Vec::new(), None);
+            let (paused, standstills) = (Vec::new(), Vec::new());
+            Overview { condition, reasons, hung, standing, store, destinations, paused, standstills }
         };
         let well = overview(State::Up, &[State::Up], Standing::Works);
         assert_eq!(well.sentence(), "ready");
         let hung = Overview { hung: Some("lane 1 hangs".to_owned()), ..well.clone() };
         assert_eq!(hung.sentence(), "not live: lane 1 hangs; ready");
+        let paused = Overview { paused: vec!["destination a is paused".to_owned()], ..well.clone() };
+        assert_eq!(paused.sentence(), "ready; destination a is paused");
         let locked = Overview { standstills: vec![Standstill::new("table_locked", "a lock")], ..well };
         assert_eq!(locked.sentence(), "ready; a lock");
         let standing = Standing::StandsBy { behind: "relay b".to_owned() };

@@ -271,6 +271,7 @@ impl<O: Outbox> Relay<O> {
             loop {
                 self.report_destinations();
                 self.standstills.repeat();
+                self.metrics.paused(&self.outbox.pauses());
                 self.metrics.standstills(self.standstills.shown.borrow().iter().map(|there| there.cause));
                 if !sleep(TICK, stop).await {
                     return;
