@@ -68,6 +68,22 @@ async fn what_is_well_is_clean_trimmed_or_not() {
 }
 
 #[tokio::test]
+async fn a_stream_that_publishes_exactly_once_takes_a_replay_and_the_audit_leaves_it_out() {
+    let mut shop = Shop::new("audit:replay").await;
+    let replayed = finished(&["replay", "--to", "redis", "--json"], &shop.variables()).exited(0);
+    let replayed: Value = serde_json::from_str(&replayed.stdout).unwrap();
+    assert_eq!((&replayed["published"], &replayed["refused"]), (&json!(20), &json!(0)));
+    let entries = stream::entries(&mut shop.redis, shop.name);
+    assert_eq!(entries.len(), 40);
+    assert!(entries.iter().enumerate().all(|(place, entry)| entry.fields.contains_key("replayed") == (place >= 20)));
+    // The notes beside the stream are as before: a relay goes on.
+    sql(&mut shop.connection, "insert into event_outbox (event_type, aggregate_id) values ('e', '0')").await;
+    finished(&["--once"], &shop.variables()).exited(0);
+    let report = shop.audit(0, &["--exactly-once"]);
+    assert_eq!((&report["entries"], &report["foreign"], &report["counts"]), (&json!(21), &json!(20), &json!({})));
+}
+
+#[tokio::test]
 async fn a_loss_in_the_middle_at_the_end_and_of_everything_is_found() {
     let mut shop = Shop::new("audit:loss").await;
     shop.delete(10);
