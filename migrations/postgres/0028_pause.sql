@@ -24,6 +24,7 @@ create table event_pause_changes (
 insert into event_pause_changes values (1);
 
 comment on table event_pause_changes is 'One row: how often event_pause was changed.';
+comment on column event_pause_changes.changes is 'Each claim reads it, and reads event_pause anew if it has changed.';
 
 -- Whoever may look at the relays may look at the pauses.
 do $$

@@ -69,7 +69,7 @@ begin
         where p.pronamespace = old
           and (
               pg_catalog.starts_with(p.proname::text, 'relay_')
-              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'move_owed'::name, 'give_up_owed'::name, 'redrive_dead_letters'::name, 'discard_dead_letters'::name, 'purge_dead_letters'::name, 'count_waiting'::name, 'retry_waiting'::name, 'give_up_waiting'::name, 'move_waiting'::name, 'event_partition'::name, 'event_is_valid'::name])
+              or p.proname = any (array['emit_event'::name, 'redrive_dead_letter'::name, 'move_owed'::name, 'give_up_owed'::name, 'pause_destination'::name, 'resume_destination'::name, 'redrive_dead_letters'::name, 'discard_dead_letters'::name, 'purge_dead_letters'::name, 'count_waiting'::name, 'retry_waiting'::name, 'give_up_waiting'::name, 'move_waiting'::name, 'event_partition'::name, 'event_is_valid'::name])
               or p.oid in (select t.tgfoid from pg_catalog.pg_trigger t where t.tgrelid = 'event_outbox'::regclass::oid
                            and pg_catalog.starts_with(p.proname::text, 'event_'))
           )
