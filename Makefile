@@ -5,7 +5,7 @@ SEEDS ?= 10
 PERCENT ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help build dist setup test test-upgrade lint fmt-check clippy doc features demo demo-servers chaos figures test-matrix fuzz fuzz-build bench bench-check bench-embedded bench-peers check-deploy clean
+.PHONY: help build dist setup test test-upgrade lint fmt-check clippy doc features demo demo-servers chaos figures test-observe test-matrix fuzz fuzz-build bench bench-check bench-embedded bench-peers check-deploy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ chaos: setup ## cause random faults, then compare what arrived with what was pro
 figures: setup ## measure the figures of src/guide/reliability.md, one fault after the other: FIGURE=s7 PERCENT=10
 	CHAOS_SCALE_PERCENT=$(PERCENT) cargo test --locked --profile chaos --features failpoints --test it -- \
 	    $(if $(FIGURE),::$(FIGURE)_,chaos::figures::) --ignored --nocapture --test-threads 1
+
+test-observe: ## test dashboard, alerts and page with a real relay, Prometheus and Chromium
+	@tests/setup observe
+	cargo build --locked --features failpoints --bins
+	$(PYTHON) tests/observe
 
 test-upgrade: setup ## test that relays of an earlier version go on during and after the migrations
 	cargo test --locked --features failpoints --test it -- reality::migration::relays_of_before --ignored --nocapture

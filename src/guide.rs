@@ -32,6 +32,7 @@ chapter!(operating, "guide/operating.md");
 chapter!(monitoring, "guide/monitoring.md");
 chapter!(status, "guide/status.md");
 chapter!(metrics, "guide/metrics.md");
+chapter!(alerts, "guide/alerts.md");
 chapter!(failures, "guide/failures.md");
 chapter!(dead_letters, "guide/dead-letters.md");
 chapter!(replay, "guide/replay.md");
