@@ -14,6 +14,7 @@ use crate::config::destinations::{ConfiguredDestination, destinations, longest_t
 use crate::config::file::ConfigFile;
 use crate::config::settings::Settings;
 use crate::http::address::HttpAddress;
+use crate::http::board::Board;
 use crate::http::page::{Identity, Shown};
 use crate::http::server::Server;
 use crate::outbox::database::WithOutbox;
@@ -76,7 +77,7 @@ pub(super) fn run(
         let stop = shutdown::on_signal().context("cannot listen for signals")?;
         let sinks = open_all(destinations, settings).await?;
         let lost = if once { None } else { Some(stop_when_lost(&sinks, &stop)) };
-        let http = http.map(|server| (server, identity));
+        let http = http.map(|server| (server, identity, Board::new(database.operate())));
         let work = Work { sinks, router, settings: settings.relay(), once, stop, http };
         let code = database.with_outbox(outbox, work).await?;
         match lost.and_then(|lost| lost.get().cloned()) {
@@ -160,7 +161,7 @@ struct Work {
     settings: RelayConfig,
     once: bool,
     stop: CancellationToken,
-    http: Option<(Server, Identity)>,
+    http: Option<(Server, Identity, Board)>,
 }
 
 impl WithOutbox for Work {
@@ -169,9 +170,9 @@ impl WithOutbox for Work {
     async fn run(self, outbox: impl Outbox) -> anyhow::Result<ExitCode> {
         let Self { sinks, router, settings, once, stop, http } = self;
         let relay = Relay::new(outbox, sinks, router, settings);
-        if let Some((server, identity)) = http {
+        if let Some((server, identity, board)) = http {
             tracing::info!(address = %server.address(), "metrics and health are served by HTTP");
-            let shown = Shown { relay: Arc::clone(&relay), identity };
+            let shown = Shown { relay: Arc::clone(&relay), identity, board };
             server.serve(Arc::new(shown)).context("cannot start the thread of the HTTP server")?;
         }
         work(relay, once, stop).await

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use futures_util::future::BoxFuture;
 use hyper::StatusCode;
 use serde_json::{Value, json};
 
 use crate::breaker::BreakerState;
+use crate::http::board::{self, Board};
 use crate::outbox::{Outbox, Standing};
 use crate::relay::health::{State, Status};
 use crate::relay::{Overview, Relay};
@@ -16,13 +18,16 @@ use crate::stderr;
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
+const HTML: &str = "text/html; charset=utf-8";
 
-/// What `/` answers.
+/// The paths, for those who ask for another one.
 const INDEX: &str = "\
-/livez    200 while the relay makes progress, 503 if something in it hangs and only a restart helps
-/readyz   200 while it can do its work or a part of it, 503 otherwise; with the reasons
-/statusz  all that this relay knows of itself, as JSON
-/metrics  its figures, as Prometheus reads them
+/             a page for people: destinations, blocked keys, relays, what is in the way
+/status.json  what that page shows
+/livez        200 while the relay makes progress, 503 if something in it hangs and only a restart helps
+/readyz       200 while it can do its work or a part of it, 503 otherwise; with the reasons
+/statusz      all that this relay knows of itself, as JSON
+/metrics      its figures, as Prometheus reads them
 
 /livez and /readyz answer JSON to ?format=json or to `Accept: application/json`.
 ";
@@ -37,6 +42,9 @@ pub(crate) trait Source: Send + Sync {
 
     /// What does not change while the relay runs.
     fn identity(&self) -> &Identity;
+
+    /// What waits in the database, see [`Board::read`].
+    fn board(&self) -> BoxFuture<'_, Value>;
 }
 
 /// What a relay is as long as it runs.
@@ -54,6 +62,7 @@ pub(crate) struct Identity {
 pub(crate) struct Shown<O: Outbox> {
     pub(crate) relay: Arc<Relay<O>>,
     pub(crate) identity: Identity,
+    pub(crate) board: Board,
 }
 
 impl<O: Outbox> Source for Shown<O> {
@@ -69,6 +78,10 @@ impl<O: Outbox> Source for Shown<O> {
 
     fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    fn board(&self) -> BoxFuture<'_, Value> {
+        Box::pin(self.board.read())
     }
 }
 
@@ -86,27 +99,41 @@ pub(crate) struct Page {
     pub(crate) status: StatusCode,
     pub(crate) content_type: &'static str,
     pub(crate) body: String,
+    /// What a browser may load and run, if that is more than nothing.
+    pub(crate) policy: Option<String>,
 }
 
 impl Page {
+    fn new(status: StatusCode, content_type: &'static str, body: String) -> Self {
+        Self { status, content_type, body, policy: None }
+    }
+
     /// Creates an answer for people.
     pub(crate) fn text(status: StatusCode, body: impl Into<String>) -> Self {
-        Self { status, content_type: TEXT, body: body.into() }
+        Self::new(status, TEXT, body.into())
     }
 
     fn json(status: StatusCode, body: &Value) -> Self {
-        Self { status, content_type: JSON, body: format!("{body:#}\n") }
+        Self::new(status, JSON, format!("{body:#}\n"))
     }
 }
 
 /// Answers a request for `path`.
-pub(crate) fn page(path: &str, format: Format, source: &dyn Source) -> Page {
+pub(crate) async fn page(path: &str, format: Format, source: &dyn Source) -> Page {
     match path {
-        "/" => Page::text(StatusCode::OK, INDEX),
-        "/metrics" => Page { status: StatusCode::OK, content_type: OPEN_METRICS, body: source.metrics() },
+        "/" => {
+            let (html, policy) = board::html();
+            Page { policy: Some(policy), ..Page::new(StatusCode::OK, HTML, html) }
+        }
+        "/status.json" => {
+            let mut value = source.board().await;
+            value["relay"] = overall(&source.overview(), source.identity());
+            Page::json(StatusCode::OK, &value)
+        }
+        "/metrics" => Page::new(StatusCode::OK, OPEN_METRICS, source.metrics()),
         "/livez" => live(&source.overview(), format),
         "/readyz" => ready(&source.overview(), format),
-        "/statusz" => status(&source.overview(), source.identity()),
+        "/statusz" => Page::json(StatusCode::OK, &overall(&source.overview(), source.identity())),
         _ => Page::text(StatusCode::NOT_FOUND, format!("there is no such page; there are:\n{INDEX}")),
     }
 }
@@ -153,7 +180,8 @@ fn standing(standing: &Standing) -> Value {
     json!({ "state": word, "text": standing.to_string() })
 }
 
-fn status(overview: &Overview, identity: &Identity) -> Page {
+/// What `/statusz` says.
+fn overall(overview: &Overview, identity: &Identity) -> Value {
     let destinations = overview.destinations.iter().map(|destination| {
         let mut value = usable(&destination.status);
         value["name"] = json!(destination.name);
@@ -179,7 +207,7 @@ fn status(overview: &Overview, identity: &Identity) -> Page {
     value["database"]["address"] = json!(identity.database);
     value["destinations"] = destinations.collect();
     value["standstills"] = standstills.collect();
-    Page::json(StatusCode::OK, &value)
+    value
 }
 
 /// Whether the database or a destination can be used.

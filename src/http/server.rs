@@ -141,7 +141,7 @@ async fn answer(request: Request<Incoming>, source: &dyn Source, is_loopback: bo
         refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return refused;
     }
-    response(page::page(head.uri.path(), format(head.uri.query(), &head.headers), source))
+    response(page::page(head.uri.path(), format(head.uri.query(), &head.headers), source).await)
 }
 
 /// The hosts that a request names. Text that is not ASCII counts as a foreign host.
@@ -171,12 +171,16 @@ fn format(query: Option<&str>, headers: &HeaderMap) -> Format {
 }
 
 fn response(page: Page) -> Response<Full<Bytes>> {
+    let policy = page.policy.and_then(|policy| HeaderValue::from_str(&policy).ok());
     let mut response = Response::new(Full::new(Bytes::from(page.body)));
     *response.status_mut() = page.status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(page.content_type));
     for (name, value) in HEADERS {
         headers.insert(name, HeaderValue::from_static(value));
+    }
+    if let Some(policy) = policy {
+        headers.insert(header::CONTENT_SECURITY_POLICY, policy);
     }
     response
 }

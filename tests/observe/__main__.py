@@ -4,6 +4,7 @@ A relay works on throwaway servers, with one destination that is down and one ke
 it, and every query of the dashboard and of the alerts must answer. Ends with 1 and names what is wrong.
 """
 
+import html
 import json
 import os
 import re
@@ -143,6 +144,37 @@ def check_queries(prometheus, relay, rules):
     until(lambda: ask(prometheus, 'ALERTS{alertname="DestinationDown", destination="away"}'), "the alert DestinationDown")
 
 
+def chromium(folder, url, *options):
+    """What Chromium prints for a page once its scripts have run for some seconds."""
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+               "--virtual-time-budget=5000", f"--user-data-dir={folder}/chromium", *options, url]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+
+
+def check_page(folder, relay):
+    """A browser shows what `relay status` shows, and its policy lets the page's script run."""
+    done = chromium(folder, relay, "--dump-dom")
+    text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", done.stdout, flags=re.S)
+    text = re.sub(r"\s+", " ", html.unescape(text))
+    for part in ["degraded", "away", "down", "orders", "up", "order 2", "order.stuck", "WRONGTYPE", "routes"]:
+        expect(part in text, f"the page does not show {part!r}: {text[:2000]}")
+    expect("loading" not in text, "the page shows nothing but its beginning")
+    wrong = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    expect(not wrong, f"the browser complains about the page: {wrong}")
+    pictures = ROOT / "target" / "observe"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, options in {
+        "narrow": ["--window-size=400,1800"],
+        "wide": ["--window-size=1400,1100"],
+        "dark": ["--window-size=1400,1100", "--blink-settings=preferredColorScheme=0"],
+    }.items():
+        picture = pictures / f"{name}.png"
+        picture.unlink(missing_ok=True)
+        chromium(folder, relay, f"--screenshot={picture}", *options)
+        expect(picture.is_file() and picture.stat().st_size > 10_000, f"Chromium made no picture {picture}")
+    print(f"the page shows the relay; pictures of it are in {pictures.relative_to(ROOT)}", flush=True)
+
+
 def start_prometheus(folder, port, relay_port):
     shutil.copy(OBSERVABILITY / "alerts.yml", folder)
     configuration = (OBSERVABILITY / "prometheus.yml").read_text()
@@ -188,6 +220,7 @@ def main():
             for _ in range(5):
                 emit(environment, "order.created", "3", 3)
                 time.sleep(1)
+            check_page(folder, relay)
             check_queries(prometheus, relay, rules)
     if findings:
         sys.exit(f"tests/observe: {len(findings)} findings, above")
