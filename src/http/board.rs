@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+use crate::outbox::OutboxError;
+use crate::outbox::mend::{DeadLetter, Filter};
 use crate::outbox::operate::Operate;
 use crate::outbox::status::StatusRequest;
 
@@ -17,6 +19,9 @@ const FRESH: Duration = Duration::from_secs(2);
 
 /// After this time a database that does not answer is shown as such.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many of the newest dead letters are shown.
+const DEAD_LETTERS: i64 = 10;
 
 /// What waits in the database, for the page.
 pub(crate) struct Board {
@@ -30,21 +35,37 @@ impl Board {
         Self { operate, last: Mutex::default() }
     }
 
-    /// Returns `status`, as `relay status --json --keys` prints it, and `error`; one of the two is null.
+    /// Returns `status`, as `relay status --json --keys` prints it, the newest `dead_letters`, and `error`. What could not be
+    /// read is null.
     pub(crate) async fn read(&self) -> Value {
         let mut last = self.last.lock().await;
         if let Some((_, value)) = last.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
             return value.clone();
         }
-        let (status, error) =
-            match tokio::time::timeout(TIMEOUT, self.operate.status(StatusRequest { keys: true })).await {
-                Ok(Ok(status)) => (json!(status), None),
-                Ok(Err(error)) => (Value::Null, Some(error.explain())),
-                Err(_) => (Value::Null, Some(format!("no answer from the database within {} s", TIMEOUT.as_secs()))),
-            };
-        let value = json!({ "status": status, "error": error });
+        let asked = async {
+            let status = self.operate.status(StatusRequest { keys: true }).await?;
+            Ok::<_, OutboxError>((status, self.dead_letters().await))
+        };
+        let value = match tokio::time::timeout(TIMEOUT, asked).await {
+            Ok(Ok((status, Ok(dead_letters)))) => {
+                json!({ "status": status, "dead_letters": dead_letters, "error": null })
+            }
+            Ok(Ok((status, Err(error)))) => {
+                json!({ "status": status, "dead_letters": null, "error": error.explain() })
+            }
+            Ok(Err(error)) => json!({ "status": null, "dead_letters": null, "error": error.explain() }),
+            Err(_) => {
+                let error = format!("no answer from the database within {} s", TIMEOUT.as_secs());
+                json!({ "status": null, "dead_letters": null, "error": error })
+            }
+        };
         *last = Some((Instant::now(), value.clone()));
         value
+    }
+
+    /// A relay may have no right to read dead letters.
+    async fn dead_letters(&self) -> Result<Vec<DeadLetter>, OutboxError> {
+        self.operate.mend().await?.dead_letters(&Filter::default(), DEAD_LETTERS).await
     }
 }
 

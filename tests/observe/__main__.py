@@ -156,7 +156,7 @@ def check_page(folder, relay):
     done = chromium(folder, relay, "--dump-dom")
     text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", done.stdout, flags=re.S)
     text = re.sub(r"\s+", " ", html.unescape(text))
-    for part in ["degraded", "away", "down", "orders", "up", "order 2", "order.stuck", "WRONGTYPE", "routes"]:
+    for part in ["degraded", "away", "down", "orders", "up", "order 2", "order.stuck", "WRONGTYPE", "payload_too_large", "routes"]:
         expect(part in text, f"the page does not show {part!r}: {text[:2000]}")
     expect("loading" not in text, "the page shows nothing but its beginning")
     wrong = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -187,10 +187,10 @@ def start_prometheus(folder, port, relay_port):
     )
 
 
-def emit(environment, event_type, key, count):
+def emit(environment, event_type, key, count, payload='{"total": 1}'):
     for _ in range(count):
         subprocess.run(
-            [RELAY, "emit", event_type, '{"total": 1}', "--aggregate-type", "order", "--aggregate-id", key],
+            [RELAY, "emit", event_type, payload, "--aggregate-type", "order", "--aggregate-id", key],
             env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL,
         )
 
@@ -205,7 +205,7 @@ def main():
             # The name of the stream is the event's type, so that one type can be blocked.
             "RELAY_DESTINATION_ORDERS": f"{redis.url.replace('redis://', 'redis+stream://')}?stream=%7Bevent_type%7D",
             "RELAY_DESTINATION_AWAY": "redis+stream://127.0.0.1:1?stream=away",
-            "EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT": "1000",
+            "EVENT_CIRCUIT_BREAKER_RECOVERY_TIMEOUT": "1000", "EVENT_MAX_PAYLOAD_SIZE": "1000",
         }
         subprocess.run([RELAY, "migrate"], env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
         redis_cli(redis, "set", "order.stuck", "a key of another type than a stream")
@@ -215,6 +215,7 @@ def main():
             until(lambda: get(f"{relay}/livez"), "the relay's server")
             emit(environment, "order.created", "1", 20)
             emit(environment, "order.stuck", "2", 2)
+            emit(environment, "order.large", "4", 1, json.dumps("x" * 2000))
             until(lambda: get(f"{prometheus}/-/ready"), "Prometheus")
             # Rates need events between two scrapes.
             for _ in range(5):

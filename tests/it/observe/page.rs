@@ -14,7 +14,10 @@ const SOON: (&str, &str) = ("EVENT_CIRCUIT_BREAKER_THRESHOLD", "1");
 async fn the_page_shows_what_status_shows_and_no_payload_and_no_password() {
     let database = database().await;
     let mut connection = database.connect().await;
-    let relay = Served::start(&[("DATABASE_URL", database.url()), STDOUT, AWAY, SOON]);
+    let too_large = format!("select emit_event('order.large', to_jsonb('4711-secret{}'::text))", "x".repeat(2000));
+    sql(&mut connection, &too_large).await;
+    let limit = ("EVENT_MAX_PAYLOAD_SIZE", "1000");
+    let relay = Served::start(&[("DATABASE_URL", database.url()), STDOUT, AWAY, SOON, limit]);
     sql(&mut connection, "select emit_event('order.created', '{\"card\": \"4711-secret\"}')").await;
     relay.until("/readyz", 200, "destination away is down");
     let shown = relay.until("/status.json", 200, "\"state\": \"down\"");
@@ -23,6 +26,11 @@ async fn the_page_shows_what_status_shows_and_no_payload_and_no_password() {
     let names: Vec<&str> = destinations.iter().map(|destination| destination["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["away", "stdout"], "{json}");
     assert_eq!((&json["relay"]["state"], &json["error"]), (&"degraded".into(), &serde_json::Value::Null), "{json}");
+    let dead_letter = &json["dead_letters"][0];
+    assert_eq!(
+        (&dead_letter["event_type"], &dead_letter["error_code"]),
+        (&"order.large".into(), &"payload_too_large".into())
+    );
     let page = relay.get("/");
     assert!(page.status == 200 && page.head.contains("\r\ncontent-type: text/html; charset=utf-8\r\n"), "{page:?}");
     for answer in [page, shown] {
