@@ -31,43 +31,43 @@ declare
     condition text := 'true';
     field text;
 begin
-    if filter is null or jsonb_typeof(filter) <> 'object' then
+    if filter is null or pg_catalog.jsonb_typeof(filter) <> 'object' then
         raise exception 'a filter is a JSON object, such as {"destination": "redis"}' using errcode = 'invalid_parameter_value';
     end if;
-    filter := jsonb_strip_nulls(filter);
-    select name into field from jsonb_object_keys(filter) name where name <> all (known) limit 1;
+    filter := pg_catalog.jsonb_strip_nulls(filter);
+    select name into field from pg_catalog.jsonb_object_keys(filter) name where name <> all (known) limit 1;
     if field is not null then
-        raise exception 'a filter has no field %; it has %', field, array_to_string(known, ', ')
+        raise exception 'a filter has no field %; it has %', field, pg_catalog.array_to_string(known, ', ')
             using errcode = 'invalid_parameter_value';
     end if;
     if filter ? 'type' then
-        condition := condition || format(' and e.event_type like %L', translate(
-            replace(replace(replace(filter ->> 'type', '\', '\\'), '%', '\%'), '_', '\_'), '*?', '%_'));
+        condition := condition || pg_catalog.format(' and e.event_type like %L', pg_catalog.translate(
+            pg_catalog.replace(pg_catalog.replace(pg_catalog.replace(filter ->> 'type', '\', '\\'), '%', '\%'), '_', '\_'), '*?', '%_'));
     end if;
     if filter ? 'key' then
-        condition := condition || format($q$ and (e.aggregate_id = %1$L or e.aggregate_type || ':' || e.aggregate_id = %1$L)$q$,
+        condition := condition || pg_catalog.format($q$ and (e.aggregate_id = %1$L or e.aggregate_type || ':' || e.aggregate_id = %1$L)$q$,
                                          filter ->> 'key');
     end if;
     if filter ? 'destination' then
-        condition := condition || format(' and e.destination = %L', filter ->> 'destination');
+        condition := condition || pg_catalog.format(' and e.destination = %L', filter ->> 'destination');
     end if;
     if filter ? 'error' then
         condition := condition || case
-            when of_dead_letters then format(' and e.error_code = %L', filter ->> 'error')
-            else format($q$ and (e.last_error = %1$L or starts_with(e.last_error, %1$L || ':'))$q$, filter ->> 'error')
+            when of_dead_letters then pg_catalog.format(' and e.error_code = %L', filter ->> 'error')
+            else pg_catalog.format($q$ and (e.last_error = %1$L or pg_catalog.starts_with(e.last_error, %1$L || ':'))$q$, filter ->> 'error')
         end;
     end if;
     if filter ? 'since' then
-        condition := condition || format(' and %s >= %L::timestamptz', moment, (filter ->> 'since')::timestamptz);
+        condition := condition || pg_catalog.format(' and %s >= %L::timestamptz', moment, (filter ->> 'since')::timestamptz);
     end if;
     if filter ? 'until' then
-        condition := condition || format(' and %s < %L::timestamptz', moment, (filter ->> 'until')::timestamptz);
+        condition := condition || pg_catalog.format(' and %s < %L::timestamptz', moment, (filter ->> 'until')::timestamptz);
     end if;
     if filter ? 'id' then
-        condition := condition || format(' and e.id = any (%L::bigint[])', (
-            select array_agg(id::bigint)
-            from jsonb_array_elements_text(
-                case jsonb_typeof(filter -> 'id') when 'array' then filter -> 'id' else jsonb_build_array(filter -> 'id') end
+        condition := condition || pg_catalog.format(' and e.id = any (%L::bigint[])', (
+            select pg_catalog.array_agg(id::bigint)
+            from pg_catalog.jsonb_array_elements_text(
+                case pg_catalog.jsonb_typeof(filter -> 'id') when 'array' then filter -> 'id' else pg_catalog.jsonb_build_array(filter -> 'id') end
             ) id
         ));
     end if;
@@ -97,10 +97,10 @@ begin
         return;
     end if;
     insert into {home}.event_operator_action as a (command, action, filter, details, event_count, done_by)
-    values (coalesce(of_command, gen_random_uuid()), action_name, action_filter, jsonb_strip_nulls(action_details), events,
+    values (coalesce(of_command, pg_catalog.gen_random_uuid()), action_name, action_filter, pg_catalog.jsonb_strip_nulls(action_details), events,
             session_user)
     on conflict (command) do update
-        set event_count = a.event_count + excluded.event_count, done_at = clock_timestamp()
+        set event_count = a.event_count + excluded.event_count, done_at = pg_catalog.clock_timestamp()
         where a.done_by = excluded.done_by and a.action = excluded.action;
     if not found then
         raise exception 'the command % is another action, or somebody else''s', of_command
@@ -111,7 +111,7 @@ $body$
 $sql$,
 $sql$
 create or replace function {home}.redrive_dead_letters(filter jsonb default '{}', to_destination text default null,
-    new_payload jsonb default null, max_events integer default 1000, command uuid default gen_random_uuid(),
+    new_payload jsonb default null, max_events integer default 1000, command uuid default pg_catalog.gen_random_uuid(),
     only_ids bigint[] default null) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
@@ -123,18 +123,18 @@ begin
     end if;
     -- In the order in which the events were emitted. One that is named by its id may have been discarded.
     execute $q$
-        select coalesce(array_agg(picked.id), '{}') from (
+        select coalesce(pg_catalog.array_agg(picked.id), '{}') from (
             select e.id from {home}.event_dead_letter e
             where e.redriven_at is null and (e.discarded_at is null or $3) and ($1 is null or e.id = any ($1)) and $q$
         || {home}.relay_event_filter(filter, true)
         || ' order by e.outbox_id, e.id limit $2 for update of e) picked'
         into ids using only_ids, max_events, filter ? 'id';
-    if new_payload is not null and cardinality(ids) > 1 then
-        raise exception 'redrive_dead_letters: a payload is for one dead letter, and these are %', cardinality(ids)
+    if new_payload is not null and pg_catalog.cardinality(ids) > 1 then
+        raise exception 'redrive_dead_letters: a payload is for one dead letter, and these are %', pg_catalog.cardinality(ids)
             using errcode = 'invalid_parameter_value';
     end if;
     update {home}.event_dead_letter
-    set redriven_at = clock_timestamp(), redriven_by = session_user, redriven_to = to_destination
+    set redriven_at = pg_catalog.clock_timestamp(), redriven_by = session_user, redriven_to = to_destination
     where id = any (ids);
     -- An event that is still owed to that destination is owed once.
     insert into {home}.event_outbox (id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers,
@@ -146,8 +146,8 @@ begin
     from {home}.event_dead_letter d
     cross join lateral (
         select ((9 - d.priority) * 64 + (case
-            when d.aggregate_id is null then uuid_hash_extended(d.event_id, 0)
-            else hashtextextended(d.aggregate_id, hashtextextended(coalesce(d.aggregate_type, ''), 0))
+            when d.aggregate_id is null then pg_catalog.uuid_hash_extended(d.event_id, 0)
+            else pg_catalog.hashtextextended(d.aggregate_id, pg_catalog.hashtextextended(coalesce(d.aggregate_type, ''), 0))
         end & 63::bigint))::integer as first
     ) p
     where d.id = any (ids) and not exists (
@@ -156,12 +156,12 @@ begin
           and o.id = d.outbox_id and o.destination = coalesce(to_destination, d.destination) and o.event_id = d.event_id
     )
     order by d.outbox_id, d.id;
-    if cardinality(ids) > 0 then
-        perform nextval('{home}.event_outbox_moves');
+    if pg_catalog.cardinality(ids) > 0 then
+        perform pg_catalog.nextval('{home}.event_outbox_moves');
     end if;
-    perform {home}.relay_note_action('redrive', filter, jsonb_build_object('to', to_destination, 'payload',
-        case when new_payload is not null then 'corrected' end), cardinality(ids), command);
-    return cardinality(ids);
+    perform {home}.relay_note_action('redrive', filter, pg_catalog.jsonb_build_object('to', to_destination, 'payload',
+        case when new_payload is not null then 'corrected' end), pg_catalog.cardinality(ids), command);
+    return pg_catalog.cardinality(ids);
 end
 $body$
 $sql$,
@@ -178,54 +178,54 @@ begin
     if dead.redriven_at is not null then
         raise exception 'redrive_dead_letter: dead letter % has been redriven already', dead_letter_id;
     end if;
-    perform {home}.redrive_dead_letters(jsonb_build_object('id', dead_letter_id));
+    perform {home}.redrive_dead_letters(pg_catalog.jsonb_build_object('id', dead_letter_id));
     return dead.event_id;
 end
 $body$
 $sql$,
 $sql$
 create or replace function {home}.discard_dead_letters(filter jsonb, reason text, max_events integer default 1000,
-    command uuid default gen_random_uuid(), only_ids bigint[] default null) returns bigint
+    command uuid default pg_catalog.gen_random_uuid(), only_ids bigint[] default null) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
     ids bigint[];
 begin
-    if reason is null or btrim(reason) = '' then
+    if reason is null or pg_catalog.btrim(reason) = '' then
         raise exception 'discard_dead_letters: it takes a reason' using errcode = 'invalid_parameter_value';
     end if;
     execute $q$
-        select coalesce(array_agg(picked.id), '{}') from (
+        select coalesce(pg_catalog.array_agg(picked.id), '{}') from (
             select e.id from {home}.event_dead_letter e
             where e.redriven_at is null and e.discarded_at is null and ($1 is null or e.id = any ($1)) and $q$
         || {home}.relay_event_filter(filter, true)
         || ' order by e.outbox_id, e.id limit $2 for update of e) picked'
         into ids using only_ids, max_events;
     update {home}.event_dead_letter
-    set discarded_at = clock_timestamp(), discarded_by = session_user, discard_reason = reason
+    set discarded_at = pg_catalog.clock_timestamp(), discarded_by = session_user, discard_reason = reason
     where id = any (ids);
-    perform {home}.relay_note_action('discard', filter, jsonb_build_object('reason', reason), cardinality(ids), command);
-    return cardinality(ids);
+    perform {home}.relay_note_action('discard', filter, pg_catalog.jsonb_build_object('reason', reason), pg_catalog.cardinality(ids), command);
+    return pg_catalog.cardinality(ids);
 end
 $body$
 $sql$,
 $sql$
 create or replace function {home}.purge_dead_letters(filter jsonb, max_events integer default 1000,
-    command uuid default gen_random_uuid(), only_ids bigint[] default null) returns bigint
+    command uuid default pg_catalog.gen_random_uuid(), only_ids bigint[] default null) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
     ids bigint[];
 begin
     -- What is neither redriven nor discarded is deleted only where somebody says so.
     execute $q$
-        select coalesce(array_agg(picked.id), '{}') from (
+        select coalesce(pg_catalog.array_agg(picked.id), '{}') from (
             select e.id from {home}.event_dead_letter e where ($1 is null or e.id = any ($1)) and $q$
         || {home}.relay_event_filter(
             case when filter ?| array['state', 'id'] then filter else filter || '{"state": "closed"}' end, true)
         || ' order by e.outbox_id, e.id limit $2 for update of e) picked'
         into ids using only_ids, max_events;
     delete from {home}.event_dead_letter where id = any (ids);
-    perform {home}.relay_note_action('purge', filter, '{}', cardinality(ids), command);
-    return cardinality(ids);
+    perform {home}.relay_note_action('purge', filter, '{}', pg_catalog.cardinality(ids), command);
+    return pg_catalog.cardinality(ids);
 end
 $body$
 $sql$,

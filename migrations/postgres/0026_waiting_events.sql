@@ -29,14 +29,14 @@ declare
 begin
     return {home}.relay_event_filter(filter, false)
         || case when action_name = 'retry_now' then
-            $q$ and (e.status = 'scheduled' or e.available_at = 'infinity') and e.available_at > statement_timestamp()
+            $q$ and (e.status = 'scheduled' or e.available_at = 'infinity') and e.available_at > pg_catalog.statement_timestamp()
                and e.partition < 1280::smallint $q$
            else '' end
         || case when coalesce(is_named, false) then $q$ and (e.destination <> '' or e.last_error is not null) $q$
-           else $q$ and e.destination <> '' and (e.last_error is null or not starts_with(e.last_error, 'settle_failed: ')) $q$
+           else $q$ and e.destination <> '' and (e.last_error is null or not pg_catalog.starts_with(e.last_error, 'settle_failed: ')) $q$
            end
         || case when in_partition is null then ''
-           else format(' and e.partition in (%s::smallint, %s::smallint, %s::smallint, %s::smallint)', in_partition,
+           else pg_catalog.format(' and e.partition in (%s::smallint, %s::smallint, %s::smallint, %s::smallint)', in_partition,
                        in_partition + 640, in_partition + 1280, in_partition + 1920)
            end;
 end
@@ -49,7 +49,7 @@ declare
     last_id bigint := 9223372036854775807;
 begin
     if max_events is not null then
-        execute $q$select coalesce(max(c.id), 0) from (select e.id from {home}.event_outbox e where $q$ || condition
+        execute $q$select coalesce(pg_catalog.max(c.id), 0) from (select e.id from {home}.event_outbox e where $q$ || condition
             || ' order by e.id limit $1) c'
             into last_id using max_events;
     end if;
@@ -63,11 +63,11 @@ language plpgsql set search_path = pg_catalog, pg_temp as $body$
 begin
     -- Relays that publish events of these keys right now come first.
     if in_partition is not null then
-        perform pg_advisory_xact_lock('{home}.event_outbox'::regclass::oid::integer, in_partition);
+        perform pg_catalog.pg_advisory_xact_lock('{home}.event_outbox'::regclass::oid::integer, in_partition);
         return;
     end if;
     execute $q$
-        select pg_advisory_xact_lock(held.relation, held.partition)
+        select pg_catalog.pg_advisory_xact_lock(held.relation, held.partition)
         from (
             select distinct e.tableoid::integer as relation, (e.partition % 640::smallint)::integer as partition
             from {home}.event_outbox e where $q$ || condition || ' order by 2) held';
@@ -83,22 +83,22 @@ begin
         raise exception 'count_waiting: retry_now, give_up or move_owed' using errcode = 'invalid_parameter_value';
     end if;
     return query execute $q$
-        select (e.partition % 640::smallint)::integer, e.destination, split_part(coalesce(e.last_error, ''), ':', 1), count(*),
-            min(e.created_at)
+        select (e.partition % 640::smallint)::integer, e.destination, pg_catalog.split_part(coalesce(e.last_error, ''), ':', 1), pg_catalog.count(*),
+            pg_catalog.min(e.created_at)
         from {home}.event_outbox e where $q$ || {home}.relay_waiting_filter(action_name, filter, null) || ' group by 1, 2, 3';
 end
 $body$
 $sql$,
 $sql$
 create or replace function {home}.retry_waiting(filter jsonb default '{}', in_partition integer default null,
-    max_events bigint default null, command uuid default gen_random_uuid()) returns bigint
+    max_events bigint default null, command uuid default pg_catalog.gen_random_uuid()) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 -- The application may have added columns of any name.
 #variable_conflict use_variable
 declare
     condition text := {home}.relay_waiting_filter('retry_now', filter, in_partition);
     last_id bigint := {home}.relay_waiting_last(condition, max_events);
-    due timestamptz := clock_timestamp();
+    due timestamptz := pg_catalog.clock_timestamp();
     retried bigint;
 begin
     execute $q$update {home}.event_outbox e set available_at = $1 where e.id <= $2 and $q$ || condition using due, last_id;
@@ -107,17 +107,17 @@ begin
         -- What waits behind them comes with them, in its place.
         update {home}.event_outbox f set available_at = due
         from (
-            select h.destination, h.aggregate_type, h.aggregate_id, min(h.id) as id from {home}.event_outbox h
+            select h.destination, h.aggregate_type, h.aggregate_id, pg_catalog.min(h.id) as id from {home}.event_outbox h
             where h.status = 'scheduled' and h.available_at = due and h.last_error is not null and h.aggregate_id is not null
               and (in_partition is null or h.partition = (in_partition + 640)::smallint)
             group by 1, 2, 3
         ) h
         where f.status = 'scheduled' and f.destination <> '' and f.aggregate_id is not null and f.destination = h.destination
-          and hashtextextended(f.aggregate_id, hashtextextended(coalesce(f.aggregate_type, ''), 0))
-            = hashtextextended(h.aggregate_id, hashtextextended(coalesce(h.aggregate_type, ''), 0))
+          and pg_catalog.hashtextextended(f.aggregate_id, pg_catalog.hashtextextended(coalesce(f.aggregate_type, ''), 0))
+            = pg_catalog.hashtextextended(h.aggregate_id, pg_catalog.hashtextextended(coalesce(h.aggregate_type, ''), 0))
           and f.aggregate_id = h.aggregate_id and coalesce(f.aggregate_type, '') = coalesce(h.aggregate_type, '')
           and f.id > h.id and f.last_error is null and f.available_at > due and f.partition < 1280::smallint;
-        perform pg_notify('event_outbox', '');
+        perform pg_catalog.pg_notify('event_outbox', '');
     end if;
     perform {home}.relay_note_action('retry_now', filter, '{}', retried, command);
     return retried;
@@ -126,12 +126,12 @@ $body$
 $sql$,
 $sql$
 create or replace function {home}.give_up_waiting(filter jsonb, reason text default null, in_partition integer default null,
-    max_events bigint default null, command uuid default gen_random_uuid()) returns bigint
+    max_events bigint default null, command uuid default pg_catalog.gen_random_uuid()) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
     condition text := {home}.relay_waiting_filter('give_up', filter, in_partition);
     last_id bigint;
-    words text := 'given up by hand' || coalesce(': ' || nullif(btrim(reason), ''), '');
+    words text := 'given up by hand' || coalesce(': ' || nullif(pg_catalog.btrim(reason), ''), '');
     given_up bigint;
 begin
     perform {home}.relay_hold_partitions(condition, in_partition);
@@ -146,42 +146,42 @@ begin
             select id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, correlation_id,
                 causation_id, schema_version, priority, greatest(format, 0::smallint), created_at, destination,
                 greatest(attempts, 1), 'given_up', $2 || coalesce('; before that: ' || last_error, ''),
-                least(first_failed_at, statement_timestamp()), statement_timestamp()
+                least(first_failed_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp()
             from gone
             order by id
         ), behind as (
             -- What waits behind them goes on at once.
-            update {home}.event_outbox f set available_at = statement_timestamp()
+            update {home}.event_outbox f set available_at = pg_catalog.statement_timestamp()
             from (
-                select g.destination, g.aggregate_type, g.aggregate_id, min(g.id) as id from gone g
+                select g.destination, g.aggregate_type, g.aggregate_id, pg_catalog.min(g.id) as id from gone g
                 where g.aggregate_id is not null group by 1, 2, 3
             ) g
             where f.status = 'scheduled' and f.destination <> '' and f.aggregate_id is not null and f.destination = g.destination
-              and hashtextextended(f.aggregate_id, hashtextextended(coalesce(f.aggregate_type, ''), 0))
-                = hashtextextended(g.aggregate_id, hashtextextended(coalesce(g.aggregate_type, ''), 0))
+              and pg_catalog.hashtextextended(f.aggregate_id, pg_catalog.hashtextextended(coalesce(f.aggregate_type, ''), 0))
+                = pg_catalog.hashtextextended(g.aggregate_id, pg_catalog.hashtextextended(coalesce(g.aggregate_type, ''), 0))
               and f.aggregate_id = g.aggregate_id and coalesce(f.aggregate_type, '') = coalesce(g.aggregate_type, '')
-              and f.id > g.id and f.last_error is null and f.available_at > statement_timestamp() and f.partition < 1280::smallint
+              and f.id > g.id and f.last_error is null and f.available_at > pg_catalog.statement_timestamp() and f.partition < 1280::smallint
               and not exists (select from gone x where x.id = f.id and x.destination = f.destination)
         )
         insert into {home}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, error,
             duration_ms, worker, processed_at)
         select event_id, id, event_type, destination, 'dead_lettered', greatest(attempts, 1), 'given_up: ' || $2, 0,
-            session_user::text, statement_timestamp()
+            session_user::text, pg_catalog.statement_timestamp()
         from gone
         $q$
         using last_id, words;
     get diagnostics given_up = row_count;
     if given_up > 0 then
-        perform pg_notify('event_outbox', '');
+        perform pg_catalog.pg_notify('event_outbox', '');
     end if;
-    perform {home}.relay_note_action('give_up', filter, jsonb_build_object('reason', nullif(btrim(reason), '')), given_up, command);
+    perform {home}.relay_note_action('give_up', filter, pg_catalog.jsonb_build_object('reason', nullif(pg_catalog.btrim(reason), '')), given_up, command);
     return given_up;
 end
 $body$
 $sql$,
 $sql$
 create or replace function {home}.move_waiting(from_destination text, to_destination text, filter jsonb default '{}',
-    in_partition integer default null, max_events bigint default null, command uuid default gen_random_uuid()) returns bigint
+    in_partition integer default null, max_events bigint default null, command uuid default pg_catalog.gen_random_uuid()) returns bigint
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $body$
 declare
     condition text;
@@ -192,7 +192,7 @@ begin
     if coalesce(from_destination, '') = '' or coalesce(to_destination, '') = '' or from_destination = to_destination then
         raise exception 'move_waiting: it takes the names of two destinations' using errcode = 'invalid_parameter_value';
     end if;
-    filter := filter || jsonb_build_object('destination', from_destination);
+    filter := filter || pg_catalog.jsonb_build_object('destination', from_destination);
     condition := {home}.relay_waiting_filter('move_owed', filter, in_partition);
     perform {home}.relay_hold_partitions(condition, in_partition);
     last_id := {home}.relay_waiting_last(condition, max_events);
@@ -214,16 +214,16 @@ begin
         set destination = $2,
             attempts = case when e.first_failed_at is null then e.attempts else 0 end,
             available_at = case when e.first_failed_at is null then e.available_at
-                                else least(e.available_at, statement_timestamp()) end,
+                                else least(e.available_at, pg_catalog.statement_timestamp()) end,
             last_error = case when e.first_failed_at is null then e.last_error end,
             first_failed_at = null
         where e.id <= $1 and $q$ || condition
         using last_id, to_destination;
     get diagnostics moved = row_count;
     if doubled + moved > 0 then
-        perform pg_notify('event_outbox', '');
+        perform pg_catalog.pg_notify('event_outbox', '');
     end if;
-    perform {home}.relay_note_action('move_owed', filter, jsonb_build_object('to', to_destination), doubled + moved, command);
+    perform {home}.relay_note_action('move_owed', filter, pg_catalog.jsonb_build_object('to', to_destination), doubled + moved, command);
     return doubled + moved;
 end
 $body$
@@ -238,7 +238,7 @@ begin
     if from_destination = '' or to_destination = '' or from_destination = to_destination then
         raise exception 'move_owed: it takes the names of two destinations';
     end if;
-    perform pg_advisory_xact_lock(held.relation, held.partition)
+    perform pg_catalog.pg_advisory_xact_lock(held.relation, held.partition)
     from (
         select distinct tableoid::integer as relation, (partition % 640::smallint)::integer as partition
         from {home}.event_outbox where destination = from_destination
@@ -255,8 +255,8 @@ begin
     get diagnostics doubled = row_count;
     update {home}.event_outbox set destination = to_destination where destination = from_destination;
     get diagnostics moved = row_count;
-    perform {home}.relay_note_action('move_owed', jsonb_build_object('destination', from_destination),
-                                     jsonb_build_object('to', to_destination), doubled + moved, null);
+    perform {home}.relay_note_action('move_owed', pg_catalog.jsonb_build_object('destination', from_destination),
+                                     pg_catalog.jsonb_build_object('to', to_destination), doubled + moved, null);
     return doubled + moved;
 end
 $body$
@@ -270,7 +270,7 @@ begin
     if from_destination = '' then
         raise exception 'give_up_owed: it takes the name of a destination';
     end if;
-    perform pg_advisory_xact_lock(held.relation, held.partition)
+    perform pg_catalog.pg_advisory_xact_lock(held.relation, held.partition)
     from (
         select distinct tableoid::integer as relation, (partition % 640::smallint)::integer as partition
         from {home}.event_outbox where destination = from_destination
@@ -285,17 +285,17 @@ begin
         select id, event_id, event_type, source, aggregate_type, aggregate_id, payload, headers, correlation_id, causation_id,
             schema_version, priority, greatest(format, 0::smallint), created_at, destination, greatest(attempts, 1), 'given_up',
             coalesce('given up by hand; before that: ' || last_error, 'given up by hand'),
-            least(first_failed_at, statement_timestamp()), statement_timestamp()
+            least(first_failed_at, pg_catalog.statement_timestamp()), pg_catalog.statement_timestamp()
         from gone
         order by id
     )
     insert into {home}.event_processing_log (event_id, outbox_id, event_type, destination, status, attempt, error, duration_ms,
         worker, processed_at)
     select event_id, id, event_type, destination, 'dead_lettered', greatest(attempts, 1), 'given_up: given up by hand', 0,
-        session_user::text, statement_timestamp()
+        session_user::text, pg_catalog.statement_timestamp()
     from gone;
     get diagnostics given_up = row_count;
-    perform {home}.relay_note_action('give_up', jsonb_build_object('destination', from_destination), '{}', given_up, null);
+    perform {home}.relay_note_action('give_up', pg_catalog.jsonb_build_object('destination', from_destination), '{}', given_up, null);
     return given_up;
 end
 $body$
