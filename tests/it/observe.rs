@@ -1,11 +1,8 @@
 //! What a relay shows of itself by HTTP and to systemd: metrics, health and state.
 
 mod health;
-<<<<<<< HEAD
 mod metrics;
-=======
 mod page;
->>>>>>> 7699d48 (A page to look at: destinations, blocked keys, relays and what is in the way, live, on the relay's own port; shown in Chromium by make test-observe)
 mod server;
 
 use std::io::{Read, Write};
