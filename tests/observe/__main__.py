@@ -112,8 +112,8 @@ def queries(rules):
     dashboard = json.loads((OBSERVABILITY / "dashboard.json").read_text())
     found = [(f"panel {panel['title']!r}", target["expr"]) for panel in dashboard["panels"] for target in panel["targets"]]
     for alert, text in re.findall(r"- alert: (\w+)\n(.*?)(?=\n      - alert|\n      #|\Z)", rules, re.S):
-        expression = re.search(r"expr: (?:\|\n)?(.*?)\n        for:|expr: (.*)", text, re.S)
-        found.append((f"alert {alert}", (expression.group(1) or expression.group(2)).strip()))
+        expression = re.search(r"expr: (?:\|\n)?(.*?)\n        (?:for|labels):", text, re.S)
+        found.append((f"alert {alert}", expression.group(1).strip()))
     return [(name, query.replace("$__rate_interval", "1m")) for name, query in found]
 
 

@@ -134,6 +134,8 @@ async fn f27_idle_relays_take_no_transaction_id_and_write_no_wal_and_busy_ones_o
     let relays = [running(), running(), running()];
     load(&mut connection, 1, 1).await;
     until_empty(&mut connection).await;
+    // Within 5 s of its work a relay adds to the tallies.
+    eventually("the event is counted", async || count(&mut connection, "event_tally").await > 0).await;
     // The writes of the start are over, and so are hint bits and the list of running transactions.
     sql(&mut connection, "vacuum").await;
     sql(&mut connection, "checkpoint").await;
