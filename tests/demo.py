@@ -4,10 +4,13 @@ events. One event is dead-lettered and redriven. It ends by itself and leaves no
 and runs it."""
 import json
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RELAY = os.path.join(ROOT, "target", "demo", "relay")
@@ -76,6 +79,31 @@ def pay_order(database, order):
     print(f"order {order} paid")
 
 
+def look(environment):
+    """Starts a relay, shows its status and the address of its page, and stops it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = f"http://127.0.0.1:{port}/"
+    relay = subprocess.Popen([RELAY, "run"], env={**os.environ, **environment, "RELAY_HTTP_ADDR": f"127.0.0.1:{port}"})
+    try:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.urlopen(page + "readyz").close()
+                break
+            except OSError as error:  # it has only just been started
+                if time.monotonic() > end:
+                    sys.exit(f"the relay is not ready: {error}")
+                time.sleep(0.05)
+        run(environment, RELAY, "status")
+        print(f"the same is a page, live, while the relay runs: {page} now, http://127.0.0.1:9464/ by default")
+        urllib.request.urlopen(page).close()
+    finally:
+        relay.terminate()
+        relay.wait()
+
+
 def main():
     with tempfile.TemporaryDirectory() as home:
         file = os.path.join(home, "shop.db")
@@ -105,8 +133,8 @@ def main():
         show(database, "select outbox_id, event_type, destination, status, attempt, error from event_processing_log order by outbox_id")
 
         title("5. The dead letter, and its redrive")
-        show(database, "select id, event_type, attempts, error_code, error from event_dead_letter")
-        show(database, "update event_dead_letter set redriven_at = datetime('now') where id = 1")
+        run(environment, RELAY, "dead-letter", "list")
+        run(environment, RELAY, "dead-letter", "redrive", "--id", "1")
 
         title("6. Once more, with a limit that lets it pass (its line is cut here)")
         again = subprocess.run([RELAY, "--once"], env={**os.environ, **environment, "EVENT_MAX_PAYLOAD_SIZE": "100000"},
@@ -122,6 +150,8 @@ def main():
         if orders != expected or any("mallory" in json.dumps(event) for event in arrived) or left != 0:
             sys.exit(f"the demo did not end as it should: {orders}, {left} left in the outbox")
         database.close()
+        title("7. A relay that stays, and a look at it")
+        look(environment)
         title("Done: five events committed, five arrived, the one rolled back did not. The file is gone.\n")
         print(ON_SERVERS)
 
