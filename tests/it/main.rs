@@ -11,6 +11,7 @@ mod chaos;
 mod cli;
 mod contract;
 mod crash_loop;
+mod drill;
 mod endurance;
 mod engine;
 mod eventbridge;
