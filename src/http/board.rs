@@ -35,8 +35,8 @@ impl Board {
         Self { operate, last: Mutex::default() }
     }
 
-    /// Returns `status`, as `relay status --json --keys` prints it, the newest `dead_letters`, and `error`. What could not be
-    /// read is null.
+    /// Returns `status`, as `relay status --json --keys` prints it, and the newest `dead_letters`. What could not be read is
+    /// null, and `error` or `dead_letters_error` says why.
     pub(crate) async fn read(&self) -> Value {
         let mut last = self.last.lock().await;
         if let Some((_, value)) = last.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
@@ -47,12 +47,13 @@ impl Board {
             Ok::<_, OutboxError>((status, self.dead_letters().await))
         };
         let value = match tokio::time::timeout(TIMEOUT, asked).await {
-            Ok(Ok((status, Ok(dead_letters)))) => {
-                json!({ "status": status, "dead_letters": dead_letters, "error": null })
-            }
-            Ok(Ok((status, Err(error)))) => {
-                json!({ "status": status, "dead_letters": null, "error": error.explain() })
-            }
+            Ok(Ok((status, dead_letters))) => json!({
+                "status": status,
+                "dead_letters": dead_letters.as_ref().ok(),
+                // A relay needs no right to read them.
+                "dead_letters_error": dead_letters.as_ref().err().map(OutboxError::explain),
+                "error": null,
+            }),
             Ok(Err(error)) => json!({ "status": null, "dead_letters": null, "error": error.explain() }),
             Err(_) => {
                 let error = format!("no answer from the database within {} s", TIMEOUT.as_secs());
@@ -63,7 +64,6 @@ impl Board {
         value
     }
 
-    /// A relay may have no right to read dead letters.
     async fn dead_letters(&self) -> Result<Vec<DeadLetter>, OutboxError> {
         self.operate.mend().await?.dead_letters(&Filter::default(), DEAD_LETTERS).await
     }

@@ -191,6 +191,8 @@ fn overall(overview: &Overview, identity: &Identity) -> Value {
             BreakerState::Open => "open",
         });
         value["in_flight"] = json!(destination.in_flight);
+        let lags = destination.lag_by_minute.iter().map(|lag| lag.map(|lag| lag.as_secs_f64()));
+        value["lag_by_minute"] = lags.collect();
         value
     });
     let standstills = overview

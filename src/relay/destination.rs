@@ -270,6 +270,11 @@ impl Destination {
         self.observers.metrics.lags(&lags);
     }
 
+    /// See [`DestinationMetrics::lag_by_minute`].
+    pub(super) fn lag_by_minute(&self) -> Vec<Option<Duration>> {
+        self.observers.metrics.lag_by_minute()
+    }
+
     /// Counts events as in flight while the value lives.
     pub(super) fn in_flight(&self, count: usize) -> Counted<'_> {
         Counted::new(&self.in_flight, count)

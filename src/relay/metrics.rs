@@ -15,7 +15,7 @@ mod process;
 mod sampled;
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::counter::Counter;
@@ -347,9 +347,14 @@ impl DestinationMetrics {
         }
     }
 
+    /// Returns the mean lag of each of the last 14 minutes, the latest last; `None` for a minute without events.
+    pub(super) fn lag_by_minute(&self) -> Vec<Option<Duration>> {
+        self.lag.by_minute(Instant::now())
+    }
+
     /// Adds the lags of the events of a batch that the destination took.
     pub(super) fn lags(&self, lags: &BatchLags) {
-        self.lag.add(lags);
+        self.lag.add(lags, Instant::now());
     }
 
     /// Records that a call failed by the fault of the destination.

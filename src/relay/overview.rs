@@ -1,6 +1,7 @@
 //! All that others show of a relay: whether it is live and ready, and why not.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::breaker::BreakerState;
 use crate::outbox::pause::Pause;
@@ -40,6 +41,9 @@ pub struct DestinationOverview {
     pub breaker: BreakerState,
     /// How many events were sent to it and have no answer.
     pub in_flight: usize,
+    /// The mean time from commit to publish in each of the last 14 minutes, as this relay published, the latest last. `None` for a
+    /// minute without events.
+    pub lag_by_minute: Vec<Option<Duration>>,
 }
 
 /// Whether a relay can do its work.
@@ -156,6 +160,7 @@ impl<O: Outbox> Relay<O> {
                 status: health.status,
                 breaker: destination.state(),
                 in_flight: destination.count_unanswered(),
+                lag_by_minute: destination.lag_by_minute(),
             });
         Overview {
             condition,

@@ -1,9 +1,10 @@
 //! The histogram of the lag. It counts a batch at once: the library's histogram locks for each event.
 
+use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::{MetricType, TypedMetric};
@@ -16,14 +17,34 @@ const BOUNDS_MS: [u32; 18] = [
 
 const BUCKETS: usize = BOUNDS_MS.len() + 1;
 
+/// How many minutes are remembered, the present one included.
+const MINUTES: u64 = 15;
+
 /// How long events took from their commit until a destination had taken them. Clones share their counts.
 #[derive(Debug, Clone, Default)]
 pub(in crate::relay) struct Lag(Arc<Counts>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Counts {
     buckets: [AtomicU64; BUCKETS],
     sum_us: AtomicU64,
+    begun: Instant,
+    /// The minutes since `begun` in which there were events, the latest last.
+    minutes: Mutex<VecDeque<Minute>>,
+}
+
+#[derive(Debug)]
+struct Minute {
+    number: u64,
+    events: u64,
+    sum_us: u64,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        let (buckets, sum_us) = Default::default();
+        Self { buckets, sum_us, begun: Instant::now(), minutes: Mutex::default() }
+    }
 }
 
 /// The lags of one batch.
@@ -42,14 +63,42 @@ impl BatchLags {
 }
 
 impl Lag {
-    /// Adds the lags of a batch.
-    pub(in crate::relay) fn add(&self, batch: &BatchLags) {
+    /// Adds the lags of a batch that was published `now`.
+    pub(in crate::relay) fn add(&self, batch: &BatchLags, now: Instant) {
         for (bucket, &count) in self.0.buckets.iter().zip(&batch.buckets) {
             if count > 0 {
                 bucket.fetch_add(count, Ordering::Relaxed);
             }
         }
         self.0.sum_us.fetch_add(batch.sum_us, Ordering::Relaxed);
+        let (number, events) = (self.minute(now), batch.buckets.iter().sum());
+        if events == 0 {
+            return;
+        }
+        let mut minutes = self.0.minutes.lock().unwrap_or_else(PoisonError::into_inner);
+        match minutes.back_mut() {
+            Some(last) if last.number >= number => {
+                last.events += events;
+                last.sum_us = last.sum_us.saturating_add(batch.sum_us);
+            }
+            _ => minutes.push_back(Minute { number, events, sum_us: batch.sum_us }),
+        }
+        minutes.retain(|minute| minute.number + MINUTES > number);
+    }
+
+    /// Returns the mean lag of each of the last minutes that are over, the latest last; `None` for a minute without events.
+    pub(in crate::relay) fn by_minute(&self, now: Instant) -> Vec<Option<Duration>> {
+        let present = self.minute(now);
+        let minutes = self.0.minutes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mean = |ago: u64| {
+            let minute = minutes.iter().find(|minute| minute.number + ago == present)?;
+            minute.sum_us.checked_div(minute.events).map(Duration::from_micros)
+        };
+        (1..MINUTES).rev().map(mean).collect()
+    }
+
+    fn minute(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.0.begun).as_secs() / 60
     }
 }
 
@@ -86,8 +135,8 @@ mod tests {
         for ms in [0, 2, 3, 1000, 86_400_001] {
             batch.add(Duration::from_millis(ms));
         }
-        lag.add(&batch);
-        lag.add(&BatchLags::default());
+        lag.add(&batch, Instant::now());
+        lag.add(&BatchLags::default(), Instant::now());
         let mut shown = String::new();
         text::encode(&mut shown, &registry).expect("a string takes everything");
         for line in [
@@ -102,5 +151,25 @@ mod tests {
         ] {
             assert!(shown.lines().any(|there| there == line), "{line} is missing in\n{shown}");
         }
+    }
+
+    #[test]
+    fn the_mean_of_each_minute_is_kept_for_a_quarter_of_an_hour() {
+        let (lag, minute) = (Lag::default(), Duration::from_secs(60));
+        let batch = |lags_ms: &[u64]| {
+            let mut batch = BatchLags::default();
+            lags_ms.iter().for_each(|ms| batch.add(Duration::from_millis(*ms)));
+            batch
+        };
+        let begun = lag.0.begun;
+        lag.add(&batch(&[10, 20]), begun);
+        lag.add(&batch(&[30]), begun + minute / 2);
+        lag.add(&batch(&[5]), begun + minute * 2);
+        let mean = lag.by_minute(begun + minute * 3);
+        assert_eq!(mean.len(), 14);
+        assert_eq!(mean[11..], [Some(Duration::from_millis(20)), None, Some(Duration::from_millis(5))]);
+        assert_eq!(lag.by_minute(begun)[13], None, "the present minute is not over");
+        lag.add(&batch(&[1]), begun + minute * 15);
+        assert_eq!(lag.0.minutes.lock().expect("nobody panicked").len(), 2, "the first minute is forgotten");
     }
 }

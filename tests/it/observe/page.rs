@@ -2,6 +2,7 @@
 
 use super::{STDOUT, Served};
 use crate::harness::sql;
+use crate::schema::roles::{apply, login};
 use crate::servers::database;
 use crate::stores::{Sqlite, Store};
 
@@ -55,4 +56,20 @@ fn without_its_database_the_page_says_so() {
     assert!(json["error"].as_str().unwrap().contains("cannot connect to the database"), "{json}");
     assert_eq!((&json["status"], &json["relay"]["ready"]), (&serde_json::Value::Null, &false.into()), "{json}");
     assert!(!json.to_string().contains("hunter2"), "{json}");
+}
+
+#[tokio::test]
+async fn a_relay_that_may_not_read_dead_letters_shows_the_rest() {
+    let database = database().await;
+    let mut owner = database.connect().await;
+    apply(&mut owner).await;
+    let worker = login(&database, &mut owner, "relay_worker").await;
+    let relay = Served::start(&[("DATABASE_URL", &worker), STDOUT]);
+    relay.until("/readyz", 200, "ready");
+    let json = relay.get("/status.json").json();
+    assert_eq!((&json["error"], &json["dead_letters"]), (&serde_json::Value::Null, &serde_json::Value::Null), "{json}");
+    assert_eq!(json["status"]["destinations"][0]["name"], "stdout", "{json}");
+    assert!(json["dead_letters_error"].as_str().unwrap().contains("event_dead_letter"), "{json}");
+    let lags = json["relay"]["destinations"][0]["lag_by_minute"].as_array().unwrap();
+    assert_eq!(lags.len(), 14, "{json}");
 }
