@@ -27,8 +27,8 @@ begin
             using errcode = 'invalid_parameter_value';
     end if;
     -- Where no relay is at work, any name may be one of theirs.
-    select string_agg(distinct k.name, ', ') into known
-    from {home}.event_relay r cross join lateral jsonb_object_keys(r.destinations) k(name);
+    select pg_catalog.string_agg(distinct k.name, ', ') into known
+    from {home}.event_relay r cross join lateral pg_catalog.jsonb_object_keys(r.destinations) k(name);
     if known is not null
         and not exists (select from {home}.event_relay r where r.destinations ? destination)
         and not exists (select from {home}.event_outbox o where o.status = 'scheduled' and o.destination = destination)
@@ -42,7 +42,7 @@ begin
     end if;
     update {home}.event_pause_changes c set changes = c.changes + 1;
     insert into {home}.event_operator_action (action, filter, event_count)
-    values ('pause', jsonb_build_object('destination', destination, 'type', event_type), 0);
+    values ('pause', pg_catalog.jsonb_build_object('destination', destination, 'type', event_type), 0);
     return true;
 end
 $body$
@@ -65,14 +65,14 @@ begin
     end if;
     update {home}.event_pause_changes c set changes = c.changes + 1;
     -- What was held back is due now.
-    update {home}.event_outbox o set available_at = statement_timestamp()
-    where o.status = 'scheduled' and o.destination = destination and o.available_at > statement_timestamp()
+    update {home}.event_outbox o set available_at = pg_catalog.statement_timestamp()
+    where o.status = 'scheduled' and o.destination = destination and o.available_at > pg_catalog.statement_timestamp()
       and o.last_error is null;
     get diagnostics released = row_count;
     insert into {home}.event_operator_action (action, filter, event_count)
-    values ('resume', jsonb_strip_nulls(jsonb_build_object('destination', destination, 'type', event_type)), released);
+    values ('resume', pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object('destination', destination, 'type', event_type)), released);
     -- Relays that sleep look at once.
-    perform pg_notify('event_outbox', '');
+    perform pg_catalog.pg_notify('event_outbox', '');
     return lifted;
 end
 $body$
