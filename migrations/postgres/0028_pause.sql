@@ -23,6 +23,10 @@ create table event_pause_changes (
 
 insert into event_pause_changes values (1);
 
+-- It has no key, so that a subscription can copy it beside the row that is there; the greatest number counts. Without this,
+-- whoever publishes all tables could not update it.
+alter table event_pause_changes replica identity full;
+
 comment on table event_pause_changes is 'One row: how often event_pause was changed.';
 comment on column event_pause_changes.changes is 'Each claim reads it, and reads event_pause anew if it has changed.';
 

@@ -63,7 +63,7 @@ select o.ctid::text, o.partition, o.id, o.destination, o.event_id, o.event_type,
            ) head
        ) end,
        (select last_value from {schema}.event_outbox_epoch),
-       {reinsertions} | (select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) << 40
+       {reinsertions} | (select (last_value + coalesce((select pg_catalog.max(changes) from {schema}.event_pause_changes), 0::bigint)) << 40
                          from {schema}.event_relay_changes),
        pg_catalog.date_part('epoch', pg_catalog.statement_timestamp() - case
            when o.destination = '' and o.attempts = 0 and o.last_error is null and o.available_at > o.created_at

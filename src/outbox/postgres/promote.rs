@@ -55,7 +55,7 @@ select (select (extract(epoch from walked) operator(pg_catalog.*) 1000000)::bigi
         order by available_at limit 1
     ) e
 ), (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.statement_timestamp()) operator(pg_catalog.*) 1000000)::bigint, (
-    select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
+    select (last_value + coalesce((select pg_catalog.max(changes) from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
     from {schema}.event_relay_changes
 )";
 

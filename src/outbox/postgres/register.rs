@@ -16,7 +16,7 @@ use crate::outbox::register::{Configuration, Member, Register, Registration, Rol
 
 /// The number of changes, in as many bits as a claim can read in one number with the moves, see `batch`.
 pub(super) const CHANGES: &str = "
-select (last_value + coalesce((select changes from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
+select (last_value + coalesce((select pg_catalog.max(changes) from {schema}.event_pause_changes), 0::bigint)) & 8388607::bigint
 from {schema}.event_relay_changes";
 
 const CHANGED: &str = "select pg_catalog.nextval('{schema}.event_relay_changes'::regclass)";

@@ -96,6 +96,8 @@ async fn f70_a_subscription_takes_all_that_a_relay_does_and_a_relay_works_on_the
     .await;
     sql(&mut there, "select emit_event('parked', aggregate_id => 'p') from generate_series(1, 10)").await;
     sql(&mut there, "select redrive_dead_letter(id) from event_dead_letter where event_type = 'poison'").await;
+    sql(&mut there, "select pause_destination('a')").await;
+    sql(&mut there, "select resume_destination('a')").await;
     eventually("what can be published is", async || {
         count(&mut there, "event_outbox where event_type in ('fine', 'retried', 'poison')").await == 0
     })
