@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 
+use crate::cli::interrupt::Interrupt;
 use crate::cli::run::explained;
 use crate::cli::{database, runtime};
 use crate::config::settings::Settings;
@@ -41,6 +42,10 @@ pub(super) fn status(settings: &Settings, args: &StatusArgs) -> anyhow::Result<E
     let request = StatusRequest { keys: args.keys };
     let operate = database.operate();
     runtime(1)?.block_on(async {
+        if args.watch {
+            // A shell lets what it starts in the background ignore Ctrl-C.
+            Interrupt::end_at_once().context("cannot listen for signals")?;
+        }
         loop {
             let read = operate.status(request).await;
             let text = match read {

@@ -114,7 +114,7 @@ async fn a_watch_shows_changes_until_it_is_stopped() {
     crate::binary::until("it shows the event", || watch.output().contains("not yet claimed: 1 pending"));
     assert!(watch.is_running());
     watch.signal("INT");
-    watch.finish();
+    tokio::task::block_in_place(|| watch.finish()).exited(130);
 }
 
 #[tokio::test(flavor = "multi_thread")]
